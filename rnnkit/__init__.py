@@ -1,0 +1,9 @@
+"""rnnkit: torch.nn's recurrent layers and cells on fused kernels, exchanged by one import."""
+
+from rnnkit.backends import backend
+from rnnkit.cells import GRUCell, LSTMCell, RNNCell
+from rnnkit.layers import GRU, LSTM, RNN
+
+__version__ = "0.1.0"
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "backend"]

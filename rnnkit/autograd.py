@@ -1,0 +1,88 @@
+"""One layer with gradients: picks the backend and wraps the ops for autograd.
+
+First order runs on the ops. Double backward, forward-mode AD and torch.func transforms go through the
+differentiable reference, so that they are correct for every cell without a kernel of their own.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from rnnkit import backends, ops, reference
+from rnnkit.reference import WEIGHTS
+
+
+def layer(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """`reference.layer`, on the backend that serves the input's device."""
+    tensors = [input, *states, *(w for w in weights if w is not None)]
+    if backends.serving(input.device) == "reference" or _transformed(tensors):
+        return reference.layer(cell, input, states, weights, batch_sizes)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        output, *finals = _Layer.apply(cell, batch_sizes, len(states), input, *states, *weights)
+        return output, finals
+    output, finals, _ = torch.ops.rnnkit.layer_forward(
+        cell, input, states, weights, batch_sizes, False
+    )
+    return output, finals
+
+
+def _transformed(tensors: Sequence[Tensor]) -> bool:
+    """Whether a torch.func transform or a forward-mode tangent is to be carried through."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+class _Layer(torch.autograd.Function):
+    """(cell, batch_sizes, number of states, input, *states, *weights) -> (output, *final states)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        cell: str,
+        batch_sizes: Tensor | None,
+        n_states: int,
+        input: Tensor,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        states, weights = list(tensors[:n_states]), list(tensors[n_states:])
+        output, finals, reserve = torch.ops.rnnkit.layer_forward(
+            cell, input, states, weights, batch_sizes, True
+        )
+        ctx.cell, ctx.n_states = cell, n_states
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(batch_sizes, input, *tensors, output, reserve)
+        return output, *finals
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        batch_sizes, input, *tensors, output, reserve = ctx.saved_tensors
+        states, weights = tensors[: ctx.n_states], tensors[ctx.n_states :]
+        needs = list(ctx.needs_input_grad[3:])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            found = ops.differentiable_backward(
+                ctx.cell, grads, input, states, weights, batch_sizes, needs, create_graph=True
+            )
+            return None, None, None, *found
+        remaining = iter(
+            torch.ops.rnnkit.layer_backward(
+                ctx.cell, grads, input, states, weights, batch_sizes, output, reserve, needs
+            )
+        )
+        return None, None, None, *(next(remaining) if need else None for need in needs)
+
+
+__all__ = ["WEIGHTS", "layer"]

@@ -1,0 +1,91 @@
+"""Which implementation serves a device: loads the extensions, keeps the reason for each that is absent.
+
+Extensions register kernels under their device's dispatch key; without one the op's composite reference
+runs. `backend` forces a choice.
+"""
+
+import importlib
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+
+#: Backend names, in order of preference.
+BACKENDS = ("cpp", "reference")
+
+_forced = threading.local()
+_warned: set[str] = set()
+
+
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    """The extension module `name`, or None and the reason."""
+    try:
+        return importlib.import_module(name), ""
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            return None, f"{type(error).__name__}: {error}"
+        return None, _why_not_built()
+    except (ImportError, OSError) as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _why_not_built() -> str:
+    """What setup.py noted when it built or failed to build the extension."""
+    try:
+        note = importlib.import_module("rnnkit._build").REASON
+    except ModuleNotFoundError:
+        note = ""
+    return note or "not built"
+
+
+EXTENSION, EXTENSION_REASON = _load("rnnkit._C")
+
+
+def unavailable(name: str) -> str:
+    """Why backend `name` cannot be used here; empty when it can."""
+    return EXTENSION_REASON if name == "cpp" else ""
+
+
+def serving(device: torch.device) -> str:
+    """The backend that runs tensors on `device` now."""
+    forced: str | None = getattr(_forced, "name", None)
+    if forced is not None:
+        return forced
+    if device.type == "meta":
+        return "cpp"
+    if device.type != "cpu":
+        return "reference"
+    if EXTENSION is None and not torch.compiler.is_compiling() and device.type not in _warned:
+        _warned.add(device.type)
+        warnings.warn(
+            f"rnnkit runs on its plain PyTorch reference: the C++ extension was not loaded ({EXTENSION_REASON}). "
+            "`python -m rnnkit info` tells more.",
+            stacklevel=2,
+        )
+    return "reference" if EXTENSION is None else "cpp"
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every rnnkit layer and cell called in this block, on this thread, on backend `name`.
+
+    Args:
+        name: `"cpp"`, the compiled kernels, or `"reference"`, plain PyTorch.
+
+    Raises:
+        ValueError: `name` is not a backend.
+        RuntimeError: the backend is not available here; the message says why.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"expected backend to be one of {', '.join(BACKENDS)}, got {name!r}")
+    if unavailable(name):
+        raise RuntimeError(f"backend {name!r} is not available: {unavailable(name)}")
+    previous = getattr(_forced, "name", None)
+    _forced.name = name
+    try:
+        yield
+    finally:
+        _forced.name = previous

@@ -1,0 +1,145 @@
+"""RNNCell, LSTMCell and GRUCell: torch.nn's cells, each call one step of a layer.
+
+They subclass torch's own cells, which bring parameters, initial values, state_dict and repr.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from rnnkit import stack
+
+
+def _step(
+    name: str, cell: str, module: nn.RNNCellBase, input: Tensor, states: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """One step: input [N, I] or [I], states [N, H] or [H] (empty for zeros) -> new states."""
+    if input.dim() not in (1, 2):
+        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    for index, state in enumerate(states):
+        if state.dim() not in (1, 2):
+            argument = "hidden" if len(states) == 1 else f"hx[{index}]"
+            raise ValueError(
+                f"{name}: Expected {argument} to be 1D or 2D, got {state.dim()}D instead"
+            )
+    _check_sizes(module, input, states)
+    batched = input.dim() == 2
+    weights = (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh, None)
+    finals = stack.run(
+        cell,
+        input.unsqueeze(0) if batched else input[None, None],
+        [state.unsqueeze(0) if batched else state[None, None] for state in states],
+        [weights],
+    )[1]
+    return tuple(state.squeeze(0) if batched else state[0, 0] for state in finals)
+
+
+def _check_sizes(module: nn.RNNCellBase, input: Tensor, states: Sequence[Tensor]) -> None:
+    """Sizes fit the module and each other, with torch's texts."""
+    if input.size(-1) != module.input_size:
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {input.size(-1)} expected {module.input_size}"
+        )
+    for index, state in enumerate(states):
+        if state.size(-1) != module.hidden_size:
+            raise RuntimeError(
+                f"hidden{index} has inconsistent hidden_size: "
+                f"got {state.size(-1)}, expected {module.hidden_size}"
+            )
+        if state.dim() != input.dim():
+            raise RuntimeError(
+                f"expected hidden{index} to be {input.dim()}D like the input, got {state.dim()}D"
+            )
+        if input.dim() == 2 and state.size(0) != input.size(0):
+            raise RuntimeError(
+                f"Input batch size {input.size(0)} doesn't match "
+                f"hidden{index} batch size {state.size(0)}"
+            )
+
+
+class RNNCell(nn.RNNCell):
+    r"""One step of an Elman RNN, `torch.nn.RNNCell` on rnnkit's kernels.
+
+    .. math:: h' = \tanh(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})
+
+    with ReLU in place of tanh if `nonlinearity` is `"relu"`.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the hidden state.
+        bias: whether the cell has `b_ih` and `b_hh`. Default True.
+        nonlinearity: `"tanh"` or `"relu"`. Default `"tanh"`.
+        device, dtype: of the parameters.
+
+    Shape:
+        input [N, I] or [I]; `hx` [N, H] or [H], zeros if None. Returns h', shaped like `hx`.
+
+    Raises:
+        ValueError: a rank does not fit.
+        RuntimeError: a size does not fit, or the nonlinearity is unknown.
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Take one step; see the class."""
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        cell = f"rnn_{self.nonlinearity}"
+        return _step("RNNCell", cell, self, input, stack.as_states(hx))[0]
+
+
+class LSTMCell(nn.LSTMCell):
+    r"""One step of an LSTM, `torch.nn.LSTMCell` on rnnkit's kernels.
+
+    .. math::
+        i, f, o &= \sigma(W_i x + b_i + W_{hi} h + b_{hi}), \ldots \\
+        g &= \tanh(W_g x + b_g + W_{hg} h + b_{hg}) \\
+        c' &= f \odot c + i \odot g \\
+        h' &= o \odot \tanh(c')
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the hidden and the cell state.
+        bias: whether the cell has `b_ih` and `b_hh`. Default True.
+        device, dtype: of the parameters.
+
+    Shape:
+        input [N, I] or [I]; `hx` a pair h, c, each [N, H] or [H], zeros if None. Returns (h', c').
+
+    Raises:
+        ValueError: a rank does not fit.
+        RuntimeError: a size does not fit.
+    """
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Take one step; see the class."""
+        h, c = _step("LSTMCell", "lstm", self, input, stack.as_state_pair(hx))
+        return h, c
+
+
+class GRUCell(nn.GRUCell):
+    r"""One step of a GRU, `torch.nn.GRUCell` on rnnkit's kernels.
+
+    .. math::
+        r, z &= \sigma(W_r x + b_r + W_{hr} h + b_{hr}), \ldots \\
+        n &= \tanh(W_n x + b_n + r \odot (W_{hn} h + b_{hn})) \\
+        h' &= (1 - z) \odot n + z \odot h
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the hidden state.
+        bias: whether the cell has `b_ih` and `b_hh`. Default True.
+        device, dtype: of the parameters.
+
+    Shape:
+        input [N, I] or [I]; `hx` [N, H] or [H], zeros if None. Returns h', shaped like `hx`.
+
+    Raises:
+        ValueError: a rank does not fit.
+        RuntimeError: a size does not fit.
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Take one step; see the class."""
+        return _step("GRUCell", "gru", self, input, stack.as_states(hx))[0]

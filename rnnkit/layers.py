@@ -1,0 +1,272 @@
+"""RNN, LSTM and GRU: torch.nn's layers, run by `stack.run`.
+
+They subclass `nn.RNNBase`, which brings torch's parameters, initial values, state_dict, checks and
+messages; not `nn.LSTM` and the like, on which torch.compile breaks the graph.
+"""
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnkit import stack
+
+States = tuple[Tensor, Tensor]
+
+
+class _Layers(nn.RNNBase):
+    """What the three share: from torch.nn's call to `stack.run` and back."""
+
+    def _weights(self) -> list[list[Tensor | None]]:
+        """The five tensors of `reference.WEIGHTS` for each layer and direction."""
+        flat = self._flat_weights
+        size = 2 + 2 * self.bias + (self.proj_size > 0)
+        return [
+            [
+                *flat[start : start + 2],
+                *(flat[start + 2 : start + 4] if self.bias else (None, None)),
+                flat[start + size - 1] if self.proj_size > 0 else None,
+            ]
+            for start in range(0, len(flat), size)
+        ]
+
+    def _run(
+        self, input: Tensor, states: Sequence[Tensor], batch_sizes: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return stack.run(
+            self.mode.lower(),
+            input,
+            states,
+            self._weights(),
+            batch_sizes,
+            directions=2 if self.bidirectional else 1,
+            dropout=self.dropout if self.training else 0.0,
+        )
+
+    def _check_states(self, input: Tensor, states: Sequence[Tensor], packed: Tensor | None) -> None:
+        """torch.nn's checks of input and states, which compare with states that may not be there."""
+        self.check_input(input, packed)
+        if states:
+            self.check_forward_args(input, states if len(states) > 1 else states[0], packed)  # type: ignore[arg-type]
+
+    def _check_rank(self, states: Sequence[Tensor], batched: bool) -> None:
+        expected = 3 if batched else 2
+        if all(state.dim() == expected for state in states):
+            return
+        given = f"{'' if batched else 'un'}batched {expected}-D input"
+        if len(states) == 1:
+            message = (
+                f"For {given}, hx should also be {expected}-D but got {states[0].dim()}-D tensor"
+            )
+        else:
+            ranks = ", ".join(f"{state.dim()}-D" for state in states)
+            message = f"For {given}, hx and cx should also be {expected}-D but got ({ranks}) tensors"
+        raise RuntimeError(message)
+
+    def _forward(self, input: Tensor | PackedSequence, hx: Any) -> Any:
+        self._update_flat_weights()
+        states = stack.as_state_pair(hx) if self.mode == "LSTM" else stack.as_states(hx)
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, states)
+        if input.dim() not in (2, 3):
+            noun = " tensor" if self.mode.startswith("RNN") else ""
+            raise ValueError(
+                f"{self._kind}: Expected input to be 2D or 3D, got {input.dim()}D{noun} instead"
+            )
+        batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        self._check_rank(states, batched)
+        if not batched:
+            input = input.unsqueeze(batch_dim)
+            states = [state.unsqueeze(1) for state in states]
+        self._check_states(input, states, None)
+        if self.batch_first:
+            input = input.transpose(0, 1)
+        output, finals = self._run(input, states, None)
+        if self.batch_first:
+            output = output.transpose(0, 1)
+        if not batched:
+            output = output.squeeze(batch_dim)
+            finals = tuple(state.squeeze(1) for state in finals)
+        return output, self._returned(finals)
+
+    def _forward_packed(self, input: PackedSequence, states: Sequence[Tensor]) -> Any:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        self._check_states(data, states, batch_sizes)
+        if states and sorted_indices is not None:
+            states = [state.index_select(1, sorted_indices) for state in states]
+        output, finals = self._run(data, states, batch_sizes)
+        if unsorted_indices is not None:
+            finals = tuple(state.index_select(1, unsorted_indices) for state in finals)
+        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return packed, self._returned(finals)
+
+    def _returned(self, finals: tuple[Tensor, ...]) -> Any:
+        return finals[0]
+
+    @property
+    def _kind(self) -> str:
+        """The layer's name in torch's messages, whatever a subclass is called."""
+        return self.mode.split("_")[0]
+
+
+class RNN(_Layers):
+    r"""Elman RNN, `torch.nn.RNN` on rnnkit's kernels.
+
+    .. math:: h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
+
+    with ReLU in place of tanh if `nonlinearity` is `"relu"`.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the hidden state.
+        num_layers: L, layers stacked. Default 1.
+        nonlinearity: `"tanh"` or `"relu"`. Default `"tanh"`.
+        bias: whether the layer has `b_ih` and `b_hh`. Default True.
+        batch_first: input and output are [N, T, ·] instead of [T, N, ·]. Default False.
+        dropout: probability of zeroing an element of each layer's output but the last's, in training.
+        bidirectional: a second direction, from the end (D = 2). Default False.
+        device, dtype: of the parameters.
+
+    Shape:
+        input [T, N, I], [T, I] or a PackedSequence; `hx` [L*D, N, H] or [L*D, H], zeros if None.
+        Returns the output [T, N, D*H] (or [T, D*H], or a PackedSequence) and `h_n`, shaped like `hx`.
+
+    Raises:
+        ValueError: the input's rank or dtype does not fit.
+        RuntimeError: a size does not fit, or there is no time step.
+
+    Source: Elman 1990, "Finding structure in time"; parameters and messages as in `torch.nn.RNN`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError(
+                "proj_size argument is only supported for LSTM, not RNN or GRU"
+            )
+        if len(args) > 3:
+            nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(
+                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
+        self.nonlinearity = nonlinearity
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+
+    @overload
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None
+    ) -> tuple[PackedSequence, Tensor]: ...
+    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+        """Run the layer; see the class."""
+        return self._forward(input, hx)
+
+
+class LSTM(_Layers):
+    r"""Long short-term memory, `torch.nn.LSTM` on rnnkit's kernels.
+
+    .. math::
+        i, f, o &= \sigma(W_i x_t + b_i + W_{hi} h_{t-1} + b_{hi}), \ldots \\
+        g &= \tanh(W_g x_t + b_g + W_{hg} h_{t-1} + b_{hg}) \\
+        c_t &= f \odot c_{t-1} + i \odot g \\
+        h_t &= o \odot \tanh(c_t) \quad (\text{then } W_{hr} h_t \text{ if } P > 0)
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the hidden and the cell state.
+        num_layers: L, layers stacked. Default 1.
+        bias: whether the layer has `b_ih` and `b_hh`. Default True.
+        batch_first: input and output are [N, T, ·] instead of [T, N, ·]. Default False.
+        dropout: probability of zeroing an element of each layer's output but the last's, in training.
+        bidirectional: a second direction, from the end (D = 2). Default False.
+        proj_size: P < H, features of the projected hidden state; 0 for none. Default 0.
+        device, dtype: of the parameters.
+
+    Shape:
+        input [T, N, I], [T, I] or a PackedSequence; `hx` a pair h_0 [L*D, N, P or H], c_0 [L*D, N, H]
+        (without N for an unbatched input), zeros if None. Returns the output [T, N, D*(P or H)] (or
+        [T, ·], or a PackedSequence) and `(h_n, c_n)`, shaped like `hx`. Gate order i, f, g, o.
+
+    Raises:
+        ValueError: the input's rank or dtype does not fit.
+        RuntimeError: a size does not fit, or there is no time step.
+
+    Source: Hochreiter & Schmidhuber 1997, with forget gates (Gers et al. 2000); projection: Sak et al.
+    2014; parameters and messages as in `torch.nn.LSTM`.
+    """
+
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    def _returned(self, finals: tuple[Tensor, ...]) -> Any:
+        return finals
+
+    @overload
+    def forward(self, input: Tensor, hx: States | None = None) -> tuple[Tensor, States]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: States | None = None
+    ) -> tuple[PackedSequence, States]: ...
+    def forward(self, input: Any, hx: States | None = None) -> Any:
+        """Run the layer; see the class."""
+        return self._forward(input, hx)
+
+
+class GRU(_Layers):
+    r"""Gated recurrent unit, `torch.nn.GRU` on rnnkit's kernels.
+
+    .. math::
+        r, z &= \sigma(W_r x_t + b_r + W_{hr} h_{t-1} + b_{hr}), \ldots \\
+        n &= \tanh(W_n x_t + b_n + r \odot (W_{hn} h_{t-1} + b_{hn})) \\
+        h_t &= (1 - z) \odot n + z \odot h_{t-1}
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the hidden state.
+        num_layers: L, layers stacked. Default 1.
+        bias: whether the layer has `b_ih` and `b_hh`. Default True.
+        batch_first: input and output are [N, T, ·] instead of [T, N, ·]. Default False.
+        dropout: probability of zeroing an element of each layer's output but the last's, in training.
+        bidirectional: a second direction, from the end (D = 2). Default False.
+        device, dtype: of the parameters.
+
+    Shape:
+        input [T, N, I], [T, I] or a PackedSequence; `hx` [L*D, N, H] or [L*D, H], zeros if None.
+        Returns the output [T, N, D*H] (or [T, D*H], or a PackedSequence) and `h_n`, shaped like `hx`.
+        Gate order r, z, n.
+
+    Raises:
+        ValueError: the input's rank or dtype does not fit.
+        RuntimeError: a size does not fit, or there is no time step.
+
+    Source: Cho et al. 2014, in PyTorch's convention, where z keeps the old state and r multiplies the
+    recurrent part after its bias; parameters and messages as in `torch.nn.GRU`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError(
+                "proj_size argument is only supported for LSTM, not RNN or GRU"
+            )
+        super().__init__("GRU", *args, **kwargs)
+
+    @overload
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None
+    ) -> tuple[PackedSequence, Tensor]: ...
+    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+        """Run the layer; see the class."""
+        return self._forward(input, hx)

@@ -1,0 +1,173 @@
+"""The ops `torch.ops.rnnkit.layer_forward` and `layer_backward`: schemas, fakes, composite reference.
+
+One pair of ops serves every cell, direction, layout and device. Extensions add kernels under their
+dispatch key (csrc/cpu/register.cpp); where there is none, the composite below runs.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rnnkit import reference
+from rnnkit.reference import CELLS, WEIGHTS
+
+_library = torch.library.Library("rnnkit", "DEF")
+
+# states: h [D, N, P] (and c [D, N, H]), or empty for zeros. weights: five for each direction, see WEIGHTS.
+# Returns the output, the final states, and what the backward pass needs: [D, rows, saved, H] if `save`.
+_library.define(
+    "layer_forward(str cell, Tensor input, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, bool save)"
+    " -> (Tensor, Tensor[], Tensor)"
+)
+# grads: of the output, then of each final state; None for zero. needs: for the input, each of `states`, each of
+# `weights`. Returns the gradients that are needed, in that order.
+_library.define(
+    "layer_backward(str cell, Tensor?[] grads, Tensor input, Tensor[] states, Tensor?[] weights,"
+    " Tensor? batch_sizes, Tensor output, Tensor reserve, bool[] needs) -> Tensor[]"
+)
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _empty_results(
+    cell: str,
+    input: Tensor,
+    weights: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    save: bool,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    spec = CELLS[cell]
+    w_hh = weights[1]
+    assert w_hh is not None
+    directions = len(weights) // len(WEIGHTS)
+    hidden, projected = w_hh.size(0) // spec.gates, w_hh.size(1)
+    rows = input.shape[:-1]
+    if states:
+        batch = states[0].size(1)
+    else:
+        batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
+    output = input.new_empty([*rows, directions * projected])
+    finals = [input.new_empty(directions, batch, s) for s in [projected, hidden][: spec.states]]
+    shape = [directions, rows.numel(), spec.saved, hidden] if save else [0]
+    return output, finals, input.new_empty(shape, dtype=_accumulate_dtype(input.dtype))
+
+
+@torch.library.register_fake("rnnkit::layer_forward", lib=_library)
+def _forward_fake(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    return _empty_results(cell, input, weights, batch_sizes, states, save)
+
+
+@torch.library.register_fake("rnnkit::layer_backward", lib=_library)
+def _backward_fake(
+    cell: str,
+    grads: Sequence[Tensor | None],
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    output: Tensor,
+    reserve: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    tensors = [input, *states, *weights]
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t, need in zip(tensors, needs, strict=True)
+        if need and t is not None
+    ]
+
+
+@torch.library.impl(_library, "layer_forward", "CompositeExplicitAutograd")
+def _forward_composite(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    reserve = _empty_results(cell, input, weights, batch_sizes, states, save)[2]
+    output, finals = reference.layer(cell, input, states, weights, batch_sizes)
+    return output, finals, reserve.zero_()
+
+
+@torch.library.impl(_library, "layer_backward", "CompositeExplicitAutograd")
+def _backward_composite(
+    cell: str,
+    grads: Sequence[Tensor | None],
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    output: Tensor,
+    reserve: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    found = differentiable_backward(
+        cell, grads, input, states, weights, batch_sizes, needs, create_graph=False
+    )
+    return [grad for grad in found if grad is not None]
+
+
+def differentiable_backward(
+    cell: str,
+    grads: Sequence[Tensor | None],
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    needs: Sequence[bool],
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """The gradients by autograd through the reference; with `create_graph` they can be differentiated again.
+
+    Returns a list like [input, *states, *weights], None where `needs` is False.
+    """
+    with torch.enable_grad():
+        # Aliases, so that a tensor given twice (tied weights) gets each place's own gradient.
+        tensors = [
+            None
+            if t is None
+            else t.view_as(t)
+            if create_graph
+            else t.detach().requires_grad_(bool(need))
+            for t, need in zip([input, *states, *weights], needs, strict=True)
+        ]
+        x, h, w = tensors[0], tensors[1 : 1 + len(states)], tensors[1 + len(states) :]
+        assert x is not None
+        output, finals = reference.layer(cell, x, [s for s in h if s is not None], w, batch_sizes)
+        pairs = [
+            (o, g)
+            for o, g in zip([output, *finals], grads, strict=True)
+            if g is not None and o.requires_grad
+        ]
+        wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
+        if not pairs or not wanted:
+            return [
+                torch.zeros_like(t) if need and t is not None else None
+                for t, need in zip(tensors, needs, strict=True)
+            ]
+        found = torch.autograd.grad(
+            [o for o, _ in pairs],
+            wanted,
+            [g for _, g in pairs],
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    remaining = iter(found)
+    return [
+        next(remaining) if need and t is not None else None
+        for t, need in zip(tensors, needs, strict=True)
+    ]

@@ -1,0 +1,169 @@
+"""Layers × directions × dropout × packed sequences × autocast, written once for every cell."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout as drop
+
+from rnnkit import autograd
+from rnnkit.reference import WEIGHTS
+
+
+def run(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Sequence[Tensor | None]],
+    batch_sizes: Tensor | None = None,
+    *,
+    directions: int = 1,
+    dropout: float = 0.0,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Run a stack of layers.
+
+    Args:
+        cell: a name in `reference.CELLS`.
+        input: [T, N, I], or the data [rows, I] of a PackedSequence with its `batch_sizes`.
+        states: h [L*D, N, P] and, for the LSTM, c [L*D, N, H]; empty for zeros.
+        weights: L*D times the five of `reference.WEIGHTS`.
+        batch_sizes: int64 [T] on the CPU, not increasing.
+        directions: D, 1 or 2.
+        dropout: probability of zeroing an element between layers; 0 when not training.
+
+    Returns:
+        The last layer's output [T, N, D*P] or [rows, D*P], and the final states, shaped like `states`.
+
+    Raises:
+        RuntimeError: no time step, or a tensor of another dtype or device than the input.
+    """
+    if (input.size(0) if batch_sizes is None else batch_sizes.numel()) == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    input, states, weights, result_dtypes = _autocast(cell, input, states, weights, batch_sizes)
+    _check_like(input, states, weights)
+    layers = len(weights) // directions
+    output, finals = input, []
+    for index in range(layers):
+        of_layer = slice(index * directions, (index + 1) * directions)
+        if index > 0 and dropout > 0:
+            output = drop(output, dropout, training=True)
+        output, final = autograd.layer(
+            cell,
+            output,
+            states if layers == 1 else [state[of_layer] for state in states],
+            [w for direction in weights[of_layer] for w in direction],
+            batch_sizes,
+        )
+        finals.append(final)
+    if output.requires_grad and not _torch_saves_output(cell, output, weights, batch_sizes):
+        output = output.clone()
+    final_states = finals[0] if layers == 1 else [torch.cat(s) for s in zip(*finals, strict=True)]
+    if result_dtypes is not None:
+        output = output.to(result_dtypes[0])
+        final_states = [s.to(d) for s, d in zip(final_states, result_dtypes, strict=False)]
+    return output, tuple(final_states)
+
+
+def _torch_saves_output(
+    cell: str,
+    output: Tensor,
+    weights: Sequence[Sequence[Tensor | None]],
+    batch_sizes: Tensor | None,
+) -> bool:
+    """Whether torch.nn, too, forbids an in-place write to the output before the backward pass.
+
+    It does where oneDNN computes the layer; elsewhere scripts write to the output, so they get a copy.
+    """
+    return (
+        cell == "lstm"
+        and batch_sizes is None
+        and weights[0][-1] is None
+        and output.dtype != torch.float64
+    )
+
+
+def as_states(hx: Tensor | None) -> tuple[Tensor, ...]:
+    """The `hx` of a cell with one state -> its states; empty, for zeros, if None."""
+    if hx is None:
+        return ()
+    if not isinstance(hx, Tensor):
+        raise AttributeError(f"expected hx to be a Tensor, got {type(hx).__name__}")
+    return (hx,)
+
+
+def as_state_pair(hx: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+    """The `hx` of an LSTM -> (h, c); empty, for zeros, if None."""
+    if hx is None:
+        return ()
+    expected = "expected hx to be a pair of Tensors (h, c)"
+    if isinstance(hx, Tensor):
+        raise TypeError(f"{expected}, got a Tensor of shape {tuple(hx.shape)}")
+    if len(hx) < 2:
+        raise IndexError(f"{expected}, got {len(hx)} of them")
+    if len(hx) > 2:
+        raise RuntimeError(f"lstm expects two hidden states: {expected}, got {len(hx)} of them")
+    if not all(isinstance(state, Tensor) for state in hx):
+        raise AttributeError(f"{expected}, got {[type(state).__name__ for state in hx]}")
+    return tuple(hx)
+
+
+def _check_like(
+    input: Tensor, states: Sequence[Tensor], weights: Sequence[Sequence[Tensor | None]]
+) -> None:
+    """Every tensor is on the input's device and in its dtype."""
+    _check_alike("hidden", input, states)
+    for of_direction in weights:
+        _check_alike("parameter", input, of_direction)
+
+
+def _check_alike(what: str, input: Tensor, tensors: Sequence[Tensor | None]) -> None:
+    dtype, device = input.dtype, input.device
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise RuntimeError(
+                f"Input and {what} tensors are not at the same device, found input tensor at {device} "
+                f"and {what} tensor at {tensor.device}"
+            )
+        if tensor.dtype != dtype:
+            raise RuntimeError(
+                f"Input and {what} tensors are not the same dtype, found input tensor with {dtype} "
+                f"and {what} tensor with {tensor.dtype}"
+            )
+
+
+def _autocast(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Sequence[Tensor | None]],
+    batch_sizes: Tensor | None,
+) -> tuple[
+    Tensor, Sequence[Tensor], Sequence[Sequence[Tensor | None]], list[torch.dtype] | None
+]:
+    """Under autocast: everything in the low dtype, and the dtypes torch.nn returns for output and states.
+
+    torch.nn multiplies in the low dtype; where its cell is made of pointwise ops (all but the RNN's, and
+    the LSTM's on oneDNN) these promote to the incoming state's dtype, so that the new state has it too.
+    """
+    kind = input.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or input.dtype == torch.float64:
+        return input, states, weights, None
+    low = torch.get_autocast_dtype(kind)
+    carried = states[-1].dtype if states else input.dtype
+    state = torch.promote_types(carried, low)
+    projected = weights[0][-1] is not None
+    fused = cell == "lstm" and not projected and batch_sizes is None and low == torch.bfloat16
+    if cell.startswith("rnn") or fused or kind != "cpu":
+        state = low
+
+    def cast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [None if t is None else t.to(low) for t in tensors]
+
+    return (
+        input.to(low),
+        [s.to(low) for s in states],
+        [cast(of_direction) for of_direction in weights],
+        [low if projected else state, state],
+    )
