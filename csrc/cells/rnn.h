@@ -1,0 +1,37 @@
+// h' = f(x + h), f = tanh or ReLU, with x and h the input's and the recurrent part of the one gate.
+#pragma once
+
+#include "common/lanes.h"
+
+namespace rnnkit::RNNKIT_CAPABILITY {
+
+template <bool kRelu>
+struct Rnn {
+  static constexpr int gates = 1, states = 1, units = 64;
+  static constexpr int saved = 1;    // h'
+  static constexpr int grads = 1;    // of the gate, both parts
+  static constexpr int input_grad[] = {0};
+  static constexpr bool uses_previous_h = false;
+
+  template <class V>
+  static RNNKIT_INLINE void forward(const V* x, const V* h, V* state, V* save) {
+    state[0] = save[0] = kRelu ? relu(x[0] + h[0]) : tanh(x[0] + h[0]);
+  }
+
+  template <class V>
+  static RNNKIT_INLINE V output(const V* save) {
+    return save[0];
+  }
+
+  template <class V>
+  static RNNKIT_INLINE void backward(const V* save, V /*previous_h*/, V* grad_state, V* grad) {
+    const V out = save[0];
+    grad[0] = kRelu ? relu_backward(grad_state[0], out) : grad_state[0] * (Element<V>(1) - out * out);
+    grad_state[0] = V{};
+  }
+};
+
+using RnnTanh = Rnn<false>;
+using RnnRelu = Rnn<true>;
+
+}  // namespace rnnkit::RNNKIT_CAPABILITY

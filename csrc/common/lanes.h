@@ -1,0 +1,158 @@
+// Lane types and the functions of a lane that cells are written in.
+//
+// A cell is a template over a lane type V: a GCC/Clang vector of float or double here, so that the compiler's
+// flags (SSE2, AVX2, AVX-512, NEON) choose the instructions; a plain float or double elsewhere.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifndef RNNKIT_CAPABILITY
+#define RNNKIT_CAPABILITY baseline
+#endif
+#define RNNKIT_INLINE inline __attribute__((always_inline))
+
+namespace rnnkit::RNNKIT_CAPABILITY {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// Lanes of T in one vector register.
+template <class T>
+constexpr int kLanes = kVectorBytes / sizeof(T);
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+
+// The bits of a floating-point type, and what exp needs to know of them.
+template <class T>
+struct Format;
+template <>
+struct Format<float> {
+  using Bits = uint32_t;
+  static constexpr int mantissa = 23, bias = 127, taylor = 7;
+  static constexpr float ln2_high = 0.693145751953125f, ln2_low = 1.42860682030941723e-6f;
+  static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float exp_limit = 87.3f, tanh_limit = 18.1f;
+};
+template <>
+struct Format<double> {
+  using Bits = uint64_t;
+  static constexpr int mantissa = 52, bias = 1023, taylor = 13;
+  static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
+  static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double exp_limit = 708.3, tanh_limit = 38.2;
+};
+
+template <class T>
+RNNKIT_INLINE Vector<T> splat(T value) {
+  return Vector<T>{} + value;
+}
+
+template <class T>
+RNNKIT_INLINE Vector<T> load(const T* from) {
+  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(from);
+}
+
+template <class T>
+RNNKIT_INLINE void store(T* to, Vector<T> value) {
+  *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = value;
+}
+
+// The first `count` lanes, the others 0.
+template <class T>
+RNNKIT_INLINE Vector<T> load(const T* from, int64_t count) {
+  if (count >= kLanes<T>) return load(from);
+  Vector<T> value{};
+  std::memcpy(&value, from, count * sizeof(T));
+  return value;
+}
+
+template <class T>
+RNNKIT_INLINE void store(T* to, Vector<T> value, int64_t count) {
+  if (count >= kLanes<T>)
+    store(to, value);
+  else
+    std::memcpy(to, &value, count * sizeof(T));
+}
+
+template <class T>
+RNNKIT_INLINE T sum(Vector<T> value) {
+  T lanes[kLanes<T>];
+  std::memcpy(lanes, &value, sizeof lanes);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// The element type of a lane type.
+template <class V>
+using Element = std::remove_cvref_t<decltype(std::declval<V>()[0])>;
+
+// exp(x) = scale * (1 + p), with scale a power of two and p = exp(r) - 1 for |r| <= ln(2)/2, so that p keeps
+// its relative precision as x goes to 0. `limit` bounds |x|; NaN stays NaN.
+template <class V>
+struct SplitExp {
+  V p, scale;
+};
+
+template <class V, class T = Element<V>>
+RNNKIT_INLINE SplitExp<V> split_exp(V x, T limit) {
+  using F = Format<T>;
+  typedef typename F::Bits Bits __attribute__((vector_size(kVectorBytes)));
+  x = x > limit ? splat(limit) : x;
+  x = x < -limit ? splat(-limit) : x;
+  const V rounded = x * T(1.44269504088896340736) + F::round;
+  const V n = rounded - F::round;
+  const V r = (x - n * F::ln2_high) - n * F::ln2_low;
+  // Taylor's series of (exp(r) - 1) / r; its remainder is below half a unit in the last place.
+  constexpr T inverse[] = {T(1) / 13, T(1) / 12, T(1) / 11, T(1) / 10, T(1) / 9, T(1) / 8, T(1) / 7,
+                           T(1) / 6,  T(1) / 5,  T(1) / 4,  T(1) / 3,  T(1) / 2};
+  V series = splat(T(1));
+#pragma GCC unroll 16
+  for (int k = 13 - F::taylor; k < 12; ++k) series = series * (r * inverse[k]) + T(1);
+  Bits bits;
+  std::memcpy(&bits, &rounded, sizeof bits);
+  bits = (bits << F::mantissa) + (static_cast<typename F::Bits>(F::bias) << F::mantissa);
+  V scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return {series * r, scale};
+}
+
+template <class V>
+RNNKIT_INLINE V sigmoid(V x) {
+  const auto e = split_exp(-x, Format<Element<V>>::exp_limit);
+  return Element<V>(1) / ((e.scale * e.p + e.scale) + Element<V>(1));
+}
+
+template <class V>
+RNNKIT_INLINE V tanh(V x) {
+  const auto e = split_exp(x + x, Format<Element<V>>::tanh_limit);
+  const V expm1 = e.scale * e.p + (e.scale - Element<V>(1));
+  return expm1 / (expm1 + Element<V>(2));
+}
+
+// NaN passes.
+template <class V>
+RNNKIT_INLINE V relu(V x) {
+  return x < Element<V>(0) ? V{} : x;
+}
+
+// grad where the ReLU was open, that is, where its output is not 0 (NaN counts as open).
+template <class V>
+RNNKIT_INLINE V relu_backward(V grad, V output) {
+  return output <= Element<V>(0) ? V{} : grad;
+}
+
+}  // namespace rnnkit::RNNKIT_CAPABILITY

@@ -1,0 +1,325 @@
+// The CPU kernels of the ops in rnnkit/ops.py: checks, memory, choice of the kernels for this CPU, and the module
+// `rnnkit._C`, whose loading registers them.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <pthread.h>
+#include <torch/extension.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <string>
+#include <vector>
+
+#include "cpu/layer.h"
+
+namespace rnnkit {
+namespace {
+
+using at::Tensor;
+using OptionalTensors = c10::List<std::optional<Tensor>>;
+
+constexpr const char* kWeightNames[] = {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr"};
+constexpr int64_t kWeights = 5;  // of one direction
+
+// The child of a fork has none of its parent's OpenMP threads, and libgomp would wait for them.
+std::atomic<bool> forked{false};
+
+struct Capability {
+  std::string name;
+  CellTable cells;
+};
+
+// The best kernels that were built and that this CPU runs, as torch sees it (ATEN_CPU_CAPABILITY can lower it).
+Capability choose_capability() {
+  [[maybe_unused]] const std::string name = at::get_cpu_capability();
+#ifdef RNNKIT_HAS_AVX512
+  if (name == "AVX512") return {"avx512", avx512::cells()};
+#endif
+#ifdef RNNKIT_HAS_AVX2
+  if (name == "AVX512" || name == "AVX2") return {"avx2", avx2::cells()};
+#endif
+  return {"baseline", baseline::cells()};
+}
+
+const Capability& capability() {
+  static const Capability chosen = choose_capability();
+  return chosen;
+}
+
+const CellKernels& find_cell(std::string_view name) {
+  for (const CellKernels* cell = capability().cells.begin; cell != capability().cells.end; ++cell)
+    if (name == cell->name) return *cell;
+  TORCH_CHECK(false, "expected cell to be the name of a cell, got '", std::string(name), "'");
+}
+
+template <class T>
+const Kernels<T>& kernels_of(const CellKernels& cell) {
+  if constexpr (std::is_same_v<T, double>)
+    return cell.f64;
+  else
+    return cell.f32;
+}
+
+void check_shape(const Tensor& tensor, const std::string& name, at::IntArrayRef expected, const Tensor& input) {
+  TORCH_CHECK(tensor.sizes() == expected, "expected ", name, " of shape ", expected, ", got ", tensor.sizes());
+  TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), "expected ", name, " to be ", input.scalar_type(),
+              " like the input, got ", tensor.scalar_type());
+  TORCH_CHECK(tensor.device() == input.device(), "expected ", name, " on ", input.device(), " like the input, got ",
+              tensor.device());
+}
+
+// A call's arguments, checked, with their sizes and the rows of each step.
+struct Call {
+  const CellKernels& cell;
+  const Tensor& input;
+  const std::vector<Tensor> states;
+  const OptionalTensors& weights;
+  int64_t steps, batch, input_size, hidden, projected, directions;
+  std::vector<int64_t> offsets;
+
+  Call(std::string_view name, const Tensor& x, at::TensorList initial, const OptionalTensors& w,
+       const std::optional<Tensor>& batch_sizes)
+      : cell(find_cell(name)), input(x), states(initial.vec()), weights(w) {
+    TORCH_CHECK(weights.size() == kWeights || weights.size() == 2 * kWeights,
+                "expected weights to hold 5 tensors for each of 1 or 2 directions, got ", weights.size());
+    directions = weights.size() / kWeights;
+    TORCH_CHECK(input.is_floating_point(), "expected input to be floating-point, got ", input.scalar_type());
+    TORCH_CHECK(input.dim() == (batch_sizes ? 2 : 3), "expected input to have ", batch_sizes ? 2 : 3,
+                " dimensions, got ", input.dim());
+    input_size = input.size(-1);
+    set_offsets(batch_sizes);
+    check_weights();
+    TORCH_CHECK(states.empty() || static_cast<int64_t>(states.size()) == cell.states, "expected ", cell.states,
+                " states or none, got ", states.size());
+    for (size_t i = 0; i < states.size(); ++i)
+      check_shape(states[i], "hx[" + std::to_string(i) + "]", {directions, batch, i == 0 ? projected : hidden}, input);
+  }
+
+  void set_offsets(const std::optional<Tensor>& batch_sizes) {
+    offsets = {0};
+    if (!batch_sizes) {
+      steps = input.size(0);
+      batch = input.size(1);
+      for (int64_t t = 0; t < steps; ++t) offsets.push_back((t + 1) * batch);
+    } else {
+      TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->scalar_type() == at::kLong && batch_sizes->is_cpu(),
+                  "expected batch_sizes to be an int64 vector on the CPU, got ", batch_sizes->scalar_type(), " of shape ",
+                  batch_sizes->sizes(), " on ", batch_sizes->device());
+      const Tensor counts = batch_sizes->contiguous();
+      steps = counts.numel();
+      batch = steps > 0 ? counts.const_data_ptr<int64_t>()[0] : 0;
+      int64_t before = batch;
+      for (int64_t t = 0; t < steps; ++t) {
+        const int64_t count = counts.const_data_ptr<int64_t>()[t];
+        TORCH_CHECK(count > 0 && count <= before, "expected batch_sizes to be positive and not to increase, got ", count,
+                    " after ", before, " at step ", t);
+        offsets.push_back(offsets.back() + count);
+        before = count;
+      }
+      TORCH_CHECK(offsets.back() == input.size(0), "expected batch_sizes to sum to the input's ", input.size(0),
+                  " rows, got ", offsets.back());
+    }
+    TORCH_CHECK(steps > 0, "Expected sequence length to be larger than 0 in RNN");
+  }
+
+  void check_weights() {
+    for (int64_t d = 0; d < directions; ++d)
+      for (int64_t k = 0; k < 2; ++k) {
+        TORCH_CHECK(weight(d, k), "expected ", kWeightNames[k], " of direction ", d, " to be a tensor, got None");
+        TORCH_CHECK(weight(d, k)->dim() == 2, "expected ", kWeightNames[k], " to have 2 dimensions, got ",
+                    weight(d, k)->dim());
+      }
+    hidden = weight(0, 1)->size(0) / cell.gates;
+    projected = weight(0, 1)->size(1);
+    const bool projects = weight(0, 4).has_value();
+    TORCH_CHECK(!projects || cell.states == 2, "expected w_hr to be None for ", cell.name);
+    TORCH_CHECK(projects || projected == hidden, "expected w_hh of shape ", at::IntArrayRef{cell.gates * hidden, hidden},
+                ", got ", weight(0, 1)->sizes());
+    const int64_t gates = cell.gates * hidden;
+    const std::vector<int64_t> shapes[] = {{gates, input_size}, {gates, projected}, {gates}, {gates}, {projected, hidden}};
+    for (int64_t d = 0; d < directions; ++d)
+      for (int64_t k = 0; k < kWeights; ++k) {
+        TORCH_CHECK(k != 4 || weight(d, k).has_value() == projects, "expected w_hr in all directions or in none");
+        if (weight(d, k)) check_shape(*weight(d, k), kWeightNames[k], shapes[k], input);
+      }
+  }
+
+  std::optional<Tensor> weight(int64_t d, int64_t k) const { return weights.get(d * kWeights + k); }
+  int64_t rows() const { return offsets.back(); }
+  bool empty() const { return rows() == 0 || hidden == 0; }
+
+  // Low-precision tensors are computed with in float.
+  at::ScalarType compute_type() const { return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+  at::TensorOptions compute_options() const { return input.options().dtype(compute_type()); }
+  Tensor state_like(size_t i) const {
+    return at::empty({directions, batch, i == 0 ? projected : hidden}, compute_options());
+  }
+
+  // More threads only for work that outweighs waking them.
+  int threads() const {
+    if (forked.load(std::memory_order_relaxed) || at::in_parallel_region()) return 1;
+    const double work = double(rows()) * directions * cell.gates * hidden * (input_size + projected);
+    constexpr double kWorthOneThread = 200'000;  // multiply-adds
+    return static_cast<int>(std::min<double>(at::get_num_threads(), 1 + work / kWorthOneThread));
+  }
+};
+
+// Holds the contiguous, converted tensors that a Layer points into.
+class Pinned {
+ public:
+  explicit Pinned(at::ScalarType type) : type_(type) {}
+
+  template <class T>
+  const T* read(const std::optional<Tensor>& tensor) {
+    if (!tensor || !tensor->defined()) return nullptr;
+    kept_.push_back(tensor->to(type_).contiguous());
+    return kept_.back().const_data_ptr<T>();
+  }
+
+ private:
+  at::ScalarType type_;
+  std::vector<Tensor> kept_;
+};
+
+template <class T>
+Layer<T> make_layer(const Call& call, Pinned& pinned) {
+  Layer<T> layer{};
+  layer.steps = call.steps;
+  layer.batch = call.batch;
+  layer.input = call.input_size;
+  layer.hidden = call.hidden;
+  layer.projected = call.projected;
+  layer.directions = call.directions;
+  layer.offsets = call.offsets.data();
+  for (int64_t d = 0; d < call.directions; ++d) {
+    const T** places[] = {&layer.direction[d].w_ih, &layer.direction[d].w_hh, &layer.direction[d].b_ih,
+                          &layer.direction[d].b_hh, &layer.direction[d].w_hr};
+    for (int64_t k = 0; k < kWeights; ++k) *places[k] = pinned.read<T>(call.weight(d, k));
+  }
+  layer.x = pinned.read<T>(call.input);
+  for (size_t i = 0; i < call.states.size(); ++i) layer.initial[i] = pinned.read<T>(call.states[i]);
+  layer.threads = call.threads();
+  return layer;
+}
+
+template <class T>
+void forward(const Call& call, const Tensor& output, const std::vector<Tensor>& finals, const Tensor& reserve) {
+  Pinned pinned(call.compute_type());
+  Layer<T> layer = make_layer<T>(call, pinned);
+  layer.y = output.mutable_data_ptr<T>();
+  for (size_t i = 0; i < finals.size(); ++i) layer.final[i] = finals[i].mutable_data_ptr<T>();
+  layer.reserve = reserve.numel() > 0 ? reserve.mutable_data_ptr<T>() : nullptr;
+  const Kernels<T>& kernels = kernels_of<T>(call.cell);
+  const Tensor scratch = at::empty({kernels.forward_scratch(layer)}, call.compute_options());
+  kernels.forward(layer, scratch.mutable_data_ptr<T>());
+}
+
+std::tuple<Tensor, std::vector<Tensor>, Tensor> layer_forward(std::string_view cell, const Tensor& input,
+                                                              at::TensorList states, const OptionalTensors& weights,
+                                                              const std::optional<Tensor>& batch_sizes, bool save) {
+  const Call call(cell, input, states, weights, batch_sizes);
+  std::vector<int64_t> shape = input.sizes().vec();
+  shape.back() = call.directions * call.projected;
+  Tensor output = at::empty(shape, call.compute_options());
+  std::vector<Tensor> finals;
+  for (int64_t i = 0; i < call.cell.states; ++i) finals.push_back(call.state_like(i));
+  Tensor reserve = save ? at::empty({call.directions, call.rows(), call.cell.saved, call.hidden}, call.compute_options())
+                        : at::empty({0}, call.compute_options());
+  if (!call.empty()) {
+    if (call.compute_type() == at::kDouble)
+      forward<double>(call, output, finals, reserve);
+    else
+      forward<float>(call, output, finals, reserve);
+  }
+  for (Tensor& state : finals) state = state.to(input.scalar_type());
+  return {output.to(input.scalar_type()), finals, reserve};
+}
+
+template <class T>
+void backward(const Call& call, const OptionalTensors& grads, const Tensor& output, const Tensor& reserve,
+              const std::vector<Tensor>& results) {
+  Pinned pinned(call.compute_type());
+  Layer<T> layer = make_layer<T>(call, pinned);
+  layer.y = const_cast<T*>(pinned.read<T>(output));  // only read in the backward pass
+  layer.reserve = const_cast<T*>(pinned.read<T>(reserve));
+  layer.grad_y = pinned.read<T>(grads.get(0));
+  for (int64_t i = 0; i < call.cell.states; ++i) layer.grad_final[i] = pinned.read<T>(grads.get(i + 1));
+  const auto write = [&](size_t i) { return results[i].defined() ? results[i].mutable_data_ptr<T>() : nullptr; };
+  layer.grad_x = write(0);
+  for (size_t i = 0; i < call.states.size(); ++i) layer.grad_initial[i] = write(1 + i);
+  for (int64_t d = 0; d < call.directions; ++d) {
+    const size_t first = 1 + call.states.size() + d * kWeights;
+    Direction<T>& direction = layer.direction[d];
+    T** places[] = {&direction.grad_w_ih, &direction.grad_w_hh, &direction.grad_b_ih, &direction.grad_b_hh,
+                    &direction.grad_w_hr};
+    for (int64_t k = 0; k < kWeights; ++k) *places[k] = write(first + k);
+  }
+  const Kernels<T>& kernels = kernels_of<T>(call.cell);
+  const Tensor scratch = at::empty({kernels.backward_scratch(layer)}, call.compute_options());
+  kernels.backward(layer, scratch.mutable_data_ptr<T>());
+}
+
+std::vector<Tensor> layer_backward(std::string_view cell, const OptionalTensors& grads, const Tensor& input,
+                                   at::TensorList states, const OptionalTensors& weights,
+                                   const std::optional<Tensor>& batch_sizes, const Tensor& output, const Tensor& reserve,
+                                   const c10::List<bool>& needs) {
+  const Call call(cell, input, states, weights, batch_sizes);
+  TORCH_CHECK(static_cast<int64_t>(grads.size()) == 1 + call.cell.states, "expected grads of the output and of ",
+              call.cell.states, " states, got ", grads.size());
+  std::vector<int64_t> shape = input.sizes().vec();
+  shape.back() = call.directions * call.projected;
+  check_shape(output, "output", shape, input);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const std::optional<Tensor> grad = grads.get(i);
+    const std::vector<int64_t> state = {call.directions, call.batch, i == 1 ? call.projected : call.hidden};
+    if (grad && grad->defined()) check_shape(*grad, "grads[" + std::to_string(i) + "]", i == 0 ? shape : state, input);
+  }
+  const std::vector<int64_t> saved = {call.directions, call.rows(), call.cell.saved, call.hidden};
+  TORCH_CHECK(reserve.sizes() == saved && reserve.scalar_type() == call.compute_type() && reserve.is_cpu(),
+              "expected reserve to be ", call.compute_type(), " of shape ", saved, ", got ", reserve.scalar_type(), " of shape ",
+              reserve.sizes());
+  std::vector<Tensor> wanted = {input};
+  wanted.insert(wanted.end(), call.states.begin(), call.states.end());
+  for (size_t i = 0; i < weights.size(); ++i) wanted.push_back(weights.get(i).value_or(Tensor()));
+  TORCH_CHECK(needs.size() == wanted.size(), "expected needs to have ", wanted.size(), " entries, got ", needs.size());
+
+  std::vector<Tensor> results(wanted.size());
+  for (size_t i = 0; i < wanted.size(); ++i)
+    if (needs.get(i) && wanted[i].defined())
+      results[i] = call.empty() ? at::zeros(wanted[i].sizes(), call.compute_options())
+                                : at::empty(wanted[i].sizes(), call.compute_options());
+  if (!call.empty()) {
+    if (call.compute_type() == at::kDouble)
+      backward<double>(call, grads, output, reserve, results);
+    else
+      backward<float>(call, grads, output, reserve, results);
+  }
+  std::vector<Tensor> needed;
+  for (const Tensor& result : results)
+    if (result.defined()) needed.push_back(result.to(input.scalar_type()));
+  return needed;
+}
+
+std::vector<std::tuple<std::string, int64_t, int64_t, int64_t>> list_cells() {
+  std::vector<std::tuple<std::string, int64_t, int64_t, int64_t>> list;
+  for (const CellKernels* cell = capability().cells.begin; cell != capability().cells.end; ++cell)
+    list.emplace_back(cell->name, cell->gates, cell->states, cell->saved);
+  return list;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rnnkit, CPU, m) {
+  m.impl("layer_forward", layer_forward);
+  m.impl("layer_backward", layer_backward);
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+  m.doc() = "rnnkit's CPU kernels; importing it registers them with torch.";
+  m.def("capability", [] { return capability().name; }, "The instruction set of the kernels in use.");
+  m.def("cells", list_cells, "(name, gates, states, saved) of each cell, as in rnnkit.reference.CELLS.");
+}
+
+}  // namespace rnnkit

@@ -1,0 +1,104 @@
+// Threads of one parallel region: a barrier, and even shares of work.
+#pragma once
+
+#include <omp.h>
+#include <sched.h>
+
+#include <atomic>
+#include <cstdint>
+
+#include "common/lanes.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace rnnkit::RNNKIT_CAPABILITY {
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// The part of [0, total) that falls to member `index` of `members`, in multiples of `grain`.
+inline Range share(int64_t total, int64_t index, int64_t members, int64_t grain = 1) {
+  const int64_t grains = (total + grain - 1) / grain;
+  const int64_t begin = grains * index / members * grain, end = grains * (index + 1) / members * grain;
+  return {begin < total ? begin : total, end < total ? end : total};
+}
+
+// Waits by spinning, since a step lasts microseconds, but not for long: when more threads are wanted than the
+// machine has, a member that only spins keeps the others from running.
+class Barrier {
+ public:
+  explicit Barrier(int members) : members_(members) {}
+
+  void wait() {
+    if (members_ == 1) return;
+    const uint32_t phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == members_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+      if (spins > kSpins) {
+        sched_yield();
+        continue;
+      }
+#if defined(__x86_64__)
+      _mm_pause();
+#endif
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 2000;
+  const int members_;
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};
+};
+
+// Treats denormals as 0 in this scope: they are slow on many CPUs and carry nothing here.
+class FlushDenormals {
+ public:
+#if defined(__x86_64__)
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#elif defined(__aarch64__)
+  FlushDenormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    asm volatile("msr fpcr, %0" ::"r"(before_ | (1ull << 24)));
+  }
+  ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
+
+ private:
+  uint64_t before_;
+#endif
+};
+
+// Runs body(thread, threads, barrier) on up to `threads` threads at once; on one if already in a parallel region.
+template <class Body>
+void parallel(int threads, const Body& body) {
+  if (threads <= 1 || omp_in_parallel()) {
+    FlushDenormals flush;
+    Barrier alone(1);
+    body(0, 1, alone);
+    return;
+  }
+  alignas(64) char place[sizeof(Barrier)];
+  Barrier* barrier = nullptr;
+#pragma omp parallel num_threads(threads)
+  {
+    const int team = omp_get_num_threads();
+#pragma omp single
+    barrier = new (place) Barrier(team);
+    FlushDenormals flush;
+    body(omp_get_thread_num(), team, *barrier);
+  }
+}
+
+}  // namespace rnnkit::RNNKIT_CAPABILITY
