@@ -4,6 +4,8 @@
 // tiled: the same bits for every split of them over threads.
 #pragma once
 
+#include <utility>
+
 #include "common/lanes.h"
 
 namespace rnnkit::RNNKIT_CAPABILITY {
@@ -150,15 +152,37 @@ void dot(int64_t M, int64_t rows, int64_t K, const T* a, int64_t lda, const T* w
   if (M == 1) dot_rows<T, 1>(rows, K, a, lda, w, ldw, c, ldc);
 }
 
-// panel[k * width + j] = w[j * ldw + k] for j < rows, k < K; the other columns of the panel 0.
+// Exchanges, between rows i and i + kStride of a square block, the lanes that are on the wrong side of its diagonal.
+template <class T, size_t kStride, size_t... kLane>
+RNNKIT_INLINE void exchange(Vector<T>& a, Vector<T>& b, std::index_sequence<kLane...>) {
+  constexpr size_t lanes = kLanes<T>;
+  const Vector<T> low = __builtin_shufflevector(a, b, (kLane & kStride ? kLane - kStride + lanes : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStride ? kLane + lanes : kLane + kStride)...);
+  a = low;
+}
+
+template <class T, size_t kStride = kLanes<T> / 2>
+RNNKIT_INLINE void transpose(Vector<T>* rows) {
+#pragma GCC unroll 16
+  for (size_t i = 0; i < kLanes<T>; ++i)
+    if (!(i & kStride)) exchange<T, kStride>(rows[i], rows[i + kStride], std::make_index_sequence<kLanes<T>>());
+  if constexpr (kStride > 1) transpose<T, kStride / 2>(rows);
+}
+
+// panel[k * width + j] = w[j * ldw + k] for j < rows, k < K; up to the next multiple of the lanes, j >= rows give 0.
 template <class T>
 void pack_transposed(int64_t rows, int64_t K, const T* w, int64_t ldw, T* panel, int64_t width) {
-  constexpr int64_t block = 16;
-  for (int64_t k = 0; k < K; k += block) {
-    const int64_t depth = K - k < block ? K - k : block;
-    for (int64_t j = 0; j < rows; ++j)
-      for (int64_t i = 0; i < depth; ++i) panel[(k + i) * width + j] = w[j * ldw + k + i];
-  }
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t j = 0; j < rows; j += lanes)
+    for (int64_t k = 0; k < K; k += lanes) {
+      Vector<T> block[lanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; ++i) block[i] = j + i < rows ? load(w + (j + i) * ldw + k, K - k) : Vector<T>{};
+      transpose<T>(block);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; ++i)
+        if (k + i < K) store(panel + (k + i) * width + j, block[i]);
+    }
 }
 
 // panel[k * width + j] = row(k)[j] for j < columns; the other columns of the panel 0.

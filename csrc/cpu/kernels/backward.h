@@ -26,8 +26,7 @@ class Backward {
     w_ih_ = arena_.take(pack_input_ && layer.grad_x != nullptr ? D * Cell::gates * H * round_up(layer.input, kPanel) : 0);
     grad_projected_ = arena_.take(projects_ ? D * R * P : 0);
     unprojected_ = arena_.take(projects_ ? D * R * H : 0);
-    const int64_t depth = least(R, kDepth);
-    product_size_ = depth * (kProductRows + round_up(most(layer.input, most(P, H)), kPanel));
+    product_size_ = kDepth * (kProductRows + round_up(most(layer.input, most(P, H)), kPanel));
     products_ = arena_.take(layer.threads * product_size_);
   }
 
@@ -247,59 +246,87 @@ class Backward {
     const int64_t H = layer_.hidden, P = layer_.projected, R = layer_.rows(), ld = Cell::grads * H;
     for (int64_t d = 0; d < layer_.directions; ++d) {
       const Direction<T>& weights = layer_.direction[d];
-      const auto x = [&](int64_t r) { return layer_.x + r * layer_.input; };
+      const RowsOf x{layer_.x, layer_.input};
       for_input_gates([&](int64_t gate, int64_t gates, int64_t column) {
-        product(gate_grads(d, 0) + column * H, ld, gates * H, x, layer_.input, at(weights.grad_w_ih, gate * H * layer_.input),
-                at(weights.grad_b_ih, gate * H), thread, threads);
+        product(gate_grads(d, 0) + column * H, ld, gates * H, x, layer_.input,
+                at(weights.grad_w_ih, gate * H * layer_.input), at(weights.grad_b_ih, gate * H), thread, threads);
       });
-      const Rows<T> rows{layer_, d, {0, layer_.batch}};
-      int64_t t = 0;
-      const auto h = [&](int64_t r) {
-        while (r < layer_.offsets[t]) --t;
-        while (r >= layer_.offsets[t + 1]) ++t;
-        return rows.previous_h(t, r - layer_.offsets[t]);
-      };
-      product(gate_grads(d, 0), ld, Cell::gates * H, h, P, weights.grad_w_hh, weights.grad_b_hh, thread, threads);
-      if (!projects_) continue;
-      const auto before = [&](int64_t r) { return unprojected_ + (d * R + r) * H; };
-      product(grad_projected_ + d * R * P, P, P, before, H, weights.grad_w_hr, nullptr, thread, threads);
+      product(gate_grads(d, 0), ld, Cell::gates * H, PreviousH{{layer_, d, {0, layer_.batch}}}, P, weights.grad_w_hh,
+              weights.grad_b_hh, thread, threads);
+      if (projects_)
+        product(at(grad_projected_, d * R * P), P, P, RowsOf{unprojected_ + d * R * H, H}, H, weights.grad_w_hr, nullptr,
+                thread, threads);
     }
   }
 
   static T* at(T* base, int64_t offset) { return base == nullptr ? nullptr : base + offset; }
 
+  // B operands of the weight gradients: row(r), null for zeros, and the distance between rows r to r + depth, or 0 if
+  // they do not lie evenly.
+  struct RowsOf {
+    const T* base;
+    int64_t width;
+    const T* row(int64_t r) { return base + r * width; }
+    int64_t distance(int64_t /*r*/, int64_t /*depth*/) const { return width; }
+  };
+  struct PreviousH {
+    Rows<T> rows;
+    int64_t t = 0;
+    const T* row(int64_t r) {
+      while (r < rows.layer.offsets[t]) --t;
+      while (r >= rows.layer.offsets[t + 1]) ++t;
+      return rows.previous_h(t, r - rows.layer.offsets[t]);
+    }
+    int64_t distance(int64_t r, int64_t depth) const {
+      const int64_t N = rows.layer.batch, R = rows.layer.rows();
+      const bool dense = R == rows.layer.steps * N, inside = rows.direction == 0 ? r >= N : r + depth <= R - N;
+      return dense && inside ? rows.layer.directions * rows.layer.projected : 0;
+    }
+  };
+
+  // Rows of this distance are read as they lie: a block of them is within reach of the first-level TLB.
+  static bool is_near(int64_t distance) { return distance > 0 && distance * int64_t(sizeof(T)) <= 1024; }
+
   // c[M, N] = the sum over all rows r of a(r, m) b(r)[n], with a(r, m) = a[r * lda + m]; sums[m] = that of a(r, m).
-  // Each thread has some of the M. Blocks of kDepth rows are copied, so that the micro-kernel walks packed memory.
+  // Each thread has some of the M. Of rows that are far apart, blocks of kDepth are copied, so that the micro-kernel
+  // walks packed memory.
   template <class B>
-  void product(const T* a, int64_t lda, int64_t M, const B& b, int64_t N, T* c, T* sums, int thread, int threads) {
+  void product(const T* a, int64_t lda, int64_t M, B b, int64_t N, T* c, T* sums, int thread, int threads) {
     const Range own = share(M, thread, threads, 16);
     if (own.size() == 0 || (c == nullptr && sums == nullptr)) return;
-    if (sums != nullptr) std::memset(sums + own.begin, 0, own.size() * sizeof(T));
     if (c != nullptr && layer_.rows() == 0) std::memset(c + own.begin * N, 0, own.size() * N * sizeof(T));
-    T* packed_a = products_ + thread * product_size_;
-    T* packed_b = packed_a + kProductRows * least(layer_.rows(), kDepth);
+    if (sums != nullptr) std::memset(sums + own.begin, 0, own.size() * sizeof(T));
+    T* space = products_ + thread * product_size_;
     for (int64_t r = 0; r < layer_.rows(); r += kDepth) {
       const int64_t depth = least(kDepth, layer_.rows() - r);
-      for (int64_t n = 0; c != nullptr && n < N; n += kPanel)
-        pack_rows(depth, least(kPanel, N - n), [&](int64_t k) { return offset(b(r + k), n); }, packed_b + n * depth, kPanel);
+      Panels of_b{b.row(r), b.distance(r, depth)};
+      const bool b_lies_well = is_near(of_b.ld) && N % kLanes<T> == 0;
+      for (int64_t n = 0; c != nullptr && !b_lies_well && n < N; n += kPanel)
+        pack_rows(depth, least(kPanel, N - n), [&](int64_t k) { return offset(b.row(r + k), n); }, space + n * depth, kPanel);
       for (int64_t m = own.begin; m < own.end; m += kProductRows) {
         const int64_t rows = least(kProductRows, own.end - m);
-        pack_rows(depth, rows, [&](int64_t k) { return a + (r + k) * lda + m; }, packed_a, kProductRows);
-        if (sums != nullptr) add_rows(packed_a, depth, rows, sums + m);
-        for (int64_t n = 0; c != nullptr && n < N; n += kPanel)
-          gemm<T>(rows, least(kPanel, N - n), depth, {packed_a, 1, kProductRows}, packed_b + n * depth, kPanel,
-                  c + m * N + n, N, r > 0);
+        MatrixA<T> of_a{a + r * lda + m, 1, lda};
+        if (!is_near(lda)) {
+          T* packed = space + product_size_ - kProductRows * kDepth;
+          pack_rows(depth, rows, [&](int64_t k) { return of_a.a + k * lda; }, packed, kProductRows);
+          of_a = {packed, 1, kProductRows};
+        }
+        if (sums != nullptr) add_rows(of_a, depth, rows, sums + m);
+        for (int64_t n = 0; c != nullptr && n < N; n += kPanel) {
+          const Panels w = b_lies_well ? Panels{of_b.b + n, of_b.ld} : Panels{space + n * depth, kPanel};
+          gemm<T>(rows, least(kPanel, N - n), depth, of_a, w.b, w.ld, c + m * N + n, N, r > 0);
+        }
       }
     }
   }
 
   static const T* offset(const T* row, int64_t n) { return row == nullptr ? nullptr : row + n; }
 
-  static void add_rows(const T* packed, int64_t depth, int64_t rows, T* sums) {
+  static void add_rows(MatrixA<T> a, int64_t depth, int64_t rows, T* sums) {
     for (int64_t m = 0; m < rows; m += kLanes<T>) {
       const int64_t lanes = least(kLanes<T>, rows - m);
       Vector<T> sum = load(sums + m, lanes);
-      for (int64_t k = 0; k < depth; ++k) sum += load(packed + k * kProductRows + m);
+      for (int64_t k = 0; k < depth; ++k) sum += load(a.a + k * a.column + m, lanes);
       store(sums + m, sum, lanes);
     }
   }
