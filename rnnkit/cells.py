@@ -30,6 +30,7 @@ def _step(
         input.unsqueeze(0) if batched else input[None, None],
         [state.unsqueeze(0) if batched else state[None, None] for state in states],
         [weights],
+        step=True,
     )[1]
     return tuple(state.squeeze(0) if batched else state[0, 0] for state in finals)
 

@@ -61,7 +61,7 @@ def _gru(x: Sequence[Tensor], h: Sequence[Tensor], states: Sequence[Tensor]) -> 
     """r, z = σ(x + h); n = tanh(x + r⊙h); h' = (1 - z)⊙n + z⊙h; gate order r, z, n."""
     r, z = (torch.sigmoid(x[k] + h[k]) for k in (0, 1))
     n = torch.tanh(x[2] + r * h[2])
-    return (n + z * (states[0] - n),)
+    return ((1 - z) * n + z * states[0],)
 
 
 #: Every cell there is. Layers, kernels' fakes, tests and benchmarks iterate this.

@@ -19,6 +19,7 @@ def run(
     *,
     directions: int = 1,
     dropout: float = 0.0,
+    step: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run a stack of layers.
 
@@ -30,6 +31,7 @@ def run(
         batch_sizes: int64 [T] on the CPU, not increasing.
         directions: D, 1 or 2.
         dropout: probability of zeroing an element between layers; 0 when not training.
+        step: whether this is a Cell's one step, of which only the final states are used.
 
     Returns:
         The last layer's output [T, N, D*P] or [rows, D*P], and the final states, shaped like `states`.
@@ -39,7 +41,10 @@ def run(
     """
     if (input.size(0) if batch_sizes is None else batch_sizes.numel()) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    input, states, weights, result_dtypes = _autocast(cell, input, states, weights, batch_sizes)
+    fused_in_torch = (
+        cell == "lstm" and not step and batch_sizes is None and weights[0][-1] is None
+    )  # on oneDNN, if the dtype is one of its own
+    input, states, weights, result_dtypes = _autocast(cell, input, states, weights, fused_in_torch)
     _check_like(input, states, weights)
     layers = len(weights) // directions
     output, finals = input, []
@@ -55,31 +60,18 @@ def run(
             batch_sizes,
         )
         finals.append(final)
-    if output.requires_grad and not _torch_saves_output(cell, output, weights, batch_sizes):
+    # torch.nn, too, forbids an in-place write to the output before the backward pass where oneDNN computes
+    # the layer; elsewhere scripts write to the output, so they get a copy.
+    torch_saves_output = (
+        fused_in_torch and directions == 1 and output.dtype in (torch.float32, torch.bfloat16)
+    )
+    if output.requires_grad and not step and not torch_saves_output:
         output = output.clone()
     final_states = finals[0] if layers == 1 else [torch.cat(s) for s in zip(*finals, strict=True)]
     if result_dtypes is not None:
         output = output.to(result_dtypes[0])
         final_states = [s.to(d) for s, d in zip(final_states, result_dtypes, strict=False)]
     return output, tuple(final_states)
-
-
-def _torch_saves_output(
-    cell: str,
-    output: Tensor,
-    weights: Sequence[Sequence[Tensor | None]],
-    batch_sizes: Tensor | None,
-) -> bool:
-    """Whether torch.nn, too, forbids an in-place write to the output before the backward pass.
-
-    It does where oneDNN computes the layer; elsewhere scripts write to the output, so they get a copy.
-    """
-    return (
-        cell == "lstm"
-        and batch_sizes is None
-        and weights[0][-1] is None
-        and output.dtype != torch.float64
-    )
 
 
 def as_states(hx: Tensor | None) -> tuple[Tensor, ...]:
@@ -138,7 +130,7 @@ def _autocast(
     input: Tensor,
     states: Sequence[Tensor],
     weights: Sequence[Sequence[Tensor | None]],
-    batch_sizes: Tensor | None,
+    fused_in_torch: bool,
 ) -> tuple[
     Tensor, Sequence[Tensor], Sequence[Sequence[Tensor | None]], list[torch.dtype] | None
 ]:
@@ -154,7 +146,7 @@ def _autocast(
     carried = states[-1].dtype if states else input.dtype
     state = torch.promote_types(carried, low)
     projected = weights[0][-1] is not None
-    fused = cell == "lstm" and not projected and batch_sizes is None and low == torch.bfloat16
+    fused = fused_in_torch and low == torch.bfloat16 and input.dtype != torch.float16
     if cell.startswith("rnn") or fused or kind != "cpu":
         state = low
 

@@ -130,10 +130,13 @@ RNNKIT_INLINE SplitExp<V> split_exp(V x, T limit) {
   return {series * r, scale};
 }
 
+// Exactly 0 and 1 far out, as torch's, so that a saturated gate's gradient is 0.
 template <class V>
 RNNKIT_INLINE V sigmoid(V x) {
-  const auto e = split_exp(-x, Format<Element<V>>::exp_limit);
-  return Element<V>(1) / ((e.scale * e.p + e.scale) + Element<V>(1));
+  using T = Element<V>;
+  const auto e = split_exp(-x, Format<T>::exp_limit);
+  const V exp = x < -Format<T>::exp_limit ? V{} + T(__builtin_huge_val()) : e.scale * e.p + e.scale;
+  return T(1) / (exp + T(1));
 }
 
 template <class V>

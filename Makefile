@@ -1,0 +1,85 @@
+# From a fresh machine in two commands: `make demo` and `make test`. Each creates the virtual environment,
+# installs torch and rnnkit and builds the kernels where that is not done yet, then does its job.
+
+PYTHON ?= python3
+TORCH ?= torch>=2.10
+VENV ?= .venv
+ARGS ?=
+SANITIZE_TESTS ?= tests/test_kernels.py
+
+python := $(VENV)/bin/python
+pip := $(python) -m pip --disable-pip-version-check --quiet
+csrc := $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format sanitize clean FORCE
+
+help:
+	@echo 'make demo       train a character model with torch.nn and rnnkit side by side'
+	@echo 'make test       run the test suite'
+	@echo 'make lint       ruff, mypy and clang-format; make format mends what they can mend'
+	@echo 'make sanitize   run the kernels under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make clean      remove what was built; $(VENV) stays'
+	@echo
+	@echo "ARGS='...'           arguments of the example or of pytest, as in make test ARGS='-k lstm'"
+	@echo 'TORCH=torch==2.13.0  the torch to install, now $(TORCH)'
+	@echo 'PYTHON=python3.12    the Python that $(VENV) is made with, now $(PYTHON)'
+	@echo 'RNNKIT_CPU=0         do without the C++ extension; 1: fail if it cannot be built'
+
+demo: $(VENV)/built
+	@$(python) examples/char_rnn.py $(ARGS)
+
+test: $(VENV)/built
+	@$(python) -m pytest $(ARGS)
+
+lint: $(VENV)/linters
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp,$(csrc))
+
+format: $(VENV)/linters
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(filter %.h %.cpp,$(csrc))
+
+# A second build of the package, tested from its own folder so that it is the one imported. Leaks are not
+# looked for: Python frees little at exit. There is no ThreadSanitizer run: gcc's OpenMP runtime is not
+# instrumented, so that each of its barriers, and with it every parallel region, is reported as a race.
+sanitize: $(VENV)/installed
+	RNNKIT_CPU=1 RNNKIT_SANITIZE=address,undefined \
+		$(python) setup.py --quiet build --build-lib build/sanitize
+	cd build/sanitize && \
+		export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
+		export LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
+			$$($${CXX:-c++} -print-file-name=libstdc++.so)" && \
+		$(abspath $(python)) -c 'from rnnkit import _C; assert "/sanitize/" in _C.__file__, _C' && \
+		$(abspath $(python)) -m pytest --config-file=$(CURDIR)/pyproject.toml --rootdir=$(CURDIR) \
+			$(abspath $(SANITIZE_TESTS)) $(ARGS)
+
+clean:
+	rm -rf build dist rnnkit.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f rnnkit/_C.*.so rnnkit/_build.py $(addprefix $(VENV)/,installed linters built)
+
+$(python):
+	$(PYTHON) -m venv $(VENV)
+
+# Written anew only when TORCH is another one, so that what is installed follows it.
+$(VENV)/torch: FORCE | $(python)
+	@echo '$(TORCH)' | cmp --silent - $@ || echo '$(TORCH)' > $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py
+	@echo 'Installing $(TORCH) and rnnkit into $(VENV): minutes the first time.'
+	@$(pip) install '$(TORCH)' 'setuptools>=77' wheel ninja
+	@$(pip) install --no-build-isolation --editable '.[test,examples]'
+	@touch $@
+
+$(VENV)/linters: $(VENV)/installed
+	@$(pip) install --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# Only what changed is compiled. Where nothing could be, the next call tries again.
+$(VENV)/built: $(VENV)/installed $(csrc)
+	@$(python) setup.py --quiet build_ext --inplace
+	@grep --quiet "^REASON: str = ''" rnnkit/_build.py && touch $@ || true

@@ -1,0 +1,149 @@
+"""`python -m rnnkit info`: what is installed, what loaded and what did not, for bug reports."""
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import rnnkit
+from rnnkit import backends
+
+Facts = dict[str, str | int | bool | list[str]]
+
+#: CPU features that decide how fast kernels can be, by their names in /proc/cpuinfo.
+_FEATURES = (
+    *("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
+    *("avx_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16"),
+    *("asimd", "asimdhp", "bf16", "sve", "sve2"),
+)
+
+#: Environment variables, or their beginnings, that change what is loaded or how it runs.
+_VARIABLES = (
+    *("RNNKIT_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "ATEN_CPU_CAPABILITY"),
+    *("CUDA_VISIBLE_DEVICES", "LD_PRELOAD", "TORCH_COMPILE_DISABLE", "TRITON_"),
+)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> Facts:
+    """Name and features as Linux tells them; elsewhere what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    told: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        told.setdefault(key.strip().lower(), value.strip())
+    flags = told.get("flags", told.get("features", "")).split()
+    return {
+        "name": told.get("model name") or platform.processor() or platform.machine(),
+        "capability in torch": torch.backends.cpu.get_cpu_capability(),
+        "features": [feature for feature in _FEATURES if feature in flags],
+        "logical cores": os.cpu_count() or 0,
+        "threads in torch": torch.get_num_threads(),
+    }
+
+
+def _gpu() -> Facts:
+    facts: Facts = {"CUDA in torch": torch.version.cuda or "none"}
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    facts["devices"] = [torch.cuda.get_device_name(index) for index in range(count)]
+    return facts
+
+
+def _built() -> Facts:
+    """What setup.py noted; a checkout that was never built has no note."""
+    try:
+        build = importlib.import_module("rnnkit._build")
+    except ModuleNotFoundError:
+        return {"note": "none: rnnkit was not installed, or not by its setup.py"}
+    return {
+        "torch": build.TORCH_VERSION or "none",
+        "compiler": build.COMPILER or "none",
+        "CPU capabilities": list(build.CAPABILITIES),
+    }
+
+
+def _backends() -> Facts:
+    """Which loaded; why the others did not."""
+    facts: Facts = {
+        name: f"not available: {reason}" if (reason := backends.unavailable(name)) else "loaded"
+        for name in backends.BACKENDS
+    }
+    if backends.EXTENSION is not None:
+        facts["cpp"] = f"loaded: {backends.EXTENSION.capability()} kernels"
+    return facts
+
+
+def _serving() -> Facts:
+    """The backend that serves each kind of device, asked without the warning that users get."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {kind: backends.serving(torch.device(kind)) for kind in ("cpu", "cuda")}
+
+
+def info() -> dict[str, Facts]:
+    """Everything `python -m rnnkit info` prints, by section."""
+    return {
+        "versions": {
+            "rnnkit": rnnkit.__version__,
+            "location": str(Path(rnnkit.__file__).parent),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "Python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+        "cpu": _cpu(),
+        "gpu": _gpu(),
+        "built with": _built(),
+        "backends": _backends(),
+        "serving": _serving(),
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(_VARIABLES) and value
+        },
+    }
+
+
+def _text(sections: dict[str, Facts]) -> str:
+    lines = []
+    for section, facts in sections.items():
+        lines.append(section)
+        for name, value in facts.items():
+            shown = " ".join(value) if isinstance(value, list) else str(value)
+            lines.append(f"  {name:20} {shown or 'none'}")
+        if not facts:
+            lines.append("  none")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments`, by default the process's own; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m rnnkit", description=rnnkit.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("info", help="what is installed and what loaded, for bug reports")
+    command.add_argument("--json", action="store_true", help="the same for programs")
+    options = parser.parse_args(arguments)
+    sections = info()
+    print(json.dumps(sections, indent=2) if options.json else _text(sections))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

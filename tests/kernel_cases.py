@@ -1,0 +1,269 @@
+"""Calls of the ops for the kernels' tests: a `Case` says the sizes, a `Call` holds the tensors and runs them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from rnnkit import ops, reference
+from rnnkit.reference import CELLS, WEIGHTS
+from tolerances import assert_close_to_truth
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The shape of one call.
+
+    Attributes:
+        cell: a name in `CELLS`.
+        sizes: T, N, I, H.
+        directions: D.
+        lengths: of each sequence of a packed batch, longest first; T and N are then read from them.
+        projected: P, or 0 for no w_hr.
+        bias: whether there are b_ih and b_hh.
+        states: whether initial states are given.
+        dtype: of every tensor.
+    """
+
+    cell: str
+    sizes: tuple[int, int, int, int] = (3, 2, 5, 4)
+    directions: int = 1
+    lengths: tuple[int, ...] = ()
+    projected: int = 0
+    bias: bool = True
+    states: bool = True
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        parts = [self.cell, "T{}N{}I{}H{}".format(*self.sizes), f"D{self.directions}"]
+        parts += ["ragged" + "_".join(map(str, self.lengths))] * bool(self.lengths)
+        parts += [f"P{self.projected}"] * bool(self.projected)
+        parts += ["nobias"] * (not self.bias) + ["nostates"] * (not self.states)
+        return "-".join([*parts, str(self.dtype).removeprefix("torch.")])
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of both ops. `grads` belongs to the output and each final state."""
+
+    cell: str
+    input: Tensor
+    states: list[Tensor]
+    weights: list[Tensor | None]
+    batch_sizes: Tensor | None
+    grads: list[Tensor | None] = field(default_factory=list)
+
+    @property
+    def differentiable(self) -> list[Tensor | None]:
+        """What a gradient can be asked for, in the order of `needs`."""
+        return [self.input, *self.states, *self.weights]
+
+    @property
+    def all_needs(self) -> list[bool]:
+        return [tensor is not None for tensor in self.differentiable]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the call."""
+        every = [*self.differentiable, self.batch_sizes, *self.grads]
+        return [tensor for tensor in every if tensor is not None]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Call":
+        """The same call with every tensor changed."""
+
+        def changed(tensors: list) -> list:
+            return [None if t is None else change(t) for t in tensors]
+
+        return Call(
+            self.cell,
+            change(self.input),
+            changed(self.states),
+            changed(self.weights),
+            *changed([self.batch_sizes]),
+            changed(self.grads),
+        )
+
+    def to(self, dtype: torch.dtype) -> "Call":
+        return self.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+    def forward(self, save: bool = True) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The op: output, final states, reserve."""
+        return torch.ops.rnnkit.layer_forward(
+            self.cell, self.input, self.states, self.weights, self.batch_sizes, save
+        )
+
+    def backward(
+        self, output: Tensor, reserve: Tensor, needs: list[bool] | None = None
+    ) -> list[Tensor]:
+        """The op: the gradients that are needed, all by default."""
+        return torch.ops.rnnkit.layer_backward(
+            self.cell,
+            self.grads,
+            self.input,
+            self.states,
+            self.weights,
+            self.batch_sizes,
+            output,
+            reserve,
+            self.all_needs if needs is None else needs,
+        )
+
+    def run(self) -> dict[str, Tensor]:
+        """Every result of both ops by name."""
+        output, finals, reserve = self.forward()
+        return self._named(output, finals, self.backward(output, reserve))
+
+    def reference(self) -> dict[str, Tensor]:
+        """What `run` should return, by plain PyTorch."""
+        output, finals = reference.layer(
+            self.cell, self.input, self.states, self.weights, self.batch_sizes
+        )
+        found = ops.differentiable_backward(
+            self.cell,
+            self.grads,
+            self.input,
+            self.states,
+            self.weights,
+            self.batch_sizes,
+            self.all_needs,
+            create_graph=False,
+        )
+        return self._named(output, finals, [grad for grad in found if grad is not None])
+
+    def gradient_names(self) -> list[str]:
+        """Names of the gradients that are returned when all are needed."""
+        directions = len(self.weights) // len(WEIGHTS)
+        weights = [name + suffix for suffix in ("", "_reverse")[:directions] for name in WEIGHTS]
+        names = ["input", *("h_0", "c_0")[: len(self.states)], *weights]
+        return [f"grad {name}" for name, need in zip(names, self.all_needs, strict=True) if need]
+
+    def _named(
+        self, output: Tensor, finals: list[Tensor], grads: list[Tensor]
+    ) -> dict[str, Tensor]:
+        assert len(finals) == CELLS[self.cell].states
+        names = ["output", *("h_n", "c_n")[: len(finals)], *self.gradient_names()]
+        return dict(zip(names, [output, *finals, *grads], strict=True))
+
+
+def call(case: Case, seed: int = 0) -> Call:
+    """Random tensors for a case: weights as torch.nn draws them, all else normal."""
+    random = torch.Generator().manual_seed(seed)
+    steps, batch, inputs, hidden = case.sizes
+    batch_sizes = None
+    rows: tuple[int, ...] = (steps, batch)
+    if case.lengths:
+        batch = len(case.lengths)
+        batch_sizes = torch.tensor(
+            [sum(length > t for length in case.lengths) for t in range(case.lengths[0])]
+        )
+        rows = (sum(case.lengths),)
+    spec, projected = CELLS[case.cell], case.projected or hidden
+    shapes = [(spec.gates * hidden, inputs), (spec.gates * hidden, projected)]
+    shapes += [(spec.gates * hidden,) if case.bias else None] * 2
+    shapes += [(projected, hidden) if case.projected else None]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float64).to(case.dtype)
+
+    def weight(*shape: int) -> Tensor:
+        bound = max(hidden, 1) ** -0.5
+        uniform = torch.rand(shape, generator=random, dtype=torch.float64)
+        return (uniform * 2 * bound - bound).to(case.dtype)
+
+    state_shapes = [(case.directions, batch, size) for size in (projected, hidden)[: spec.states]]
+    return Call(
+        cell=case.cell,
+        input=normal(*rows, inputs),
+        states=[normal(*shape) for shape in state_shapes if case.states],
+        weights=[s and weight(*s) for _ in range(case.directions) for s in shapes],
+        batch_sizes=batch_sizes,
+        grads=[normal(*shape) for shape in [(*rows, case.directions * projected), *state_shapes]],
+    )
+
+
+def assert_matches_reference(it: Call, results: dict[str, Tensor] | None = None) -> None:
+    """The results, by default of the ops, are as close to the float64 truth as the tolerances ask for."""
+    results = it.run() if results is None else results
+    baseline, truth = it.reference(), it.to(torch.float64).reference()
+    assert results.keys() == truth.keys()
+    for name, result in results.items():
+        assert_close_to_truth(
+            result, baseline[name], truth[name], gradient=name.startswith("grad"), name=name
+        )
+
+
+def assert_same_bits(
+    actual: dict[str, Tensor] | list[Tensor], expected: dict[str, Tensor] | list[Tensor]
+) -> None:
+    """The same results to the last bit; NaN is NaN."""
+    if isinstance(actual, dict):
+        assert isinstance(expected, dict) and actual.keys() == expected.keys()
+        actual, expected = list(actual.values()), list(expected.values())
+    torch.testing.assert_close(actual, list(expected), rtol=0, atol=0, equal_nan=True)
+
+
+#: T, N, I, H: what is odd, below, at and above the widths of lanes, tiles and panels.
+SIZES = (
+    (1, 1, 1, 1),
+    (1, 17, 65, 3),
+    (2, 130, 3, 17),
+    (3, 5, 200, 200),
+    (3, 17, 65, 130),
+    (4, 64, 128, 64),
+    (5, 2, 17, 128),
+    (5, 33, 1, 16),
+    (6, 4, 130, 65),
+    (17, 3, 3, 17),
+    (65, 1, 5, 20),
+    (70, 2, 16, 16),
+    (3, 70, 9, 33),
+    (30, 9, 70, 130),
+)
+
+#: What may vary beside the sizes.
+_VARIANTS: tuple[dict, ...] = (
+    {"lengths": (5, 3, 3, 1)},
+    {"bias": False, "states": False},
+    {"lengths": (1, 1, 1)},
+    {"lengths": (4,)},
+    {"lengths": tuple(range(19, 0, -1)), "states": False},
+    {"lengths": (9,) * 8 + (4,) * 9 + (1,) * 16, "bias": False},
+    {"bias": False},
+    {"states": False},
+)
+_PROJECTIONS: tuple[dict, ...] = (
+    {"projected": 3, "lengths": (6, 5, 2)},
+    {"projected": 1},
+    {"projected": 15, "bias": False, "states": False},
+)
+
+
+def variants(case: Case, few: bool = False) -> list[Case]:
+    """What may vary beside the sizes: the case, packed, without this and that, and projected if it can be."""
+    changes = _VARIANTS[:2] if few else _VARIANTS
+    if CELLS[case.cell].states > 1:
+        projections = _PROJECTIONS[:1] if few else _PROJECTIONS
+        changes += tuple(p for p in projections if p["projected"] < case.sizes[3])
+    return [case, *(replace(case, **change) for change in changes)]
+
+
+def cases() -> list[Case]:
+    """Every cell, dtype and direction at every size, and every variant at a few."""
+    found = []
+    for cell, dtype, directions in product(CELLS, DTYPES, (1, 2)):
+        found += [Case(cell, sizes, directions, dtype=dtype) for sizes in SIZES]
+        for sizes in ((3, 2, 3, 17), (2, 18, 33, 64)):
+            found += variants(Case(cell, sizes, directions, dtype=dtype))
+    return found
+
+
+def small_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
+    """Every cell in a few variants, small."""
+    found = []
+    for cell in CELLS:
+        found.append(Case(cell, dtype=dtype))
+        found += variants(Case(cell, directions=2, dtype=dtype), few=True)
+    return found

@@ -1,0 +1,230 @@
+"""`rnnkit.backend` and the choice of backend for a device."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+
+import rnnkit
+from kernel_cases import Case, call
+from rnnkit import autograd, backends
+from rnnkit.reference import CELLS
+
+CPU = torch.device("cpu")
+
+needs_cpp = pytest.mark.skipif(
+    bool(backends.unavailable("cpp")), reason=f"no C++ kernels: {backends.EXTENSION_REASON}"
+)
+
+
+def python(code: str) -> subprocess.CompletedProcess:
+    """Runs `code` in a fresh interpreter, where warnings are still to be given."""
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+@pytest.mark.parametrize("name", [b for b in backends.BACKENDS if not backends.unavailable(b)])
+def test_forces_a_backend_in_its_block(name: str) -> None:
+    before = backends.serving(CPU)
+    with rnnkit.backend(name):
+        assert backends.serving(CPU) == name
+    assert backends.serving(CPU) == before
+
+
+@needs_cpp
+def test_default_is_the_extension() -> None:
+    assert backends.serving(CPU) == "cpp"
+
+
+def test_nesting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "EXTENSION_REASON", "")
+    before = backends.serving(CPU)
+    with rnnkit.backend("reference"):
+        with rnnkit.backend("cpp"):
+            assert backends.serving(CPU) == "cpp"
+            with rnnkit.backend("reference"):
+                assert backends.serving(CPU) == "reference"
+            assert backends.serving(CPU) == "cpp"
+        assert backends.serving(CPU) == "reference"
+    assert backends.serving(CPU) == before
+
+
+def test_is_undone_by_an_exception() -> None:
+    before = backends.serving(CPU)
+    with pytest.raises(KeyError), rnnkit.backend("reference"):
+        raise KeyError
+    assert backends.serving(CPU) == before
+
+
+def test_as_a_decorator() -> None:
+    @rnnkit.backend("reference")
+    def inside() -> str:
+        return backends.serving(CPU)
+
+    before = backends.serving(CPU)
+    assert (inside(), inside()) == ("reference", "reference")
+    assert backends.serving(CPU) == before
+
+
+def test_each_thread_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "EXTENSION_REASON", "")
+    found = {}
+    both_inside = threading.Barrier(2, timeout=60)
+
+    def inside(name: str) -> None:
+        with rnnkit.backend(name):
+            both_inside.wait()
+            found[name] = backends.serving(CPU)
+            both_inside.wait()
+        found[f"after {name}"] = backends.serving(CPU)
+
+    before = backends.serving(CPU)
+    threads = [threading.Thread(target=inside, args=(name,)) for name in ("cpp", "reference")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {
+        "cpp": "cpp",
+        "reference": "reference",
+        "after cpp": before,
+        "after reference": before,
+    }
+    assert backends.serving(CPU) == before
+
+
+@pytest.mark.parametrize("name", ("cuda", "CPP", "", None, 1))
+def test_unknown_name(name: object) -> None:
+    before = backends.serving(CPU)
+    with pytest.raises(ValueError, match="expected backend to be one of .*cpp, reference.*, got "):
+        rnnkit.backend(name).__enter__()  # type: ignore[arg-type]
+    assert backends.serving(CPU) == before
+
+
+def test_unavailable_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "EXTENSION_REASON", "no compiler was found")
+    before = backends.serving(CPU)
+    with (
+        pytest.raises(RuntimeError, match="'cpp' is not available: no compiler was found"),
+        rnnkit.backend("cpp"),
+    ):
+        pytest.fail("the block was entered")
+    assert backends.serving(CPU) == before
+
+
+def test_other_devices() -> None:
+    """A device without kernels runs on the reference; a shape alone needs no kernel."""
+    assert backends.serving(torch.device("cuda")) == "reference"
+    output, h_n = rnnkit.GRU(3, 4, device="meta")(torch.empty(2, 5, 3, device="meta"))
+    assert (output.shape, h_n.shape) == ((2, 5, 4), (1, 5, 4))
+    assert output.is_meta
+    assert h_n.is_meta
+
+
+@needs_cpp
+@pytest.mark.parametrize("directions", (1, 2))
+@pytest.mark.parametrize("cell", CELLS)
+def test_backends_agree(cell: str, directions: int) -> None:
+    it = call(Case(cell, (4, 3, 5, 20), directions, dtype=torch.float64))
+    found = []
+    for name in ("cpp", "reference"):
+        tensors = [t.clone().requires_grad_() for t in it.differentiable if t is not None]
+        states = tensors[1 : 1 + len(it.states)]
+        weights = iter(tensors[1 + len(states) :])
+        with rnnkit.backend(name):
+            output, finals = autograd.layer(
+                cell, tensors[0], states, [None if w is None else next(weights) for w in it.weights]
+            )
+        # The backward pass belongs to the backend of the forward pass, wherever it is called.
+        grads = torch.autograd.grad([output, *finals], tensors, it.grads)
+        found.append([output, *finals, *grads])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", ("cpp", "reference"))
+def test_forward_uses_the_backend_s_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers and cells reach the reference when it is forced, and not otherwise."""
+    reached = []
+
+    def layer(*arguments: object) -> object:
+        reached.append(arguments[0])
+        return original(*arguments)
+
+    original = autograd.reference.layer
+    monkeypatch.setattr(autograd.reference, "layer", layer)
+    with rnnkit.backend(name):
+        rnnkit.GRU(3, 4)(torch.randn(2, 5, 3))
+        rnnkit.LSTMCell(3, 4)(torch.randn(5, 3))
+    assert reached == (["gru", "lstm"] if name == "reference" else [])
+
+
+@pytest.mark.parametrize("forced", (False, True))
+def test_one_warning_when_the_extension_is_absent(forced: bool) -> None:
+    """It says why and what to do, once, and only to who did not ask for the reference."""
+    run = python(f"""
+        import sys
+
+        sys.modules["rnnkit._C"] = None  # import raises ModuleNotFoundError
+        import torch
+        from contextlib import nullcontext
+        import rnnkit
+
+        with rnnkit.backend("reference") if {forced} else nullcontext():
+            for _ in range(3):
+                rnnkit.GRU(3, 4)(torch.randn(2, 5, 3))
+                rnnkit.LSTMCell(3, 4)(torch.randn(5, 3))
+        try:
+            with rnnkit.backend("cpp"):
+                pass
+        except RuntimeError as error:
+            print(error)
+    """)
+    warnings = [line for line in run.stderr.splitlines() if "rnnkit runs on its plain" in line]
+    assert len(warnings) == (0 if forced else 1), run.stderr
+    assert all("python -m rnnkit info" in line for line in warnings)
+    assert run.stdout.startswith("backend 'cpp' is not available: ")
+    assert run.stdout.strip() != "backend 'cpp' is not available:"
+
+
+@pytest.mark.parametrize(
+    ("raised", "reason"),
+    [
+        ("ImportError('undefined symbol: _ZN2at4x')", "ImportError: undefined symbol: _ZN2at4x"),
+        ("OSError('file too short')", "OSError: file too short"),
+        (
+            "ModuleNotFoundError('No module named numpy', name='numpy')",
+            "ModuleNotFoundError: No module named numpy",
+        ),
+    ],
+)
+def test_reason_when_the_extension_does_not_load(raised: str, reason: str) -> None:
+    run = python(f"""
+        import importlib.abc
+        import sys
+
+        class Broken(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path, target=None):
+                if name == "rnnkit._C":
+                    raise {raised}
+
+        sys.meta_path.insert(0, Broken())
+        from rnnkit import backends
+
+        print(backends.unavailable("cpp"))
+    """)
+    assert run.stdout.strip() == reason
+
+
+def test_importing_warns_of_nothing() -> None:
+    assert python("import rnnkit").stderr == ""

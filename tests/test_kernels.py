@@ -1,0 +1,430 @@
+"""The kernels of csrc/cpu through their ops: every size, dtype and layout against the float64 reference."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import (
+    DTYPES,
+    Call,
+    Case,
+    assert_matches_reference,
+    assert_same_bits,
+    call,
+    cases,
+    small_cases,
+)
+from torch import Tensor
+
+from rnnkit import backends
+from rnnkit.reference import CELLS
+
+pytestmark = pytest.mark.skipif(
+    backends.EXTENSION is None, reason=f"no C++ kernels: {backends.EXTENSION_REASON}"
+)
+
+on_small_cases = pytest.mark.parametrize("case", small_cases(), ids=str)
+on_small_cases_of_every_dtype = pytest.mark.parametrize(
+    "case", [case for dtype in DTYPES for case in small_cases(dtype)], ids=str
+)
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_against_reference(case: Case) -> None:
+    assert_matches_reference(call(case))
+
+
+@st.composite
+def random_cases(draw: st.DrawFn) -> Case:
+    cell = draw(st.sampled_from(sorted(CELLS)))
+    steps, batch = draw(st.integers(1, 9)), draw(st.integers(0, 40))
+    inputs, hidden = draw(st.integers(0, 70)), draw(st.integers(1, 70))
+    ragged = draw(st.lists(st.integers(1, 9), max_size=40))
+    return Case(
+        cell,
+        (steps, batch, inputs, hidden),
+        directions=draw(st.integers(1, 2)),
+        lengths=tuple(sorted(ragged, reverse=True)),
+        projected=draw(st.integers(0, hidden - 1)) if cell == "lstm" else 0,
+        bias=draw(st.booleans()),
+        states=draw(st.booleans()),
+        dtype=draw(st.sampled_from(DTYPES)),
+    )
+
+
+@given(random_cases(), st.integers(0, 2**31))
+def test_random_cases(case: Case, seed: int) -> None:
+    assert_matches_reference(call(case, seed))
+
+
+@pytest.mark.parametrize(
+    "sizes", [(3, 2, 5, 0), (3, 0, 5, 4), (3, 2, 0, 4), (1, 0, 0, 0), (2, 0, 70, 130)]
+)
+@pytest.mark.parametrize("directions", (1, 2))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("cell", CELLS)
+def test_empty(
+    cell: str, dtype: torch.dtype, directions: int, sizes: tuple[int, int, int, int]
+) -> None:
+    it = call(Case(cell, sizes, directions, dtype=dtype))
+    assert_matches_reference(it)
+
+
+@pytest.mark.parametrize("lengths", [(3, 2, 1), (2, 2)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_packed_is_each_sequence_alone(cell: str, lengths: tuple[int, ...]) -> None:
+    it = call(Case(cell, (0, 0, 5, 4), 2, lengths, dtype=torch.float64))
+    output, finals, _ = it.forward()
+    assert it.batch_sizes is not None
+    first_rows = it.batch_sizes.cumsum(0) - it.batch_sizes
+    for n, length in enumerate(lengths):
+        rows = first_rows[:length] + n
+        states = [state[:, n : n + 1] for state in it.states]
+        alone = replace(
+            it, input=it.input[rows].unsqueeze(1), states=states, batch_sizes=None, grads=[]
+        )
+        output_alone, finals_alone, _ = alone.forward()
+        torch.testing.assert_close(output[rows], output_alone[:, 0])
+        torch.testing.assert_close([state[:, n : n + 1] for state in finals], finals_alone)
+
+
+@on_small_cases_of_every_dtype
+def test_save_changes_no_bit(case: Case) -> None:
+    it = call(case)
+    output, finals, _ = it.forward(save=True)
+    output_alone, finals_alone, reserve = it.forward(save=False)
+    assert reserve.numel() == 0
+    assert_same_bits([output, *finals], [output_alone, *finals_alone])
+
+
+@on_small_cases
+def test_only_needed_gradients(case: Case) -> None:
+    it = call(case)
+    output, _, reserve = it.forward()
+    full = it.backward(output, reserve)
+    places = [place for place, need in enumerate(it.all_needs) if need]
+    random = torch.Generator().manual_seed(0)
+    wanted = [{place} for place in places] + [set(places) - {place} for place in places] + [set()]
+    wanted += [
+        {place for place in places if torch.rand((), generator=random) < 0.5} for _ in range(20)
+    ]
+    for want in wanted:
+        found = it.backward(output, reserve, [place in want for place in range(len(it.all_needs))])
+        assert_same_bits(
+            found, [grad for place, grad in zip(places, full, strict=True) if place in want]
+        )
+
+
+@on_small_cases
+def test_needing_what_is_not_there_gives_nothing(case: Case) -> None:
+    it = call(replace(case, bias=False))
+    output, _, reserve = it.forward()
+    found = it.backward(output, reserve, [True] * len(it.all_needs))
+    assert_same_bits(found, it.backward(output, reserve))
+
+
+@on_small_cases
+def test_missing_incoming_gradients_are_zero(case: Case) -> None:
+    it = call(case)
+    output, _, reserve = it.forward()
+    for given_grads in product((True, False), repeat=len(it.grads)):
+        grads = [g if keep else None for g, keep in zip(it.grads, given_grads, strict=True)]
+        zeros = [g if keep else g * 0 for g, keep in zip(it.grads, given_grads, strict=True)]
+        assert_same_bits(
+            replace(it, grads=grads).backward(output, reserve),
+            replace(it, grads=zeros).backward(output, reserve),
+        )
+        assert_matches_reference(replace(it, grads=grads))
+
+
+@on_small_cases
+def test_second_backward_is_the_same(case: Case) -> None:
+    it = call(case)
+    output, _, reserve = it.forward()
+    assert_same_bits(it.backward(output, reserve), it.backward(output, reserve))
+
+
+def _offset(tensor: Tensor) -> Tensor:
+    """One element into its memory, so that no vector load is aligned."""
+    room = tensor.new_full((tensor.numel() + 2,), _poison(tensor))
+    return room[1:-1].view(tensor.shape).copy_(tensor)
+
+
+def _spread(tensor: Tensor) -> Tensor:
+    """Every second element of every dimension of a larger tensor."""
+    room = tensor.new_full([2 * size + 1 for size in tensor.shape], _poison(tensor))
+    return room[(slice(1, None, 2),) * tensor.dim()].copy_(tensor)
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    """Dimensions in memory the other way round."""
+    return tensor.permute(*reversed(range(tensor.dim()))).contiguous().permute(
+        *reversed(range(tensor.dim()))
+    )
+
+
+def _poison(tensor: Tensor) -> float:
+    return math.nan if tensor.is_floating_point() else -1
+
+
+@pytest.mark.parametrize("layout", (_offset, _spread, _turned))
+@on_small_cases_of_every_dtype
+def test_layout_changes_no_bit(case: Case, layout: Callable[[Tensor], Tensor]) -> None:
+    it = call(replace(case, sizes=(3, 3, 5, 7)))
+    assert_same_bits(it.map(layout).run(), it.run())
+
+
+@pytest.mark.parametrize("layout", (_offset, _spread, _turned))
+@on_small_cases
+def test_layout_of_what_the_forward_saved(case: Case, layout: Callable[[Tensor], Tensor]) -> None:
+    it = call(case)
+    output, _, reserve = it.forward()
+    assert_same_bits(it.backward(layout(output), layout(reserve)), it.backward(output, reserve))
+
+
+@on_small_cases
+def test_expanded_tensors(case: Case) -> None:
+    """Strides of zero, as `output.sum().backward()` makes them."""
+    it = call(case).map(lambda t: t[:1].expand_as(t) if t.is_floating_point() else t)
+    assert_same_bits(it.run(), it.map(Tensor.clone).run())
+    it = replace(it, grads=[g[(0,) * g.dim()].expand_as(g) for g in it.grads if g is not None])
+    assert_same_bits(it.run(), it.map(Tensor.clone).run())
+
+
+@on_small_cases_of_every_dtype
+def test_arguments_are_only_read(case: Case) -> None:
+    it = call(case)
+    before = it.map(Tensor.clone)
+    output, finals, reserve = it.forward()
+    saved = [output.clone(), reserve.clone()]
+    it.backward(output, reserve)
+    assert_same_bits(it.tensors(), before.tensors())
+    assert_same_bits([output, reserve], saved)
+
+
+@on_small_cases_of_every_dtype
+def test_results_have_memory_of_their_own(case: Case) -> None:
+    it = call(case)
+    output, finals, reserve = it.forward()
+    results = [output, *finals, reserve, *it.backward(output, reserve)]
+    memory = [tensor.untyped_storage().data_ptr() for tensor in [*results, *it.tensors()]]
+    assert len(set(memory)) == len(memory)
+    assert all(result.is_contiguous() for result in results)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize("place", ("input", "state", "grad"))
+@pytest.mark.parametrize("lengths", ((), (4, 4, 3, 2, 1)), ids=("dense", "ragged"))
+@pytest.mark.parametrize("cell", CELLS)
+def test_special_values_stay_in_their_row(
+    cell: str, lengths: tuple[int, ...], place: str, value: float, dtype: torch.dtype
+) -> None:
+    """A NaN or infinity goes where the reference sends it, and into no other row of the batch."""
+    it = call(Case(cell, (4, 5, 6, 19), 2, lengths, dtype=dtype))
+    clean = it.run()
+    row = 2
+    it = it.map(Tensor.clone)
+    target = {"input": it.input, "state": it.states[-1], "grad": it.grads[0]}[place]
+    assert target is not None
+    if place == "state":
+        target[:, row, 3] = value
+    elif lengths:
+        target[len(lengths) + row, 3] = value
+    else:
+        target[1, row, 3] = value
+    results, expected = it.run(), it.reference()
+    for name, result in results.items():
+        assert torch.equal(result.isnan(), expected[name].isnan()), f"NaN in {name}"
+        if name in ("output", "h_n", "c_n"):
+            torch.testing.assert_close(
+                result, expected[name], rtol=5e-2, atol=5e-2, equal_nan=True
+            )
+    assert it.batch_sizes is None or bool(lengths)
+    others = torch.arange(5) != row
+    for name in ("h_n", "c_n", "grad h_0", "grad c_0"):
+        if name in results:
+            assert_same_bits([results[name][:, others]], [clean[name][:, others]])
+    if not lengths:
+        assert_same_bits([results["output"][:, others]], [clean["output"][:, others]])
+        assert_same_bits([results["grad input"][:, others]], [clean["grad input"][:, others]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_large_values(cell: str, dtype: torch.dtype) -> None:
+    """Pre-activations of ±1e4 saturate; no exponential overflows into NaN."""
+    it = call(Case(cell, (1, 9, 17, 33), 2, dtype=dtype))
+    large = it.input.sign() * (1e4 if cell != "rnn_relu" else 1e2)
+    weights = [None if w is None else w.sign() if w.dim() == 2 else w for w in it.weights]
+    it = replace(it, input=large, weights=weights)
+    results = it.run()
+    assert all(result.isfinite().all() for result in results.values())
+    assert_matches_reference(it, results)
+
+
+@pytest.mark.parametrize("place", ("input", "states", "weights", "grads"))
+@pytest.mark.parametrize("cell", CELLS)
+def test_denormals(cell: str, place: str) -> None:
+    it = call(Case(cell, (3, 5, 17, 33), 2))
+    tiny = it.map(lambda t: torch.full_like(t, 1e-40))
+    it = replace(it, **{place: getattr(tiny, place)})
+    for name, result in it.run().items():
+        torch.testing.assert_close(result, it.reference()[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+LSTM = Case("lstm", (3, 4, 5, 6), 2, projected=2)
+RAGGED = Case("gru", (0, 0, 5, 6), 1, (3, 2, 2, 1))
+
+Change = Callable[[Call], dict]
+
+
+def _replaced(tensors: list, place: int, tensor: object) -> list:
+    return [tensor if index == place else old for index, old in enumerate(tensors)]
+
+
+def _with(name: str, place: int, change: Callable[[Tensor], Tensor | None]) -> Change:
+    """Changes one tensor of one of the call's lists."""
+    return lambda it: {name: _replaced(getattr(it, name), place, change(getattr(it, name)[place]))}
+
+
+def _batch_sizes(*sizes: int, dtype: torch.dtype = torch.int64) -> Change:
+    return lambda _: {"batch_sizes": torch.tensor(sizes, dtype=dtype)}
+
+
+def _narrower(tensor: Tensor) -> Tensor:
+    return tensor[..., :-1]
+
+
+def _shorter(tensor: Tensor) -> Tensor:
+    return tensor[:-1]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.flatten()
+
+
+BAD_CALLS: dict[str, tuple[Case, Change]] = {
+    "cell unknown": (LSTM, lambda _: {"cell": "lstmm"}),
+    "cell empty": (LSTM, lambda _: {"cell": ""}),
+    "cell with other gates": (LSTM, lambda _: {"cell": "gru"}),
+    "input without steps": (LSTM, lambda it: {"input": it.input[:0]}),
+    "input 2-D": (LSTM, lambda it: {"input": it.input[0]}),
+    "input 4-D": (LSTM, lambda it: {"input": it.input[None]}),
+    "input narrow": (LSTM, lambda it: {"input": _narrower(it.input)}),
+    "input of another dtype": (LSTM, lambda it: {"input": it.input.double()}),
+    "input of integers": (LSTM, lambda it: {"input": it.input.long()}),
+    "every tensor of integers": (LSTM, lambda it: vars(it.map(Tensor.long))),
+    "every tensor complex": (LSTM, lambda it: vars(it.to(torch.complex64))),
+    "states missing one": (LSTM, lambda it: {"states": it.states[:1]}),
+    "states one too many": (LSTM, lambda it: {"states": [*it.states, it.states[0]]}),
+    "state narrow": (LSTM, _with("states", 1, _narrower)),
+    "state of fewer rows": (LSTM, _with("states", 1, lambda s: s[:, 1:])),
+    "state of one direction": (LSTM, _with("states", 0, _shorter)),
+    "state 2-D": (LSTM, _with("states", 0, lambda s: s[0])),
+    "state of another dtype": (LSTM, _with("states", 1, Tensor.double)),
+    "weights none": (LSTM, lambda _: {"weights": []}),
+    "weights missing one": (LSTM, lambda it: {"weights": it.weights[:-1]}),
+    "weights of three directions": (LSTM, lambda it: {"weights": it.weights + it.weights[:5]}),
+    "w_ih absent": (LSTM, _with("weights", 0, lambda _: None)),
+    "w_hh absent": (LSTM, _with("weights", 1, lambda _: None)),
+    "w_ih narrow": (LSTM, _with("weights", 0, _narrower)),
+    "w_ih short": (LSTM, _with("weights", 0, _shorter)),
+    "w_ih 1-D": (LSTM, _with("weights", 0, _flat)),
+    "w_hh narrow": (LSTM, _with("weights", 1, _narrower)),
+    "w_hh rows not gates times hidden": (LSTM, _with("weights", 1, _shorter)),
+    "w_hh 1-D": (LSTM, _with("weights", 1, _flat)),
+    "w_hh without projection": (LSTM, _with("weights", 4, lambda _: None)),
+    "b_ih short": (LSTM, _with("weights", 2, _shorter)),
+    "b_hh 2-D": (LSTM, _with("weights", 3, lambda b: b[None])),
+    "b_hh absent alone": (LSTM, _with("weights", 3, lambda _: None)),
+    "w_hr narrow": (LSTM, _with("weights", 4, _narrower)),
+    "w_hr short": (LSTM, _with("weights", 4, _shorter)),
+    "second direction's w_hh narrow": (LSTM, _with("weights", 6, _narrower)),
+    "second direction's w_hr absent": (LSTM, _with("weights", 9, lambda _: None)),
+    "weight of another dtype": (LSTM, _with("weights", 5, Tensor.bfloat16)),
+    "packed input 3-D": (RAGGED, lambda it: {"input": it.input[None]}),
+    "packed state of fewer rows": (RAGGED, _with("states", 0, lambda s: s[:, 1:])),
+    "batch_sizes empty": (RAGGED, lambda it: {"batch_sizes": it.batch_sizes[:0]}),
+    "batch_sizes too short": (RAGGED, _batch_sizes(4, 3)),
+    "batch_sizes too long": (RAGGED, _batch_sizes(4, 3, 1, 1)),
+    "batch_sizes increasing": (RAGGED, _batch_sizes(3, 4, 1)),
+    "batch_sizes negative": (RAGGED, _batch_sizes(6, 3, -1)),
+    "batch_sizes zero": (RAGGED, _batch_sizes(4, 4, 0)),
+    "batch_sizes overflowing": (RAGGED, _batch_sizes(2**62, 2**62, 2**62, 2**62)),
+    "batch_sizes 2-D": (RAGGED, lambda it: {"batch_sizes": it.batch_sizes[None]}),
+    "batch_sizes of int32": (RAGGED, _batch_sizes(4, 3, 1, dtype=torch.int32)),
+    "batch_sizes of floats": (RAGGED, _batch_sizes(4, 3, 1, dtype=torch.float32)),
+}
+
+#: What only the backward pass is given: changes to (grads, output, reserve, needs).
+BAD_BACKWARDS: dict[str, tuple[Case, Callable]] = {
+    "grads missing one": (LSTM, lambda g, o, r, n: (g[:-1], o, r, n)),
+    "grads one too many": (LSTM, lambda g, o, r, n: ([*g, None], o, r, n)),
+    "grad of output narrow": (LSTM, lambda g, o, r, n: ([g[0][..., 1:], *g[1:]], o, r, n)),
+    "grad of output of another dtype": (LSTM, lambda g, o, r, n: ([g[0].double(), *g[1:]], o, r, n)),
+    "grad of state short": (LSTM, lambda g, o, r, n: ([g[0], g[1][:1], g[2]], o, r, n)),
+    "grad of packed output short": (RAGGED, lambda g, o, r, n: ([g[0][1:], g[1]], o, r, n)),
+    "output narrow": (LSTM, lambda g, o, r, n: (g, o[..., 1:], r, n)),
+    "output short": (LSTM, lambda g, o, r, n: (g, o[1:], r, n)),
+    "output of another dtype": (LSTM, lambda g, o, r, n: (g, o.double(), r, n)),
+    "reserve empty": (LSTM, lambda g, o, r, n: (g, o, r.flatten()[:0], n)),
+    "reserve short": (LSTM, lambda g, o, r, n: (g, o, r[:, 1:], n)),
+    "reserve of another dtype": (LSTM, lambda g, o, r, n: (g, o, r.double(), n)),
+    "needs missing one": (LSTM, lambda g, o, r, n: (g, o, r, n[:-1])),
+    "needs one too many": (LSTM, lambda g, o, r, n: (g, o, r, [*n, True])),
+    "needs empty": (LSTM, lambda g, o, r, n: (g, o, r, [])),
+}
+
+
+@pytest.mark.parametrize("what", BAD_CALLS)
+def test_bad_calls_are_refused(what: str) -> None:
+    case, change = BAD_CALLS[what]
+    it = call(case)
+    output, _, reserve = it.forward()
+    bad = replace(it, **change(it))
+    with pytest.raises(RuntimeError):
+        bad.forward()
+    with pytest.raises(RuntimeError):
+        bad.backward(output, reserve)
+    assert_matches_reference(it)
+
+
+@pytest.mark.parametrize("what", BAD_BACKWARDS)
+def test_bad_backward_calls_are_refused(what: str) -> None:
+    case, change = BAD_BACKWARDS[what]
+    it = call(case)
+    output, _, reserve = it.forward()
+    grads, output, reserve, needs = change(it.grads, output, reserve, it.all_needs)
+    with pytest.raises(RuntimeError):
+        replace(it, grads=grads).backward(output, reserve, needs)
+
+
+@pytest.mark.parametrize("capability", ("default", "avx2"))
+def test_other_cpu_capabilities(capability: str) -> None:
+    """The kernels that a lesser processor would run pass a part of these tests."""
+    tests = "test_against_reference and float32 and (H4 or H17 or H64) or test_large_values"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", tests],
+        env={
+            **os.environ,
+            "ATEN_CPU_CAPABILITY": capability,
+            "ONEDNN_MAX_CPU_ISA": "AVX2",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    closing = run.stdout.splitlines()[-1]
+    assert "passed" in closing and "skipped" not in closing, closing

@@ -1,0 +1,116 @@
+"""Values at the edges of what a number can be: NaN, infinities, saturated gates, denormals."""
+
+import time
+
+import pytest
+import torch
+from configurations import DTYPES, LAYERS, MODULES, Case, named_results, run
+from torch import Tensor, nn
+
+
+def results_of_twins(case: Case, spoil: object) -> list[dict[str, Tensor]]:
+    """Both modules' results after `spoil(leaves, weights)` wrote into what the call takes."""
+    results = []
+    for module in case.twins():
+        leaves = {name: leaf.detach() for name, leaf in case.leaves().items()}
+        with torch.no_grad():
+            spoil(leaves, dict(module.named_parameters()))  # type: ignore[operator]
+            results.append(named_results(case, module(*case.arguments(leaves))))
+    return results
+
+
+def places(case: Case) -> list[tuple[str, int]]:
+    """An element of each tensor of a call, and of each gate's row in the weights, by flat index."""
+    found = []
+    module = case.make(nn)
+    sizes = {name: leaf.numel() for name, leaf in case.leaves().items()}
+    found += [(name, index) for name, size in sizes.items() for index in (0, size // 2, size - 1)]
+    for name, weight in module.named_parameters():
+        gates = weight.size(0) // case.hidden_size
+        stride = weight.stride(0) * case.hidden_size
+        found += [(name, gate * stride + offset) for gate in range(gates) for offset in (0, stride - 1)]
+    return found
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("module", MODULES)
+def test_nan_and_infinity_go_where_torch_s_go(backend: str, module: str, value: float) -> None:
+    """Through ReLU and through every gate: hiding a NaN hides a diverged training.
+
+    Where an infinity meets a gate that is all but closed, torch.nn's 0·∞ may be finite here.
+    """
+    case = Case(module, steps=3, hidden_size=17, hx=True, bidirectional=module in LAYERS)
+    for name, index in places(case):
+
+        def spoil(leaves: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+            {**leaves, **weights}[name].view(-1)[index] = value  # noqa: B023
+
+        ours, theirs = results_of_twins(case, spoil)
+        for key, result in ours.items():
+            expected = theirs[key]
+            known = torch.ones_like(expected).bool() if value != value else ~expected.isnan()
+            torch.testing.assert_close(
+                result[known],
+                expected[known],
+                equal_nan=True,
+                msg=lambda text, place=f"{key} after {value} in {name}[{index}]": f"{place}: {text}",
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("module", MODULES)
+def test_saturated_gates_stay_finite(backend: str, module: str, dtype: torch.dtype) -> None:
+    """Pre-activations of ±1e4 and beyond: exp must not overflow, in neither pass.
+
+    A ReLU does not saturate; float16 overflows in its gradients, as in torch.nn.
+    """
+    case = Case(module, steps=3, hidden_size=17, hx=True, dtype=dtype)
+    runs = []
+    for twin in case.twins():
+        with torch.no_grad():
+            for name, weight in twin.named_parameters():
+                if "bias_ih" in name:
+                    signs = torch.where(torch.arange(weight.numel()) % 3 == 0, -1, 1)
+                    weight.copy_(signs * torch.linspace(5e3, 2e4, weight.numel()))
+                elif "relu" in module:
+                    weight.mul_(0.01)
+        runs.append(run(case, twin, case.leaves()))
+    roundings = 4 * torch.finfo(dtype).eps
+    for name, result in runs[0].items():
+        assert result.isfinite().all() or "relu" in module, name
+        torch.testing.assert_close(result, runs[1][name], rtol=roundings, atol=roundings)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_denormals_stay_the_caller_s(backend: str, module: str) -> None:
+    """A kernel may take them for zero, while it runs and on its own threads only."""
+    case = Case(module, steps=20, batch=8, hidden_size=64, hx=True, bias=False)
+
+    def spoil(leaves: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+        for leaf in leaves.values():
+            leaf.mul_(1e-42)
+
+    ours, theirs = results_of_twins(case, spoil)
+    for name, result in ours.items():
+        torch.testing.assert_close(result, theirs[name], rtol=0, atol=1e-37, msg=name)
+    run(case, case.twins()[0], case.leaves())
+    many = torch.full([1_000_000], 1e-42)  # enough of them for every thread of torch's
+    assert (many / 2).all()
+
+
+@pytest.mark.parametrize("module", LAYERS)
+def test_denormals_do_not_slow_it(backend: str, module: str) -> None:
+    case = Case(module, steps=50, batch=8, input_size=64, hidden_size=64, hx=True, bias=False)
+    ours, _ = case.twins()
+    seconds = []
+    for scale in (1.0, 1e-40):
+        leaves = {name: leaf.detach() * scale for name, leaf in case.leaves().items()}
+        with torch.no_grad():
+            seconds.append(min(_seconds(lambda: ours(*case.arguments(leaves))) for _ in range(7)))  # noqa: B023
+    assert seconds[1] < 5 * seconds[0]
+
+
+def _seconds(call: object) -> float:
+    start = time.perf_counter()
+    call()  # type: ignore[operator]
+    return time.perf_counter() - start

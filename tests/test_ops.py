@@ -1,0 +1,110 @@
+"""The ops as torch.library sees them: schema, fake results and functionalization, over every kind of call."""
+
+import pytest
+import torch
+from kernel_cases import Call, Case, call, small_cases
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+
+from rnnkit.reference import CELLS, WEIGHTS
+
+on_small_cases = pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        for case in small_cases(dtype)
+    ],
+    ids=str,
+)
+
+
+def described(results: tuple | list | Tensor) -> object:
+    """Shape, strides, dtype and device of every tensor."""
+    if isinstance(results, Tensor):
+        return results.shape, results.stride(), results.dtype, results.device
+    return [described(result) for result in results]
+
+
+def arguments(it: Call, save: bool = True) -> tuple[list, list]:
+    """Of both ops."""
+    tensors = [it.input, it.states, it.weights, it.batch_sizes]
+    output, _, reserve = it.forward()
+    return (
+        [it.cell, *tensors, save],
+        [it.cell, it.grads, *tensors, output, reserve, it.all_needs],
+    )
+
+
+@pytest.mark.parametrize("case", small_cases(), ids=str)
+def test_opcheck(case: Case) -> None:
+    it = call(case)
+    forward, backward = arguments(it)
+    opcheck(torch.ops.rnnkit.layer_forward.default, forward)
+    opcheck(torch.ops.rnnkit.layer_forward.default, [*forward[:-1], False])
+    opcheck(torch.ops.rnnkit.layer_backward.default, backward)
+    some = [need and place % 2 == 0 for place, need in enumerate(it.all_needs)]
+    without_grads = [it.cell, [*it.grads[:1], *[None] * (len(it.grads) - 1)], *backward[2:-1], some]
+    opcheck(torch.ops.rnnkit.layer_backward.default, without_grads)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck_in_other_dtypes(cell: str, dtype: torch.dtype) -> None:
+    tolerances = {"rtol": 1e-2, "atol": 1e-2}
+    forward, backward = arguments(call(Case(cell, dtype=dtype)))
+    opcheck(torch.ops.rnnkit.layer_forward.default, forward, **tolerances)
+    opcheck(torch.ops.rnnkit.layer_backward.default, backward, **tolerances)
+
+
+@on_small_cases
+def test_fakes_describe_the_results(case: Case) -> None:
+    it = call(case)
+    results = [it.forward(save) for save in (True, False)]
+    grads = it.backward(results[0][0], results[0][2])
+    with FakeTensorMode() as mode:
+        fake = it.map(mode.from_tensor)
+        fake_results = [fake.forward(save) for save in (True, False)]
+        fake_grads = fake.backward(fake_results[0][0], fake_results[0][2])
+    assert described(fake_results) == described(results)
+    assert described(fake_grads) == described(grads)
+    assert len(grads) == sum(it.all_needs)
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 5, 4), (3, 2, 0, 4), (3, 2, 5, 0)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_fakes_of_empty_results(cell: str, sizes: tuple[int, int, int, int]) -> None:
+    it = call(Case(cell, sizes, 2))
+    results = it.forward()
+    with FakeTensorMode() as mode:
+        fake = it.map(mode.from_tensor)
+        fake_results = fake.forward()
+        fake_grads = fake.backward(fake_results[0], fake_results[2])
+    assert described(fake_results) == described(results)
+    assert described(fake_grads) == described(it.backward(results[0], results[2]))
+
+
+@on_small_cases
+def test_reserve(case: Case) -> None:
+    """[D, rows, saved, H] in the type accumulated in, or nothing."""
+    it = call(case)
+    rows = it.input.shape[:-1].numel()
+    reserve = it.forward(save=True)[2]
+    assert reserve.shape == (case.directions, rows, CELLS[case.cell].saved, case.sizes[3])
+    low = case.dtype in (torch.bfloat16, torch.float16)
+    assert reserve.dtype == (torch.float32 if low else case.dtype)
+    assert it.forward(save=False)[2].shape == (0,)
+
+
+def test_weights_of_a_direction() -> None:
+    """The order the ops are documented to take weights in is the one the tests build them in."""
+    it = call(Case("lstm", (3, 2, 5, 4), projected=3))
+    assert WEIGHTS == ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+    assert [tuple(w.shape) for w in it.weights if w is not None] == [
+        (16, 5),
+        (16, 3),
+        (16,),
+        (16,),
+        (3, 4),
+    ]
