@@ -263,18 +263,20 @@ class Training:
 
     @torch.no_grad()
     def sample(self, length: int, seed: int, temperature: float = 0.7) -> str:
-        """Text drawn from the model, the same for the same weights and seed."""
+        """What the model writes after the text's first characters; the seed decides it."""
         generator = torch.Generator().manual_seed(seed)
-        symbols = self.text.symbols
-        codes, state = [max(symbols.find("\n"), 0)], None
+        given = self.text.inputs[: self.text.bptt, :1].long()  # [T, 1]
+        state, sampled = None, ""
         for _ in range(length):
-            logits, state = self.model(torch.tensor([codes[-1:]], device=self.device), state)
-            logits = logits.flatten().double().cpu() / temperature
+            logits, state = self.model(given, state)
+            logits = logits[-1, 0].double().cpu() / temperature
             if not logits.isfinite().all():
                 return "(none: the training has diverged)"
             logits[0] = -math.inf  # no rare characters
-            codes.append(int(torch.multinomial(logits.softmax(0), 1, generator=generator)))
-        return "".join(symbols[code] for code in codes[1:])
+            code = torch.multinomial(logits.softmax(0), 1, generator=generator)
+            sampled += self.text.symbols[int(code)]
+            given = code.to(self.device).view(1, 1)
+        return sampled
 
 
 class StopRequest:
@@ -315,16 +317,14 @@ class Progress:
     def show(self) -> None:
         done = self.done()
         left = (time.monotonic() - self.begin) * (1 - done) / max(done - self.first, 1e-9)
-        losses = ", ".join(f"{t.losses[-1]:.3f} {IMPLEMENTATIONS[t.name]}" for t in self.trainings)
-        step = min(len(t.losses) for t in self.trainings)
         minutes, seconds = divmod(round(left), 60)
+        losses = [f"{IMPLEMENTATIONS[t.name]} {t.losses[-1]:.3f}" for t in self.trainings]
         line = (
-            f"{done:4.0%}  step {step}/{self.steps}  {minutes}:{seconds:02d} left"
-            f"  loss in nats: {losses}"
+            f"{done:4.0%} of {self.steps} steps, {minutes}:{seconds:02d} left, "
+            f"{', '.join(losses)} nats"
         )
         if self.terminal:
-            bar = "#" * round(20 * done)
-            line = f"[{bar:20}]{line}"[: shutil.get_terminal_size().columns - 1]
+            line = f"[{'#' * round(12 * done):12}]{line}"[: shutil.get_terminal_size().columns - 1]
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
         elif done >= self.last_line[0] + 0.1 or time.monotonic() >= self.last_line[1] + 30:
             self.last_line = (done, time.monotonic())

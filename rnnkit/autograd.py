@@ -41,6 +41,8 @@ def _transformed(tensors: Sequence[Tensor]) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
+    if any(torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors):  # is_grads_batched
+        return True
     if forward_ad._current_level < 0:
         return False
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
@@ -72,9 +74,10 @@ class _Layer(torch.autograd.Function):
         batch_sizes, input, *tensors, output, reserve = ctx.saved_tensors
         states, weights = tensors[: ctx.n_states], tensors[ctx.n_states :]
         needs = list(ctx.needs_input_grad[3:])
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if create_graph or _transformed([g for g in grads if g is not None]):
             found = ops.differentiable_backward(
-                ctx.cell, grads, input, states, weights, batch_sizes, needs, create_graph=True
+                ctx.cell, grads, input, states, weights, batch_sizes, needs, create_graph
             )
             return None, None, None, *found
         remaining = iter(

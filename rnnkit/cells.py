@@ -115,7 +115,8 @@ class LSTMCell(nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Take one step; see the class."""
-        h, c = _step("LSTMCell", "lstm", self, input, stack.as_state_pair(hx))
+        states = stack.as_state_pair(hx, too_few=RuntimeError)
+        h, c = _step("LSTMCell", "lstm", self, input, states)
         return h, c
 
 

@@ -4,6 +4,7 @@ One pair of ops serves every cell, direction, layout and device. Extensions add 
 dispatch key (csrc/cpu/register.cpp); where there is none, the composite below runs.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -52,7 +53,7 @@ def _empty_results(
         batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
     output = input.new_empty([*rows, directions * projected])
     finals = [input.new_empty(directions, batch, s) for s in [projected, hidden][: spec.states]]
-    shape = [directions, rows.numel(), spec.saved, hidden] if save else [0]
+    shape = [directions, math.prod(rows), spec.saved, hidden] if save else [0]
     return output, finals, input.new_empty(shape, dtype=_accumulate_dtype(input.dtype))
 
 
@@ -134,14 +135,18 @@ def differentiable_backward(
 
     Returns a list like [input, *states, *weights], None where `needs` is False.
     """
-    with torch.enable_grad():
+    # The op may run below autograd, as in a compiled graph, where enable_grad alone records nothing.
+    autograd_on = torch._C._SetExcludeDispatchKeyGuard(
+        torch._C.DispatchKey.AutogradFunctionality, False
+    )
+    with torch.enable_grad(), autograd_on:
         # Aliases, so that a tensor given twice (tied weights) gets each place's own gradient.
         tensors = [
             None
             if t is None
             else t.view_as(t)
-            if create_graph
-            else t.detach().requires_grad_(bool(need))
+            if t.requires_grad or not need
+            else t.detach().requires_grad_()
             for t, need in zip([input, *states, *weights], needs, strict=True)
         ]
         x, h, w = tensors[0], tensors[1 : 1 + len(states)], tensors[1 + len(states) :]

@@ -83,19 +83,20 @@ def as_states(hx: Tensor | None) -> tuple[Tensor, ...]:
     return (hx,)
 
 
-def as_state_pair(hx: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
-    """The `hx` of an LSTM -> (h, c); empty, for zeros, if None."""
+def as_state_pair(
+    hx: Sequence[Tensor] | None, too_few: type[Exception] = IndexError
+) -> tuple[Tensor, ...]:
+    """The `hx` of an LSTM -> (h, c); empty, for zeros, if None. Exceptions are of torch.nn's types."""
     if hx is None:
         return ()
     expected = "expected hx to be a pair of Tensors (h, c)"
     if isinstance(hx, Tensor):
         raise TypeError(f"{expected}, got a Tensor of shape {tuple(hx.shape)}")
-    if len(hx) < 2:
-        raise IndexError(f"{expected}, got {len(hx)} of them")
-    if len(hx) > 2:
-        raise RuntimeError(f"lstm expects two hidden states: {expected}, got {len(hx)} of them")
     if not all(isinstance(state, Tensor) for state in hx):
         raise AttributeError(f"{expected}, got {[type(state).__name__ for state in hx]}")
+    if len(hx) != 2:
+        wrong_number = too_few if len(hx) < 2 else RuntimeError
+        raise wrong_number(f"lstm expects two hidden states: {expected}, got {len(hx)} of them")
     return tuple(hx)
 
 

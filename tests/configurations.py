@@ -14,11 +14,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from tolerances import assert_close_to_truth
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnkit
-from tolerances import assert_close_to_truth
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -139,6 +139,14 @@ class Case:
         if not self.hx:
             return [input]
         return [input, (leaves["hx"], leaves["cx"]) if "cx" in leaves else leaves["hx"]]
+
+
+#: Each layer with all that a stack has, and the LSTM with a projection.
+STACKED = [
+    Case(name, num_layers=2, bidirectional=True, hx=True, proj_size=proj_size)
+    for name in LAYERS
+    for proj_size in ((0, 2) if name == "lstm" else (0,))
+]
 
 
 def tensors_of(results: Any) -> list[Tensor]:

@@ -32,7 +32,9 @@ hypothesis.settings.load_profile("rnnkit")
 
 
 def pytest_report_header() -> list[str]:
-    absent = [f"no {n}: {backends.unavailable(n)}" for n in backends.BACKENDS if backends.unavailable(n)]
+    absent = [
+        f"no {n}: {backends.unavailable(n)}" for n in backends.BACKENDS if backends.unavailable(n)
+    ]
     return [f"torch {torch.__version__}, rnnkit backends: {', '.join(AVAILABLE_BACKENDS + absent)}"]
 
 

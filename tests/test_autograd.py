@@ -84,7 +84,7 @@ def test_gradcheck(case: Case, backend: str) -> None:
 @on_gradcheck_cases
 def test_gradgradcheck(case: Case, backend: str) -> None:
     it = call(case)
-    assert gradgradcheck(on_call(it), leaves(it))
+    assert gradgradcheck(on_call(it), leaves(it), check_fwd_over_rev=True)
 
 
 @each_cell
@@ -121,6 +121,21 @@ def test_only_some_tangents(cell: str, backend: str) -> None:
 
 
 @each_cell
+def test_tangent_of_an_incoming_gradient(cell: str, backend: str) -> None:
+    """The backward pass is linear in the incoming gradient, so a tangent of it comes out as a gradient would."""
+    it = double(cell)
+    tensors = leaves(it)
+    output = results(it, *tensors)[0]
+    tangent = torch.randn_like(output)
+    expected = torch.autograd.grad(output, tensors, tangent, retain_graph=True)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.randn_like(output), tangent)
+        found = torch.autograd.grad(output, tensors, dual)
+        tangents = [forward_ad.unpack_dual(grad).tangent for grad in found]
+    torch.testing.assert_close(tangents, list(expected))
+
+
+@each_cell
 def test_jvp_and_vjp_agree(cell: str, backend: str) -> None:
     it = double(cell, directions=2)
     tensors = tuple(t.detach() for t in leaves(it))
@@ -151,8 +166,14 @@ def test_jacobian(cell: str, backend: str) -> None:
     def output(x: Tensor) -> Tensor:
         return results(it, x, *others)[0]
 
+    def row(cotangent: Tensor) -> Tensor:
+        return torch.autograd.grad(y, x, cotangent, retain_graph=True)[0]
+
+    y = output(x)
+    rows = torch.eye(y.numel(), dtype=y.dtype).view(*y.shape, *y.shape)
     by_rows = torch.autograd.functional.jacobian(output, x)
     for found in (
+        torch.func.vmap(torch.func.vmap(torch.func.vmap(row)))(rows),
         torch.func.jacrev(output)(x.detach()),
         torch.func.jacfwd(output)(x.detach()),
         torch.autograd.functional.jacobian(output, x, vectorize=True),

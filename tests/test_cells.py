@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from configurations import CELLS, Case, named_results, run
 
 import rnnkit
-from configurations import CELLS, Case, named_results, run
 
 
 @pytest.mark.parametrize("module", CELLS)
@@ -18,7 +18,9 @@ def test_no_hidden_units(backend: str, module: str) -> None:
 
 @pytest.mark.parametrize("module", CELLS)
 @pytest.mark.parametrize("missing", [("bias_ih", "bias_hh"), ("bias_ih",), ("bias_hh",)], ids=str)
-def test_a_bias_taken_away_after_construction(backend: str, module: str, missing: tuple[str]) -> None:
+def test_a_bias_taken_away_after_construction(
+    backend: str, module: str, missing: tuple[str]
+) -> None:
     case = Case(module, hx=True)
     ours, theirs = case.twins()
     for cell in (ours, theirs):

@@ -6,9 +6,11 @@ import pytest
 import torch
 from kernel_cases import assert_same_bits
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnkit
+from rnnkit import backends
 
 LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "rnn_tanh": (rnnkit.RNN, {}),
@@ -24,8 +26,14 @@ CELLS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "gru_cell": (rnnkit.GRUCell, {}),
 }
 
-each_layer = pytest.mark.parametrize("name", LAYERS)
 each_module = pytest.mark.parametrize("name", LAYERS | CELLS)
+needs_cpp = pytest.mark.skipif(
+    bool(backends.unavailable("cpp")), reason=f"no C++ kernels: {backends.EXTENSION_REASON}"
+)
+
+
+def compiled(own: nn.Module, compiler: Any = "aot_eager") -> Any:
+    return torch.compile(own, fullgraph=True, backend=compiler)
 
 
 @pytest.fixture(autouse=True)
@@ -57,110 +65,118 @@ def run(call: Any, own: nn.Module, x: Tensor) -> list[Tensor]:
     return [*results, *torch.autograd.grad(total, wanted)]
 
 
-@pytest.mark.parametrize("compiler", ("eager", "aot_eager"))
+@needs_cpp
 @each_module
-def test_training(name: str, compiler: str, backend: str) -> None:
+def test_training(name: str) -> None:
     own = module(name)
     x = input_of(name)
-    compiled = torch.compile(own, fullgraph=True, backend=compiler)
-    torch.testing.assert_close(run(compiled, own, x), run(own, own, x))
+    torch.testing.assert_close(run(compiled(own), own, x), run(own, own, x))
 
 
+@needs_cpp
 @each_module
-def test_inference(name: str, backend: str) -> None:
+def test_inference(name: str) -> None:
     own = module(name).eval()
     x = input_of(name).detach()
     with torch.no_grad():
-        compiled = torch.compile(own, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(flat(compiled(x)), flat(own(x)))
+        torch.testing.assert_close(flat(compiled(own)(x)), flat(own(x)))
 
 
-@each_layer
-def test_initial_states(name: str, backend: str) -> None:
+@pytest.mark.parametrize("name", ("gru", "lstm_cell"))
+def test_on_each_backend(name: str, backend: str) -> None:
+    own = module(name)
+    x = input_of(name)
+    for compiler in ("eager", "aot_eager"):
+        torch.testing.assert_close(run(compiled(own, compiler), own, x), run(own, own, x))
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", ("lstm", "gru-batch_first"))
+def test_initial_states(name: str) -> None:
     own = module(name)
     x = input_of(name)
     states = flat(own(x))[1:]
     hx = tuple(states) if len(states) > 1 else states[0]
-    compiled = torch.compile(own, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(flat(compiled(x, hx)), flat(own(x, hx)))
+    torch.testing.assert_close(flat(compiled(own)(x, hx)), flat(own(x, hx)))
 
 
-@each_layer
-def test_other_lengths(name: str, backend: str) -> None:
-    """Sequences of other lengths give their own results, not those of the length that was traced."""
-    own = module(name)
-    compiled = torch.compile(own, fullgraph=True, backend="aot_eager")
-    for steps in (3, 4, 7, 1):
-        x = input_of(name, steps)
-        torch.testing.assert_close(run(compiled, own, x), run(own, own, x))
-
-
-def test_the_op_is_one_node_for_any_length() -> None:
-    """The scan is not unrolled, and a third length compiles nothing anew."""
+@needs_cpp
+@pytest.mark.parametrize("training", (False, True))
+@pytest.mark.parametrize("name", ("rnn_tanh", "lstm-deep"))
+def test_any_length_in_one_graph(name: str, training: bool) -> None:
+    """The scan is not unrolled, and sequences of further lengths compile nothing anew."""
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
         graphs.append(graph)
         return graph.forward
 
-    with rnnkit.backend("cpp"):
-        compiled = torch.compile(module("gru"), fullgraph=True, backend=keep)
-        with torch.no_grad():
-            for steps in (3, 4, 5, 6, 7):
-                compiled(input_of("gru", steps).detach())
-    assert len(graphs) <= 2
-    assert [str(node.target) for node in graphs[-1].graph.nodes].count("rnnkit.layer_forward") == 1
+    own = module(name).train(training)
+    faster = compiled(own, aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    for steps in (3, 4, 5, 6, 7):
+        x = input_of(name, steps)
+        with torch.set_grad_enabled(training):
+            if training:
+                torch.testing.assert_close(run(faster, own, x), run(own, own, x))
+            else:
+                torch.testing.assert_close(flat(faster(x)), flat(own(x)))
+    assert len(graphs) <= (4 if training else 2)  # for the first length and for any other
+    last = [str(node.target) for node in graphs[-1].graph.nodes]
+    op = "rnnkit.layer_backward" if training else "rnnkit.layer_forward"
+    assert sum(target.startswith(op) for target in last) == own.num_layers
 
 
-@each_layer
-def test_packed_sequence(name: str, backend: str) -> None:
+@needs_cpp
+@pytest.mark.parametrize("name", ("lstm", "gru"))
+def test_packed_sequence(name: str) -> None:
     own = module(name)
-    x = torch.randn(4, 3, 5)
-    packed = pack_padded_sequence(x, torch.tensor([4, 2, 1]))
+    packed = pack_padded_sequence(torch.randn(4, 3, 5), torch.tensor([4, 2, 1]))
 
     def output(packed: PackedSequence) -> Tensor:
         return own(packed)[0].data
 
-    compiled = torch.compile(output, backend="aot_eager")
-    torch.testing.assert_close(compiled(packed), output(packed))
+    found = torch.compile(output, backend="aot_eager")(packed)
+    torch.testing.assert_close(found, output(packed))
 
 
+@needs_cpp
 @each_module
-def test_export(name: str, backend: str) -> None:
+def test_export(name: str) -> None:
     own = module(name).eval()
     x = input_of(name).detach()
     program = torch.export.export(own, (x,), strict=False)
     torch.testing.assert_close(flat(program.module()(x)), flat(own(x)))
 
 
-def test_exported_op_takes_any_length() -> None:
+@needs_cpp
+def test_exported_layer_takes_any_length() -> None:
     own = module("lstm").eval()
     length = torch.export.Dim("length", min=2, max=100)
-    with rnnkit.backend("cpp"):
-        program = torch.export.export(
-            own, (input_of("lstm").detach(),), dynamic_shapes=({0: length},), strict=False
-        )
-        for steps in (2, 9):
-            x = input_of("lstm", steps).detach()
-            assert_same_bits(flat(program.module()(x)), flat(own(x)))
+    program = torch.export.export(
+        own, (input_of("lstm").detach(),), dynamic_shapes=({0: length},), strict=False
+    )
+    for steps in (2, 9):
+        x = input_of("lstm", steps).detach()
+        assert_same_bits(flat(program.module()(x)), flat(own(x)))
 
 
-def test_autocast(backend: str) -> None:
+@needs_cpp
+def test_autocast() -> None:
     own = module("gru")
     x = input_of("gru").detach()
-    compiled = torch.compile(own, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = flat(compiled(x)), flat(own(x))
+        found, expected = flat(compiled(own)(x)), flat(own(x))
     assert [result.dtype for result in found] == [result.dtype for result in expected]
     torch.testing.assert_close(found, expected)
 
 
-def test_changed_weight_is_used_by_the_next_call(backend: str) -> None:
+@needs_cpp
+def test_changed_weight_is_used_by_the_next_call() -> None:
     own = module("lstm")
     x = input_of("lstm").detach()
-    compiled = torch.compile(own, fullgraph=True, backend="aot_eager")
-    before = compiled(x)[0]
+    faster = compiled(own)
+    before = faster(x)[0]
     for parameter in own.parameters():
         parameter.data.mul_(2)
-    assert not torch.equal(compiled(x)[0], before)
-    torch.testing.assert_close(compiled(x)[0], own(x)[0])
+    assert not torch.equal(faster(x)[0], before)
+    torch.testing.assert_close(faster(x)[0], own(x)[0])

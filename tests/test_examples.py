@@ -272,7 +272,7 @@ def test_interrupt_from_the_keyboard(folder: Path) -> None:
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if "step " in line:
+            if " left, " in line:
                 break
         process.send_signal(signal.SIGINT)
         time.sleep(0.001)

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from configurations import LAYERS, Case, run
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnkit
-from configurations import LAYERS, Case, run
 
 CASES = [Case(name, num_layers=2, bidirectional=True) for name in LAYERS]
 CASES += [
@@ -39,7 +39,9 @@ def test_a_weight_set_as_an_attribute_is_used(backend: str, case: Case) -> None:
         replacement = torch.randn_like(getattr(ours, name))
         for layer in (ours, theirs):
             setattr(layer, name, nn.Parameter(replacement.clone()))
-            assert layer._flat_weights[layer._flat_weights_names.index(name)] is getattr(layer, name)
+            assert layer._flat_weights[layer._flat_weights_names.index(name)] is getattr(
+                layer, name
+            )
         input = case.leaves(torch.float64)["input"]
         torch.testing.assert_close(ours(input), theirs(input))
 
@@ -64,7 +66,9 @@ def test_flatten_parameters_and_apply_keep_the_weights(backend: str, case: Case)
 def test_expected_sizes_and_permutation(case: Case) -> None:
     ours, theirs = case.twins()
     input = torch.randn(case.shapes()["input"])
-    packed = pack_padded_sequence(torch.randn(4, 7, case.input_size), [4, 3, 1, 1], batch_first=True)
+    packed = pack_padded_sequence(
+        torch.randn(4, 7, case.input_size), [4, 3, 1, 1], batch_first=True
+    )
     permutation = torch.tensor([2, 0, 1])
     states: Any = torch.randn(4, 3, 6)
     if "lstm" in case.module:
@@ -73,10 +77,14 @@ def test_expected_sizes_and_permutation(case: Case) -> None:
         for method in ("get_expected_hidden_size", "get_expected_cell_size"):
             assert hasattr(ours, method) == hasattr(theirs, method)
             if hasattr(ours, method):
-                assert getattr(ours, method)(given, batch_sizes) == getattr(theirs, method)(given, batch_sizes)
+                assert getattr(ours, method)(given, batch_sizes) == getattr(theirs, method)(
+                    given, batch_sizes
+                )
         ours.check_input(given, batch_sizes)
     for order in (None, permutation):
-        torch.testing.assert_close(ours.permute_hidden(states, order), theirs.permute_hidden(states, order))
+        torch.testing.assert_close(
+            ours.permute_hidden(states, order), theirs.permute_hidden(states, order)
+        )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from configurations import LAYERS, MODULES, Case, compare, run, tensors_of
 from torch import nn
 
 import rnnkit
-from configurations import LAYERS, MODULES, Case, compare, run, tensors_of
 
 #: Of every module's constructor, the arguments that make sense of positions, names and defaults.
 LAYER_ARGUMENTS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
@@ -42,12 +42,20 @@ ARGUMENTS = {
         ((3, 4, 2, False, True, 0.5, True), {}),
         ((3, 4, 1, True, False, 0.0, False, 0, "cpu", torch.float64), {}),
     ],
-    "RNNCell": [((3, 4, False, "relu", "cpu", torch.float64), {}), ((3, 4), {"nonlinearity": "relu"})],
+    "RNNCell": [
+        ((3, 4, False, "relu", "cpu", torch.float64), {}),
+        ((3, 4), {"nonlinearity": "relu"}),
+    ],
     "LSTMCell": [((3, 4, False, "cpu", torch.float64), {})],
     "GRUCell": [((3, 4, False, "cpu", torch.float64), {})],
 }
 for _name in ("RNNCell", "LSTMCell", "GRUCell"):
-    ARGUMENTS[_name] += [((3, 4), {}), ((), {"input_size": 3, "hidden_size": 4}), ((3, 0), {}), ((3, 4, 0), {})]
+    ARGUMENTS[_name] += [
+        ((3, 4), {}),
+        ((), {"input_size": 3, "hidden_size": 4}),
+        ((3, 0), {}),
+        ((3, 4, 0), {}),
+    ]
 CONSTRUCTIONS = [(name, *call) for name, calls in ARGUMENTS.items() for call in calls]
 
 #: Attributes of a module that hold its tensors, or references to them.
@@ -125,7 +133,9 @@ before = settings()
 import rnnkit
 assert settings() == before
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -214,11 +224,18 @@ def test_meta_device(module: str) -> None:
     ours, theirs = case.twins()
     on_meta = copy.deepcopy(ours).to("meta")
     leaves = case.leaves()
-    results, expected = tensors_of(ours(*case.arguments(leaves))), tensors_of(theirs(*case.arguments(leaves)))
+    results, expected = (
+        tensors_of(ours(*case.arguments(leaves))),
+        tensors_of(theirs(*case.arguments(leaves))),
+    )
     meta_leaves = {name: leaf.detach().to("meta").requires_grad_() for name, leaf in leaves.items()}
     abstract = tensors_of(on_meta(*case.arguments(meta_leaves)))
     for result, shape in zip(abstract, expected, strict=True):
-        assert (result.device.type, result.shape, result.dtype) == ("meta", shape.shape, shape.dtype)
+        assert (result.device.type, result.shape, result.dtype) == (
+            "meta",
+            shape.shape,
+            shape.dtype,
+        )
     sum(result.sum() for result in abstract).backward()
     for tensor in (*meta_leaves.values(), *on_meta.parameters()):
         assert tensor.grad is not None

@@ -28,7 +28,9 @@ def places(case: Case) -> list[tuple[str, int]]:
     for name, weight in module.named_parameters():
         gates = weight.size(0) // case.hidden_size
         stride = weight.stride(0) * case.hidden_size
-        found += [(name, gate * stride + offset) for gate in range(gates) for offset in (0, stride - 1)]
+        found += [
+            (name, gate * stride + offset) for gate in range(gates) for offset in (0, stride - 1)
+        ]
     return found
 
 
@@ -53,7 +55,9 @@ def test_nan_and_infinity_go_where_torch_s_go(backend: str, module: str, value: 
                 result[known],
                 expected[known],
                 equal_nan=True,
-                msg=lambda text, place=f"{key} after {value} in {name}[{index}]": f"{place}: {text}",
+                msg=lambda text, place=f"{key} after {value} in {name}[{index}]": (
+                    f"{place}: {text}"
+                ),
             )
 
 
@@ -114,3 +118,9 @@ def _seconds(call: object) -> float:
     start = time.perf_counter()
     call()  # type: ignore[operator]
     return time.perf_counter() - start
+
+
+def test_memory_is_poisoned() -> None:
+    """The fixture works that makes every test here see what is read before it is written."""
+    assert torch.empty(3).isnan().all()
+    assert torch.ones(3, dtype=torch.bfloat16).new_empty(3).isnan().all()

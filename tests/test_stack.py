@@ -5,6 +5,20 @@ import random
 import hypothesis
 import pytest
 import torch
+from configurations import (
+    DTYPES,
+    LAYERS,
+    MODULES,
+    SIZES,
+    STACKED,
+    Case,
+    compare,
+    covering_cases,
+    named_results,
+    run,
+    tensors_of,
+    valid_case,
+)
 from hypothesis import strategies
 from torch import nn
 from torch.nn.utils.rnn import (
@@ -15,22 +29,6 @@ from torch.nn.utils.rnn import (
 )
 
 import rnnkit
-from configurations import (
-    DTYPES,
-    LAYERS,
-    MODULES,
-    SIZES,
-    Case,
-    compare,
-    covering_cases,
-    named_results,
-    run,
-    tensors_of,
-    valid_case,
-)
-
-STACKED = [Case(name, num_layers=2, bidirectional=True, hx=True) for name in LAYERS]
-STACKED += [Case("lstm", num_layers=2, bidirectional=True, hx=True, proj_size=2)]
 
 
 @pytest.mark.parametrize("case", covering_cases(MODULES), ids=str)
@@ -83,7 +81,9 @@ def test_a_packed_batch_is_its_sequences_one_by_one(
         lengths = lengths[::-1]
     sequences = [torch.randn(length, case.input_size, dtype=torch.float64) for length in lengths]
     shapes = [(4, len(lengths), case.proj_size or 6), (4, len(lengths), 6)]
-    hx = tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)[: 1 + ("lstm" in case.module)]
+    hx = tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)[
+        : 1 + ("lstm" in case.module)
+    ]
 
     def call(input: torch.Tensor | PackedSequence, states: tuple[torch.Tensor, ...]) -> tuple:
         output, finals = ours(input, states if len(states) == 2 else states[0])
@@ -155,7 +155,9 @@ def test_an_empty_batch_or_a_single_step(backend: str, case: Case) -> None:
     actual, expected = (run(case, module, case.leaves()) for module in (ours, theirs))
     assert actual.keys() == expected.keys()
     for name, result in actual.items():
-        torch.testing.assert_close(result, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            result, expected[name], msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 # Memory
@@ -180,11 +182,15 @@ def test_strided_input_and_states(backend: str, module: str, layout: str) -> Non
     results = []
     for package in (ours, theirs):
         leaves = case.leaves()
-        strided = {name: _strided(leaf.detach(), layout).requires_grad_() for name, leaf in leaves.items()}
+        strided = {
+            name: _strided(leaf.detach(), layout).requires_grad_() for name, leaf in leaves.items()
+        }
         assert not any(leaf.is_contiguous() for leaf in strided.values())
         results.append(run(case, package, strided))
     for name, result in results[0].items():
-        torch.testing.assert_close(result, results[1][name], msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            result, results[1][name], msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -196,7 +202,9 @@ def test_strided_weights(backend: str, module: str) -> None:
         if weight.dim() == 2:
             setattr(ours, name, nn.Parameter(_strided(weight.detach(), "transposed")))
     for name, result in run(case, ours, case.leaves()).items():
-        torch.testing.assert_close(result, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            result, expected[name], msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -7,22 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize, prune
-
-import rnnkit
 from configurations import (
+    CELLS,
     LAYERS,
     MODULES,
+    STACKED,
     Case,
     backward,
     named_results,
     run,
 )
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
-STACKED = [
-    *(Case(name, hx=True, num_layers=2, bidirectional=True) for name in LAYERS),
-    *(Case(name, hx=True) for name in MODULES if name not in LAYERS),
+import rnnkit
+
+CASES = [
+    *STACKED,
+    *(Case(name, hx=True) for name in CELLS),
     Case("lstm", hx=True, proj_size=2, lengths=(2, 5, 4)),
 ]
 
@@ -31,11 +33,15 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
     assert actual.keys() == expected.keys()
     for name, result in actual.items():
         torch.testing.assert_close(
-            result, expected[name], atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            result,
+            expected[name],
+            atol=2e-5,
+            rtol=1e-4,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
-@pytest.mark.parametrize("case", STACKED, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_any_part_may_need_a_gradient(backend: str, case: Case) -> None:
     """Each tensor alone, and all but each: its gradient is the same, and the others have none."""
     ours, _ = case.twins()
@@ -51,7 +57,7 @@ def test_any_part_may_need_a_gradient(backend: str, case: Case) -> None:
         assert_close(actual, {name: expected[name] for name in actual})
 
 
-@pytest.mark.parametrize("case", STACKED, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_gradients_from_one_result_alone(backend: str, case: Case, index: int) -> None:
     """The others' gradients are not given, which is not an error and counts as zero."""
@@ -102,8 +108,12 @@ WRITTEN = [
     *(Case(name, hx=True, num_layers=n) for name in LAYERS for n in (1, 2)),
     *(Case(name, hx=True, bidirectional=True, batch_first=True) for name in LAYERS),
     *(Case(name, hx=True, lengths=(2, 5, 4)) for name in LAYERS),
-    *(Case(name, hx=True, dtype=dtype) for name in MODULES for dtype in (torch.float64, torch.float16)),
-    *(Case(name, hx=True) for name in MODULES if name not in LAYERS),
+    *(
+        Case(name, hx=True, dtype=dtype)
+        for name in MODULES
+        for dtype in (torch.float64, torch.float16)
+    ),
+    *(Case(name, hx=True) for name in CELLS),
     Case("lstm", hx=True, proj_size=2),
     Case("lstm", hx=True, dtype=torch.bfloat16),
 ]
@@ -138,14 +148,16 @@ def test_in_place_writes_before_the_backward_pass(backend: str, case: Case, need
 # Modules put together, wrapped and watched
 
 
-@pytest.mark.parametrize("case", STACKED, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_module_used_twice(backend: str, case: Case) -> None:
     """Its parameters get the sum of both uses' gradients."""
     gradients = []
     for module in case.twins():
         leaves = case.leaves()
         first = named_results(case, module(*case.arguments(leaves)))
-        second = named_results(case, module(*case.arguments({**leaves, "input": 2 * leaves["input"]})))
+        second = named_results(
+            case, module(*case.arguments({**leaves, "input": 2 * leaves["input"]}))
+        )
         backward([*first.values(), *second.values()])
         wanted = {**leaves, **dict(module.named_parameters())}
         gradients.append({name: tensor.grad for name, tensor in wanted.items()})
@@ -182,7 +194,7 @@ def test_layers_between_layers(backend: str, module: str) -> None:
     assert_close(*gradients)
 
 
-@pytest.mark.parametrize("case", STACKED, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_gradient_needed_no_graph(backend: str, case: Case) -> None:
     ours, _ = case.twins()
     ours.requires_grad_(False)
@@ -321,4 +333,6 @@ def test_backward_twice(backend: str, module: str) -> None:
                 total.backward()
             continue
         total.backward()
-        assert_close({n: p.grad for n, p in ours.named_parameters()}, {n: 2 * g for n, g in once.items()})
+        assert_close(
+            {n: p.grad for n, p in ours.named_parameters()}, {n: 2 * g for n, g in once.items()}
+        )

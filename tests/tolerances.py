@@ -54,7 +54,9 @@ def assert_close_to_truth(
     assert dtype == torch_result.dtype, f"{name}: {dtype}, torch.nn has {torch_result.dtype}"
     assert truth.dtype == torch.float64, f"{name}: the truth is in {truth.dtype}"
     shapes = tuple(actual.shape), tuple(torch_result.shape), tuple(truth.shape)
-    assert shapes[0] == shapes[1] == shapes[2], f"{name}: shapes of actual, torch.nn, truth: {shapes}"
+    assert shapes[0] == shapes[1] == shapes[2], (
+        f"{name}: shapes of actual, torch.nn, truth: {shapes}"
+    )
     error, torch_error = relative_error(actual, truth), relative_error(torch_result, truth)
     limit = (GRADIENT if gradient else FORWARD)[dtype]
     if dtype != torch.float64:  # there the truth itself has as large an error

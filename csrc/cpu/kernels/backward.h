@@ -322,12 +322,13 @@ class Backward {
 
   static const T* offset(const T* row, int64_t n) { return row == nullptr ? nullptr : row + n; }
 
+  // sums[m] += the sum of a's column m; in four parts and apart from earlier blocks, which keeps rounding errors small.
   static void add_rows(MatrixA<T> a, int64_t depth, int64_t rows, T* sums) {
     for (int64_t m = 0; m < rows; m += kLanes<T>) {
       const int64_t lanes = least(kLanes<T>, rows - m);
-      Vector<T> sum = load(sums + m, lanes);
-      for (int64_t k = 0; k < depth; ++k) sum += load(a.a + k * a.column + m, lanes);
-      store(sums + m, sum, lanes);
+      Vector<T> part[4] = {};
+      for (int64_t k = 0; k < depth; ++k) part[k % 4] += load(a.a + k * a.column + m, lanes);
+      store(sums + m, load(sums + m, lanes) + ((part[0] + part[1]) + (part[2] + part[3])), lanes);
     }
   }
 
