@@ -9,6 +9,7 @@ SANITIZE_TESTS ?= tests/test_kernels.py
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check --quiet
+compiler := $${CXX:-c++}
 csrc := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
@@ -52,8 +53,7 @@ sanitize: $(VENV)/installed
 		$(python) setup.py --quiet build --build-lib build/sanitize
 	cd build/sanitize && \
 		export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
-		export LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
-			$$($${CXX:-c++} -print-file-name=libstdc++.so)" && \
+		export LD_PRELOAD=$$($(compiler) -print-file-name=libasan.so):$$($(compiler) -print-file-name=libstdc++.so) && \
 		$(abspath $(python)) -c 'from rnnkit import _C; assert "/sanitize/" in _C.__file__, _C' && \
 		$(abspath $(python)) -m pytest --config-file=$(CURDIR)/pyproject.toml --rootdir=$(CURDIR) \
 			$(abspath $(SANITIZE_TESTS)) $(ARGS)

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 import torch
+from tolerances import assert_close_to_truth
 from torch import Tensor
 
 from rnnkit import ops, reference
 from rnnkit.reference import CELLS, WEIGHTS
-from tolerances import assert_close_to_truth
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,8 +39,9 @@ class Case:
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        parts = [self.cell, "T{}N{}I{}H{}".format(*self.sizes), f"D{self.directions}"]
-        parts += ["ragged" + "_".join(map(str, self.lengths))] * bool(self.lengths)
+        steps, batch, inputs, hidden = self.sizes
+        ragged = f"ragged{len(self.lengths)}x{self.lengths[0]}" if self.lengths else ""
+        parts = [self.cell, ragged or f"T{steps}N{batch}", f"I{inputs}H{hidden}D{self.directions}"]
         parts += [f"P{self.projected}"] * bool(self.projected)
         parts += ["nobias"] * (not self.bias) + ["nostates"] * (not self.states)
         return "-".join([*parts, str(self.dtype).removeprefix("torch.")])

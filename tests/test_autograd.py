@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,10 +24,10 @@ GRADCHECK_CASES = [
     case
     for cell in CELLS
     for case in (
-        Case(cell, (2, 2, 2, 3), dtype=torch.float64),
-        Case(cell, (2, 2, 2, 2), 2, (2, 1), dtype=torch.float64),
+        Case(cell, (2, 2, 1, 3), dtype=torch.float64),
+        Case(cell, (2, 2, 1, 2), 2, (2, 1), dtype=torch.float64),
         Case(cell, (3, 1, 1, 2), bias=False, states=False, dtype=torch.float64),
-        *[Case(cell, (2, 2, 2, 3), 1, (2, 1), projected=2, dtype=torch.float64)]
+        *[Case(cell, (2, 2, 1, 3), 1, (2, 1), projected=2, dtype=torch.float64)]
         * (CELLS[cell].states > 1),
     )
 ]
@@ -84,7 +83,7 @@ def test_gradcheck(case: Case, backend: str) -> None:
 @on_gradcheck_cases
 def test_gradgradcheck(case: Case, backend: str) -> None:
     it = call(case)
-    assert gradgradcheck(on_call(it), leaves(it), check_fwd_over_rev=True)
+    assert gradgradcheck(on_call(it), leaves(it), check_fwd_over_rev=case.directions == 1)
 
 
 @each_cell
@@ -97,7 +96,10 @@ def test_gradcheck_of_forward_mode(cell: str, backend: str) -> None:
 def test_gradcheck_of_batched_gradients(cell: str, backend: str) -> None:
     it = call(Case(cell, (2, 2, 2, 2), dtype=torch.float64))
     assert gradcheck(
-        on_call(it), leaves(it), check_batched_grad=True, check_batched_forward_grad=True,
+        on_call(it),
+        leaves(it),
+        check_batched_grad=True,
+        check_batched_forward_grad=True,
         check_forward_ad=True,
     )
 
@@ -116,7 +118,9 @@ def test_only_some_tangents(cell: str, backend: str) -> None:
         step = 1e-6 * tangent
         above, below = list(tensors), list(tensors)
         above[place], below[place] = tensor + step, tensor - step
-        for tangent_found, a, b in zip(found, results(it, *above), results(it, *below), strict=True):
+        for tangent_found, a, b in zip(
+            found, results(it, *above), results(it, *below), strict=True
+        ):
             torch.testing.assert_close(tangent_found, (a - b) / 2e-6, rtol=1e-6, atol=1e-7)
 
 
@@ -240,7 +244,11 @@ def test_gradient_penalty(cell: str, backend: str) -> None:
     """A loss on the norm of the gradient, as in WGAN-GP, gives the parameters the gradients torch.nn gives."""
     ours = module(cell, num_layers=2, bidirectional=True)
     theirs = getattr(nn, type(ours).__name__)(
-        5, 4, 2, bidirectional=True, dtype=torch.float64,
+        5,
+        4,
+        2,
+        bidirectional=True,
+        dtype=torch.float64,
         **({"nonlinearity": ours.nonlinearity} if cell.startswith("rnn") else {}),
     )
     theirs.load_state_dict(ours.state_dict())
@@ -250,10 +258,11 @@ def test_gradient_penalty(cell: str, backend: str) -> None:
         output = layer(leaf)[0].square().sum()
         (gradient,) = torch.autograd.grad(output, leaf, create_graph=True)
         (output + (gradient.norm() - 1).square()).backward()
-    for (name, parameter), expected in zip(
-        ours.named_parameters(), theirs.parameters(), strict=True
-    ):
-        torch.testing.assert_close(parameter.grad, expected.grad, msg=lambda m: f"{name}: {m}")
+    found, expected = (
+        {name: parameter.grad for name, parameter in layer.named_parameters()}
+        for layer in (ours, theirs)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 @each_cell
@@ -402,7 +411,7 @@ def test_changing_what_was_saved_raises(cell: str, backend: str) -> None:
         number = loss(it, *tensors)
         with torch.no_grad():
             tensors[place].add_(1)
-        with pytest.raises(RuntimeError, match="modified (by an )?inplace"):
+        with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
             number.backward()
 
 

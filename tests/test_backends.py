@@ -5,13 +5,12 @@ import subprocess
 import sys
 import textwrap
 import threading
-from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
+from kernel_cases import Case, call
 
 import rnnkit
-from kernel_cases import Case, call
 from rnnkit import autograd, backends
 from rnnkit.reference import CELLS
 
@@ -106,7 +105,7 @@ def test_each_thread_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ("cuda", "CPP", "", None, 1))
 def test_unknown_name(name: object) -> None:
     before = backends.serving(CPU)
-    with pytest.raises(ValueError, match="expected backend to be one of .*cpp, reference.*, got "):
+    with pytest.raises(ValueError, match="expected backend to be one of "):
         rnnkit.backend(name).__enter__()  # type: ignore[arg-type]
     assert backends.serving(CPU) == before
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from kernel_cases import assert_same_bits
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -109,7 +110,7 @@ def test_any_length_in_one_graph(name: str, training: bool) -> None:
 
     def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
         graphs.append(graph)
-        return graph.forward
+        return make_boxed_func(graph.forward)
 
     own = module(name).train(training)
     faster = compiled(own, aot_autograd(fw_compiler=keep, bw_compiler=keep))

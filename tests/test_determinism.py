@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import Case, assert_same_bits, call
+from kernel_cases import Case, assert_matches_reference, assert_same_bits, call
 
 from rnnkit import backends
 from rnnkit.reference import CELLS
@@ -19,26 +19,27 @@ pytestmark = pytest.mark.skipif(
     backends.EXTENSION is None, reason=f"no C++ kernels: {backends.EXTENSION_REASON}"
 )
 
-#: Sizes that threads share in every way there is: whole directions, rows of the batch, hidden units with a
-#: meeting after each step; one panel of units and several; more rows than a block, more steps than are projected
-#: at once; uneven lengths, where a thread's rows end early or it gets none.
+#: Sizes that threads share in every way there is, all with work enough for several: not at all; hidden units,
+#: meeting after each step, with weights packed and read as they lie; rows of the batch, many and few; directions,
+#: alone and with either of these; more rows than a block; uneven lengths, where a thread's rows end early.
 SHARED = (
-    {"sizes": (5, 1, 3, 8)},
-    {"sizes": (4, 3, 70, 130)},
-    {"sizes": (4, 2, 17, 200), "directions": 2},
-    {"sizes": (40, 4, 9, 200)},
-    {"sizes": (3, 50, 33, 65)},
-    {"sizes": (3, 17, 5, 16), "directions": 2},
-    {"sizes": (2, 260, 3, 17)},
-    {"sizes": (1, 7, 300, 130)},
-    {"sizes": (0, 0, 20, 130), "lengths": (9, 9, 4, 1)},
-    {"sizes": (0, 0, 20, 40), "lengths": (30,) + (1,) * 40, "directions": 2},
-    {"sizes": (4, 3, 5, 200), "directions": 2, "bias": False, "states": False},
+    {"sizes": (200, 1, 3, 64)},
+    {"sizes": (40, 3, 30, 260)},
+    {"sizes": (12, 3, 70, 260)},
+    {"sizes": (6, 50, 33, 65)},
+    {"sizes": (60, 7, 20, 40)},
+    {"sizes": (2, 260, 3, 40)},
+    {"sizes": (1, 7, 300, 260)},
+    {"sizes": (12, 3, 17, 200), "directions": 2},
+    {"sizes": (12, 17, 5, 64), "directions": 2, "bias": False, "states": False},
+    {"sizes": (0, 0, 20, 260), "lengths": (9, 9, 4, 1)},
+    {"sizes": (0, 0, 20, 130), "lengths": (30,) + (1,) * 40},
+    {"sizes": (0, 0, 20, 130), "lengths": (30,) + (1,) * 40, "directions": 2},
 )
 PROJECTED = (
-    {"sizes": (4, 3, 20, 200), "projected": 130},
-    {"sizes": (3, 40, 20, 65), "projected": 17, "directions": 2},
-    {"sizes": (0, 0, 20, 130), "projected": 3, "lengths": (9, 9, 4, 1)},
+    {"sizes": (12, 3, 20, 200), "projected": 130},
+    {"sizes": (6, 40, 20, 65), "projected": 17, "directions": 2},
+    {"sizes": (0, 0, 20, 130), "projected": 33, "lengths": (30, 9, 4, 1)},
 )
 CASES = [
     Case(cell, dtype=dtype, **options)
@@ -61,6 +62,7 @@ def test_any_number_of_threads(case: Case) -> None:
     it = call(case)
     torch.set_num_threads(1)
     alone = it.run()
+    assert_matches_reference(it, alone)
     for threads in (2, 3, 5):
         torch.set_num_threads(threads)
         assert_same_bits(it.run(), alone)

@@ -78,23 +78,23 @@ def lstm(w: Weights, x: Vector, h: Vector, c: Vector) -> tuple[Vector, Vector]:
 
 
 def gru(w: Weights, x: Vector, h: Vector) -> Vector:
-    """The gates r, z, n in this order; h' = (1 - z)⊙n + z⊙h: z keeps the old state."""
-    r, z, n = gru_gates(w, x, h)
+    """h' = (1 - z)⊙n + z⊙h: z keeps the old state."""
+    z, n = z_and_n(w, x, h)
     return [(1 - z[j]) * n[j] + z[j] * h[j] for j in range(len(h))]
 
 
 def gru_of_the_textbooks(w: Weights, x: Vector, h: Vector) -> Vector:
     """The other convention, h' = (1 - z)⊙h + z⊙n: z lets the new state in."""
-    r, z, n = gru_gates(w, x, h)
+    z, n = z_and_n(w, x, h)
     return [(1 - z[j]) * h[j] + z[j] * n[j] for j in range(len(h))]
 
 
-def gru_gates(w: Weights, x: Vector, h: Vector) -> tuple[Vector, Vector, Vector]:
-    """r, z = σ(…) and n = tanh(W_in x + b_in + r⊙(W_hn h + b_hn)): r is applied after the bias b_hn."""
+def z_and_n(w: Weights, x: Vector, h: Vector) -> tuple[Vector, Vector]:
+    """r, z = σ(W x + b + W h + b), n = tanh(W x + b + r⊙(W h + b)), each with its rows; gate order r, z, n."""
     x_r, x_z, x_n = gates(plus(times(w.W_ih, x), w.b_ih), 3)
     h_r, h_z, h_n = gates(plus(times(w.W_hh, h), w.b_hh), 3)
     r, z = σ(plus(x_r, h_r)), σ(plus(x_z, h_z))
-    return r, z, tanh([x_n[j] + r[j] * h_n[j] for j in range(len(h))])
+    return z, tanh([x_n[j] + r[j] * h_n[j] for j in range(len(h))])
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ CELLS = {
     "gru": Cell("GRU", lambda w, x, h: (gru(w, x, h),)),
 }
 
-T, N, I, H, P = 4, 2, 3, 5, 2
+T, N, I, H, P = 4, 2, 3, 5, 2  # noqa: E741
 
 each_cell = pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 each_package = pytest.mark.parametrize("package", (rnnkit, nn), ids=("rnnkit", "torch.nn"))
@@ -255,7 +255,9 @@ def test_packed_sequences_are_scanned_each_to_its_own_end(
         back, last_back = scan(cell, weights_of(module, "_l0_reverse"), xs[::-1], zeros)
         for t in range(length):
             assert_equal(output[t, n], forth[t] + back[length - 1 - t])
-        for actual, states in zip(tensors(found), zip(last_forth, last_back, strict=True), strict=True):
+        for actual, states in zip(
+            tensors(found), zip(last_forth, last_back, strict=True), strict=True
+        ):
             assert_equal(actual[:, n], list(states))
 
 

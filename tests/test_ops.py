@@ -50,7 +50,7 @@ def test_opcheck(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", ("rnn_relu", "lstm"))
 def test_opcheck_in_other_dtypes(cell: str, dtype: torch.dtype) -> None:
     tolerances = {"rtol": 1e-2, "atol": 1e-2}
     forward, backward = arguments(call(Case(cell, dtype=dtype)))

@@ -327,7 +327,10 @@ class Backward {
     for (int64_t m = 0; m < rows; m += kLanes<T>) {
       const int64_t lanes = least(kLanes<T>, rows - m);
       Vector<T> part[4] = {};
-      for (int64_t k = 0; k < depth; ++k) part[k % 4] += load(a.a + k * a.column + m, lanes);
+      for (int64_t k = 0; k < depth; k += 4)
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < 4; ++i)
+          if (k + i < depth) part[i] += load(a.a + (k + i) * a.column + m, lanes);
       store(sums + m, load(sums + m, lanes) + ((part[0] + part[1]) + (part[2] + part[3])), lanes);
     }
   }
