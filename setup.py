@@ -55,6 +55,7 @@ if SANITIZE:
     sanitize = [f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
     # Contracting a * b + c as in the ordinary build, for the tests' tolerances hold for that one.
     FLAGS += ["-O1", "-fexpensive-optimizations", "-g1", "-fno-omit-frame-pointer", *sanitize]
+    FLAGS += ["-fno-wrapv"]  # Python's own flags define signed overflow, so that it went unreported
     LINK_FLAGS += sanitize
 
 

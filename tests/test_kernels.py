@@ -70,13 +70,12 @@ def test_random_cases(case: Case, seed: int) -> None:
     "sizes", [(3, 2, 5, 0), (3, 0, 5, 4), (3, 2, 0, 4), (1, 0, 0, 0), (2, 0, 70, 130)]
 )
 @pytest.mark.parametrize("directions", (1, 2))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_empty(
     cell: str, dtype: torch.dtype, directions: int, sizes: tuple[int, int, int, int]
 ) -> None:
-    it = call(Case(cell, sizes, directions, dtype=dtype))
-    assert_matches_reference(it)
+    assert_matches_reference(call(Case(cell, sizes, directions, dtype=dtype)))
 
 
 @pytest.mark.parametrize("lengths", [(3, 2, 1), (2, 2)])
@@ -178,11 +177,8 @@ def _spread(tensor: Tensor) -> Tensor:
 
 def _turned(tensor: Tensor) -> Tensor:
     """Dimensions in memory the other way round."""
-    return (
-        tensor.permute(*reversed(range(tensor.dim())))
-        .contiguous()
-        .permute(*reversed(range(tensor.dim())))
-    )
+    back = tuple(reversed(range(tensor.dim())))
+    return tensor.permute(back).contiguous().permute(back)
 
 
 def _poison(tensor: Tensor) -> float:
@@ -234,7 +230,7 @@ def test_results_have_memory_of_their_own(case: Case) -> None:
     assert all(result.is_contiguous() for result in results)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
 @pytest.mark.parametrize("place", ("input", "state", "grad"))
 @pytest.mark.parametrize("lengths", ((), (4, 4, 3, 2, 1)), ids=("dense", "ragged"))
@@ -289,8 +285,7 @@ def test_denormals(cell: str, place: str) -> None:
     it = call(Case(cell, (3, 5, 17, 33), 2))
     tiny = it.map(lambda t: t if t.dim() == 1 else torch.full_like(t, 1e-40))  # biases stay
     it = replace(it, **{place: getattr(tiny, place)})
-    for name, result in it.run().items():
-        torch.testing.assert_close(result, it.reference()[name], rtol=1e-4, atol=1e-5, msg=name)
+    torch.testing.assert_close(it.run(), it.reference(), rtol=1e-4, atol=1e-5)
 
 
 LSTM = Case("lstm", (3, 4, 5, 6), 2, projected=2)
