@@ -45,9 +45,10 @@ format: $(VENV)/linters
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(filter %.h %.cpp,$(csrc))
 
-# A second build of the package, tested from its own folder so that it is the one imported. Leaks are not
-# looked for: Python frees little at exit. There is no ThreadSanitizer run: gcc's OpenMP runtime is not
-# instrumented, so that each of its barriers, and with it every parallel region, is reported as a race.
+# A second build of the package, tested from its own folder so that it is the one imported. Stderr is not
+# captured, since a report ends the process; leaks are not looked for, since Python frees little at exit.
+# There is no ThreadSanitizer run: gcc's OpenMP runtime is not instrumented, so that each of its barriers,
+# and with it every parallel region, is reported as a race.
 sanitize: $(VENV)/installed
 	RNNKIT_CPU=1 RNNKIT_SANITIZE=address,undefined \
 		$(python) setup.py --quiet build --build-lib build/sanitize
@@ -55,8 +56,8 @@ sanitize: $(VENV)/installed
 		export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
 		export LD_PRELOAD=$$($(compiler) -print-file-name=libasan.so):$$($(compiler) -print-file-name=libstdc++.so) && \
 		$(abspath $(python)) -c 'from rnnkit import _C; assert "/sanitize/" in _C.__file__, _C' && \
-		$(abspath $(python)) -m pytest --config-file=$(CURDIR)/pyproject.toml --rootdir=$(CURDIR) \
-			$(CURDIR)/$(SANITIZE_TESTS) $(ARGS)
+		$(abspath $(python)) -m pytest --capture=sys --config-file=$(CURDIR)/pyproject.toml \
+			--rootdir=$(CURDIR) $(CURDIR)/$(SANITIZE_TESTS) $(ARGS)
 
 clean:
 	rm -rf build dist rnnkit.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -26,7 +26,7 @@ def layer(
     tensors = [input, *states, *(w for w in weights if w is not None)]
     if backends.serving(input.device) == "reference" or _transformed(tensors):
         return reference.layer(cell, input, states, weights, batch_sizes)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any(t.requires_grad and not t.is_inference() for t in tensors):
         output, *finals = _Layer.apply(cell, batch_sizes, len(states), input, *states, *weights)
         return output, finals
     output, finals, _ = torch.ops.rnnkit.layer_forward(

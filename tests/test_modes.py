@@ -128,7 +128,9 @@ def test_inference_tensors_may_go_where_they_may_in_torch(backend: str, module: 
                 for called, leaves in itertools.product((built, twin), (made, usual)):
                     flags[-1].append(_are_inference(case, called, leaves))
     for ours, theirs in zip(*flags, strict=True):
-        assert theirs is None or ours == theirs
+        # The reference is made of torch's own ops, of which some refuse what oneDNN's one op takes.
+        refused = ours is None and backend == "reference"
+        assert theirs is None or refused or ours == theirs
 
 
 @pytest.mark.parametrize("module", MODULES)
