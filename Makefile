@@ -70,6 +70,10 @@ $(python):
 $(VENV)/torch: FORCE | $(python)
 	@echo '$(TORCH)' | cmp --silent - $@ || echo '$(TORCH)' > $@
 
+# Likewise for the switch.
+$(VENV)/switch: FORCE | $(python)
+	@echo '$(RNNKIT_CPU)' | cmp --silent - $@ || echo '$(RNNKIT_CPU)' > $@
+
 $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py
 	@echo 'Installing $(TORCH) and rnnkit into $(VENV): minutes the first time.'
 	@$(pip) install '$(TORCH)' 'setuptools>=77' wheel ninja
@@ -81,6 +85,6 @@ $(VENV)/linters: $(VENV)/installed
 	@touch $@
 
 # Only what changed is compiled. Where nothing could be, the next call tries again.
-$(VENV)/built: $(VENV)/installed $(csrc)
+$(VENV)/built: $(VENV)/installed $(VENV)/switch $(csrc)
 	@$(python) setup.py --quiet build_ext --inplace
 	@grep --quiet "^REASON: str = ''" rnnkit/_build.py && touch $@ || true

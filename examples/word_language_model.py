@@ -98,11 +98,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=("LSTM", "GRU", "RNN"), default="LSTM")
     parser.add_argument("--text", type=Path, help="default: the Python standard library")
-    for name, default in dict(
-        steps=200, layers=2, size=128, bptt=35, batch=20, words=2000, seed=1
-    ).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    for name, number in dict(lr=2.0, clip=0.25, dropout=0.0).items():
+    sizes = {"layers": 2, "size": 128, "bptt": 35, "batch": 20, "words": 2000}
+    for name, whole in {**sizes, "steps": 200, "seed": 1}.items():
+        parser.add_argument(f"--{name}", type=int, default=whole)
+    for name, number in {"lr": 2.0, "clip": 0.25, "dropout": 0.0}.items():
         parser.add_argument(f"--{name}", type=float, default=number)
     args = parser.parse_args(argv)
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rnnkit import backends, ops, reference
-from rnnkit.reference import WEIGHTS
 
 
 def layer(
@@ -86,6 +85,3 @@ class _Layer(torch.autograd.Function):
             )
         )
         return None, None, None, *(next(remaining) if need else None for need in needs)
-
-
-__all__ = ["WEIGHTS", "layer"]

@@ -50,9 +50,15 @@ def unavailable(name: str) -> str:
 
 
 def serving(device: torch.device) -> str:
-    """The backend that runs tensors on `device` now."""
+    """The backend that runs tensors on `device` now.
+
+    Raises:
+        RuntimeError: a backend is forced that has no kernels for `device`.
+    """
     forced: str | None = getattr(_forced, "name", None)
     if forced is not None:
+        if forced == "cpp" and device.type not in ("cpu", "meta"):
+            raise RuntimeError(f"backend 'cpp' has no kernels for {device.type}")
         return forced
     if device.type == "meta":
         return "cpp"
@@ -77,7 +83,8 @@ def backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: `name` is not a backend.
-        RuntimeError: the backend is not available here; the message says why.
+        RuntimeError: the backend is not available here, or, in a call, has no kernels for the input's device;
+            the message says why.
     """
     if name not in BACKENDS:
         raise ValueError(f"expected backend to be one of {', '.join(BACKENDS)}, got {name!r}")

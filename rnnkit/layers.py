@@ -7,7 +7,6 @@ messages; not `nn.LSTM` and the like, on which torch.compile breaks the graph.
 from collections.abc import Sequence
 from typing import Any, overload
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -62,7 +61,9 @@ class _Layers(nn.RNNBase):
             )
         else:
             ranks = ", ".join(f"{state.dim()}-D" for state in states)
-            message = f"For {given}, hx and cx should also be {expected}-D but got ({ranks}) tensors"
+            message = (
+                f"For {given}, hx and cx should also be {expected}-D but got ({ranks}) tensors"
+            )
         raise RuntimeError(message)
 
     def _forward(self, input: Tensor | PackedSequence, hx: Any) -> Any:
@@ -80,7 +81,7 @@ class _Layers(nn.RNNBase):
         self._check_rank(states, batched)
         if not batched:
             input = input.unsqueeze(batch_dim)
-            states = [state.unsqueeze(1) for state in states]
+            states = tuple(state.unsqueeze(1) for state in states)
         self._check_states(input, states, None)
         if self.batch_first:
             input = input.transpose(0, 1)
@@ -96,7 +97,7 @@ class _Layers(nn.RNNBase):
         data, batch_sizes, sorted_indices, unsorted_indices = input
         self._check_states(data, states, batch_sizes)
         if states and sorted_indices is not None:
-            states = [state.index_select(1, sorted_indices) for state in states]
+            states = tuple(state.index_select(1, sorted_indices) for state in states)
         output, finals = self._run(data, states, batch_sizes)
         if unsorted_indices is not None:
             finals = tuple(state.index_select(1, unsorted_indices) for state in finals)
@@ -143,9 +144,7 @@ class RNN(_Layers):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
-            raise ValueError(
-                "proj_size argument is only supported for LSTM, not RNN or GRU"
-            )
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         if len(args) > 3:
             nonlinearity = args[3]
             args = args[:3] + args[4:]
@@ -256,9 +255,7 @@ class GRU(_Layers):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
-            raise ValueError(
-                "proj_size argument is only supported for LSTM, not RNN or GRU"
-            )
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, **kwargs)
 
     @overload

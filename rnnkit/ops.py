@@ -1,7 +1,8 @@
 """The ops `torch.ops.rnnkit.layer_forward` and `layer_backward`: schemas, fakes, composite reference.
 
-One pair of ops serves every cell, direction, layout and device. Extensions add kernels under their
-dispatch key (csrc/cpu/register.cpp); where there is none, the composite below runs.
+One pair of ops serves every cell, direction, layout and device; `autograd.layer` gives them gradients.
+Extensions add kernels under their dispatch key (csrc/cpu/register.cpp); where there is none, the
+composite below runs.
 """
 
 import math

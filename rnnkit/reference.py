@@ -47,9 +47,7 @@ def _rnn(activation: Callable[[Tensor], Tensor]) -> Step:
     return step
 
 
-def _lstm(
-    x: Sequence[Tensor], h: Sequence[Tensor], states: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
+def _lstm(x: Sequence[Tensor], h: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """i, f, o = σ(x + h); g = tanh(x + h); c' = f⊙c + i⊙g; h' = o⊙tanh(c'); gate order i, f, g, o."""
     i, f, o = (torch.sigmoid(x[k] + h[k]) for k in (0, 1, 3))
     g = torch.tanh(x[2] + h[2])
@@ -64,7 +62,7 @@ def _gru(x: Sequence[Tensor], h: Sequence[Tensor], states: Sequence[Tensor]) -> 
     return ((1 - z) * n + z * states[0],)
 
 
-#: Every cell there is. Layers, kernels' fakes, tests and benchmarks iterate this.
+#: Every cell there is. The ops' fakes and the tests iterate this.
 CELLS = {
     spec.name: spec
     for spec in (

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.functional import dropout as drop
 
 from rnnkit import autograd
-from rnnkit.reference import WEIGHTS
 
 
 def run(
@@ -132,9 +131,7 @@ def _autocast(
     states: Sequence[Tensor],
     weights: Sequence[Sequence[Tensor | None]],
     fused_in_torch: bool,
-) -> tuple[
-    Tensor, Sequence[Tensor], Sequence[Sequence[Tensor | None]], list[torch.dtype] | None
-]:
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Sequence[Tensor | None]], list[torch.dtype] | None]:
     """Under autocast: everything in the low dtype, and the dtypes torch.nn returns for output and states.
 
     torch.nn multiplies in the low dtype; where its cell is made of pointwise ops (all but the RNN's, and

@@ -227,3 +227,11 @@ def test_reason_when_the_extension_does_not_load(raised: str, reason: str) -> No
 
 def test_importing_warns_of_nothing() -> None:
     assert python("import rnnkit").stderr == ""
+
+
+def test_forced_kernels_are_not_exchanged_for_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backends, "EXTENSION_REASON", "")
+    with rnnkit.backend("cpp"), pytest.raises(RuntimeError, match="no kernels for cuda"):
+        backends.serving(torch.device("cuda"))

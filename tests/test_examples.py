@@ -1,4 +1,4 @@
-"""examples/char_rnn.py, a few steps at a time: agreement, checkpoints, Ctrl-C, wrong arguments."""
+"""The examples, a few steps at a time: agreement, checkpoints, Ctrl-C, wrong arguments."""
 
 import importlib.util
 import os
@@ -20,13 +20,27 @@ STEPS = 14
 TINY = ["--hidden", "12", "--bptt", "6", "--batch", "3", "--threads", "1"]
 
 
-@pytest.fixture(scope="module")
-def char_rnn() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("char_rnn", PROGRAM)
+def load(program: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(program.stem, program)
     assert spec is not None and spec.loader is not None
-    module = sys.modules["char_rnn"] = importlib.util.module_from_spec(spec)
+    module = sys.modules[program.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def char_rnn() -> ModuleType:
+    return load(PROGRAM)
+
+
+@pytest.mark.parametrize("model", ["LSTM", "GRU", "RNN"])
+def test_word_language_model_has_the_losses_of_torch(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = load(PROGRAM.with_name("word_language_model.py"))
+    sizes = "--steps 200 --size 24 --bptt 5 --batch 4 --lr 1"
+    assert program.main(["--model", model, "--text", "text.txt", *sizes.split()]) == 0
+    assert "over 200 steps" in capsys.readouterr().out
 
 
 @pytest.fixture(autouse=True)

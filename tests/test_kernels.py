@@ -447,3 +447,11 @@ def test_other_cpu_capabilities(capability: str) -> None:
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     closing = run.stdout.splitlines()[-1]
     assert "passed" in closing and "skipped" not in closing, closing
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_lazily_negated_tensors(cell: str) -> None:
+    it = call(Case(cell, (3, 4, 5, 6), 2))
+    negated = it.map(lambda t: t if t.dtype == torch.int64 else torch._neg_view(-t))
+    for name, result in negated.run().items():
+        torch.testing.assert_close(result, it.run()[name], msg=name)

@@ -23,7 +23,7 @@ GRADIENT = {
 
 #: torch's own error can be nil by luck, so twice of it is no less than this many roundings (forward, gradient).
 #: In low precision kernels keep float32 inside, and round once a step.
-FLOOR_ROUNDINGS = {torch.float32: (4, 8), torch.bfloat16: (1, 2), torch.float16: (1, 2)}
+FLOOR_ROUNDINGS = {torch.float32: (4, 8), torch.bfloat16: (1.5, 3), torch.float16: (1.5, 3)}
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
@@ -59,7 +59,8 @@ def assert_close_to_truth(
     )
     error, torch_error = relative_error(actual, truth), relative_error(torch_result, truth)
     limit = (GRADIENT if gradient else FORWARD)[dtype]
-    if dtype != torch.float64:  # there the truth itself has as large an error
+    # In float64 the truth itself has as large an error, and of a few values torch's error is chance.
+    if dtype != torch.float64 and truth.numel() >= 8:
         floor = FLOOR_ROUNDINGS[dtype][gradient] * torch.finfo(dtype).eps
         limit = min(limit, max(2 * torch_error, floor))
     # Not `error > limit`: a NaN must fail.

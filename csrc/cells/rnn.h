@@ -8,8 +8,8 @@ namespace rnnkit::RNNKIT_CAPABILITY {
 template <bool kRelu>
 struct Rnn {
   static constexpr int gates = 1, states = 1, units = 64;
-  static constexpr int saved = 1;    // h'
-  static constexpr int grads = 1;    // of the gate, both parts
+  static constexpr int saved = 1;  // h'
+  static constexpr int grads = 1;  // of the gate, both parts
   static constexpr int input_grad[] = {0};
   static constexpr bool uses_previous_h = false;
 

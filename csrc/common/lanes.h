@@ -7,6 +7,11 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
+
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+#error "rnnkit's kernels need gcc 12 or later"
+#endif
 
 #ifndef RNNKIT_CAPABILITY
 #define RNNKIT_CAPABILITY baseline
@@ -117,8 +122,8 @@ RNNKIT_INLINE SplitExp<V> split_exp(V x, T limit) {
   const V n = rounded - F::round;
   const V r = (x - n * F::ln2_high) - n * F::ln2_low;
   // Taylor's series of (exp(r) - 1) / r; its remainder is below half a unit in the last place.
-  constexpr T inverse[] = {T(1) / 13, T(1) / 12, T(1) / 11, T(1) / 10, T(1) / 9, T(1) / 8, T(1) / 7,
-                           T(1) / 6,  T(1) / 5,  T(1) / 4,  T(1) / 3,  T(1) / 2};
+  constexpr T inverse[] = {T(1) / 13, T(1) / 12, T(1) / 11, T(1) / 10, T(1) / 9, T(1) / 8,
+                           T(1) / 7,  T(1) / 6,  T(1) / 5,  T(1) / 4,  T(1) / 3, T(1) / 2};
   V series = splat(T(1));
 #pragma GCC unroll 16
   for (int k = 13 - F::taylor; k < 12; ++k) series = series * (r * inverse[k]) + T(1);

@@ -35,8 +35,7 @@ RNNKIT_INLINE void tile(int64_t K, MatrixA<T> A, const T* b, int64_t ldb, T* c, 
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
-      sums[m][v] = Vector<T>{};
+    for (int v = 0; v < kVectors; ++v) sums[m][v] = Vector<T>{};
   for (int64_t k = 0; k < K; ++k) {
     Vector<T> columns[kVectors];
 #pragma GCC unroll 4
@@ -103,8 +102,7 @@ void gemm(int64_t M, int64_t N, int64_t K, MatrixA<T> A, const T* b, int64_t ldb
   alignas(64) T edge[block * lanes];
   for (int64_t m = 0; m < M; m += block) {
     const int64_t rows = M - m < block ? M - m : block;
-    for (int64_t i = 0; add && i < rows; ++i)
-      store(edge + i * lanes, load(c + (m + i) * ldc + n, N - n));
+    for (int64_t i = 0; add && i < rows; ++i) store(edge + i * lanes, load(c + (m + i) * ldc + n, N - n));
     strip<T, 1>(rows, K, {A.a + m * A.row, A.row, A.column}, b + n, ldb, edge, lanes, add);
     for (int64_t i = 0; i < rows; ++i) store(c + (m + i) * ldc + n, load(edge + i * lanes), N - n);
   }

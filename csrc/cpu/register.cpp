@@ -104,16 +104,16 @@ struct Call {
       for (int64_t t = 0; t < steps; ++t) offsets.push_back((t + 1) * batch);
     } else {
       TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->scalar_type() == at::kLong && batch_sizes->is_cpu(),
-                  "expected batch_sizes to be an int64 vector on the CPU, got ", batch_sizes->scalar_type(), " of shape ",
-                  batch_sizes->sizes(), " on ", batch_sizes->device());
+                  "expected batch_sizes to be an int64 vector on the CPU, got ", batch_sizes->scalar_type(),
+                  " of shape ", batch_sizes->sizes(), " on ", batch_sizes->device());
       const Tensor counts = batch_sizes->contiguous();
       steps = counts.numel();
       batch = steps > 0 ? counts.const_data_ptr<int64_t>()[0] : 0;
       int64_t before = batch;
       for (int64_t t = 0; t < steps; ++t) {
         const int64_t count = counts.const_data_ptr<int64_t>()[t];
-        TORCH_CHECK(count > 0 && count <= before, "expected batch_sizes to be positive and not to increase, got ", count,
-                    " after ", before, " at step ", t);
+        TORCH_CHECK(count > 0 && count <= before, "expected batch_sizes to be positive and not to increase, got ",
+                    count, " after ", before, " at step ", t);
         offsets.push_back(offsets.back() + count);
         before = count;
       }
@@ -134,10 +134,11 @@ struct Call {
     projected = weight(0, 1)->size(1);
     const bool projects = weight(0, 4).has_value();
     TORCH_CHECK(!projects || cell.states == 2, "expected w_hr to be None for ", cell.name);
-    TORCH_CHECK(projects || projected == hidden, "expected w_hh of shape ", at::IntArrayRef{cell.gates * hidden, hidden},
-                ", got ", weight(0, 1)->sizes());
+    TORCH_CHECK(projects || projected == hidden, "expected w_hh of shape ",
+                at::IntArrayRef{cell.gates * hidden, hidden}, ", got ", weight(0, 1)->sizes());
     const int64_t gates = cell.gates * hidden;
-    const std::vector<int64_t> shapes[] = {{gates, input_size}, {gates, projected}, {gates}, {gates}, {projected, hidden}};
+    const std::vector<int64_t> shapes[] = {
+        {gates, input_size}, {gates, projected}, {gates}, {gates}, {projected, hidden}};
     for (int64_t d = 0; d < directions; ++d)
       for (int64_t k = 0; k < kWeights; ++k) {
         TORCH_CHECK(k != 4 || weight(d, k).has_value() == projects, "expected w_hr in all directions or in none");
@@ -173,7 +174,7 @@ class Pinned {
   template <class T>
   const T* read(const std::optional<Tensor>& tensor) {
     if (!tensor || !tensor->defined()) return nullptr;
-    kept_.push_back(tensor->to(type_).contiguous());
+    kept_.push_back(tensor->to(type_).resolve_neg().contiguous());
     return kept_.back().const_data_ptr<T>();
   }
 
@@ -224,8 +225,9 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> layer_forward(std::string_view c
   Tensor output = at::empty(shape, call.compute_options());
   std::vector<Tensor> finals;
   for (int64_t i = 0; i < call.cell.states; ++i) finals.push_back(call.state_like(i));
-  Tensor reserve = save ? at::empty({call.directions, call.rows(), call.cell.saved, call.hidden}, call.compute_options())
-                        : at::empty({0}, call.compute_options());
+  Tensor reserve = save
+                       ? at::empty({call.directions, call.rows(), call.cell.saved, call.hidden}, call.compute_options())
+                       : at::empty({0}, call.compute_options());
   if (!call.empty()) {
     if (call.compute_type() == at::kDouble)
       forward<double>(call, output, finals, reserve);
@@ -262,8 +264,8 @@ void backward(const Call& call, const OptionalTensors& grads, const Tensor& outp
 
 std::vector<Tensor> layer_backward(std::string_view cell, const OptionalTensors& grads, const Tensor& input,
                                    at::TensorList states, const OptionalTensors& weights,
-                                   const std::optional<Tensor>& batch_sizes, const Tensor& output, const Tensor& reserve,
-                                   const c10::List<bool>& needs) {
+                                   const std::optional<Tensor>& batch_sizes, const Tensor& output,
+                                   const Tensor& reserve, const c10::List<bool>& needs) {
   const Call call(cell, input, states, weights, batch_sizes);
   TORCH_CHECK(static_cast<int64_t>(grads.size()) == 1 + call.cell.states, "expected grads of the output and of ",
               call.cell.states, " states, got ", grads.size());
@@ -277,8 +279,8 @@ std::vector<Tensor> layer_backward(std::string_view cell, const OptionalTensors&
   }
   const std::vector<int64_t> saved = {call.directions, call.rows(), call.cell.saved, call.hidden};
   TORCH_CHECK(reserve.sizes() == saved && reserve.scalar_type() == call.compute_type() && reserve.is_cpu(),
-              "expected reserve to be ", call.compute_type(), " of shape ", saved, ", got ", reserve.scalar_type(), " of shape ",
-              reserve.sizes());
+              "expected reserve to be ", call.compute_type(), " of shape ", saved, ", got ", reserve.scalar_type(),
+              " of shape ", reserve.sizes());
   std::vector<Tensor> wanted = {input};
   wanted.insert(wanted.end(), call.states.begin(), call.states.end());
   for (size_t i = 0; i < weights.size(); ++i) wanted.push_back(weights.get(i).value_or(Tensor()));

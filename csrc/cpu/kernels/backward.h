@@ -9,6 +9,8 @@ namespace rnnkit::RNNKIT_CAPABILITY {
 
 template <class Cell, class T>
 class Backward {
+  static_assert(kFits<Cell>);
+
  public:
   Backward(const Layer<T>& layer, T* scratch)
       : layer_(layer),
@@ -23,7 +25,8 @@ class Backward {
     grad_c_ = arena_.take(D * (Cell::states - 1) * N * H);
     w_hh_ = arena_.take(pack_recurrent_ ? D * Cell::gates * H * round_up(P, kPanel) : 0);
     w_hr_ = arena_.take(projects_ ? D * P * round_up(H, kPanel) : 0);
-    w_ih_ = arena_.take(pack_input_ && layer.grad_x != nullptr ? D * Cell::gates * H * round_up(layer.input, kPanel) : 0);
+    w_ih_ =
+        arena_.take(pack_input_ && layer.grad_x != nullptr ? D * Cell::gates * H * round_up(layer.input, kPanel) : 0);
     grad_projected_ = arena_.take(projects_ ? D * R * P : 0);
     unprojected_ = arena_.take(projects_ ? D * R * H : 0);
     product_size_ = kDepth * (kProductRows + round_up(most(layer.input, most(P, H)), kPanel));
@@ -65,8 +68,9 @@ class Backward {
     if (packed == nullptr) return;
     const Range panels = share((columns + kPanel - 1) / kPanel, thread, threads);
     for (int64_t p = panels.begin; p < panels.end; ++p)
-      pack_rows(K, least(kPanel, columns - p * kPanel), [&](int64_t k) { return w + k * columns + p * kPanel; },
-                packed + d * K * round_up(columns, kPanel) + p * K * kPanel, kPanel);
+      pack_rows(
+          K, least(kPanel, columns - p * kPanel), [&](int64_t k) { return w + k * columns + p * kPanel; },
+          packed + d * K * round_up(columns, kPanel) + p * K * kPanel, kPanel);
   }
 
   void prepare(int thread, int threads) {
@@ -145,8 +149,7 @@ class Backward {
             finish(state, unit, d, n, grad, lanes);
             continue;
           }
-          if (layer_.grad_y != nullptr)
-            grad += load(layer_.grad_y + (row * layer_.directions + d) * P + unit, lanes);
+          if (layer_.grad_y != nullptr) grad += load(layer_.grad_y + (row * layer_.directions + d) * P + unit, lanes);
           if (projects_) {
             store(grad_projected_ + (d * layer_.rows() + row) * P + unit, grad, lanes);
             store(grad_h_ + state, Vector<T>{}, lanes);
@@ -254,8 +257,8 @@ class Backward {
       product(gate_grads(d, 0), ld, Cell::gates * H, PreviousH{{layer_, d, {0, layer_.batch}}}, P, weights.grad_w_hh,
               weights.grad_b_hh, thread, threads);
       if (projects_)
-        product(at(grad_projected_, d * R * P), P, P, RowsOf{unprojected_ + d * R * H, H}, H, weights.grad_w_hr, nullptr,
-                thread, threads);
+        product(at(grad_projected_, d * R * P), P, P, RowsOf{unprojected_ + d * R * H, H}, H, weights.grad_w_hr,
+                nullptr, thread, threads);
     }
   }
 
@@ -302,7 +305,8 @@ class Backward {
       Panels of_b{b.row(r), b.distance(r, depth)};
       const bool b_lies_well = is_near(of_b.ld) && N % kLanes<T> == 0;
       for (int64_t n = 0; c != nullptr && !b_lies_well && n < N; n += kPanel)
-        pack_rows(depth, least(kPanel, N - n), [&](int64_t k) { return offset(b.row(r + k), n); }, space + n * depth, kPanel);
+        pack_rows(
+            depth, least(kPanel, N - n), [&](int64_t k) { return offset(b.row(r + k), n); }, space + n * depth, kPanel);
       for (int64_t m = own.begin; m < own.end; m += kProductRows) {
         const int64_t rows = least(kProductRows, own.end - m);
         MatrixA<T> of_a{a + r * lda + m, 1, lda};
@@ -338,12 +342,12 @@ class Backward {
   const Layer<T>& layer_;
   const bool projects_, pack_recurrent_, pack_input_;
   Arena<T> arena_;
-  T* grads_;                  // [D, rows, Cell::grads, H]
-  T *grad_h_, *grad_c_;       // [D, N, P], [D, N, H]: carried from step to step
-  T *w_hh_, *w_hr_, *w_ih_;   // [D, panels, K, kPanel], K = G*H, P, G*H
-  T* grad_projected_;         // [D, rows, P], with a projection
-  T* unprojected_;            // [D, rows, H], with a projection: h before it
-  T* products_;               // for each thread
+  T* grads_;                 // [D, rows, Cell::grads, H]
+  T *grad_h_, *grad_c_;      // [D, N, P], [D, N, H]: carried from step to step
+  T *w_hh_, *w_hr_, *w_ih_;  // [D, panels, K, kPanel], K = G*H, P, G*H
+  T* grad_projected_;        // [D, rows, P], with a projection
+  T* unprojected_;           // [D, rows, H], with a projection: h before it
+  T* products_;              // for each thread
   int64_t product_size_;
 };
 

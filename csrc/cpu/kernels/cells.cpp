@@ -2,7 +2,7 @@
 #include "cpu/kernels/instantiate.h"
 
 namespace rnnkit::RNNKIT_CAPABILITY {
-#define X(Cell, name)                       \
+#define X(Cell, name)                        \
   extern template struct Build<Cell, float>; \
   extern template struct Build<Cell, double>;
 RNNKIT_CELLS(X)

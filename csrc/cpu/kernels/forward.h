@@ -11,6 +11,8 @@ namespace rnnkit::RNNKIT_CAPABILITY {
 
 template <class Cell, class T>
 class Forward {
+  static_assert(kFits<Cell>);
+
  public:
   Forward(const Layer<T>& layer, T* scratch)
       : layer_(layer),
@@ -72,8 +74,7 @@ class Forward {
     const Range states = share(layer_.directions * layer_.batch, thread, threads);
     for (int64_t i = states.begin; i < states.end; ++i) {
       const int64_t d = i / layer_.batch, n = i % layer_.batch, P = layer_.projected;
-      for (int64_t buffer = 0; buffer < 2; ++buffer)
-        copy_or_zero(h(d, buffer) + n * P, layer_.initial[0], i * P, P);
+      for (int64_t buffer = 0; buffer < 2; ++buffer) copy_or_zero(h(d, buffer) + n * P, layer_.initial[0], i * P, P);
       if (Cell::states > 1) copy_or_zero(c_ + i * layer_.hidden, layer_.initial[1], i * layer_.hidden, layer_.hidden);
     }
   }
@@ -112,8 +113,10 @@ class Forward {
     const int64_t per_row = most(1, own.size() * kWidth);
     for (int64_t s = 0; s < layer_.steps;) {
       int64_t end = s, ahead = 0;
-      while (end < layer_.steps && (end == s || (ahead + rows.alive(end)) * per_row <= kAhead)) ahead += rows.alive(end++);
-      for (int64_t p = own.begin; p < own.end; ++p) project_input(rows, s, end, p, gates + (p - own.begin) * ahead * kWidth);
+      while (end < layer_.steps && (end == s || (ahead + rows.alive(end)) * per_row <= kAhead))
+        ahead += rows.alive(end++);
+      for (int64_t p = own.begin; p < own.end; ++p)
+        project_input(rows, s, end, p, gates + (p - own.begin) * ahead * kWidth);
       for (int64_t done = 0; s < end; ++s) {
         for (int64_t p = own.begin; p < own.end; ++p)
           step(rows, s, p, gates + ((p - own.begin) * ahead + done) * kWidth);
@@ -181,8 +184,8 @@ class Forward {
 #pragma GCC unroll 4
         for (int64_t g = 0; g < Cell::gates; ++g) {
           const int64_t column = g * kUnits + u;
-          input[g] = load(gates + i * kWidth + column) + load(bias + column);
-          from_h[g] = load(recurrent + i * kWidth + column) + load(bias + kWidth + column);
+          input[g] = load(gates + i * kWidth + column, lanes) + load(bias + column);
+          from_h[g] = load(recurrent + i * kWidth + column, lanes) + load(bias + kWidth + column);
         }
         state[0] = Cell::uses_previous_h ? load(h(d, s % 2) + n * P + unit, lanes) : V{};
         const int64_t c = (d * layer_.batch + n) * H + unit;
@@ -227,8 +230,7 @@ class Forward {
           const T* row = block + i * kPanel;
           std::memcpy(h(d, (s + 1) % 2) + n * P + first, row, bytes);
           std::memcpy(layer_.y + ((rows.first(s) + m + i) * layer_.directions + d) * P + first, row, bytes);
-          if (m + i >= rows.alive(s + 1))
-            std::memcpy(layer_.final[0] + (d * layer_.batch + n) * P + first, row, bytes);
+          if (m + i >= rows.alive(s + 1)) std::memcpy(layer_.final[0] + (d * layer_.batch + n) * P + first, row, bytes);
         }
       }
     }

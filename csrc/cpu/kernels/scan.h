@@ -7,9 +7,9 @@
 
 namespace rnnkit::RNNKIT_CAPABILITY {
 
-constexpr int64_t kRowBlock = 64;   // rows of one recurrent product, so that its result stays in L1
-constexpr int64_t kPanel = 64;      // columns of a panel that is not made of gates
-constexpr int64_t kFewSteps = 16;   // up to so many passes over a matrix it is read as it lies, not packed
+constexpr int64_t kRowBlock = 64;  // rows of one recurrent product, so that its result stays in L1
+constexpr int64_t kPanel = 64;     // columns of a panel that is not made of gates
+constexpr int64_t kFewSteps = 16;  // up to so many passes over a matrix it is read as it lies, not packed
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -60,8 +60,7 @@ struct Rows {
   const T* previous_h(int64_t t, int64_t n) const {
     const int64_t before = direction == 0 ? t - 1 : t + 1;
     if (before >= 0 && before < layer.steps && n < layer.count(before))
-      return layer.y + (layer.offsets[before] + n) * layer.directions * layer.projected +
-             direction * layer.projected;
+      return layer.y + (layer.offsets[before] + n) * layer.directions * layer.projected + direction * layer.projected;
     if (layer.initial[0] == nullptr) return nullptr;
     return layer.initial[0] + (direction * layer.batch + n) * layer.projected;
   }
@@ -88,7 +87,8 @@ Range row_block(const Layer<T>& layer, int64_t index, int64_t blocks) {
 // Calls work(direction, rows, member, members, meet) for what falls to `thread`; `meet` is where the members wait
 // for each other after a step.
 template <class T, class Work>
-void for_each_share(const Layer<T>& layer, const Split& split, int thread, int threads, Barrier& all, const Work& work) {
+void for_each_share(const Layer<T>& layer, const Split& split, int thread, int threads, Barrier& all,
+                    const Work& work) {
   if (split.members > 1) {
     const int64_t d = thread % layer.directions;
     const int64_t members = (threads - d + layer.directions - 1) / layer.directions;
@@ -99,6 +99,10 @@ void for_each_share(const Layer<T>& layer, const Split& split, int thread, int t
   for (int64_t i = thread; i < layer.directions * split.blocks; i += threads)
     work(i % layer.directions, row_block(layer, i / layer.directions, split.blocks), 0, 1, alone);
 }
+
+// What the scans take for granted of a cell.
+template <class Cell>
+constexpr bool kFits = Cell::states <= 2 && (Cell::states == 1 || !Cell::uses_previous_h);
 
 // Gives out consecutive parts of a scratch array, null for none; with no array, counts what is wanted.
 template <class T>
