@@ -22,23 +22,25 @@ _warned: set[str] = set()
 
 def _load(name: str) -> tuple[ModuleType | None, str]:
     """The extension module `name`, or None and the reason."""
+    built_with, running = _noted("TORCH_VERSION"), torch.__version__
+    if built_with and built_with.split(".")[:2] != running.split(".")[:2]:
+        return None, f"built with torch {built_with}, and this is {running}: install rnnkit again"
     try:
         return importlib.import_module(name), ""
     except ModuleNotFoundError as error:
         if error.name != name:
             return None, f"{type(error).__name__}: {error}"
-        return None, _why_not_built()
+        return None, _noted("REASON") or "not built"
     except (ImportError, OSError) as error:
         return None, f"{type(error).__name__}: {error}"
 
 
-def _why_not_built() -> str:
-    """What setup.py noted when it built or failed to build the extension."""
+def _noted(what: str) -> str:
+    """A constant that setup.py noted when it built or failed to build the extension; empty if it did not."""
     try:
-        note = importlib.import_module("rnnkit._build").REASON
+        return str(getattr(importlib.import_module("rnnkit._build"), what))
     except ModuleNotFoundError:
-        note = ""
-    return note or "not built"
+        return ""
 
 
 EXTENSION, EXTENSION_REASON = _load("rnnkit._C")

@@ -18,6 +18,9 @@ from rnnkit import autograd, backends
 from rnnkit.reference import CELLS
 
 each_cell = pytest.mark.parametrize("cell", CELLS)
+each_layer = pytest.mark.parametrize(
+    "cell", [cell for cell in CELLS if hasattr(rnnkit, cell.split("_")[0].upper())]
+)
 
 #: Tiny, since a numerical derivative calls the layer twice for every number.
 GRADCHECK_CASES = [
@@ -197,7 +200,7 @@ def test_hessian(cell: str, backend: str) -> None:
     torch.testing.assert_close(torch.func.hessian(of_input)(it.input), expected)
 
 
-@each_cell
+@each_layer
 def test_vmap(cell: str, backend: str) -> None:
     """Over inputs, over weights as in an ensemble, and over gradients as for one gradient a sample."""
     layer = module(cell, bidirectional=True)
@@ -223,7 +226,7 @@ def test_vmap(cell: str, backend: str) -> None:
                     torch.testing.assert_close({n: g[index] for n, g in found.items()}, expected)
 
 
-@each_cell
+@each_layer
 def test_functional_call(cell: str, backend: str) -> None:
     """Other weights for one call, and gradients for these."""
     layer = module(cell)
@@ -239,7 +242,7 @@ def test_functional_call(cell: str, backend: str) -> None:
         torch.testing.assert_close(parameter.grad, other[name].grad)
 
 
-@each_cell
+@each_layer
 def test_gradient_penalty(cell: str, backend: str) -> None:
     """A loss on the norm of the gradient, as in WGAN-GP, gives the parameters the gradients torch.nn gives."""
     ours = module(cell, num_layers=2, bidirectional=True)
@@ -350,7 +353,7 @@ def test_only_needed_gradients_are_computed(case: Case) -> None:
         assert_same_bits(list(found), [full[index] for index in sorted(subset)])
 
 
-@each_cell
+@each_layer
 def test_frozen_layers_compute_no_weight_gradients(cell: str) -> None:
     """A frozen first layer needs nothing; a frozen last layer passes gradients to its input alone."""
     layer = module(cell, num_layers=3)
@@ -365,7 +368,7 @@ def test_frozen_layers_compute_no_weight_gradients(cell: str) -> None:
     assert (middle[0], sum(middle)) == (False, 4)
 
 
-@each_cell
+@each_layer
 def test_nothing_is_saved_where_nothing_needs_grad(cell: str) -> None:
     layer = module(cell)
     x = torch.randn(3, 2, 5, dtype=torch.float64)

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rnnkit import reference
 from rnnkit.reference import CELLS
 
+#: The cells that torch.nn has, too.
 MODULES = {
     "rnn_tanh": (nn.RNN, {"nonlinearity": "tanh"}),
     "rnn_relu": (nn.RNN, {"nonlinearity": "relu"}),
@@ -50,7 +51,7 @@ def by_torch(case: Case, it: Call) -> dict[str, Tensor]:
 CASES = [
     case
     for cell, directions, sizes in product(
-        CELLS, (1, 2), ((1, 1, 1, 1), (4, 3, 5, 17), (7, 2, 3, 16))
+        MODULES, (1, 2), ((1, 1, 1, 1), (4, 3, 5, 17), (7, 2, 3, 16))
     )
     for case in variants(Case(cell, sizes, directions, dtype=torch.float64))
 ]
