@@ -68,7 +68,7 @@ class Options:
 
     cell: str = "lstm"
     layers: int = 1
-    hidden: int = 256
+    hidden: int = 384
     bptt: int = 64
     batch: int = 16
     lr: float | None = None  # None: that of LEARNING_RATES

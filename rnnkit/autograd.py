@@ -25,13 +25,20 @@ def layer(
     tensors = [input, *states, *(w for w in weights if w is not None)]
     if backends.serving(input.device) == "reference" or _transformed(tensors):
         return reference.layer(cell, input, states, weights, batch_sizes)
-    if torch.is_grad_enabled() and any(t.requires_grad and not t.is_inference() for t in tensors):
+    if torch.is_grad_enabled() and _need_grad(tensors):
         output, *finals = _Layer.apply(cell, batch_sizes, len(states), input, *states, *weights)
         return output, finals
     output, finals, _ = torch.ops.rnnkit.layer_forward(
         cell, input, states, weights, batch_sizes, False
     )
     return output, finals
+
+
+def _need_grad(tensors: Sequence[Tensor]) -> bool:
+    """Whether any tensor wants a gradient; inference tensors cannot have one, whatever they say."""
+    if torch.compiler.is_compiling():  # the compiler knows no inference tensors
+        return any(t.requires_grad for t in tensors)
+    return any(t.requires_grad and not t.is_inference() for t in tensors)
 
 
 def _transformed(tensors: Sequence[Tensor]) -> bool:
