@@ -114,10 +114,13 @@ struct Call {
         const int64_t count = counts.const_data_ptr<int64_t>()[t];
         TORCH_CHECK(count > 0 && count <= before, "expected batch_sizes to be positive and not to increase, got ",
                     count, " after ", before, " at step ", t);
-        TORCH_CHECK(count <= input.size(0) - offsets.back(), "expected batch_sizes to sum to the input's ",
-                    input.size(0), " rows, got more");
-        offsets.push_back(offsets.back() + count);
+        offsets.push_back(count);
         before = count;
+      }
+      for (int64_t t = 0; t < steps; ++t) {
+        TORCH_CHECK(offsets[t + 1] <= input.size(0) - offsets[t], "expected batch_sizes to sum to the input's ",
+                    input.size(0), " rows, got more");
+        offsets[t + 1] += offsets[t];
       }
       TORCH_CHECK(offsets.back() == input.size(0), "expected batch_sizes to sum to the input's ", input.size(0),
                   " rows, got ", offsets.back());
