@@ -47,6 +47,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         *CAPABILITIES["avx2"],
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
     ]
+    CAPABILITIES["avx512_bf16"] = [*CAPABILITIES["avx512"], "-mavx512bf16"]
 
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 LINK_FLAGS = ["-fopenmp"]
@@ -62,6 +63,12 @@ if SANITIZE:
 def sources(directory: str) -> list[str]:
     """The C++ files in `directory`, relative to the project as setuptools wants them."""
     return sorted(path.as_posix() for path in Path(directory).glob("*.cpp"))
+
+
+def kernels(capability: str, files: list[str]) -> list[str]:
+    """Those of `files` that are compiled for it: bfloat16's own instructions serve bfloat16 alone."""
+    only_bfloat16 = capability.endswith("_bf16")
+    return [file for file in files if file.endswith("/bfloat16.cpp") == only_bfloat16]
 
 
 def extension() -> Extension:
@@ -182,7 +189,7 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
         include = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
         sets = [("", ext.sources, [*include, *(f"-DRNNKIT_HAS_{name.upper()}" for name in names)])]
         for name, flags in CAPABILITIES.items():
-            sets.append((name, ext.depends, [f"-DRNNKIT_CAPABILITY={name}", *flags]))
+            sets.append((name, kernels(name, ext.depends), [f"-DRNNKIT_CAPABILITY={name}", *flags]))
 
         def compile_sets(
             sources: list[str], output_dir: str, extra_postargs: list[str], **options: Any

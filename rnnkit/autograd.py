@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rnnkit import backends, ops, reference
+from rnnkit.ops import Keep
 
 
 def layer(
@@ -20,16 +21,21 @@ def layer(
     states: Sequence[Tensor],
     weights: Sequence[Tensor | None],
     batch_sizes: Tensor | None = None,
+    *,
+    keep: Keep = Keep.EVERYTHING,
 ) -> tuple[Tensor, list[Tensor]]:
-    """`reference.layer`, on the backend that serves the input's device."""
+    """`reference.layer`, on the backend that serves the input's device; `keep` if gradients are needed."""
     tensors = [input, *states, *(w for w in weights if w is not None)]
     if backends.serving(input.device) == "reference" or _transformed(tensors):
         return reference.layer(cell, input, states, weights, batch_sizes)
     if torch.is_grad_enabled() and _need_grad(tensors):
-        output, *finals = _Layer.apply(cell, batch_sizes, len(states), input, *states, *weights)
-        return output, finals
+        output, *finals = _Layer.apply(
+            cell, keep, batch_sizes, len(states), input, *states, *weights
+        )
+        # Saved for the backward pass, and scripts may write to what they get.
+        return output.clone() if torch.compiler.is_compiling() else output, finals
     output, finals, _ = torch.ops.rnnkit.layer_forward(
-        cell, input, states, weights, batch_sizes, False
+        cell, input, states, weights, batch_sizes, Keep.NOTHING
     )
     return output, finals
 
@@ -54,13 +60,26 @@ def _transformed(tensors: Sequence[Tensor]) -> bool:
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+class _Watch:
+    """Tells whether a tensor was written to, without holding its memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._counter = tensor.detach()
+        self._counter.data = tensor.new_empty(0)  # keeps the version counter that views share
+        self._version = tensor._version
+
+    def written(self) -> bool:
+        return self._counter._version != self._version
+
+
 class _Layer(torch.autograd.Function):
-    """(cell, batch_sizes, number of states, input, *states, *weights) -> (output, *final states)."""
+    """(cell, keep, batch_sizes, number of states, input, *states, *weights) -> (output, *final states)."""
 
     @staticmethod
     def forward(
         ctx: Any,
         cell: str,
+        keep: Keep,
         batch_sizes: Tensor | None,
         n_states: int,
         input: Tensor,
@@ -68,27 +87,37 @@ class _Layer(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         states, weights = list(tensors[:n_states]), list(tensors[n_states:])
         output, finals, reserve = torch.ops.rnnkit.layer_forward(
-            cell, input, states, weights, batch_sizes, True
+            cell, input, states, weights, batch_sizes, keep
         )
         ctx.cell, ctx.n_states = cell, n_states
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, input, *tensors, output, reserve)
+        # torch.nn's output may be written to before the backward pass. So may this one: it is saved
+        # without autograd's own check, and computed again if it was.
+        compiling = torch.compiler.is_compiling()
+        ctx.watch = None if compiling else _Watch(output)
+        ctx.save_for_backward(
+            batch_sizes, input, *tensors, output if compiling else output.data, reserve
+        )
         return output, *finals
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         batch_sizes, input, *tensors, output, reserve = ctx.saved_tensors
         states, weights = tensors[: ctx.n_states], tensors[ctx.n_states :]
-        needs = list(ctx.needs_input_grad[3:])
+        needs = list(ctx.needs_input_grad[4:])
         create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if create_graph or _transformed([g for g in grads if g is not None]):
             found = ops.differentiable_backward(
                 ctx.cell, grads, input, states, weights, batch_sizes, needs, create_graph
             )
-            return None, None, None, *found
+            return None, None, None, None, *found
+        if ctx.watch is not None and ctx.watch.written():
+            output = torch.ops.rnnkit.layer_forward(
+                ctx.cell, input, states, weights, batch_sizes, Keep.NOTHING
+            )[0]
         remaining = iter(
             torch.ops.rnnkit.layer_backward(
                 ctx.cell, grads, input, states, weights, batch_sizes, output, reserve, needs
             )
         )
-        return None, None, None, *(next(remaining) if need else None for need in needs)
+        return None, None, None, None, *(next(remaining) if need else None for need in needs)

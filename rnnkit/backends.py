@@ -7,9 +7,10 @@ runs. `backend` forces a choice.
 import importlib
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -74,6 +75,13 @@ def serving(device: torch.device) -> str:
             stacklevel=2,
         )
     return "reference" if EXTENSION is None else "cpp"
+
+
+def short_way(name: str) -> Callable[..., Any] | None:
+    """The extension's function `name` for inference, which skips Python where it can; None: do without it."""
+    if EXTENSION is None or getattr(_forced, "name", None) == "reference":
+        return None
+    return None if torch.compiler.is_compiling() else getattr(EXTENSION, name)
 
 
 @contextmanager

@@ -4,14 +4,33 @@ They subclass torch's own cells, which bring parameters, initial values, state_d
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from rnnkit import stack
+from rnnkit import backends, stack
+
+Weights = tuple[Tensor | None, ...]
+
+
+def _weights(module: nn.RNNCellBase) -> Weights:
+    """The five of `reference.WEIGHTS`."""
+    return (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh, None)
+
+
+def _infer(cell: str, input: Tensor, hx: Any, weights: Weights) -> Any:
+    """The new state or pair of states by the short way, None if it cannot be taken."""
+    infer = backends.short_way("infer_cell")
+    return None if infer is None else infer(cell, input, hx, [list(weights)])
 
 
 def _step(
-    name: str, cell: str, module: nn.RNNCellBase, input: Tensor, states: Sequence[Tensor]
+    name: str,
+    cell: str,
+    module: nn.RNNCellBase,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Weights,
 ) -> tuple[Tensor, ...]:
     """One step: input [N, I] or [I], states [N, H] or [H] (empty for zeros) -> new states."""
     if input.dim() not in (1, 2):
@@ -24,7 +43,6 @@ def _step(
             )
     _check_sizes(module, input, states)
     batched = input.dim() == 2
-    weights = (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh, None)
     finals = stack.run(
         cell,
         input.unsqueeze(0) if batched else input[None, None],
@@ -84,8 +102,11 @@ class RNNCell(nn.RNNCell):
         """Take one step; see the class."""
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        cell = f"rnn_{self.nonlinearity}"
-        return _step("RNNCell", cell, self, input, stack.as_states(hx))[0]
+        cell, weights = f"rnn_{self.nonlinearity}", _weights(self)
+        found: Tensor | None = _infer(cell, input, hx, weights)
+        if found is not None:
+            return found
+        return _step("RNNCell", cell, self, input, stack.as_states(hx), weights)[0]
 
 
 class LSTMCell(nn.LSTMCell):
@@ -115,8 +136,12 @@ class LSTMCell(nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Take one step; see the class."""
+        weights = _weights(self)
+        found: tuple[Tensor, Tensor] | None = _infer("lstm", input, hx, weights)
+        if found is not None:
+            return found
         states = stack.as_state_pair(hx, too_few=RuntimeError)
-        h, c = _step("LSTMCell", "lstm", self, input, states)
+        h, c = _step("LSTMCell", "lstm", self, input, states, weights)
         return h, c
 
 
@@ -144,4 +169,8 @@ class GRUCell(nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; see the class."""
-        return _step("GRUCell", "gru", self, input, stack.as_states(hx))[0]
+        weights = _weights(self)
+        found: Tensor | None = _infer("gru", input, hx, weights)
+        if found is not None:
+            return found
+        return _step("GRUCell", "gru", self, input, stack.as_states(hx), weights)[0]

@@ -10,38 +10,52 @@ from typing import Any, overload
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkit import stack
+from rnnkit import backends, stack
 
 States = tuple[Tensor, Tensor]
+Weights = list[list[Tensor | None]]
 
 
 class _Layers(nn.RNNBase):
     """What the three share: from torch.nn's call to `stack.run` and back."""
 
-    def _weights(self) -> list[list[Tensor | None]]:
+    recompute = False  # of modules that were pickled before there was such a choice
+
+    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.recompute = recompute
+
+    def extra_repr(self) -> str:
+        """torch.nn's, and what rnnkit adds."""
+        return super().extra_repr() + (", recompute=True" if self.recompute else "")
+
+    def _weights(self) -> Weights:
         """The five tensors of `reference.WEIGHTS` for each layer and direction."""
-        flat = self._flat_weights
-        size = 2 + 2 * self.bias + (self.proj_size > 0)
-        return [
-            [
-                *flat[start : start + 2],
-                *(flat[start + 2 : start + 4] if self.bias else (None, None)),
-                flat[start + size - 1] if self.proj_size > 0 else None,
-            ]
-            for start in range(0, len(flat), size)
-        ]
+        found: Weights = []
+        for (
+            names
+        ) in self._all_weights:  # not _flat_weights, which miss what was put in a parameter's place
+            weights = [getattr(self, name) for name in names]
+            biases = weights[2:4] if self.bias else [None, None]
+            found.append([*weights[:2], *biases, weights[-1] if self.proj_size > 0 else None])
+        return found
 
     def _run(
-        self, input: Tensor, states: Sequence[Tensor], batch_sizes: Tensor | None
+        self,
+        input: Tensor,
+        states: Sequence[Tensor],
+        weights: Weights,
+        batch_sizes: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         return stack.run(
             self.mode.lower(),
             input,
             states,
-            self._weights(),
+            weights,
             batch_sizes,
             directions=2 if self.bidirectional else 1,
             dropout=self.dropout if self.training else 0.0,
+            recompute=self.recompute,
         )
 
     def _check_states(self, input: Tensor, states: Sequence[Tensor], packed: Tensor | None) -> None:
@@ -67,10 +81,16 @@ class _Layers(nn.RNNBase):
         raise RuntimeError(message)
 
     def _forward(self, input: Tensor | PackedSequence, hx: Any) -> Any:
-        self._update_flat_weights()
+        weights = self._weights()
+        infer = backends.short_way("infer_layers")
+        if infer is not None and not (self.training and self.dropout > 0):
+            directions = 2 if self.bidirectional else 1
+            found = infer(self.mode.lower(), input, hx, weights, directions, self.batch_first)
+            if found is not None:
+                return found
         states = stack.as_state_pair(hx) if self.mode == "LSTM" else stack.as_states(hx)
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, states)
+            return self._forward_packed(input, states, weights)
         if input.dim() not in (2, 3):
             noun = " tensor" if self.mode.startswith("RNN") else ""
             raise ValueError(
@@ -85,7 +105,7 @@ class _Layers(nn.RNNBase):
         self._check_states(input, states, None)
         if self.batch_first:
             input = input.transpose(0, 1)
-        output, finals = self._run(input, states, None)
+        output, finals = self._run(input, states, weights, None)
         if self.batch_first:
             output = output.transpose(0, 1)
         if not batched:
@@ -93,12 +113,14 @@ class _Layers(nn.RNNBase):
             finals = tuple(state.squeeze(1) for state in finals)
         return output, self._returned(finals)
 
-    def _forward_packed(self, input: PackedSequence, states: Sequence[Tensor]) -> Any:
+    def _forward_packed(
+        self, input: PackedSequence, states: Sequence[Tensor], weights: Weights
+    ) -> Any:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         self._check_states(data, states, batch_sizes)
         if states and sorted_indices is not None:
             states = tuple(state.index_select(1, sorted_indices) for state in states)
-        output, finals = self._run(data, states, batch_sizes)
+        output, finals = self._run(data, states, weights, batch_sizes)
         if unsorted_indices is not None:
             finals = tuple(state.index_select(1, unsorted_indices) for state in finals)
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
@@ -129,6 +151,8 @@ class RNN(_Layers):
         batch_first: input and output are [N, T, ·] instead of [T, N, ·]. Default False.
         dropout: probability of zeroing an element of each layer's output but the last's, in training.
         bidirectional: a second direction, from the end (D = 2). Default False.
+        recompute: the backward pass computes the gates again instead of keeping them: a fraction of the
+            memory for about a third more time, the same gradients. Default False.
         device, dtype: of the parameters.
 
     Shape:
@@ -186,6 +210,8 @@ class LSTM(_Layers):
         dropout: probability of zeroing an element of each layer's output but the last's, in training.
         bidirectional: a second direction, from the end (D = 2). Default False.
         proj_size: P < H, features of the projected hidden state; 0 for none. Default 0.
+        recompute: the backward pass computes the gates again instead of keeping them: a fraction of the
+            memory for about a third more time, the same gradients. Default False.
         device, dtype: of the parameters.
 
     Shape:
@@ -238,6 +264,8 @@ class GRU(_Layers):
         batch_first: input and output are [N, T, ·] instead of [T, N, ·]. Default False.
         dropout: probability of zeroing an element of each layer's output but the last's, in training.
         bidirectional: a second direction, from the end (D = 2). Default False.
+        recompute: the backward pass computes the gates again instead of keeping them: a fraction of the
+            memory for about a third more time, the same gradients. Default False.
         device, dtype: of the parameters.
 
     Shape:

@@ -7,6 +7,7 @@ composite below runs.
 
 import math
 from collections.abc import Sequence
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -16,10 +17,26 @@ from rnnkit.reference import CELLS, WEIGHTS
 
 _library = torch.library.Library("rnnkit", "DEF")
 
+
+class Keep(IntEnum):
+    """What the forward pass keeps for the backward pass: the more, the less that one computes again."""
+
+    NOTHING = 0
+    STATES = 1  #: those but h, before each step; the gates are computed again
+    EVERYTHING = 2
+
+
+def _kept_values(cell: str, keep: int) -> int:
+    """Values kept for each hidden unit and step."""
+    spec = CELLS[cell]
+    return spec.saved if keep == Keep.EVERYTHING else spec.states - 1
+
+
 # states: h [D, N, P] (and c [D, N, H]), or empty for zeros. weights: five for each direction, see WEIGHTS.
-# Returns the output, the final states, and what the backward pass needs: [D, rows, saved, H] if `save`.
+# keep: what the backward pass is to find, see `Keep`. Returns the output, the final states, and what was kept:
+# [D, rows, values of each unit, H].
 _library.define(
-    "layer_forward(str cell, Tensor input, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, bool save)"
+    "layer_forward(str cell, Tensor input, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, int keep)"
     " -> (Tensor, Tensor[], Tensor)"
 )
 # grads: of the output, then of each final state; None for zero. needs: for the input, each of `states`, each of
@@ -40,7 +57,7 @@ def _empty_results(
     weights: Sequence[Tensor | None],
     batch_sizes: Tensor | None,
     states: Sequence[Tensor],
-    save: bool,
+    keep: int,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     spec = CELLS[cell]
     w_hh = weights[1]
@@ -54,7 +71,7 @@ def _empty_results(
         batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
     output = input.new_empty([*rows, directions * projected])
     finals = [input.new_empty(directions, batch, s) for s in [projected, hidden][: spec.states]]
-    shape = [directions, math.prod(rows), spec.saved, hidden] if save else [0]
+    shape = [directions, math.prod(rows), _kept_values(cell, keep), hidden] if keep else [0]
     return output, finals, input.new_empty(shape, dtype=_accumulate_dtype(input.dtype))
 
 
@@ -65,9 +82,9 @@ def _forward_fake(
     states: Sequence[Tensor],
     weights: Sequence[Tensor | None],
     batch_sizes: Tensor | None,
-    save: bool,
+    keep: int,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    return _empty_results(cell, input, weights, batch_sizes, states, save)
+    return _empty_results(cell, input, weights, batch_sizes, states, keep)
 
 
 @torch.library.register_fake("rnnkit::layer_backward", lib=_library)
@@ -97,9 +114,9 @@ def _forward_composite(
     states: Sequence[Tensor],
     weights: Sequence[Tensor | None],
     batch_sizes: Tensor | None,
-    save: bool,
+    keep: int,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    reserve = _empty_results(cell, input, weights, batch_sizes, states, save)[2]
+    reserve = _empty_results(cell, input, weights, batch_sizes, states, keep)[2]
     output, finals = reference.layer(cell, input, states, weights, batch_sizes)
     return output, finals, reserve.zero_()
 

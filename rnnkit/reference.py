@@ -25,7 +25,7 @@ class CellSpec:
         name: its name in ops and kernels.
         gates: G, the blocks of H rows in w_ih and w_hh.
         states: tensors carried from step to step; the first is h, the output.
-        saved: values per hidden unit and step that a kernel keeps for the backward pass.
+        saved: values per hidden unit and step that a kernel keeps, beside the output, for the backward pass.
         step: (input's part of each gate, recurrent part of each gate, states) -> new states, all [N, H].
     """
 
@@ -66,8 +66,8 @@ def _gru(x: Sequence[Tensor], h: Sequence[Tensor], states: Sequence[Tensor]) -> 
 CELLS = {
     spec.name: spec
     for spec in (
-        CellSpec("rnn_tanh", gates=1, states=1, saved=1, step=_rnn(torch.tanh)),
-        CellSpec("rnn_relu", gates=1, states=1, saved=1, step=_rnn(torch.relu)),
+        CellSpec("rnn_tanh", gates=1, states=1, saved=0, step=_rnn(torch.tanh)),
+        CellSpec("rnn_relu", gates=1, states=1, saved=0, step=_rnn(torch.relu)),
         CellSpec("lstm", gates=4, states=2, saved=5, step=_lstm),
         CellSpec("gru", gates=3, states=1, saved=4, step=_gru),
     )

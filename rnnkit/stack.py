@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as drop
 
 from rnnkit import autograd
+from rnnkit.ops import Keep
 
 
 def run(
@@ -19,6 +20,7 @@ def run(
     directions: int = 1,
     dropout: float = 0.0,
     step: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run a stack of layers.
 
@@ -31,6 +33,7 @@ def run(
         directions: D, 1 or 2.
         dropout: probability of zeroing an element between layers; 0 when not training.
         step: whether this is a Cell's one step, of which only the final states are used.
+        recompute: whether the backward pass computes the gates again instead of keeping them.
 
     Returns:
         The last layer's output [T, N, D*P] or [rows, D*P], and the final states, shaped like `states`.
@@ -57,15 +60,9 @@ def run(
             states if layers == 1 else [state[of_layer] for state in states],
             [w for direction in weights[of_layer] for w in direction],
             batch_sizes,
+            keep=Keep.STATES if recompute else Keep.EVERYTHING,
         )
         finals.append(final)
-    # torch.nn, too, forbids an in-place write to the output before the backward pass where oneDNN computes
-    # the layer; elsewhere scripts write to the output, so they get a copy.
-    torch_saves_output = (
-        fused_in_torch and directions == 1 and output.dtype in (torch.float32, torch.bfloat16)
-    )
-    if output.requires_grad and not step and not torch_saves_output:
-        output = output.clone()
     final_states = finals[0] if layers == 1 else [torch.cat(s) for s in zip(*finals, strict=True)]
     if result_dtypes is not None:
         output = output.to(result_dtypes[0])

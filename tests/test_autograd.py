@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rnnkit
 from rnnkit import autograd, backends
+from rnnkit.ops import Keep
 from rnnkit.reference import CELLS
 
 each_cell = pytest.mark.parametrize("cell", CELLS)
@@ -323,8 +324,8 @@ class _Recorder(TorchDispatchMode):
         """What each backward call was asked for."""
         return [args[-1] for name, args in self.calls if name == "layer_backward"]
 
-    def saves(self) -> list[bool]:
-        """Whether each forward call was asked to save."""
+    def kept(self) -> list[Keep]:
+        """What each forward call was asked to keep."""
         return [args[-1] for name, args in self.calls if name == "layer_forward"]
 
 
@@ -362,7 +363,7 @@ def test_frozen_layers_compute_no_weight_gradients(cell: str) -> None:
     x = torch.randn(3, 2, 5, dtype=torch.float64)
     with recorded() as recorder:
         layer(x)[0].sum().backward()
-    assert recorder.saves() == [False, True, True]
+    assert recorder.kept() == [Keep.NOTHING, Keep.EVERYTHING, Keep.EVERYTHING]
     last, middle = recorder.needs()
     assert (last[0], any(last[1:])) == (True, False)
     assert (middle[0], sum(middle)) == (False, 4)
@@ -378,7 +379,7 @@ def test_nothing_is_saved_where_nothing_needs_grad(cell: str) -> None:
         with torch.inference_mode():
             layer(x)
         layer.requires_grad_(False)(x)
-    assert recorder.saves() == [False] * 3
+    assert recorder.kept() == [Keep.NOTHING] * 3
     assert recorder.needs() == []
 
 

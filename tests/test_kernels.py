@@ -17,6 +17,7 @@ from kernel_cases import (
     DTYPES,
     Call,
     Case,
+    assert_case_matches_reference,
     assert_matches_reference,
     assert_same_bits,
     call,
@@ -26,6 +27,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from rnnkit import backends
+from rnnkit.ops import Keep
 from rnnkit.reference import CELLS, WEIGHTS
 
 pytestmark = pytest.mark.skipif(
@@ -40,7 +42,7 @@ on_small_cases_of_every_dtype = pytest.mark.parametrize(
 
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_against_reference(case: Case) -> None:
-    assert_matches_reference(call(case))
+    assert_case_matches_reference(case)
 
 
 @st.composite
@@ -97,12 +99,24 @@ def test_packed_is_each_sequence_alone(cell: str, lengths: tuple[int, ...]) -> N
 
 
 @on_small_cases_of_every_dtype
-def test_save_changes_no_bit(case: Case) -> None:
+def test_what_is_kept_changes_no_bit(case: Case) -> None:
     it = call(case)
-    output, finals, _ = it.forward(save=True)
-    output_alone, finals_alone, reserve = it.forward(save=False)
-    assert reserve.numel() == 0
-    assert_same_bits([output, *finals], [output_alone, *finals_alone])
+    output, finals, _ = it.forward()
+    for keep in (Keep.NOTHING, Keep.STATES):
+        output_alone, finals_alone, reserve = it.forward(keep)
+        assert keep or reserve.numel() == 0
+        assert_same_bits([output, *finals], [output_alone, *finals_alone])
+
+
+@pytest.mark.parametrize("case", [c for c in cases() if c.dtype == torch.float32], ids=str)
+def test_gates_computed_again_against_reference(case: Case) -> None:
+    assert_case_matches_reference(case, Keep.STATES)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gates_computed_again_are_the_same_to_the_last_bit(cell: str) -> None:
+    it = call(Case(cell, (300, 3, 33, 40), directions=2))
+    assert_same_bits(it.run(Keep.STATES), it.run())
 
 
 @on_small_cases

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
+from rnnkit.ops import Keep
 from rnnkit.reference import CELLS, WEIGHTS
 
 on_small_cases = pytest.mark.parametrize(
@@ -27,12 +28,15 @@ def described(results: tuple | list | Tensor) -> object:
     return [described(result) for result in results]
 
 
-def arguments(it: Call, save: bool = True) -> tuple[list, list]:
+OPS = (torch.ops.rnnkit.layer_forward.default, torch.ops.rnnkit.layer_backward.default)
+
+
+def arguments(it: Call, keep: Keep = Keep.EVERYTHING) -> tuple[list, list]:
     """Of both ops."""
     tensors = [it.input, it.states, it.weights, it.batch_sizes]
-    output, _, reserve = it.forward()
+    output, _, reserve = it.forward(keep)
     return (
-        [it.cell, *tensors, save],
+        [it.cell, *tensors, keep],
         [it.cell, it.grads, *tensors, output, reserve, it.all_needs],
     )
 
@@ -41,12 +45,14 @@ def arguments(it: Call, save: bool = True) -> tuple[list, list]:
 def test_opcheck(case: Case) -> None:
     it = call(case)
     forward, backward = arguments(it)
-    opcheck(torch.ops.rnnkit.layer_forward.default, forward)
-    opcheck(torch.ops.rnnkit.layer_forward.default, [*forward[:-1], False])
-    opcheck(torch.ops.rnnkit.layer_backward.default, backward)
+    opcheck(OPS[0], forward)
+    opcheck(OPS[0], [*forward[:-1], Keep.NOTHING])
+    opcheck(OPS[1], backward)
+    for op, values in zip(OPS, arguments(it, Keep.STATES), strict=True):
+        opcheck(op, values)
     some = [need and place % 2 == 0 for place, need in enumerate(it.all_needs)]
     without_grads = [it.cell, [*it.grads[:1], *[None] * (len(it.grads) - 1)], *backward[2:-1], some]
-    opcheck(torch.ops.rnnkit.layer_backward.default, without_grads)
+    opcheck(OPS[1], without_grads)
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
@@ -54,19 +60,19 @@ def test_opcheck(case: Case) -> None:
 def test_opcheck_in_other_dtypes(cell: str, dtype: torch.dtype) -> None:
     tolerances = {"rtol": 1e-2, "atol": 1e-2}
     forward, backward = arguments(call(Case(cell, dtype=dtype)))
-    opcheck(torch.ops.rnnkit.layer_forward.default, forward, **tolerances)
-    opcheck(torch.ops.rnnkit.layer_backward.default, backward, **tolerances)
+    opcheck(OPS[0], forward, **tolerances)
+    opcheck(OPS[1], backward, **tolerances)
 
 
 @on_small_cases
 def test_fakes_describe_the_results(case: Case) -> None:
     it = call(case)
-    results = [it.forward(save) for save in (True, False)]
-    grads = it.backward(results[0][0], results[0][2])
+    results = [it.forward(keep) for keep in Keep]
+    grads = it.backward(results[-1][0], results[-1][2])
     with FakeTensorMode() as mode:
         fake = it.map(mode.from_tensor)
-        fake_results = [fake.forward(save) for save in (True, False)]
-        fake_grads = fake.backward(fake_results[0][0], fake_results[0][2])
+        fake_results = [fake.forward(keep) for keep in Keep]
+        fake_grads = fake.backward(fake_results[-1][0], fake_results[-1][2])
     assert described(fake_results) == described(results)
     assert described(fake_grads) == described(grads)
     assert len(grads) == sum(it.all_needs)
@@ -87,14 +93,15 @@ def test_fakes_of_empty_results(cell: str, sizes: tuple[int, int, int, int]) -> 
 
 @on_small_cases
 def test_reserve(case: Case) -> None:
-    """[D, rows, saved, H] in the type accumulated in, or nothing."""
-    it = call(case)
+    """[D, rows, values of each unit, H] in the type accumulated in, or nothing."""
+    it, spec = call(case), CELLS[case.cell]
     rows = it.input.shape[:-1].numel()
-    reserve = it.forward(save=True)[2]
-    assert reserve.shape == (case.directions, rows, CELLS[case.cell].saved, case.sizes[3])
-    low = case.dtype in (torch.bfloat16, torch.float16)
-    assert reserve.dtype == (torch.float32 if low else case.dtype)
-    assert it.forward(save=False)[2].shape == (0,)
+    for keep, values in ((Keep.EVERYTHING, spec.saved), (Keep.STATES, spec.states - 1)):
+        reserve = it.forward(keep)[2]
+        assert reserve.shape == (case.directions, rows, values, case.sizes[3])
+        low = case.dtype in (torch.bfloat16, torch.float16)
+        assert reserve.dtype == (torch.float32 if low else case.dtype)
+    assert it.forward(Keep.NOTHING)[2].shape == (0,)
 
 
 def test_weights_of_a_direction() -> None:

@@ -81,7 +81,7 @@ def test_spec_fits_the_step(cell: str) -> None:
     parts = [torch.randn(spec.gates, 3, 4) for _ in range(2)]
     new = spec.step(parts[0], parts[1], torch.randn(spec.states, 3, 4))
     assert [state.shape for state in new] == [(3, 4)] * spec.states
-    assert spec.saved >= spec.states
+    assert spec.saved >= spec.states - 1
 
 
 @pytest.mark.parametrize("device", ("cpu", "meta"))

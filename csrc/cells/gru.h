@@ -10,7 +10,7 @@ struct Gru {
   static constexpr int saved = 4;  // r, z, n, the recurrent part of n
   static constexpr int grads = 4;  // of r, z, the recurrent part of n, the input's part of n
   static constexpr int input_grad[] = {0, 1, 3};
-  static constexpr bool uses_previous_h = true;
+  static constexpr bool uses_h = false, uses_previous_h = true;
 
   template <class V>
   static RNNKIT_INLINE void forward(const V* x, const V* h, V* state, V* save) {
@@ -27,7 +27,7 @@ struct Gru {
   }
 
   template <class V>
-  static RNNKIT_INLINE void backward(const V* save, V previous_h, V* grad_state, V* grad) {
+  static RNNKIT_INLINE void backward(const V* save, V /*h*/, V previous_h, V* grad_state, V* grad) {
     using T = Element<V>;
     const V r = save[0], z = save[1], n = save[2], recurrent = save[3];
     const V grad_h = grad_state[0];

@@ -10,7 +10,7 @@ struct Lstm {
   static constexpr int saved = 5;  // i, f, g, o, c
   static constexpr int grads = 4;  // of i, f, g, o, both parts
   static constexpr int input_grad[] = {0, 1, 2, 3};
-  static constexpr bool uses_previous_h = false;
+  static constexpr bool uses_h = false, uses_previous_h = false;
 
   template <class V>
   static RNNKIT_INLINE void forward(const V* x, const V* h, V* state, V* save) {
@@ -29,7 +29,7 @@ struct Lstm {
   }
 
   template <class V>
-  static RNNKIT_INLINE void backward(const V* save, V /*previous_h*/, V* grad_state, V* grad) {
+  static RNNKIT_INLINE void backward(const V* save, V /*h*/, V /*previous_h*/, V* grad_state, V* grad) {
     using T = Element<V>;
     const V i = save[0], f = save[1], g = save[2], o = save[3], c = save[4];
     const V tanh_c = tanh(f * c + i * g);

@@ -8,25 +8,24 @@ namespace rnnkit::RNNKIT_CAPABILITY {
 template <bool kRelu>
 struct Rnn {
   static constexpr int gates = 1, states = 1, units = 64;
-  static constexpr int saved = 1;  // h'
+  static constexpr int saved = 0;  // the output says everything
   static constexpr int grads = 1;  // of the gate, both parts
   static constexpr int input_grad[] = {0};
-  static constexpr bool uses_previous_h = false;
+  static constexpr bool uses_h = true, uses_previous_h = false;
 
   template <class V>
-  static RNNKIT_INLINE void forward(const V* x, const V* h, V* state, V* save) {
-    state[0] = save[0] = kRelu ? relu(x[0] + h[0]) : tanh(x[0] + h[0]);
+  static RNNKIT_INLINE void forward(const V* x, const V* h, V* state, V* /*save*/) {
+    state[0] = kRelu ? relu(x[0] + h[0]) : tanh(x[0] + h[0]);
   }
 
   template <class V>
-  static RNNKIT_INLINE V output(const V* save) {
-    return save[0];
+  static RNNKIT_INLINE V output(const V* /*save*/) {
+    return V{};  // needed only where h is projected
   }
 
   template <class V>
-  static RNNKIT_INLINE void backward(const V* save, V /*previous_h*/, V* grad_state, V* grad) {
-    const V out = save[0];
-    grad[0] = kRelu ? relu_backward(grad_state[0], out) : grad_state[0] * (Element<V>(1) - out * out);
+  static RNNKIT_INLINE void backward(const V* /*save*/, V h, V /*previous_h*/, V* grad_state, V* grad) {
+    grad[0] = kRelu ? relu_backward(grad_state[0], h) : grad_state[0] * (Element<V>(1) - h * h);
     grad_state[0] = V{};
   }
 };

@@ -9,6 +9,12 @@
 #include <type_traits>
 #include <utility>
 
+#include "common/dtypes.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
 #error "rnnkit's kernels need gcc 12 or later"
 #endif
@@ -37,6 +43,8 @@ struct VectorOf {
   typedef T type __attribute__((vector_size(kVectorBytes)));
   typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
 };
+template <>
+struct VectorOf<BFloat16> {};  // in registers it is float
 template <class T>
 using Vector = typename VectorOf<T>::type;
 
@@ -92,14 +100,21 @@ RNNKIT_INLINE void store(T* to, Vector<T> value, int64_t count) {
     std::memcpy(to, &value, count * sizeof(T));
 }
 
-template <class T>
-RNNKIT_INLINE T sum(Vector<T> value) {
-  T lanes[kLanes<T>];
-  std::memcpy(lanes, &value, sizeof lanes);
-  for (int width = kLanes<T> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+#if defined(__AVX512BF16__)
+// bfloat16 in memory, float in the register; rounded to nearest, ties to even.
+RNNKIT_INLINE Vector<float> load(const BFloat16* from, int64_t count) {
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  Halves halves{};
+  std::memcpy(&halves, from, (count < kLanes<float> ? count : kLanes<float>)*sizeof(BFloat16));
+  return (Vector<float>)(__builtin_convertvector(halves, Bits) << 16);
 }
+
+RNNKIT_INLINE void store(BFloat16* to, Vector<float> value, int64_t count) {
+  const __m256bh bits = _mm512_cvtneps_pbh((__m512)value);
+  std::memcpy(to, &bits, (count < kLanes<float> ? count : kLanes<float>)*sizeof(BFloat16));
+}
+#endif
 
 // The element type of a lane type.
 template <class V>
@@ -122,11 +137,11 @@ RNNKIT_INLINE SplitExp<V> split_exp(V x, T limit) {
   const V n = rounded - F::round;
   const V r = (x - n * F::ln2_high) - n * F::ln2_low;
   // Taylor's series of (exp(r) - 1) / r; its remainder is below half a unit in the last place.
-  constexpr T inverse[] = {T(1) / 13, T(1) / 12, T(1) / 11, T(1) / 10, T(1) / 9, T(1) / 8,
-                           T(1) / 7,  T(1) / 6,  T(1) / 5,  T(1) / 4,  T(1) / 3, T(1) / 2};
-  V series = splat(T(1));
+  constexpr double factorials[] = {1,     2,      6,       24,       120,       720,       5040,
+                                   40320, 362880, 3628800, 39916800, 479001600, 6227020800};
+  V series = splat(T(1 / factorials[F::taylor - 1]));
 #pragma GCC unroll 16
-  for (int k = 13 - F::taylor; k < 12; ++k) series = series * (r * inverse[k]) + T(1);
+  for (int k = F::taylor - 2; k >= 0; --k) series = series * r + T(1 / factorials[k]);
   Bits bits;
   std::memcpy(&bits, &rounded, sizeof bits);
   bits = (bits << F::mantissa) + (static_cast<typename F::Bits>(F::bias) << F::mantissa);

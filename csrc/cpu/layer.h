@@ -1,33 +1,47 @@
 // What the torch side (register.cpp) hands to the kernels, which know nothing of torch: one layer, one or two
-// directions, as plain pointers. All arrays are contiguous; T is the type computed in, float or double.
+// directions, as plain pointers. All arrays are contiguous. S is the type of what is multiplied: float, double or
+// BFloat16; everything else is of the type Sum<S> that it is computed in.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+
+#include "common/dtypes.h"
 
 namespace rnnkit {
 
 // One direction's weights, and in the backward pass where their gradients go (null: not needed).
-template <class T>
+template <class S>
 struct Direction {
-  const T* w_ih;  // [G*H, I]
-  const T* w_hh;  // [G*H, P]
-  const T* b_ih;  // [G*H] or null
-  const T* b_hh;  // [G*H] or null
-  const T* w_hr;  // [P, H] or null: no projection, P = H
-  T *grad_w_ih, *grad_w_hh, *grad_b_ih, *grad_b_hh, *grad_w_hr;
+  const S* w_ih;       // [G*H, I]
+  const S* w_hh;       // [G*H, P]
+  const Sum<S>* b_ih;  // [G*H] or null
+  const Sum<S>* b_hh;  // [G*H] or null
+  const S* w_hr;       // [P, H] or null: no projection, P = H
+  Sum<S>*grad_w_ih, *grad_w_hh, *grad_b_ih, *grad_b_hh, *grad_w_hr;
 };
 
-template <class T>
+// What the forward pass keeps for the backward pass.
+enum class Keep {
+  nothing,
+  states,      // those after the first, before each step; the backward pass computes the gates again
+  everything,  // what Cell::saved counts
+};
+
+template <class S>
 struct Layer {
+  using T = Sum<S>;
+
   int64_t steps, batch, input, hidden, projected, directions;  // T, N, I, H, P, D
   const int64_t* offsets;  // [T + 1]: the row where each step begins; a step's rows do not increase
-  Direction<T> direction[2];
-  const T* x;           // [rows, I]
+  Direction<S> direction[2];
+  const S* x;           // [rows, I]
   const T* initial[2];  // h_0 [D, N, P], c_0 [D, N, H]; null for zeros
 
-  T* y;         // [rows, D*P]
+  S* y;         // [rows, D*P]
   T* final[2];  // h_n [D, N, P], c_n [D, N, H]
-  T* reserve;   // [D, rows, saved, H], or null: nothing is saved
+  Keep keep;
+  T* reserve;  // [D, rows, what is kept, H], or null: nothing is
 
   // The backward pass reads y and reserve, and:
   const T* grad_y;         // [rows, D*P] or null
@@ -41,13 +55,13 @@ struct Layer {
   int64_t count(int64_t t) const { return offsets[t + 1] - offsets[t]; }
 };
 
-// One cell's kernels for one type: how much scratch memory a call needs (in elements of T), and the call.
-template <class T>
+// One cell's kernels for one type: how many bytes of scratch memory a call needs, and the call.
+template <class S>
 struct Kernels {
-  int64_t (*forward_scratch)(const Layer<T>&);
-  void (*forward)(const Layer<T>&, T* scratch);
-  int64_t (*backward_scratch)(const Layer<T>&);
-  void (*backward)(const Layer<T>&, T* scratch);
+  int64_t (*forward_scratch)(const Layer<S>&);
+  void (*forward)(const Layer<S>&, std::byte* scratch);
+  int64_t (*backward_scratch)(const Layer<S>&);
+  void (*backward)(const Layer<S>&, std::byte* scratch);
 };
 
 // What is built for one CPU capability: a row for each cell in cells/all.h.
@@ -70,6 +84,9 @@ CellTable cells();
 }
 namespace avx512 {
 CellTable cells();
+}
+namespace avx512_bf16 {
+const Kernels<BFloat16>* bfloat16_cells();  // in the order of the others
 }
 
 }  // namespace rnnkit

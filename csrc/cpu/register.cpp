@@ -7,11 +7,17 @@
 #include <torch/extension.h>
 #include <torch/library.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <atomic>
 #include <string>
 #include <vector>
 
+#include "cpu/direct.h"
 #include "cpu/layer.h"
+#include "cpu/peak.h"
 
 namespace rnnkit {
 namespace {
@@ -20,6 +26,8 @@ using at::Tensor;
 using OptionalTensors = c10::List<std::optional<Tensor>>;
 
 constexpr const char* kWeightNames[] = {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr"};
+constexpr const char* kStateNames[] = {"hx[0]", "hx[1]"};
+constexpr const char* kGradNames[] = {"grads[0]", "grads[1]", "grads[2]"};
 constexpr int64_t kWeights = 5;  // of one direction
 
 // The child of a fork has none of its parent's OpenMP threads, and libgomp would wait for them.
@@ -53,15 +61,39 @@ const CellKernels& find_cell(std::string_view name) {
   TORCH_CHECK(false, "expected cell to be the name of a cell, got '", std::string(name), "'");
 }
 
-template <class T>
-const Kernels<T>& kernels_of(const CellKernels& cell) {
-  if constexpr (std::is_same_v<T, double>)
-    return cell.f64;
-  else
-    return cell.f32;
+// Kernels that multiply bfloat16 directly, in the order of the cells; null where this CPU cannot.
+const Kernels<BFloat16>* bfloat16_kernels() {
+#ifdef RNNKIT_HAS_AVX512_BF16
+  static const bool can = capability().name == "avx512" && __builtin_cpu_supports("avx512bf16");
+  if (can) return avx512_bf16::bfloat16_cells();
+#endif
+  return nullptr;
 }
 
-void check_shape(const Tensor& tensor, const std::string& name, at::IntArrayRef expected, const Tensor& input) {
+template <class S>
+const Kernels<S>& kernels_of(const CellKernels& cell) {
+  if constexpr (std::is_same_v<S, double>)
+    return cell.f64;
+  else if constexpr (std::is_same_v<S, float>)
+    return cell.f32;
+  else
+    return bfloat16_kernels()[&cell - capability().cells.begin];
+}
+
+// Memory for results and between passes. Large parts are asked for in huge pages: the kernel then maps them at a
+// quarter of the cost, and a scan finds them without a miss for each row.
+Tensor allocate(at::IntArrayRef shape, const at::TensorOptions& options) {
+  Tensor tensor = at::empty(shape, options);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + tensor.nbytes()) / page * page;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return tensor;
+}
+
+void check_shape(const Tensor& tensor, const char* name, at::IntArrayRef expected, const Tensor& input) {
   TORCH_CHECK(tensor.sizes() == expected, "expected ", name, " of shape ", expected, ", got ", tensor.sizes());
   TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), "expected ", name, " to be ", input.scalar_type(),
               " like the input, got ", tensor.scalar_type());
@@ -93,7 +125,7 @@ struct Call {
     TORCH_CHECK(states.empty() || static_cast<int64_t>(states.size()) == cell.states, "expected ", cell.states,
                 " states or none, got ", states.size());
     for (size_t i = 0; i < states.size(); ++i)
-      check_shape(states[i], "hx[" + std::to_string(i) + "]", {directions, batch, i == 0 ? projected : hidden}, input);
+      check_shape(states[i], kStateNames[i], {directions, batch, i == 0 ? projected : hidden}, input);
   }
 
   void set_offsets(const std::optional<Tensor>& batch_sizes) {
@@ -142,12 +174,12 @@ struct Call {
     TORCH_CHECK(projects || projected == hidden, "expected w_hh of shape ",
                 at::IntArrayRef{cell.gates * hidden, hidden}, ", got ", weight(0, 1)->sizes());
     const int64_t gates = cell.gates * hidden;
-    const std::vector<int64_t> shapes[] = {
-        {gates, input_size}, {gates, projected}, {gates}, {gates}, {projected, hidden}};
+    const int64_t shapes[][2] = {{gates, input_size}, {gates, projected}, {gates}, {gates}, {projected, hidden}};
     for (int64_t d = 0; d < directions; ++d)
       for (int64_t k = 0; k < kWeights; ++k) {
         TORCH_CHECK(k != 4 || weight(d, k).has_value() == projects, "expected w_hr in all directions or in none");
-        if (weight(d, k)) check_shape(*weight(d, k), kWeightNames[k], shapes[k], input);
+        if (weight(d, k))
+          check_shape(*weight(d, k), kWeightNames[k], {shapes[k], k == 2 || k == 3 ? size_t(1) : size_t(2)}, input);
       }
   }
 
@@ -155,11 +187,27 @@ struct Call {
   int64_t rows() const { return offsets.back(); }
   bool empty() const { return rows() == 0 || hidden == 0; }
 
-  // Low-precision tensors are computed with in float.
+  // Low-precision tensors are computed with in float, and multiplied in it too unless the CPU does better.
   at::ScalarType compute_type() const { return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
   at::TensorOptions compute_options() const { return input.options().dtype(compute_type()); }
+  at::ScalarType operand_type() const {
+    const bool in_pairs = input_size % 2 == 0 && hidden % 2 == 0 && projected % 2 == 0;
+    const bool direct = input.scalar_type() == at::kBFloat16 && in_pairs && bfloat16_kernels() != nullptr;
+    return direct ? at::kBFloat16 : compute_type();
+  }
+  at::TensorOptions operand_options() const { return input.options().dtype(operand_type()); }
+
   Tensor state_like(size_t i) const {
     return at::empty({directions, batch, i == 0 ? projected : hidden}, compute_options());
+  }
+  std::vector<int64_t> output_shape() const {
+    std::vector<int64_t> shape = input.sizes().vec();
+    shape.back() = directions * projected;
+    return shape;
+  }
+  std::vector<int64_t> reserve_shape(Keep keep) const {
+    const int64_t values = keep == Keep::everything ? cell.saved : cell.states - 1;
+    return {directions, rows(), values, hidden};
   }
 
   // More threads only for work that outweighs waking them.
@@ -171,26 +219,35 @@ struct Call {
   }
 };
 
+// torch's name for an element type of the kernels.
+template <class S>
+constexpr at::ScalarType kScalarType = c10::CppTypeToScalarType<S>::value;
+template <>
+constexpr at::ScalarType kScalarType<BFloat16> = at::kBFloat16;
+
+template <class S>
+S* data(const Tensor& tensor) {
+  return static_cast<S*>(tensor.mutable_data_ptr());
+}
+
 // Holds the contiguous, converted tensors that a Layer points into.
 class Pinned {
  public:
-  explicit Pinned(at::ScalarType type) : type_(type) {}
-
-  template <class T>
-  const T* read(const std::optional<Tensor>& tensor) {
+  template <class S>
+  const S* read(const std::optional<Tensor>& tensor) {
     if (!tensor || !tensor->defined()) return nullptr;
-    kept_.push_back(tensor->to(type_).resolve_neg().contiguous());
-    return kept_.back().const_data_ptr<T>();
+    kept_.push_back(tensor->to(kScalarType<S>).resolve_neg().contiguous());
+    return static_cast<const S*>(kept_.back().const_data_ptr());
   }
 
  private:
-  at::ScalarType type_;
   std::vector<Tensor> kept_;
 };
 
-template <class T>
-Layer<T> make_layer(const Call& call, Pinned& pinned) {
-  Layer<T> layer{};
+template <class S>
+Layer<S> make_layer(const Call& call, Pinned& pinned) {
+  using T = Sum<S>;
+  Layer<S> layer{};
   layer.steps = call.steps;
   layer.batch = call.batch;
   layer.input = call.input_size;
@@ -199,72 +256,78 @@ Layer<T> make_layer(const Call& call, Pinned& pinned) {
   layer.directions = call.directions;
   layer.offsets = call.offsets.data();
   for (int64_t d = 0; d < call.directions; ++d) {
-    const T** places[] = {&layer.direction[d].w_ih, &layer.direction[d].w_hh, &layer.direction[d].b_ih,
-                          &layer.direction[d].b_hh, &layer.direction[d].w_hr};
-    for (int64_t k = 0; k < kWeights; ++k) *places[k] = pinned.read<T>(call.weight(d, k));
+    Direction<S>& direction = layer.direction[d];
+    direction.w_ih = pinned.read<S>(call.weight(d, 0));
+    direction.w_hh = pinned.read<S>(call.weight(d, 1));
+    direction.b_ih = pinned.read<T>(call.weight(d, 2));
+    direction.b_hh = pinned.read<T>(call.weight(d, 3));
+    direction.w_hr = pinned.read<S>(call.weight(d, 4));
   }
-  layer.x = pinned.read<T>(call.input);
+  layer.x = pinned.read<S>(call.input);
   for (size_t i = 0; i < call.states.size(); ++i) layer.initial[i] = pinned.read<T>(call.states[i]);
   layer.threads = call.threads();
   return layer;
 }
 
-template <class T>
-void forward(const Call& call, const Tensor& output, const std::vector<Tensor>& finals, const Tensor& reserve) {
-  Pinned pinned(call.compute_type());
-  Layer<T> layer = make_layer<T>(call, pinned);
-  layer.y = output.mutable_data_ptr<T>();
-  for (size_t i = 0; i < finals.size(); ++i) layer.final[i] = finals[i].mutable_data_ptr<T>();
-  layer.reserve = reserve.numel() > 0 ? reserve.mutable_data_ptr<T>() : nullptr;
-  const Kernels<T>& kernels = kernels_of<T>(call.cell);
-  const Tensor scratch = at::empty({kernels.forward_scratch(layer)}, call.compute_options());
-  kernels.forward(layer, scratch.mutable_data_ptr<T>());
+template <class S>
+void run(int64_t (*scratch_of)(const Layer<S>&), void (*kernel)(const Layer<S>&, std::byte*), const Layer<S>& layer) {
+  const Tensor scratch = allocate({scratch_of(layer)}, at::TensorOptions(at::kByte));
+  kernel(layer, data<std::byte>(scratch));
 }
+
+// Calls body with a value of the type that the call's operands are multiplied in.
+template <class Body>
+void with_operand_type(const Call& call, const Body& body) {
+  if (call.empty()) return;
+  switch (call.operand_type()) {
+    case at::kDouble:
+      return body(double());
+    case at::kBFloat16:
+      return body(BFloat16());
+    default:
+      return body(float());
+  }
+}
+
+}  // namespace
 
 std::tuple<Tensor, std::vector<Tensor>, Tensor> layer_forward(std::string_view cell, const Tensor& input,
                                                               at::TensorList states, const OptionalTensors& weights,
-                                                              const std::optional<Tensor>& batch_sizes, bool save) {
+                                                              const std::optional<Tensor>& batch_sizes, int64_t keep) {
+  TORCH_CHECK(keep >= 0 && keep <= 2, "expected keep to be 0, 1 or 2, got ", keep);
   const Call call(cell, input, states, weights, batch_sizes);
-  std::vector<int64_t> shape = input.sizes().vec();
-  shape.back() = call.directions * call.projected;
-  Tensor output = at::empty(shape, call.compute_options());
+  const auto kept = static_cast<Keep>(keep);
+  const Tensor output = allocate(call.output_shape(), call.operand_options());
   std::vector<Tensor> finals;
   for (int64_t i = 0; i < call.cell.states; ++i) finals.push_back(call.state_like(i));
-  Tensor reserve = save
-                       ? at::empty({call.directions, call.rows(), call.cell.saved, call.hidden}, call.compute_options())
-                       : at::empty({0}, call.compute_options());
-  if (!call.empty()) {
-    if (call.compute_type() == at::kDouble)
-      forward<double>(call, output, finals, reserve);
-    else
-      forward<float>(call, output, finals, reserve);
-  }
+  const std::vector<int64_t> nothing = {0};
+  const Tensor reserve = allocate(kept == Keep::nothing ? nothing : call.reserve_shape(kept), call.compute_options());
+  with_operand_type(call, [&](auto operand) {
+    using S = decltype(operand);
+    using T = Sum<S>;
+    Pinned pinned;
+    Layer<S> layer = make_layer<S>(call, pinned);
+    layer.y = data<S>(output);
+    for (size_t i = 0; i < finals.size(); ++i) layer.final[i] = data<T>(finals[i]);
+    layer.keep = kept;
+    layer.reserve = data<T>(reserve);
+    const Kernels<S>& kernels = kernels_of<S>(call.cell);
+    run(kernels.forward_scratch, kernels.forward, layer);
+  });
   for (Tensor& state : finals) state = state.to(input.scalar_type());
   return {output.to(input.scalar_type()), finals, reserve};
 }
 
-template <class T>
-void backward(const Call& call, const OptionalTensors& grads, const Tensor& output, const Tensor& reserve,
-              const std::vector<Tensor>& results) {
-  Pinned pinned(call.compute_type());
-  Layer<T> layer = make_layer<T>(call, pinned);
-  layer.y = const_cast<T*>(pinned.read<T>(output));  // only read in the backward pass
-  layer.reserve = const_cast<T*>(pinned.read<T>(reserve));
-  layer.grad_y = pinned.read<T>(grads.get(0));
-  for (int64_t i = 0; i < call.cell.states; ++i) layer.grad_final[i] = pinned.read<T>(grads.get(i + 1));
-  const auto write = [&](size_t i) { return results[i].defined() ? results[i].mutable_data_ptr<T>() : nullptr; };
-  layer.grad_x = write(0);
-  for (size_t i = 0; i < call.states.size(); ++i) layer.grad_initial[i] = write(1 + i);
-  for (int64_t d = 0; d < call.directions; ++d) {
-    const size_t first = 1 + call.states.size() + d * kWeights;
-    Direction<T>& direction = layer.direction[d];
-    T** places[] = {&direction.grad_w_ih, &direction.grad_w_hh, &direction.grad_b_ih, &direction.grad_b_hh,
-                    &direction.grad_w_hr};
-    for (int64_t k = 0; k < kWeights; ++k) *places[k] = write(first + k);
-  }
-  const Kernels<T>& kernels = kernels_of<T>(call.cell);
-  const Tensor scratch = at::empty({kernels.backward_scratch(layer)}, call.compute_options());
-  kernels.backward(layer, scratch.mutable_data_ptr<T>());
+namespace {
+
+// Which of the kept values `reserve` holds; checked.
+Keep kept_in(const Tensor& reserve, const Call& call) {
+  const auto everything = call.reserve_shape(Keep::everything), only_states = call.reserve_shape(Keep::states);
+  TORCH_CHECK((reserve.sizes() == everything || reserve.sizes() == only_states) &&
+                  reserve.scalar_type() == call.compute_type() && reserve.is_cpu(),
+              "expected reserve to be ", call.compute_type(), " of shape ", everything, " or ", only_states, ", got ",
+              reserve.scalar_type(), " of shape ", reserve.sizes());
+  return reserve.sizes() == everything ? Keep::everything : Keep::states;
 }
 
 std::vector<Tensor> layer_backward(std::string_view cell, const OptionalTensors& grads, const Tensor& input,
@@ -274,18 +337,14 @@ std::vector<Tensor> layer_backward(std::string_view cell, const OptionalTensors&
   const Call call(cell, input, states, weights, batch_sizes);
   TORCH_CHECK(static_cast<int64_t>(grads.size()) == 1 + call.cell.states, "expected grads of the output and of ",
               call.cell.states, " states, got ", grads.size());
-  std::vector<int64_t> shape = input.sizes().vec();
-  shape.back() = call.directions * call.projected;
+  const std::vector<int64_t> shape = call.output_shape();
   check_shape(output, "output", shape, input);
   for (size_t i = 0; i < grads.size(); ++i) {
     const std::optional<Tensor> grad = grads.get(i);
     const std::vector<int64_t> state = {call.directions, call.batch, i == 1 ? call.projected : call.hidden};
-    if (grad && grad->defined()) check_shape(*grad, "grads[" + std::to_string(i) + "]", i == 0 ? shape : state, input);
+    if (grad && grad->defined()) check_shape(*grad, kGradNames[i], i == 0 ? shape : state, input);
   }
-  const std::vector<int64_t> saved = {call.directions, call.rows(), call.cell.saved, call.hidden};
-  TORCH_CHECK(reserve.sizes() == saved && reserve.scalar_type() == call.compute_type() && reserve.is_cpu(),
-              "expected reserve to be ", call.compute_type(), " of shape ", saved, ", got ", reserve.scalar_type(),
-              " of shape ", reserve.sizes());
+  const Keep kept = kept_in(reserve, call);
   std::vector<Tensor> wanted = {input};
   wanted.insert(wanted.end(), call.states.begin(), call.states.end());
   for (size_t i = 0; i < weights.size(); ++i) wanted.push_back(weights.get(i).value_or(Tensor()));
@@ -295,13 +354,30 @@ std::vector<Tensor> layer_backward(std::string_view cell, const OptionalTensors&
   for (size_t i = 0; i < wanted.size(); ++i)
     if (needs.get(i) && wanted[i].defined())
       results[i] = call.empty() ? at::zeros(wanted[i].sizes(), call.compute_options())
-                                : at::empty(wanted[i].sizes(), call.compute_options());
-  if (!call.empty()) {
-    if (call.compute_type() == at::kDouble)
-      backward<double>(call, grads, output, reserve, results);
-    else
-      backward<float>(call, grads, output, reserve, results);
-  }
+                                : allocate(wanted[i].sizes(), call.compute_options());
+  with_operand_type(call, [&](auto operand) {
+    using S = decltype(operand);
+    using T = Sum<S>;
+    Pinned pinned;
+    Layer<S> layer = make_layer<S>(call, pinned);
+    layer.y = const_cast<S*>(pinned.read<S>(output));  // only read in the backward pass
+    layer.keep = kept;
+    layer.reserve = const_cast<T*>(pinned.read<T>(reserve));
+    layer.grad_y = pinned.read<T>(grads.get(0));
+    for (int64_t i = 0; i < call.cell.states; ++i) layer.grad_final[i] = pinned.read<T>(grads.get(i + 1));
+    const auto write = [&](size_t i) { return results[i].defined() ? data<T>(results[i]) : nullptr; };
+    layer.grad_x = write(0);
+    for (size_t i = 0; i < call.states.size(); ++i) layer.grad_initial[i] = write(1 + i);
+    for (int64_t d = 0; d < call.directions; ++d) {
+      const size_t first = 1 + call.states.size() + d * kWeights;
+      Direction<S>& direction = layer.direction[d];
+      T** places[] = {&direction.grad_w_ih, &direction.grad_w_hh, &direction.grad_b_ih, &direction.grad_b_hh,
+                      &direction.grad_w_hr};
+      for (int64_t k = 0; k < kWeights; ++k) *places[k] = write(first + k);
+    }
+    const Kernels<S>& kernels = kernels_of<S>(call.cell);
+    run(kernels.backward_scratch, kernels.backward, layer);
+  });
   std::vector<Tensor> needed;
   for (const Tensor& result : results)
     if (result.defined()) needed.push_back(result.to(input.scalar_type()));
@@ -326,6 +402,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
   m.doc() = "rnnkit's CPU kernels; importing it registers them with torch.";
   m.def("capability", [] { return capability().name; }, "The instruction set of the kernels in use.");
+  m.def("infer_layers", infer_layers, "Layers where nothing is left to decide, or None.");
+  m.def("infer_cell", infer_cell, "The same for a cell's one step.");
+  m.def("peak_gflops", peak_gflops, py::arg("dtype"), py::arg("threads"), py::arg("seconds"),
+        py::call_guard<py::gil_scoped_release>(),
+        "GFLOP/s that ATen's brgemm reaches on this machine now, float32 or bfloat16.");
   m.def("cells", list_cells, "(name, gates, states, saved) of each cell, as in rnnkit.reference.CELLS.");
 }
 

@@ -1,70 +1,110 @@
-// The backward pass of one layer, for any cell: the scan in reverse, which leaves the gradient of every gate in one
-// matrix, then the products of that matrix with x, h and the weights.
+// The backward pass of one layer, for any cell: the scan in reverse, a chunk of steps at a time. It leaves the gradients
+// of the chunk's gates in one matrix, of which the products with x, h and the weights are taken while it is in cache.
 #pragma once
 
-#include "cells/all.h"
-#include "cpu/kernels/scan.h"
+#include "cpu/kernels/gates.h"
 
 namespace rnnkit::RNNKIT_CAPABILITY {
 
-template <class Cell, class T>
+template <class Cell, class S>
 class Backward {
   static_assert(kFits<Cell>);
+  using T = Sum<S>;
 
  public:
-  Backward(const Layer<T>& layer, T* scratch)
+  Backward(const Layer<S>& layer, std::byte* scratch)
       : layer_(layer),
         projects_(layer.direction[0].w_hr != nullptr),
-        pack_recurrent_(layer.steps * ((layer.batch + kDotRows - 1) / kDotRows) > kFewSteps ||
+        recomputes_(layer.keep == Keep::states && Cell::saved > 0),
+        pack_recurrent_(kPair > 1 || layer.steps * ((layer.batch + kDotRows - 1) / kDotRows) > kFewSteps ||
                         layer.projected % kLanes<T> != 0),
-        pack_input_((layer.rows() + kDotRows - 1) / kDotRows > kFewSteps || layer.input % kLanes<T> != 0),
-        arena_(scratch) {
-    const int64_t D = layer.directions, N = layer.batch, H = layer.hidden, P = layer.projected, R = layer.rows();
-    grads_ = arena_.take(D * R * Cell::grads * H);
-    grad_h_ = arena_.take(D * N * P);
-    grad_c_ = arena_.take(D * (Cell::states - 1) * N * H);
-    w_hh_ = arena_.take(pack_recurrent_ ? D * Cell::gates * H * round_up(P, kPanel) : 0);
-    w_hr_ = arena_.take(projects_ ? D * P * round_up(H, kPanel) : 0);
-    w_ih_ =
-        arena_.take(pack_input_ && layer.grad_x != nullptr ? D * Cell::gates * H * round_up(layer.input, kPanel) : 0);
-    grad_projected_ = arena_.take(projects_ ? D * R * P : 0);
-    unprojected_ = arena_.take(projects_ ? D * R * H : 0);
-    product_size_ = kDepth * (kProductRows + round_up(most(layer.input, most(P, H)), kPanel));
-    products_ = arena_.take(layer.threads * product_size_);
+        pack_input_(kPair > 1 || (layer.rows() + kDotRows - 1) / kDotRows > kFewSteps || layer.input % kLanes<T> != 0),
+        chunks_(cut(layer)),
+        arena_(scratch),
+        recomputed_(layer, recomputes_, recomputes_, arena_) {
+    const int64_t D = layer.directions, N = layer.batch, H = layer.hidden, P = layer.projected, I = layer.input;
+    for (const Chunk& chunk : chunks_)
+      for (int64_t d = 0; d < D; ++d) most_rows_ = most(most_rows_, chunk.rows[d].size());
+    const int64_t R = 2 * D * most_rows_;  // two chunks: the next is begun while this one is multiplied
+    grads_ = arena_.take<S>(R * Cell::grads * H);
+    grad_h_ = arena_.take<T>(D * N * P);
+    grad_c_ = arena_.take<T>(D * (Cell::states - 1) * N * H);
+    w_hh_ = arena_.take<S>(pack_recurrent_ ? D * Cell::gates * H * round_up(P, kPanel) : 0);
+    w_hr_ = arena_.take<S>(projects_ ? D * round_up(P, kPair) * round_up(H, kPanel) : 0);
+    w_ih_ = arena_.take<S>(pack_input_ && layer.grad_x != nullptr ? D * Cell::gates * H * round_up(I, kPanel) : 0);
+    grad_projected_ = arena_.take<S>(projects_ ? R * P : 0);
+    unprojected_ = arena_.take<S>(projects_ ? R * H : 0);
+    saved_ = arena_.take<T>(recomputes_ ? D * most_rows_ * Cell::saved * H : 0);
+    previous_h_ = arena_.take<S>(recomputes_ ? D * most_rows_ * P : 0);
+    initial_h_ = arena_.take<S>(D * N * P);
+    product_size_ = kDepth * (kProductRows + round_up(most(I, most(P, H)), kPanel));
+    products_ = arena_.take<S>(layer.threads * product_size_);
   }
 
   int64_t scratch() const { return arena_.used(); }
 
   void run() {
     parallel(layer_.threads, [&](int thread, int threads, Barrier& all) {
-      const Split split(layer_, Cell::gates, threads);
       prepare(thread, threads);
+      Barrier alone(1);
+      const Shares<S> shares(layer_, Cell::gates, thread, threads);
       all.wait();
-      for_each_share(layer_, split, thread, threads, all,
-                     [&](int64_t d, Range rows, int64_t member, int64_t members, Barrier& meet) {
-                       scan(Rows<T>{layer_, d, rows}, member, members, meet);
-                     });
-      all.wait();
-      input_gradient(thread, threads);
-      weight_gradients(thread, threads);
+      for (const Chunk& chunk : chunks_) {
+        if (recomputes_) compute_gates(chunk, thread, threads, all);
+        for (const Share<S>& own : shares) scan(chunk, own, own.meets ? all : alone);
+        all.wait();
+        for (int64_t d = 0; d < layer_.directions; ++d) {
+          if (d > 0) all.wait();  // both add to grad_x
+          input_gradient(chunk, d, thread, threads);
+          weight_gradients(chunk, d, thread, threads);
+        }
+      }
+      if (layer_.grad_initial[0] == nullptr && layer_.grad_initial[1] == nullptr) return;
+      for (const Share<S>& own : shares) step_all(chunks_.back(), own, -1, own.meets ? all : alone);
     });
   }
 
  private:
+  static constexpr int64_t kPair = Operand<S>::pair;
   static constexpr int64_t kProductRows = 96;  // rows of A and depth of a block of the weight gradients' products
-  static constexpr int64_t kDepth = 256;
+  static constexpr int64_t kDepth = 256;       // also the rows of a chunk, if more than one step
+
+  // Visits begin to end - 1 of the forward scan, and the rows of x and y that they are, in each direction.
+  struct Chunk {
+    int64_t begin, end, index;
+    Range rows[2];
+  };
+
+  static std::vector<Chunk> cut(const Layer<S>& layer) {
+    std::vector<Chunk> chunks;
+    const auto rows_of_visits = [&](int64_t begin, int64_t end, int64_t d) -> Range {
+      if (d == 0) return {layer.offsets[begin], layer.offsets[end]};
+      return {layer.offsets[layer.steps - end], layer.offsets[layer.steps - begin]};
+    };
+    for (int64_t end = layer.steps; end > 0; end = chunks.back().begin) {
+      int64_t begin = end - 1;
+      while (begin > 0 && rows_of_visits(begin - 1, end, 0).size() <= kDepth &&
+             rows_of_visits(begin - 1, end, layer.directions - 1).size() <= kDepth)
+        --begin;
+      chunks.push_back({begin,
+                        end,
+                        static_cast<int64_t>(chunks.size()),
+                        {rows_of_visits(begin, end, 0), rows_of_visits(begin, end, 1)}});
+    }
+    return chunks;
+  }
 
   // A weight matrix [K, columns], row-major, in panels of kPanel columns; or as it lies, if it is not packed.
   struct Panels {
-    const T* b;
+    const S* b;
     int64_t ld;
   };
-  static Panels panel(const T* packed, const T* w, int64_t K, int64_t columns, int64_t d, int64_t first) {
+  static Panels panel(const S* packed, const S* w, int64_t K, int64_t columns, int64_t d, int64_t first) {
     if (packed == nullptr) return {w + first, columns};
-    return {packed + d * K * round_up(columns, kPanel) + first / kPanel * K * kPanel + first % kPanel, kPanel};
+    return {packed + d * K * round_up(columns, kPanel) + first / kPanel * K * kPanel + first % kPanel * kPair, kPanel};
   }
 
-  void pack(T* packed, const T* w, int64_t K, int64_t columns, int64_t d, int thread, int threads) {
+  void pack(S* packed, const S* w, int64_t K, int64_t columns, int64_t d, int thread, int threads) {
     if (packed == nullptr) return;
     const Range panels = share((columns + kPanel - 1) / kPanel, thread, threads);
     for (int64_t p = panels.begin; p < panels.end; ++p)
@@ -76,22 +116,71 @@ class Backward {
   void prepare(int thread, int threads) {
     const int64_t H = layer_.hidden, P = layer_.projected;
     for (int64_t d = 0; d < layer_.directions; ++d) {
-      const Direction<T>& weights = layer_.direction[d];
+      const Direction<S>& weights = layer_.direction[d];
       pack(w_hh_, weights.w_hh, Cell::gates * H, P, d, thread, threads);
       pack(w_ih_, weights.w_ih, Cell::gates * H, layer_.input, d, thread, threads);
       pack(w_hr_, weights.w_hr, P, H, d, thread, threads);
     }
+    if (recomputes_) recomputed_.pack(thread, threads);
     start(grad_h_, layer_.grad_final[0], P, thread, threads);
     start(grad_c_, layer_.grad_final[1], H, thread, threads);
+    start(initial_h_, layer_.initial[0], P, thread, threads);
+    if (layer_.grad_x != nullptr && layer_.directions > 1) {  // otherwise it is written, not added to
+      const Range own = share(layer_.rows() * layer_.input, thread, threads, 64);
+      std::memset(layer_.grad_x + own.begin, 0, own.size() * sizeof(T));
+    }
   }
 
-  void start(T* carried, const T* grad_final, int64_t width, int thread, int threads) {
-    if (carried == nullptr) return;
+  template <class E>
+  void start(E* to, const T* from, int64_t width, int thread, int threads) {
+    if (to == nullptr) return;
     const Range own = share(layer_.directions * layer_.batch * width, thread, threads, 64);
-    if (grad_final != nullptr)
-      std::memcpy(carried + own.begin, grad_final + own.begin, own.size() * sizeof(T));
-    else
-      std::memset(carried + own.begin, 0, own.size() * sizeof(T));
+    copy_row(from == nullptr ? nullptr : from + own.begin, own.size(), to + own.begin);
+  }
+
+  const S* previous_h(const Rows<S>& rows, int64_t t, int64_t n) const {
+    const S* h = rows.previous_h(t, n);
+    return h != nullptr ? h : initial_h_ + (rows.direction * layer_.batch + n) * layer_.projected;
+  }
+
+  // What the forward pass would have saved for the chunk's rows, from x, y and the states that were kept.
+  void compute_gates(const Chunk& chunk, int thread, int threads, Barrier& all) {
+    const int64_t P = layer_.projected, panels = recomputed_.panels();
+    for (int64_t d = 0; d < layer_.directions; ++d) {
+      const Range own = share(chunk.rows[d].size(), thread, threads);
+      PreviousH h{*this, {layer_, d, {0, layer_.batch}}};
+      for (int64_t i = own.begin; i < own.end; ++i)
+        copy_row(h.row(chunk.rows[d].begin + i), P, previous_h_ + (d * most_rows_ + i) * P);
+    }
+    all.wait();
+    const Range tasks = share(layer_.directions * panels, thread, threads);
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t d = task / panels, p = task % panels, count = chunk.rows[d].size();
+      for (int64_t m = 0; m < count; m += kRowBlock) compute_gates(chunk, d, p, m, least(kRowBlock, count - m));
+    }
+    all.wait();
+  }
+
+  void compute_gates(const Chunk& chunk, int64_t d, int64_t p, int64_t first, int64_t count) {
+    constexpr int64_t width = Gates<Cell, S>::kWidth, units = Gates<Cell, S>::kUnits;
+    const int64_t H = layer_.hidden, P = layer_.projected, row = chunk.rows[d].begin + first;
+    const S* h = previous_h_ + (d * most_rows_ + first) * P;
+    alignas(64) T gates[2][kRowBlock * width];
+    recomputed_.input(count, layer_.x + row * layer_.input, d, p, gates[0]);
+    recomputed_.recurrent(count, h, d, p, gates[1]);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t u = 0; u < recomputed_.units_in(p); u += kLanes<T>) {
+        const int64_t unit = p * units + u, lanes = least(kLanes<T>, H - unit);
+        Vector<T> x[Cell::gates], from_h[Cell::gates], state[Cell::states], save[Cell::saved + 1];
+        recomputed_.parts(gates[0] + i * width, gates[1] + i * width, d, p, u, lanes, x, from_h);
+        state[0] = Cell::uses_previous_h ? load(h + i * P + unit, lanes) : Vector<T>{};
+        if constexpr (Cell::states > 1)
+          state[1] = load(layer_.reserve + (d * layer_.rows() + row + i) * H + unit, lanes);
+        Cell::forward(x, from_h, state, save);
+        T* to = saved_ + (d * most_rows_ + first + i) * Cell::saved * H + unit;
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < Cell::saved; ++k) store(to + k * H, save[k], lanes);
+      }
   }
 
   // Columns of h in one product: narrow enough that each member of a team has some.
@@ -101,41 +190,52 @@ class Backward {
     return width;
   }
 
-  void scan(const Rows<T>& rows, int64_t member, int64_t members, Barrier& meet) {
-    const int64_t H = layer_.hidden, P = layer_.projected;
-    const int64_t width = panel_width(P, members), cell_width = panel_width(H, members);
-    const Range own = share(P, member, members, width), own_units = share(H, member, members, cell_width);
-    for (int64_t s = layer_.steps - 1; s >= -1; --s) {
-      if (s < 0 && layer_.grad_initial[0] == nullptr && layer_.grad_initial[1] == nullptr) break;
-      for (int64_t first = own.begin; first < own.end; first += width)
-        step(rows, s, first, least(width, own.end - first));
-      if (projects_) {
-        meet.wait();
-        for (int64_t first = own_units.begin; first < own_units.end; first += cell_width)
-          step_behind_projection(rows, s, first, least(cell_width, own_units.end - first));
-      }
-      meet.wait();
-    }
+  void scan(const Chunk& chunk, const Share<S>& own, Barrier& meet) {
+    for (int64_t s = chunk.end - 1; s >= chunk.begin; --s) step_all(chunk, own, s, meet);
   }
 
-  T* gate_grads(int64_t d, int64_t row) const {
-    return grads_ + (d * layer_.rows() + row) * Cell::grads * layer_.hidden;
+  void step_all(const Chunk& chunk, const Share<S>& share_of, int64_t s, Barrier& meet) {
+    const int64_t H = layer_.hidden, P = layer_.projected, members = share_of.members;
+    const int64_t width = panel_width(P, members), cell_width = panel_width(H, members);
+    const Range own = share(P, share_of.member, members, width);
+    const Range own_units = share(H, share_of.member, members, cell_width);
+    for (int64_t first = own.begin; first < own.end; first += width)
+      step(chunk, share_of.rows, s, first, least(width, own.end - first));
+    if (projects_) {
+      meet.wait();
+      for (int64_t first = own_units.begin; first < own_units.end; first += cell_width)
+        step_behind_projection(chunk, share_of.rows, s, first, least(cell_width, own_units.end - first));
+    }
+    meet.wait();
+  }
+
+  // Where a chunk's values of a row begin, of `width` each, in a buffer of two chunks and all directions.
+  template <class E>
+  E* in_chunk(E* buffer, const Chunk& chunk, int64_t d, int64_t row, int64_t width) const {
+    const int64_t place = (chunk.index % 2 * layer_.directions + d) * most_rows_;
+    return buffer + (place + row - chunk.rows[d].begin) * width;
+  }
+  S* gate_grads(const Chunk& chunk, int64_t d, int64_t row) const {
+    return in_chunk(grads_, chunk, d, row, Cell::grads * layer_.hidden);
   }
 
   // The gradient of h after visit s, columns first to first + width: from the output, from visit s + 1 through the
   // recurrent weights, and what was carried. Then the cell; or, for rows that begin after visit s, the result.
-  void step(const Rows<T>& rows, int64_t s, int64_t first, int64_t width) {
+  void step(const Chunk& chunk, const Rows<S>& rows, int64_t s, int64_t first, int64_t width) {
     const int64_t d = rows.direction, H = layer_.hidden, P = layer_.projected;
     const int64_t alive = rows.alive(s), alive_after = rows.alive(s + 1);
     const int64_t K = Cell::gates * H, lda = Cell::grads * H;
     const Panels w = panel(w_hh_, layer_.direction[d].w_hh, K, P, d, first);
+    const bool fetch = w_hh_ != nullptr && width == kPanel && K * P * int64_t(sizeof(S)) > kFetchBeyond;
+    const S* next = fetch ? panel(w_hh_, nullptr, K, P, d, first + kPanel < P ? first + kPanel : 0).b : nullptr;
+    const Chunk& after = s + 1 < chunk.end ? chunk : chunks_[most(0, chunk.index - 1)];
     alignas(64) T recurrent[kRowBlock * kPanel];
     for (int64_t m = 0; m < most(alive, alive_after); m += kRowBlock) {
       const int64_t count = least(kRowBlock, most(alive, alive_after) - m);
       const int64_t from_after = most(0, least(count, alive_after - m));
       if (from_after > 0)
-        gemm<T>(from_after, round_up(width, kLanes<T>), K, {gate_grads(d, rows.first(s + 1) + m), lda, 1}, w.b, w.ld,
-                recurrent, kPanel, false);
+        gemm<S>(from_after, round_up(width, kLanes<T>), K, rows_of(gate_grads(after, d, rows.first(s + 1) + m), lda),
+                w.b, w.ld, recurrent, kPanel, false, next);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t n = rows.range.begin + m + i;
         const bool is_alive = m + i < alive;
@@ -151,10 +251,10 @@ class Backward {
           }
           if (layer_.grad_y != nullptr) grad += load(layer_.grad_y + (row * layer_.directions + d) * P + unit, lanes);
           if (projects_) {
-            store(grad_projected_ + (d * layer_.rows() + row) * P + unit, grad, lanes);
+            store(in_chunk(grad_projected_, chunk, d, row, P) + unit, grad, lanes);
             store(grad_h_ + state, Vector<T>{}, lanes);
           } else {
-            store(grad_h_ + state, cell(rows, s, row, n, unit, lanes, grad), lanes);
+            store(grad_h_ + state, cell(chunk, rows, s, row, n, unit, lanes, grad), lanes);
           }
         }
       }
@@ -173,17 +273,18 @@ class Backward {
   }
 
   // The same where h was projected: the gradient of h before the projection, for units first to first + width.
-  void step_behind_projection(const Rows<T>& rows, int64_t s, int64_t first, int64_t width) {
+  void step_behind_projection(const Chunk& chunk, const Rows<S>& rows, int64_t s, int64_t first, int64_t width) {
     const int64_t d = rows.direction, H = layer_.hidden, P = layer_.projected;
     const int64_t alive = rows.alive(s), alive_after = rows.alive(s + 1);
     const Panels w = panel(w_hr_, nullptr, P, H, d, first);
     alignas(64) T grads[kRowBlock * kPanel];
     for (int64_t m = 0; m < alive; m += kRowBlock) {
-      const int64_t count = least(kRowBlock, alive - m), row = d * layer_.rows() + rows.first(s) + m;
-      gemm<T>(count, round_up(width, kLanes<T>), P, {grad_projected_ + row * P, P, 1}, w.b, w.ld, grads, kPanel, false);
+      const int64_t count = least(kRowBlock, alive - m);
+      gemm<S>(count, round_up(width, kLanes<T>), P,
+              rows_of(in_chunk(grad_projected_, chunk, d, rows.first(s) + m, P), P), w.b, w.ld, grads, kPanel, false);
       for (int64_t i = 0; i < count; ++i)
         for (int64_t u = 0; u < width; u += kLanes<T>)
-          cell(rows, s, rows.first(s) + m + i, rows.range.begin + m + i, first + u, least(kLanes<T>, width - u),
+          cell(chunk, rows, s, rows.first(s) + m + i, rows.range.begin + m + i, first + u, least(kLanes<T>, width - u),
                load(grads + i * kPanel + u));
     }
     for (int64_t m = alive; m < alive_after; ++m)
@@ -192,25 +293,24 @@ class Backward {
   }
 
   // The cell's backward for some units of a row; returns what it carries to the previous h besides the gates.
-  RNNKIT_INLINE Vector<T> cell(const Rows<T>& rows, int64_t s, int64_t row, int64_t n, int64_t unit, int64_t lanes,
-                               Vector<T> grad_h) {
+  RNNKIT_INLINE Vector<T> cell(const Chunk& chunk, const Rows<S>& rows, int64_t s, int64_t row, int64_t n, int64_t unit,
+                               int64_t lanes, Vector<T> grad_h) {
     using V = Vector<T>;
     const int64_t d = rows.direction, H = layer_.hidden, state = (d * layer_.batch + n) * H + unit;
-    V save[Cell::saved], grad_state[Cell::states] = {grad_h}, grad[Cell::grads], previous_h{};
-    const T* saved = layer_.reserve + (d * layer_.rows() + row) * Cell::saved * H + unit;
+    V save[Cell::saved + 1], grad_state[Cell::states] = {grad_h}, grad[Cell::grads], h{}, before{};
+    const T* saved = recomputes_ ? saved_ + (d * most_rows_ + row - chunk.rows[d].begin) * Cell::saved * H
+                                 : layer_.reserve + (d * layer_.rows() + row) * Cell::saved * H;
 #pragma GCC unroll 8
-    for (int64_t k = 0; k < Cell::saved; ++k) save[k] = load(saved + k * H, lanes);
-    if constexpr (Cell::uses_previous_h) {
-      const T* h = rows.previous_h(rows.step(s), n);
-      if (h != nullptr) previous_h = load(h + unit, lanes);
-    }
+    for (int64_t k = 0; k < Cell::saved; ++k) save[k] = load(saved + k * H + unit, lanes);
+    if constexpr (Cell::uses_h) h = load(layer_.y + (row * layer_.directions + d) * H + unit, lanes);
+    if constexpr (Cell::uses_previous_h) before = load(previous_h(rows, rows.step(s), n) + unit, lanes);
     if constexpr (Cell::states > 1) grad_state[1] = load(grad_c_ + state, lanes);
-    Cell::backward(save, previous_h, grad_state, grad);
-    T* grads = gate_grads(d, row) + unit;
+    Cell::backward(save, h, before, grad_state, grad);
+    S* grads = gate_grads(chunk, d, row) + unit;
 #pragma GCC unroll 8
     for (int64_t k = 0; k < Cell::grads; ++k) store(grads + k * H, grad[k], lanes);
     if constexpr (Cell::states > 1) store(grad_c_ + state, grad_state[1], lanes);
-    if (projects_) store(unprojected_ + (d * layer_.rows() + row) * H + unit, Cell::output(save), lanes);
+    if (projects_) store(in_chunk(unprojected_, chunk, d, row, H) + unit, Cell::output(save), lanes);
     return grad_state[0];
   }
 
@@ -226,128 +326,144 @@ class Backward {
   }
 
   // grad_x = the sum over directions of grads W_ih.
-  void input_gradient(int thread, int threads) {
+  void input_gradient(const Chunk& chunk, int64_t d, int thread, int threads) {
     if (layer_.grad_x == nullptr) return;
     const int64_t H = layer_.hidden, I = layer_.input, K = Cell::gates * H, lda = Cell::grads * H;
-    const int64_t panels = (I + kPanel - 1) / kPanel;
-    const Range tasks = share((layer_.rows() + kProductRows - 1) / kProductRows * panels, thread, threads);
+    const int64_t blocks = (chunk.rows[d].size() + kProductRows - 1) / kProductRows;
+    const Range tasks = share((I + kPanel - 1) / kPanel * blocks, thread, threads);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-      const int64_t row = task / panels * kProductRows, first = task % panels * kPanel;
-      bool add = false;
-      for (int64_t d = 0; d < layer_.directions; ++d)
-        for_input_gates([&](int64_t gate, int64_t gates, int64_t column) {
-          const Panels w = panel(w_ih_, layer_.direction[d].w_ih, K, I, d, first);
-          gemm<T>(least(kProductRows, layer_.rows() - row), least(kPanel, I - first), gates * H,
-                  {gate_grads(d, row) + column * H, lda, 1}, w.b + gate * H * w.ld, w.ld,
-                  layer_.grad_x + row * I + first, I, add);
-          add = true;
-        });
+      const int64_t row = chunk.rows[d].begin + task % blocks * kProductRows, first = task / blocks * kPanel;
+      bool add = layer_.directions > 1;
+      for_input_gates([&](int64_t gate, int64_t gates, int64_t column) {
+        const Panels w = panel(w_ih_, layer_.direction[d].w_ih, K, I, d, first);
+        gemm<S>(least(kProductRows, chunk.rows[d].end - row), least(kPanel, I - first), gates * H,
+                rows_of(gate_grads(chunk, d, row) + column * H, lda), w.b + gate * H * w.ld, w.ld,
+                layer_.grad_x + row * I + first, I, add);
+        add = true;
+      });
     }
   }
 
-  void weight_gradients(int thread, int threads) {
-    const int64_t H = layer_.hidden, P = layer_.projected, R = layer_.rows(), ld = Cell::grads * H;
-    for (int64_t d = 0; d < layer_.directions; ++d) {
-      const Direction<T>& weights = layer_.direction[d];
-      const RowsOf x{layer_.x, layer_.input};
-      for_input_gates([&](int64_t gate, int64_t gates, int64_t column) {
-        product(gate_grads(d, 0) + column * H, ld, gates * H, x, layer_.input,
-                at(weights.grad_w_ih, gate * H * layer_.input), at(weights.grad_b_ih, gate * H), thread, threads);
-      });
-      product(gate_grads(d, 0), ld, Cell::gates * H, PreviousH{{layer_, d, {0, layer_.batch}}}, P, weights.grad_w_hh,
-              weights.grad_b_hh, thread, threads);
-      if (projects_)
-        product(at(grad_projected_, d * R * P), P, P, RowsOf{unprojected_ + d * R * H, H}, H, weights.grad_w_hr,
-                nullptr, thread, threads);
-    }
+  void weight_gradients(const Chunk& chunk, int64_t d, int thread, int threads) {
+    const int64_t H = layer_.hidden, P = layer_.projected, ld = Cell::grads * H, first = chunk.rows[d].begin;
+    const Direction<S>& weights = layer_.direction[d];
+    const S* grads = gate_grads(chunk, d, first);
+    const Operands of{chunk.index > 0, chunk.rows[d].size(), thread, threads};
+    for_input_gates([&](int64_t gate, int64_t gates, int64_t column) {
+      product(of, grads + column * H, ld, gates * H, RowsOf{layer_.x + first * layer_.input, layer_.input},
+              layer_.input, at(weights.grad_w_ih, gate * H * layer_.input), at(weights.grad_b_ih, gate * H));
+    });
+    product(of, grads, ld, Cell::gates * H, PreviousH{*this, {layer_, d, {0, layer_.batch}}, first}, P,
+            weights.grad_w_hh, weights.grad_b_hh);
+    if (projects_)
+      product(of, in_chunk(grad_projected_, chunk, d, first, P), P, P,
+              RowsOf{in_chunk(unprojected_, chunk, d, first, H), H}, H, weights.grad_w_hr, nullptr);
   }
 
   static T* at(T* base, int64_t offset) { return base == nullptr ? nullptr : base + offset; }
 
-  // B operands of the weight gradients: row(r), null for zeros, and the distance between rows r to r + depth, or 0 if
-  // they do not lie evenly.
+  // B operands of the weight gradients: row(r) of the chunk, and the distance between rows r to r + depth, or 0 if they
+  // do not lie evenly.
   struct RowsOf {
-    const T* base;
+    const S* base;
     int64_t width;
-    const T* row(int64_t r) { return base + r * width; }
+    const S* row(int64_t r) const { return base + r * width; }
     int64_t distance(int64_t /*r*/, int64_t /*depth*/) const { return width; }
   };
   struct PreviousH {
-    Rows<T> rows;
-    int64_t t = 0;
-    const T* row(int64_t r) {
+    const Backward& of;
+    Rows<S> rows;
+    int64_t first = 0, t = 0;
+    const S* row(int64_t r) {
+      r += first;
       while (r < rows.layer.offsets[t]) --t;
       while (r >= rows.layer.offsets[t + 1]) ++t;
-      return rows.previous_h(t, r - rows.layer.offsets[t]);
+      return of.previous_h(rows, t, r - rows.layer.offsets[t]);
     }
     int64_t distance(int64_t r, int64_t depth) const {
       const int64_t N = rows.layer.batch, R = rows.layer.rows();
-      const bool dense = R == rows.layer.steps * N, inside = rows.direction == 0 ? r >= N : r + depth <= R - N;
+      const bool dense = R == rows.layer.steps * N;
+      const bool inside = rows.direction == 0 ? first + r >= N : first + r + depth <= R - N;
       return dense && inside ? rows.layer.directions * rows.layer.projected : 0;
     }
   };
 
   // Rows of this distance are read as they lie: a block of them is within reach of the first-level TLB.
-  static bool is_near(int64_t distance) { return distance > 0 && distance * int64_t(sizeof(T)) <= 1024; }
+  static bool is_near(int64_t distance) { return kPair == 1 && distance > 0 && distance * int64_t(sizeof(S)) <= 1024; }
 
-  // c[M, N] = the sum over all rows r of a(r, m) b(r)[n], with a(r, m) = a[r * lda + m]; sums[m] = that of a(r, m).
+  // What the products of one chunk have in common.
+  struct Operands {
+    bool add;
+    int64_t rows;
+    int thread, threads;
+  };
+
+  // c[M, N] (+)= the sum over the rows r of a(r, m) b(r)[n], with a(r, m) = a[r * lda + m]; sums[m] likewise of a(r, m).
   // Each thread has some of the M. Of rows that are far apart, blocks of kDepth are copied, so that the micro-kernel
   // walks packed memory.
   template <class B>
-  void product(const T* a, int64_t lda, int64_t M, B b, int64_t N, T* c, T* sums, int thread, int threads) {
-    const Range own = share(M, thread, threads, 16);
+  void product(const Operands& of, const S* a, int64_t lda, int64_t M, B b, int64_t N, T* c, T* sums) {
+    const Range own = share(M, of.thread, of.threads, 16);
     if (own.size() == 0 || (c == nullptr && sums == nullptr)) return;
-    if (c != nullptr && layer_.rows() == 0) std::memset(c + own.begin * N, 0, own.size() * N * sizeof(T));
-    if (sums != nullptr) std::memset(sums + own.begin, 0, own.size() * sizeof(T));
-    T* space = products_ + thread * product_size_;
-    for (int64_t r = 0; r < layer_.rows(); r += kDepth) {
-      const int64_t depth = least(kDepth, layer_.rows() - r);
-      Panels of_b{b.row(r), b.distance(r, depth)};
-      const bool b_lies_well = is_near(of_b.ld) && N % kLanes<T> == 0;
+    if (sums != nullptr && !of.add) std::memset(sums + own.begin, 0, own.size() * sizeof(T));
+    S* space = products_ + of.thread * product_size_;
+    for (int64_t r = 0; r < of.rows; r += kDepth) {
+      const int64_t depth = least(kDepth, of.rows - r), K = round_up(depth, kPair);
+      const int64_t distance = b.distance(r, depth);
+      const bool b_lies_well = is_near(distance) && N % kLanes<T> == 0;
       for (int64_t n = 0; c != nullptr && !b_lies_well && n < N; n += kPanel)
-        pack_rows(
-            depth, least(kPanel, N - n), [&](int64_t k) { return offset(b.row(r + k), n); }, space + n * depth, kPanel);
+        pack_rows(depth, least(kPanel, N - n), [&](int64_t k) { return b.row(r + k) + n; }, space + n * K, kPanel);
+      const S* lying = b_lies_well ? b.row(r) : nullptr;
       for (int64_t m = own.begin; m < own.end; m += kProductRows) {
         const int64_t rows = least(kProductRows, own.end - m);
-        MatrixA<T> of_a{a + r * lda + m, 1, lda};
+        MatrixA<S> of_a{a + r * lda + m, kPair, lda};
         if (!is_near(lda)) {
-          T* packed = space + product_size_ - kProductRows * kDepth;
-          pack_rows(depth, rows, [&](int64_t k) { return of_a.a + k * lda; }, packed, kProductRows);
-          of_a = {packed, 1, kProductRows};
+          S* packed = space + product_size_ - kProductRows * kDepth;
+          pack_rows(depth, rows, [&](int64_t k) { return a + (r + k) * lda + m; }, packed, kProductRows);
+          of_a = {packed, kPair, kProductRows * kPair};
         }
-        if (sums != nullptr) add_rows(of_a, depth, rows, sums + m);
+        if (sums != nullptr) add_rows(of_a, K / kPair, rows, sums + m);
         for (int64_t n = 0; c != nullptr && n < N; n += kPanel) {
-          const Panels w = b_lies_well ? Panels{of_b.b + n, of_b.ld} : Panels{space + n * depth, kPanel};
-          gemm<T>(rows, least(kPanel, N - n), depth, of_a, w.b, w.ld, c + m * N + n, N, r > 0);
+          const Panels w = b_lies_well ? Panels{lying + n, distance} : Panels{space + n * K, kPanel};
+          gemm<S>(rows, least(kPanel, N - n), K, of_a, w.b, w.ld, c + m * N + n, N, of.add || r > 0);
         }
       }
     }
   }
 
-  static const T* offset(const T* row, int64_t n) { return row == nullptr ? nullptr : row + n; }
-
-  // sums[m] += the sum of a's column m; in four parts and apart from earlier blocks, which keeps rounding errors small.
-  static void add_rows(MatrixA<T> a, int64_t depth, int64_t rows, T* sums) {
+  // sums[m] += the sum of a's row m over its pairs; in four parts and apart from earlier blocks, which keeps rounding
+  // errors small.
+  static void add_rows(MatrixA<S> a, int64_t pairs, int64_t rows, T* sums) {
     for (int64_t m = 0; m < rows; m += kLanes<T>) {
       const int64_t lanes = least(kLanes<T>, rows - m);
       Vector<T> part[4] = {};
-      for (int64_t k = 0; k < depth; k += 4)
+      for (int64_t q = 0; q < pairs; q += 4)
 #pragma GCC unroll 4
         for (int64_t i = 0; i < 4; ++i)
-          if (k + i < depth) part[i] += load(a.a + (k + i) * a.column + m, lanes);
+          if (q + i < pairs)
+            part[i] +=
+                Operand<S>::sum_pairs(Operand<S>::load_pairs(a.a + m * kPair + (q + i) * a.column, lanes * kPair));
       store(sums + m, load(sums + m, lanes) + ((part[0] + part[1]) + (part[2] + part[3])), lanes);
     }
   }
 
-  const Layer<T>& layer_;
-  const bool projects_, pack_recurrent_, pack_input_;
-  Arena<T> arena_;
-  T* grads_;                 // [D, rows, Cell::grads, H]
+  static constexpr int64_t kFetchBeyond = Gates<Cell, S>::kFetchBeyond;
+
+  const Layer<S>& layer_;
+  const bool projects_, recomputes_, pack_recurrent_, pack_input_;
+  const std::vector<Chunk> chunks_;
+  int64_t most_rows_ = 0;  // of a chunk, in one direction
+  Arena arena_;
+  Gates<Cell, S> recomputed_;
+  S* grads_;                 // [2 chunks, D, rows, Cell::grads, H]
   T *grad_h_, *grad_c_;      // [D, N, P], [D, N, H]: carried from step to step
-  T *w_hh_, *w_hr_, *w_ih_;  // [D, panels, K, kPanel], K = G*H, P, G*H
-  T* grad_projected_;        // [D, rows, P], with a projection
-  T* unprojected_;           // [D, rows, H], with a projection: h before it
-  T* products_;              // for each thread
+  S *w_hh_, *w_hr_, *w_ih_;  // [D, panels, K, kPanel], K = G*H, P, G*H
+  S* grad_projected_;        // [2 chunks, D, rows, P], with a projection
+  S* unprojected_;           // [2 chunks, D, rows, H], with a projection: h before it
+  T* saved_;                 // [D, rows, Cell::saved, H]: of a chunk, if computed again
+  S* previous_h_;            // [D, rows, P]: likewise
+  S* initial_h_;             // [D, N, P]
+  S* products_;              // for each thread
   int64_t product_size_;
 };
 

@@ -1,4 +1,4 @@
-// The kernels of every cell for one type: declared for cells.cpp, compiled in float.cpp and double.cpp.
+// The kernels of every cell for one type: declared for cells.cpp, compiled in float.cpp, double.cpp and bfloat16.cpp.
 #pragma once
 
 #include "cpu/kernels/backward.h"
@@ -6,13 +6,13 @@
 
 namespace rnnkit::RNNKIT_CAPABILITY {
 
-template <class Cell, class T>
+template <class Cell, class S>
 struct Build {
-  static int64_t forward_scratch(const Layer<T>& layer) { return Forward<Cell, T>(layer, nullptr).scratch(); }
-  static void forward(const Layer<T>& layer, T* scratch) { Forward<Cell, T>(layer, scratch).run(); }
-  static int64_t backward_scratch(const Layer<T>& layer) { return Backward<Cell, T>(layer, nullptr).scratch(); }
-  static void backward(const Layer<T>& layer, T* scratch) { Backward<Cell, T>(layer, scratch).run(); }
-  static Kernels<T> kernels() { return {forward_scratch, forward, backward_scratch, backward}; }
+  static int64_t forward_scratch(const Layer<S>& layer) { return Forward<Cell, S>(layer, nullptr).scratch(); }
+  static void forward(const Layer<S>& layer, std::byte* scratch) { Forward<Cell, S>(layer, scratch).run(); }
+  static int64_t backward_scratch(const Layer<S>& layer) { return Backward<Cell, S>(layer, nullptr).scratch(); }
+  static void backward(const Layer<S>& layer, std::byte* scratch) { Backward<Cell, S>(layer, scratch).run(); }
+  static Kernels<S> kernels() { return {forward_scratch, forward, backward_scratch, backward}; }
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

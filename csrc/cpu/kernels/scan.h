@@ -1,6 +1,9 @@
 // What the forward and the backward scan share: the split of a layer over threads, and views of its rows.
 #pragma once
 
+#include <cstddef>
+#include <vector>
+
 #include "cpu/gemm.h"
 #include "cpu/layer.h"
 #include "cpu/team.h"
@@ -21,27 +24,30 @@ struct Split {
   int64_t blocks;   // of rows in each direction
   int64_t members;  // threads that share the units of a direction; 1 if blocks > 1
 
-  template <class T>
-  Split(const Layer<T>& layer, int64_t gates, int threads) : blocks(1), members(1) {
+  template <class S>
+  Split(const Layer<S>& layer, int64_t gates, int threads) : blocks(1), members(1) {
     const int64_t share_of = (threads + layer.directions - 1) / layer.directions;
     if (share_of <= 1) return;
-    const int64_t weights = gates * layer.hidden * layer.projected;
-    if (layer.batch / share_of >= kRowsWorthSplitting)
+    const int64_t rows = layer.batch / share_of, weights = gates * layer.hidden * layer.projected;
+    const bool in_cache = weights * int64_t(sizeof(S)) <= kWeightsInCache;
+    if (rows >= (in_cache ? kRowsOfTile : kRowsWorthReading))
       blocks = share_of;
     else if (layer.batch * weights >= kStepWorthSharing && layer.hidden >= 32 * share_of)
       members = share_of;
-    else if (layer.batch >= 2 * share_of)
+    else if (rows >= 2)
       blocks = share_of;
   }
 
-  static constexpr int64_t kRowsWorthSplitting = 8;
-  static constexpr int64_t kStepWorthSharing = 100'000;  // multiply-adds
+  // Each thread that owns rows reads all weights: from its own cache they keep up with few rows, from a shared one not.
+  static constexpr int64_t kWeightsInCache = 512 * 1024;  // bytes
+  static constexpr int64_t kRowsOfTile = 4, kRowsWorthReading = 8;
+  static constexpr int64_t kStepWorthSharing = 30'000;  // multiply-adds
 };
 
 // One direction of a layer, or some of its rows, in the order in which the forward scan visits the steps.
-template <class T>
+template <class S>
 struct Rows {
-  const Layer<T>& layer;
+  const Layer<S>& layer;
   int64_t direction;
   Range range;  // of the batch
 
@@ -56,19 +62,17 @@ struct Rows {
   // The index in x and y of the range's first row at visit s.
   int64_t first(int64_t s) const { return layer.offsets[step(s)] + range.begin; }
 
-  // h before step t for row n of the batch, or null for zeros.
-  const T* previous_h(int64_t t, int64_t n) const {
+  // h after the step before t for row n of the batch; null if that is the initial h.
+  const S* previous_h(int64_t t, int64_t n) const {
     const int64_t before = direction == 0 ? t - 1 : t + 1;
-    if (before >= 0 && before < layer.steps && n < layer.count(before))
-      return layer.y + (layer.offsets[before] + n) * layer.directions * layer.projected + direction * layer.projected;
-    if (layer.initial[0] == nullptr) return nullptr;
-    return layer.initial[0] + (direction * layer.batch + n) * layer.projected;
+    if (before < 0 || before >= layer.steps || n >= layer.count(before)) return nullptr;
+    return layer.y + ((layer.offsets[before] + n) * layer.directions + direction) * layer.projected;
   }
 };
 
 // Block `index` of `blocks` of the batch, cut so that each has nearly the same number of rows over all steps.
-template <class T>
-Range row_block(const Layer<T>& layer, int64_t index, int64_t blocks) {
+template <class S>
+Range row_block(const Layer<S>& layer, int64_t index, int64_t blocks) {
   if (layer.rows() == layer.steps * layer.batch) return share(layer.batch, index, blocks);
   int64_t cuts[2] = {0, 0};
   for (int side = 0; side < 2; ++side) {
@@ -84,41 +88,71 @@ Range row_block(const Layer<T>& layer, int64_t index, int64_t blocks) {
   return {cuts[0], cuts[1]};
 }
 
-// Calls work(direction, rows, member, members, meet) for what falls to `thread`; `meet` is where the members wait
-// for each other after a step.
-template <class T, class Work>
-void for_each_share(const Layer<T>& layer, const Split& split, int thread, int threads, Barrier& all,
-                    const Work& work) {
-  if (split.members > 1) {
-    const int64_t d = thread % layer.directions;
-    const int64_t members = (threads - d + layer.directions - 1) / layer.directions;
-    work(d, Range{0, layer.batch}, thread / layer.directions, members, all);
-    return;
+// What falls to one thread: some rows of a direction, whose units it shares with `members`, itself included. Where
+// units are shared, all threads meet after each step, those of the other direction too.
+template <class S>
+struct Share {
+  Rows<S> rows;
+  int64_t member, members;
+  bool meets;
+};
+
+template <class S>
+class Shares {
+ public:
+  Shares(const Layer<S>& layer, int64_t gates, int thread, int threads) {
+    const Split split(layer, gates, threads);
+    if (split.members > 1) {
+      const int64_t d = thread % layer.directions;
+      const int64_t members = (threads - d + layer.directions - 1) / layer.directions;
+      shares_.push_back({{layer, d, {0, layer.batch}}, thread / layer.directions, members, true});
+      return;
+    }
+    for (int64_t i = thread; i < layer.directions * split.blocks; i += threads)
+      shares_.push_back(
+          {{layer, i % layer.directions, row_block(layer, i / layer.directions, split.blocks)}, 0, 1, false});
   }
-  Barrier alone(1);
-  for (int64_t i = thread; i < layer.directions * split.blocks; i += threads)
-    work(i % layer.directions, row_block(layer, i / layer.directions, split.blocks), 0, 1, alone);
-}
+  auto begin() const { return shares_.begin(); }
+  auto end() const { return shares_.end(); }
+
+ private:
+  std::vector<Share<S>> shares_;
+};
 
 // What the scans take for granted of a cell.
 template <class Cell>
-constexpr bool kFits = Cell::states <= 2 && (Cell::states == 1 || !Cell::uses_previous_h);
+constexpr bool kFits = Cell::states <= 2 && (Cell::states == 1 || !(Cell::uses_h || Cell::uses_previous_h));
 
-// Gives out consecutive parts of a scratch array, null for none; with no array, counts what is wanted.
-template <class T>
+// Gives out consecutive parts of scratch memory, null for none; with no memory, counts the bytes that are wanted.
 class Arena {
  public:
-  explicit Arena(T* base) : base_(base) {}
-  T* take(int64_t count) {
-    T* place = base_ == nullptr || count == 0 ? nullptr : base_ + used_;
-    used_ += round_up(count, 64);
+  explicit Arena(std::byte* base) : base_(base) {}
+
+  template <class E>
+  E* take(int64_t count) {
+    E* place = base_ == nullptr || count == 0 ? nullptr : reinterpret_cast<E*>(base_ + used_);
+    used_ += round_up(count * sizeof(E), 64);
     return place;
   }
   int64_t used() const { return used_; }
 
  private:
-  T* base_;
+  std::byte* base_;
   int64_t used_ = 0;
 };
+
+// Copies values of one row between types, zeros if `from` is null.
+template <class From, class To>
+void copy_row(const From* from, int64_t count, To* to) {
+  if (from == nullptr)
+    std::memset(to, 0, count * sizeof(To));
+  else if constexpr (std::is_same_v<From, To>)
+    std::memcpy(to, from, count * sizeof(To));
+  else
+    for (int64_t i = 0; i < count; i += kLanes<Sum<To>>) {
+      const int64_t lanes = least(kLanes<Sum<To>>, count - i);
+      store(to + i, load(from + i, lanes), lanes);
+    }
+}
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

@@ -1,0 +1,21 @@
+// Between register.cpp, which has the ops and the module, and direct.cpp, the short way to them from Python.
+#pragma once
+
+#include <torch/extension.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace rnnkit {
+
+std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor> layer_forward(
+    std::string_view cell, const at::Tensor& input, at::TensorList states,
+    const c10::List<std::optional<at::Tensor>>& weights, const std::optional<at::Tensor>& batch_sizes, int64_t keep);
+
+// Both return None where the call is for Python. `weights`: a list of five for each layer and direction.
+py::object infer_layers(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
+                        int64_t directions, bool batch_first);  // (output, states)
+py::object infer_cell(const std::string& cell, py::handle input, py::handle hx, const py::list& weights);  // states
+
+}  // namespace rnnkit

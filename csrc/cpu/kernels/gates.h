@@ -1,0 +1,95 @@
+// The products that make the gates, in panels of Cell::units hidden units with all their gates, so that the cell runs
+// on a product that is still in L1.
+#pragma once
+
+#include "cells/all.h"
+#include "cpu/kernels/scan.h"
+
+namespace rnnkit::RNNKIT_CAPABILITY {
+
+template <class Cell, class S>
+class Gates {
+ public:
+  using T = Sum<S>;
+  static constexpr int64_t kUnits = Cell::units, kWidth = Cell::gates * kUnits;
+  static constexpr int64_t kFetchBeyond = 512 * 1024;  // bytes of a matrix that stay in L2 anyhow
+
+  // A matrix that is not packed is read as it lies.
+  Gates(const Layer<S>& layer, bool pack_input, bool pack_recurrent, Arena& arena)
+      : layer_(layer), panels_((layer.hidden + kUnits - 1) / kUnits) {
+    const int64_t panels = layer.directions * panels_;
+    w_ih_ = arena.take<S>(pack_input ? panels * layer.input * kWidth : 0);
+    w_hh_ = arena.take<S>(pack_recurrent ? panels * layer.projected * kWidth : 0);
+    bias_ = arena.take<T>(panels * 2 * kWidth);
+  }
+
+  int64_t panels() const { return panels_; }
+  int64_t units_in(int64_t panel) const { return least(kUnits, layer_.hidden - panel * kUnits); }
+
+  // Packs the weights and lays out the biases, this thread's part of them.
+  void pack(int thread, int threads) const {
+    const Range tasks = share(layer_.directions * panels_, thread, threads);
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t d = task / panels_, p = task % panels_;
+      const Direction<S>& weights = layer_.direction[d];
+      pack_panel(weights.w_ih, layer_.input, w_ih_, d, p);
+      pack_panel(weights.w_hh, layer_.projected, w_hh_, d, p);
+      T* bias = bias_ + task * 2 * kWidth;
+      std::memset(bias, 0, 2 * kWidth * sizeof(T));
+      for (int64_t g = 0; g < Cell::gates; ++g) {
+        const int64_t from = g * layer_.hidden + p * kUnits;
+        if (weights.b_ih != nullptr) copy_row(weights.b_ih + from, units_in(p), bias + g * kUnits);
+        if (weights.b_hh != nullptr) copy_row(weights.b_hh + from, units_in(p), bias + kWidth + g * kUnits);
+      }
+    }
+  }
+
+  // to[M, G*units] = the panel's part of x W_ih^T and of h W_hh^T.
+  void input(int64_t M, const S* x, int64_t d, int64_t p, T* to) const {
+    multiply(M, layer_.input, x, w_ih_, layer_.direction[d].w_ih, d, p, to);
+  }
+  void recurrent(int64_t M, const S* h, int64_t d, int64_t p, T* to) const {
+    multiply(M, layer_.projected, h, w_hh_, layer_.direction[d].w_hh, d, p, to);
+  }
+
+  // Both parts of each gate for the units from u on, with their biases; `input` and `recurrent` are rows of the above.
+  RNNKIT_INLINE void parts(const T* input, const T* recurrent, int64_t d, int64_t p, int64_t u, int64_t lanes,
+                           Vector<T>* x, Vector<T>* h) const {
+    const T* bias = bias_ + (d * panels_ + p) * 2 * kWidth + u;
+#pragma GCC unroll 4
+    for (int64_t g = 0; g < Cell::gates; ++g) {
+      x[g] = load(input + g * kUnits + u, lanes) + load(bias + g * kUnits);
+      h[g] = load(recurrent + g * kUnits + u, lanes) + load(bias + kWidth + g * kUnits);
+    }
+  }
+
+ private:
+  // One panel of a weight matrix [G*H, K]: [K, G, units], in pairs of k where these are multiplied.
+  void pack_panel(const S* w, int64_t K, S* packed, int64_t d, int64_t p) const {
+    if (packed == nullptr) return;
+    S* panel = packed + (d * panels_ + p) * K * kWidth;
+    if (units_in(p) < kUnits) std::memset(panel, 0, K * kWidth * sizeof(S));
+    for (int64_t g = 0; g < Cell::gates; ++g)
+      pack_transposed(units_in(p), K, w + (g * layer_.hidden + p * kUnits) * K, K,
+                      panel + g * kUnits * Operand<S>::pair, kWidth);
+  }
+
+  void multiply(int64_t M, int64_t K, const S* a, const S* packed, const S* w, int64_t d, int64_t p, T* to) const {
+    if (packed == nullptr) {
+      for (int64_t g = 0; g < Cell::gates; ++g)
+        dot(M, units_in(p), K, a, K, w + (g * layer_.hidden + p * kUnits) * K, K, to + g * kUnits, kWidth);
+      return;
+    }
+    const S* panels = packed + d * panels_ * K * kWidth;
+    const bool fetch = panels_ * K * kWidth * int64_t(sizeof(S)) > kFetchBeyond;
+    gemm<S>(M, kWidth, K, rows_of(a, K), panels + p * K * kWidth, kWidth, to, kWidth, false,
+            fetch ? panels + (p + 1) % panels_ * K * kWidth : nullptr);
+  }
+
+  const Layer<S>& layer_;
+  const int64_t panels_;
+  S *w_ih_, *w_hh_;  // [D, panels, I or P, G*units], or null
+  T* bias_;          // [D, panels, 2, G*units]
+};
+
+}  // namespace rnnkit::RNNKIT_CAPABILITY
