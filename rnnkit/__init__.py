@@ -2,8 +2,9 @@
 
 from rnnkit.backends import backend
 from rnnkit.cells import GRUCell, LSTMCell, RNNCell
+from rnnkit.freezing import freeze
 from rnnkit.layers import GRU, LSTM, RNN
 
 __version__ = "0.1.0"
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "backend"]
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "backend", "freeze"]

@@ -23,20 +23,31 @@ def layer(
     batch_sizes: Tensor | None = None,
     *,
     keep: Keep = Keep.EVERYTHING,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """`reference.layer`, on the backend that serves the input's device; `keep` if gradients are needed."""
+    """`reference.layer`, on the backend that serves the input's device.
+
+    `keep` holds where gradients are needed; `packed`, of frozen weights, where they are not.
+    """
     tensors = [input, *states, *(w for w in weights if w is not None)]
     if backends.serving(input.device) == "reference" or _transformed(tensors):
         return reference.layer(cell, input, states, weights, batch_sizes)
     if torch.is_grad_enabled() and _need_grad(tensors):
+        if packed is not None:
+            raise RuntimeError("a frozen layer has no gradients: call it under torch.no_grad()")
         output, *finals = _Layer.apply(
             cell, keep, batch_sizes, len(states), input, *states, *weights
         )
         # Saved for the backward pass, and scripts may write to what they get.
         return output.clone() if torch.compiler.is_compiling() else output, finals
-    output, finals, _ = torch.ops.rnnkit.layer_forward(
-        cell, input, states, weights, batch_sizes, Keep.NOTHING
-    )
+    if packed is not None:
+        output, finals = torch.ops.rnnkit.packed_forward(
+            cell, input, states, weights, packed, batch_sizes
+        )
+    else:
+        output, finals, _ = torch.ops.rnnkit.layer_forward(
+            cell, input, states, weights, batch_sizes, Keep.NOTHING
+        )
     return output, finals
 
 

@@ -19,7 +19,8 @@ Weights = list[list[Tensor | None]]
 class _Layers(nn.RNNBase):
     """What the three share: from torch.nn's call to `stack.run` and back."""
 
-    recompute = False  # of modules that were pickled before there was such a choice
+    recompute = frozen = False  # of modules that were pickled before there were such choices
+    _packed: tuple[Tensor, ...] = ()
 
     def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -27,7 +28,28 @@ class _Layers(nn.RNNBase):
 
     def extra_repr(self) -> str:
         """torch.nn's, and what rnnkit adds."""
-        return super().extra_repr() + (", recompute=True" if self.recompute else "")
+        added = [f", {name}=True" for name in ("recompute", "frozen") if getattr(self, name)]
+        return super().extra_repr() + "".join(added)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        state.pop("_packed", None)  # it fits this process's CPU, and may be packed again
+        return state
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._packed = ()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._packed = ()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _packed_weights(self, weights: Weights) -> tuple[Tensor, ...]:
+        """Of a frozen layer, what its kernels read; packed again if there is none."""
+        if self.frozen and not self._packed:
+            directions = 2 if self.bidirectional else 1
+            self._packed = stack.pack(self.mode.lower(), weights, directions=directions)
+        return self._packed if self.frozen else ()
 
     def _weights(self) -> Weights:
         """The five tensors of `reference.WEIGHTS` for each layer and direction."""
@@ -56,6 +78,7 @@ class _Layers(nn.RNNBase):
             directions=2 if self.bidirectional else 1,
             dropout=self.dropout if self.training else 0.0,
             recompute=self.recompute,
+            packed=self._packed_weights(weights),
         )
 
     def _check_states(self, input: Tensor, states: Sequence[Tensor], packed: Tensor | None) -> None:
@@ -85,7 +108,15 @@ class _Layers(nn.RNNBase):
         infer = backends.short_way("infer_layers")
         if infer is not None and not (self.training and self.dropout > 0):
             directions = 2 if self.bidirectional else 1
-            found = infer(self.mode.lower(), input, hx, weights, directions, self.batch_first)
+            found = infer(
+                self.mode.lower(),
+                input,
+                hx,
+                weights,
+                self._packed_weights(weights),
+                directions,
+                self.batch_first,
+            )
             if found is not None:
                 return found
         states = stack.as_state_pair(hx) if self.mode == "LSTM" else stack.as_states(hx)

@@ -47,6 +47,14 @@ _library.define(
 )
 
 
+# Weights packed ahead for many calls without gradients; `packed` belongs to just these `weights`.
+_library.define("pack_weights(str cell, Tensor?[] weights) -> Tensor")
+_library.define(
+    "packed_forward(str cell, Tensor input, Tensor[] states, Tensor?[] weights, Tensor packed,"
+    " Tensor? batch_sizes) -> (Tensor, Tensor[])"
+)
+
+
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
@@ -87,6 +95,18 @@ def _forward_fake(
     return _empty_results(cell, input, weights, batch_sizes, states, keep)
 
 
+@torch.library.register_fake("rnnkit::packed_forward", lib=_library)
+def _packed_forward_fake(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    packed: Tensor,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    return _empty_results(cell, input, weights, batch_sizes, states, Keep.NOTHING)[:2]
+
+
 @torch.library.register_fake("rnnkit::layer_backward", lib=_library)
 def _backward_fake(
     cell: str,
@@ -119,6 +139,23 @@ def _forward_composite(
     reserve = _empty_results(cell, input, weights, batch_sizes, states, keep)[2]
     output, finals = reference.layer(cell, input, states, weights, batch_sizes)
     return output, finals, reserve.zero_()
+
+
+@torch.library.impl(_library, "pack_weights", "CompositeExplicitAutograd")
+def _pack_composite(cell: str, weights: Sequence[Tensor | None]) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+@torch.library.impl(_library, "packed_forward", "CompositeExplicitAutograd")
+def _packed_forward_composite(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    packed: Tensor,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    return reference.layer(cell, input, states, weights, batch_sizes)
 
 
 @torch.library.impl(_library, "layer_backward", "CompositeExplicitAutograd")

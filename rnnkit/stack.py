@@ -8,6 +8,7 @@ from torch.nn.functional import dropout as drop
 
 from rnnkit import autograd
 from rnnkit.ops import Keep
+from rnnkit.reference import WEIGHTS
 
 
 def run(
@@ -21,6 +22,7 @@ def run(
     dropout: float = 0.0,
     step: bool = False,
     recompute: bool = False,
+    packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run a stack of layers.
 
@@ -34,6 +36,7 @@ def run(
         dropout: probability of zeroing an element between layers; 0 when not training.
         step: whether this is a Cell's one step, of which only the final states are used.
         recompute: whether the backward pass computes the gates again instead of keeping them.
+        packed: of each layer, what `pack` returns, if its weights are frozen.
 
     Returns:
         The last layer's output [T, N, D*P] or [rows, D*P], and the final states, shaped like `states`.
@@ -61,6 +64,7 @@ def run(
             [w for direction in weights[of_layer] for w in direction],
             batch_sizes,
             keep=Keep.STATES if recompute else Keep.EVERYTHING,
+            packed=packed[index] if packed and result_dtypes is None else None,
         )
         finals.append(final)
     final_states = finals[0] if layers == 1 else [torch.cat(s) for s in zip(*finals, strict=True)]
@@ -68,6 +72,19 @@ def run(
         output = output.to(result_dtypes[0])
         final_states = [s.to(d) for s, d in zip(final_states, result_dtypes, strict=False)]
     return output, tuple(final_states)
+
+
+def pack(
+    cell: str, weights: Sequence[Sequence[Tensor | None]], *, directions: int = 1
+) -> tuple[Tensor, ...]:
+    """Each layer's weights as its kernel reads them, for `run`; they hold until a weight changes."""
+    flat = [w for of_direction in weights for w in of_direction]
+    size = directions * len(WEIGHTS)
+    with torch.no_grad():
+        return tuple(
+            torch.ops.rnnkit.pack_weights(cell, flat[start : start + size])
+            for start in range(0, len(flat), size)
+        )
 
 
 def as_states(hx: Tensor | None) -> tuple[Tensor, ...]:

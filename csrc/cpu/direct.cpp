@@ -90,11 +90,26 @@ bool sizes_fit(const Tensor& x, const std::vector<Tensor>& states, const std::ve
   return true;
 }
 
+template <class Op>
+const auto& op_of(const char* name) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
+  return op;
+}
+
+std::tuple<Tensor, std::vector<Tensor>> run_layer(const std::string& cell, const Tensor& x,
+                                                  const std::vector<Tensor>& states, const OptionalTensors& weights,
+                                                  const Tensor* packed) {
+  if (packed != nullptr)
+    return op_of<decltype(packed_forward)>("rnnkit::packed_forward")
+        .call(cell, x, states, weights, *packed, std::nullopt);
+  auto [output, finals, reserve] =
+      op_of<decltype(layer_forward)>("rnnkit::layer_forward").call(cell, x, states, weights, std::nullopt, 0);
+  return {output, finals};
+}
+
 std::tuple<Tensor, std::vector<Tensor>> run_layers(const std::string& cell, Tensor x, const std::vector<Tensor>& states,
                                                    const std::vector<std::optional<Tensor>>& weights,
-                                                   int64_t directions) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("rnnkit::layer_forward", "").typed<decltype(layer_forward)>();
+                                                   const std::vector<Tensor>& packed, int64_t directions) {
   const size_t per_layer = directions * kWeights, layers = weights.size() / per_layer;
   std::vector<std::vector<Tensor>> finals;
   for (size_t layer = 0; layer < layers; ++layer) {
@@ -103,7 +118,8 @@ std::tuple<Tensor, std::vector<Tensor>> run_layers(const std::string& cell, Tens
       for (Tensor& state : initial) state = state.narrow(0, layer * directions, directions);
     const auto first = weights.begin() + layer * per_layer;
     const std::vector<std::optional<Tensor>> own(first, first + per_layer);
-    auto [output, final, reserve] = op.call(cell, x, initial, OptionalTensors(own), std::nullopt, 0);
+    const Tensor* of_layer = packed.empty() ? nullptr : &packed.at(layer);
+    auto [output, final] = run_layer(cell, x, initial, OptionalTensors(own), of_layer);
     x = output;
     finals.push_back(final);
   }
@@ -124,7 +140,7 @@ py::object as_states(const std::vector<Tensor>& finals) {
 }  // namespace
 
 py::object infer_layers(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
-                        int64_t directions, bool batch_first) {
+                        const std::vector<Tensor>& packed, int64_t directions, bool batch_first) {
   Arguments arguments;
   if (!ordinary_dispatch()) return py::none();
   Tensor x = arguments.tensor(input.ptr());
@@ -136,7 +152,7 @@ py::object infer_layers(const std::string& cell, py::handle input, py::handle hx
   std::tuple<Tensor, std::vector<Tensor>> results;
   {
     const py::gil_scoped_release released;
-    results = run_layers(cell, x, states, given, directions);
+    results = run_layers(cell, x, states, given, packed, directions);
     if (batch_first) std::get<0>(results) = std::get<0>(results).transpose(0, 1);
   }
   return py::make_tuple(std::get<0>(results), as_states(std::get<1>(results)));
@@ -158,7 +174,7 @@ py::object infer_cell(const std::string& cell, py::handle input, py::handle hx, 
   std::vector<Tensor> finals;
   {
     const py::gil_scoped_release released;
-    finals = std::get<1>(run_layers(cell, x, states, given, 1));
+    finals = std::get<1>(run_layers(cell, x, states, given, {}, 1));
     for (Tensor& final : finals) final = final.squeeze(0);
   }
   return as_states(finals);

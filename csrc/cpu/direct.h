@@ -13,9 +13,17 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor> layer_forward(
     std::string_view cell, const at::Tensor& input, at::TensorList states,
     const c10::List<std::optional<at::Tensor>>& weights, const std::optional<at::Tensor>& batch_sizes, int64_t keep);
 
+std::tuple<at::Tensor, std::vector<at::Tensor>> packed_forward(std::string_view cell, const at::Tensor& input,
+                                                               at::TensorList states,
+                                                               const c10::List<std::optional<at::Tensor>>& weights,
+                                                               const at::Tensor& packed,
+                                                               const std::optional<at::Tensor>& batch_sizes);
+
 // Both return None where the call is for Python. `weights`: a list of five for each layer and direction.
+// `packed`: of each layer if frozen, else empty.
 py::object infer_layers(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
-                        int64_t directions, bool batch_first);  // (output, states)
+                        const std::vector<at::Tensor>& packed, int64_t directions,
+                        bool batch_first);  // (output, states)
 py::object infer_cell(const std::string& cell, py::handle input, py::handle hx, const py::list& weights);  // states
 
 }  // namespace rnnkit

@@ -277,30 +277,35 @@ void pack_transposed(int64_t rows, int64_t K, const S* w, int64_t ldw, S* panel,
   }
 }
 
-// panel[k * width + j] = row(k)[j] for k < K, j < columns, in pairs of k where these are multiplied; all else, and rows
-// that are null, 0.
+#if defined(__AVX512BF16__)
+// to[2 * j] = even[j], to[2 * j + 1] = odd[j], or 0 if odd is null.
+inline void interleave(const BFloat16* even, const BFloat16* odd, int64_t count, BFloat16* to) {
+  constexpr int64_t lanes = kLanes<float>;
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  using Pairs = Operand<BFloat16>::Values;
+  for (int64_t j = 0; j < count; j += lanes) {
+    const int64_t here = count - j < lanes ? count - j : lanes;
+    Halves low{}, high{};
+    std::memcpy(&low, even + j, here * sizeof(BFloat16));
+    if (odd != nullptr) std::memcpy(&high, odd + j, here * sizeof(BFloat16));
+    const Pairs pairs = __builtin_convertvector(low, Pairs) | __builtin_convertvector(high, Pairs) << 16;
+    std::memcpy(to + 2 * j, &pairs, 2 * here * sizeof(BFloat16));
+  }
+}
+#endif
+
+// panel[k * width + j] = row(k)[j] for k < K, j < columns, in pairs of k where these are multiplied; all else 0.
 template <class S, class Row>
 void pack_rows(int64_t K, int64_t columns, const Row& row, S* panel, int64_t width) {
-  if constexpr (Operand<S>::pair == 2) {
-    for (int64_t k = 0; k < K; k += 2) {
-      const S *even = row(k), *odd = k + 1 < K ? row(k + 1) : nullptr;
-      S* to = panel + k * width;
-      for (int64_t j = 0; j < columns; ++j) {
-        to[2 * j] = even != nullptr ? even[j] : S{};
-        to[2 * j + 1] = odd != nullptr ? odd[j] : S{};
-      }
-      std::memset(to + 2 * columns, 0, 2 * (width - columns) * sizeof(S));
+  for (int64_t k = 0; k < K; k += Operand<S>::pair) {
+    S* to = panel + k * width;
+    if constexpr (Operand<S>::pair == 2) {
+      const S* even = row(k);  // in this order: a row may be found from the one before
+      interleave(even, k + 1 < K ? row(k + 1) : nullptr, columns, to);
+    } else {
+      std::memcpy(to, row(k), columns * sizeof(S));
     }
-  } else {
-    for (int64_t k = 0; k < K; ++k) {
-      const S* from = row(k);
-      S* to = panel + k * width;
-      if (from != nullptr)
-        std::memcpy(to, from, columns * sizeof(S));
-      else
-        std::memset(to, 0, columns * sizeof(S));
-      std::memset(to + columns, 0, (width - columns) * sizeof(S));
-    }
+    std::memset(to + columns * Operand<S>::pair, 0, (width - columns) * Operand<S>::pair * sizeof(S));
   }
 }
 

@@ -35,8 +35,9 @@ struct Layer {
   int64_t steps, batch, input, hidden, projected, directions;  // T, N, I, H, P, D
   const int64_t* offsets;  // [T + 1]: the row where each step begins; a step's rows do not increase
   Direction<S> direction[2];
-  const S* x;           // [rows, I]
-  const T* initial[2];  // h_0 [D, N, P], c_0 [D, N, H]; null for zeros
+  const std::byte* packed;  // these weights as Kernels::pack left them, or null
+  const S* x;               // [rows, I]
+  const T* initial[2];      // h_0 [D, N, P], c_0 [D, N, H]; null for zeros
 
   S* y;         // [rows, D*P]
   T* final[2];  // h_n [D, N, P], c_n [D, N, H]
@@ -55,13 +56,16 @@ struct Layer {
   int64_t count(int64_t t) const { return offsets[t + 1] - offsets[t]; }
 };
 
-// One cell's kernels for one type: how many bytes of scratch memory a call needs, and the call.
+// One cell's kernels for one type: how many bytes of scratch memory a call needs, and the call; and the weights packed
+// ahead, for many forward calls.
 template <class S>
 struct Kernels {
   int64_t (*forward_scratch)(const Layer<S>&);
   void (*forward)(const Layer<S>&, std::byte* scratch);
   int64_t (*backward_scratch)(const Layer<S>&);
   void (*backward)(const Layer<S>&, std::byte* scratch);
+  int64_t (*packed_size)(const Layer<S>&);
+  void (*pack)(const Layer<S>&, std::byte* packed);
 };
 
 // What is built for one CPU capability: a row for each cell in cells/all.h.

@@ -104,7 +104,7 @@ void check_shape(const Tensor& tensor, const char* name, at::IntArrayRef expecte
 // A call's arguments, checked, with their sizes and the rows of each step.
 struct Call {
   const CellKernels& cell;
-  const Tensor& input;
+  const Tensor input;
   const std::vector<Tensor> states;
   const OptionalTensors& weights;
   int64_t steps, batch, input_size, hidden, projected, directions;
@@ -269,10 +269,22 @@ Layer<S> make_layer(const Call& call, Pinned& pinned) {
   return layer;
 }
 
+// Scratch memory for one call. A thread keeps a small one for its next call: to map it anew would take longer than many
+// a call does. Where tests ask torch to fill fresh memory, it is always fresh.
+Tensor scratch_of(int64_t bytes) {
+  constexpr int64_t most_kept = 4 << 20;
+  const auto options = at::TensorOptions(at::kByte);
+  const bool filled =
+      at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory();
+  if (bytes > most_kept || filled) return allocate({bytes}, options);
+  static thread_local Tensor kept;
+  if (!kept.defined() || kept.numel() < bytes) kept = at::empty({bytes}, options);
+  return kept;
+}
+
 template <class S>
-void run(int64_t (*scratch_of)(const Layer<S>&), void (*kernel)(const Layer<S>&, std::byte*), const Layer<S>& layer) {
-  const Tensor scratch = allocate({scratch_of(layer)}, at::TensorOptions(at::kByte));
-  kernel(layer, data<std::byte>(scratch));
+void run(int64_t (*scratch)(const Layer<S>&), void (*kernel)(const Layer<S>&, std::byte*), const Layer<S>& layer) {
+  kernel(layer, data<std::byte>(scratch_of(scratch(layer))));
 }
 
 // Calls body with a value of the type that the call's operands are multiplied in.
@@ -289,19 +301,13 @@ void with_operand_type(const Call& call, const Body& body) {
   }
 }
 
-}  // namespace
-
-std::tuple<Tensor, std::vector<Tensor>, Tensor> layer_forward(std::string_view cell, const Tensor& input,
-                                                              at::TensorList states, const OptionalTensors& weights,
-                                                              const std::optional<Tensor>& batch_sizes, int64_t keep) {
-  TORCH_CHECK(keep >= 0 && keep <= 2, "expected keep to be 0, 1 or 2, got ", keep);
-  const Call call(cell, input, states, weights, batch_sizes);
-  const auto kept = static_cast<Keep>(keep);
+std::tuple<Tensor, std::vector<Tensor>, Tensor> forward(const Call& call, Keep keep,
+                                                        const std::optional<Tensor>& packed) {
   const Tensor output = allocate(call.output_shape(), call.operand_options());
   std::vector<Tensor> finals;
   for (int64_t i = 0; i < call.cell.states; ++i) finals.push_back(call.state_like(i));
   const std::vector<int64_t> nothing = {0};
-  const Tensor reserve = allocate(kept == Keep::nothing ? nothing : call.reserve_shape(kept), call.compute_options());
+  const Tensor reserve = allocate(keep == Keep::nothing ? nothing : call.reserve_shape(keep), call.compute_options());
   with_operand_type(call, [&](auto operand) {
     using S = decltype(operand);
     using T = Sum<S>;
@@ -309,16 +315,56 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> layer_forward(std::string_view c
     Layer<S> layer = make_layer<S>(call, pinned);
     layer.y = data<S>(output);
     for (size_t i = 0; i < finals.size(); ++i) layer.final[i] = data<T>(finals[i]);
-    layer.keep = kept;
+    layer.keep = keep;
     layer.reserve = data<T>(reserve);
     const Kernels<S>& kernels = kernels_of<S>(call.cell);
+    if (packed) {
+      const int64_t size = kernels.packed_size(layer);
+      TORCH_CHECK(packed->scalar_type() == at::kByte && packed->is_contiguous() && packed->numel() == size,
+                  "expected packed to be ", size, " bytes from pack_weights, got ", packed->scalar_type(), " of shape ",
+                  packed->sizes());
+      layer.packed = static_cast<const std::byte*>(packed->const_data_ptr());
+    }
     run(kernels.forward_scratch, kernels.forward, layer);
   });
-  for (Tensor& state : finals) state = state.to(input.scalar_type());
-  return {output.to(input.scalar_type()), finals, reserve};
+  for (Tensor& state : finals) state = state.to(call.input.scalar_type());
+  return {output.to(call.input.scalar_type()), finals, reserve};
+}
+
+}  // namespace
+
+std::tuple<Tensor, std::vector<Tensor>, Tensor> layer_forward(std::string_view cell, const Tensor& input,
+                                                              at::TensorList states, const OptionalTensors& weights,
+                                                              const std::optional<Tensor>& batch_sizes, int64_t keep) {
+  TORCH_CHECK(keep >= 0 && keep <= 2, "expected keep to be 0, 1 or 2, got ", keep);
+  return forward(Call(cell, input, states, weights, batch_sizes), static_cast<Keep>(keep), std::nullopt);
+}
+
+std::tuple<Tensor, std::vector<Tensor>> packed_forward(std::string_view cell, const Tensor& input,
+                                                       at::TensorList states, const OptionalTensors& weights,
+                                                       const Tensor& packed, const std::optional<Tensor>& batch_sizes) {
+  auto [output, finals, reserve] = forward(Call(cell, input, states, weights, batch_sizes), Keep::nothing, packed);
+  return {output, finals};
 }
 
 namespace {
+
+Tensor pack_weights(std::string_view cell, const OptionalTensors& weights) {
+  TORCH_CHECK(weights.size() > 0 && weights.get(0) && weights.get(0)->dim() == 2,
+              "expected weights to begin with w_ih of 2 dimensions");
+  const Tensor w_ih = *weights.get(0);
+  const Call call(cell, at::empty({1, 1, w_ih.size(1)}, w_ih.options()), {}, weights, std::nullopt);
+  Tensor packed = at::empty({0}, at::kByte);
+  with_operand_type(call, [&](auto operand) {
+    using S = decltype(operand);
+    Pinned pinned;
+    const Layer<S> layer = make_layer<S>(call, pinned);
+    const Kernels<S>& kernels = kernels_of<S>(call.cell);
+    packed = allocate({kernels.packed_size(layer)}, at::kByte);
+    kernels.pack(layer, data<std::byte>(packed));
+  });
+  return packed;
+}
 
 // Which of the kept values `reserve` holds; checked.
 Keep kept_in(const Tensor& reserve, const Call& call) {
@@ -396,6 +442,8 @@ std::vector<std::tuple<std::string, int64_t, int64_t, int64_t>> list_cells() {
 TORCH_LIBRARY_IMPL(rnnkit, CPU, m) {
   m.impl("layer_forward", layer_forward);
   m.impl("layer_backward", layer_backward);
+  m.impl("packed_forward", packed_forward);
+  m.impl("pack_weights", pack_weights);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

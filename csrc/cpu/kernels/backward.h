@@ -21,7 +21,7 @@ class Backward {
         pack_input_(kPair > 1 || (layer.rows() + kDotRows - 1) / kDotRows > kFewSteps || layer.input % kLanes<T> != 0),
         chunks_(cut(layer)),
         arena_(scratch),
-        recomputed_(layer, recomputes_, recomputes_, arena_) {
+        recomputed_(layer, recomputes_, recomputes_, false, arena_) {
     const int64_t D = layer.directions, N = layer.batch, H = layer.hidden, P = layer.projected, I = layer.input;
     for (const Chunk& chunk : chunks_)
       for (int64_t d = 0; d < D; ++d) most_rows_ = most(most_rows_, chunk.rows[d].size());

@@ -15,20 +15,32 @@ class Forward {
  public:
   Forward(const Layer<S>& layer, std::byte* scratch)
       : layer_(layer),
-        pack_recurrent_(layer.steps * ((layer.batch + kDotRows - 1) / kDotRows) > kFewSteps),
         arena_(scratch),
-        gate_products_(layer, (layer.rows() + kDotRows - 1) / kDotRows > kFewSteps, pack_recurrent_, arena_) {
+        packed_(const_cast<std::byte*>(layer.packed)),
+        gate_products_(layer, is_worth_packing(layer, layer.rows()), is_worth_packing(layer, layer.batch, layer.steps),
+                       projects(layer) && is_worth_packing(layer, layer.batch, layer.steps),
+                       layer.packed != nullptr ? packed_ : arena_) {
     const int64_t D = layer.directions, N = layer.batch, P = layer.projected;
-    const bool projects = layer.direction[0].w_hr != nullptr;
-    w_hr_ = arena_.take<S>(projects && pack_recurrent_ ? D * layer.hidden * round_up(P, kPanel) : 0);
     h_ = arena_.take<S>(D * 2 * N * P);
     c_ = arena_.take<T>(D * (Cell::states - 1) * N * layer.hidden);
-    unprojected_ = arena_.take<S>(projects ? D * N * layer.hidden : 0);
+    unprojected_ = arena_.take<S>(projects(layer) ? D * N * layer.hidden : 0);
     gates_size_ = most(kAhead, N * gate_products_.panels() * kWidth);
     gates_ = arena_.take<T>(layer.threads * gates_size_);
   }
 
   int64_t scratch() const { return arena_.used(); }
+
+  static int64_t packed_size(const Layer<S>& layer) {
+    Arena arena(nullptr);
+    GatesOf(layer, true, true, projects(layer), arena);
+    return arena.used();
+  }
+
+  static void pack(const Layer<S>& layer, std::byte* packed) {
+    Arena arena(packed);
+    const GatesOf gates(layer, true, true, projects(layer), arena);
+    parallel(layer.threads, [&](int thread, int threads, Barrier&) { gates.pack(thread, threads); });
+  }
 
   void run() {
     parallel(layer_.threads, [&](int thread, int threads, Barrier& all) {
@@ -46,8 +58,7 @@ class Forward {
 
   // Packs the weights and lays out the initial states, this thread's part of them.
   void prepare(int thread, int threads) {
-    gate_products_.pack(thread, threads);
-    if (w_hr_ != nullptr) prepare_projection(thread, threads);
+    if (layer_.packed == nullptr) gate_products_.pack(thread, threads);
     const int64_t H = layer_.hidden, P = layer_.projected;
     const Range states = share(layer_.directions * layer_.batch, thread, threads);
     for (int64_t i = states.begin; i < states.end; ++i) {
@@ -57,20 +68,14 @@ class Forward {
     }
   }
 
-  static const T* row_of(const T* base, int64_t offset) { return base == nullptr ? nullptr : base + offset; }
+  static bool projects(const Layer<S>& layer) { return layer.direction[0].w_hr != nullptr; }
 
-  void prepare_projection(int thread, int threads) {
-    const int64_t per_direction = (layer_.projected + kPanel - 1) / kPanel;
-    const Range tasks = share(layer_.directions * per_direction, thread, threads);
-    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-      const int64_t d = task / per_direction, first = task % per_direction * kPanel;
-      S* panel = w_hr_ + task * layer_.hidden * kPanel;
-      const int64_t columns = least(kPanel, layer_.projected - first);
-      if (columns < kPanel) std::memset(panel, 0, layer_.hidden * kPanel * sizeof(S));
-      pack_transposed(columns, layer_.hidden, layer_.direction[d].w_hr + first * layer_.hidden, layer_.hidden, panel,
-                      kPanel);
-    }
+  // Whether a matrix is read often enough: `times` by a product of so many rows.
+  static bool is_worth_packing(const Layer<S>& layer, int64_t rows, int64_t times = 1) {
+    return layer.packed != nullptr || times * ((rows + kDotRows - 1) / kDotRows) > kFewSteps;
   }
+
+  static const T* row_of(const T* base, int64_t offset) { return base == nullptr ? nullptr : base + offset; }
 
   S* h(int64_t d, int64_t buffer) const { return h_ + (d * 2 + buffer) * layer_.batch * layer_.projected; }
 
@@ -175,11 +180,7 @@ class Forward {
       const int64_t columns = least(kPanel, P - first);
       for (int64_t m = 0; m < alive; m += kRowBlock) {
         const int64_t count = least(kRowBlock, alive - m);
-        if (pack_recurrent_)
-          gemm<S>(count, kPanel, H, rows_of(from + m * H, H), w_hr_ + (d * round_up(P, kPanel) + first) * H, kPanel,
-                  block, kPanel, false);
-        else
-          dot(count, columns, H, from + m * H, H, layer_.direction[d].w_hr + first * H, H, block, kPanel);
+        gate_products_.project(count, from + m * H, d, first, columns, block);
         for (int64_t i = 0; i < count; ++i) {
           const int64_t n = rows.range.begin + m + i;
           const T* row = block + i * kPanel;
@@ -192,10 +193,8 @@ class Forward {
   }
 
   const Layer<S>& layer_;
-  const bool pack_recurrent_;
-  Arena arena_;
+  Arena arena_, packed_;
   GatesOf gate_products_;
-  S* w_hr_;         // [D, panels, H, kPanel]
   S* h_;            // [D, 2, N, P]: read from one, written to the other
   T* c_;            // [D, N, H]
   S* unprojected_;  // [D, N, H], null without a projection

@@ -15,12 +15,13 @@ class Gates {
   static constexpr int64_t kFetchBeyond = 512 * 1024;  // bytes of a matrix that stay in L2 anyhow
 
   // A matrix that is not packed is read as it lies.
-  Gates(const Layer<S>& layer, bool pack_input, bool pack_recurrent, Arena& arena)
+  Gates(const Layer<S>& layer, bool pack_input, bool pack_recurrent, bool pack_projection, Arena& arena)
       : layer_(layer), panels_((layer.hidden + kUnits - 1) / kUnits) {
     const int64_t panels = layer.directions * panels_;
     w_ih_ = arena.take<S>(pack_input ? panels * layer.input * kWidth : 0);
     w_hh_ = arena.take<S>(pack_recurrent ? panels * layer.projected * kWidth : 0);
     bias_ = arena.take<T>(panels * 2 * kWidth);
+    w_hr_ = arena.take<S>(pack_projection ? layer.directions * layer.hidden * round_up(layer.projected, kPanel) : 0);
   }
 
   int64_t panels() const { return panels_; }
@@ -42,6 +43,7 @@ class Gates {
         if (weights.b_hh != nullptr) copy_row(weights.b_hh + from, units_in(p), bias + kWidth + g * kUnits);
       }
     }
+    if (w_hr_ != nullptr) pack_projection(thread, threads);
   }
 
   // to[M, G*units] = the panel's part of x W_ih^T and of h W_hh^T.
@@ -50,6 +52,14 @@ class Gates {
   }
   void recurrent(int64_t M, const S* h, int64_t d, int64_t p, T* to) const {
     multiply(M, layer_.projected, h, w_hh_, layer_.direction[d].w_hh, d, p, to);
+  }
+
+  // to[M, kPanel] = columns first to first + columns of h W_hr^T, for h before the projection.
+  void project(int64_t M, const S* h, int64_t d, int64_t first, int64_t columns, T* to) const {
+    const int64_t H = layer_.hidden;
+    if (w_hr_ == nullptr) return dot(M, columns, H, h, H, layer_.direction[d].w_hr + first * H, H, to, kPanel);
+    const S* panel = w_hr_ + (d * round_up(layer_.projected, kPanel) + first) * H;
+    gemm<S>(M, kPanel, H, rows_of(h, H), panel, kPanel, to, kPanel, false);
   }
 
   // Both parts of each gate for the units from u on, with their biases; `input` and `recurrent` are rows of the above.
@@ -74,6 +84,18 @@ class Gates {
                       panel + g * kUnits * Operand<S>::pair, kWidth);
   }
 
+  void pack_projection(int thread, int threads) const {
+    const int64_t H = layer_.hidden, per_direction = (layer_.projected + kPanel - 1) / kPanel;
+    const Range tasks = share(layer_.directions * per_direction, thread, threads);
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t d = task / per_direction, first = task % per_direction * kPanel;
+      const int64_t columns = least(kPanel, layer_.projected - first);
+      S* panel = w_hr_ + task * H * kPanel;
+      if (columns < kPanel) std::memset(panel, 0, H * kPanel * sizeof(S));
+      pack_transposed(columns, H, layer_.direction[d].w_hr + first * H, H, panel, kPanel);
+    }
+  }
+
   void multiply(int64_t M, int64_t K, const S* a, const S* packed, const S* w, int64_t d, int64_t p, T* to) const {
     if (packed == nullptr) {
       for (int64_t g = 0; g < Cell::gates; ++g)
@@ -90,6 +112,7 @@ class Gates {
   const int64_t panels_;
   S *w_ih_, *w_hh_;  // [D, panels, I or P, G*units], or null
   T* bias_;          // [D, panels, 2, G*units]
+  S* w_hr_;          // [D, panels, H, kPanel], or null
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

@@ -12,7 +12,9 @@ struct Build {
   static void forward(const Layer<S>& layer, std::byte* scratch) { Forward<Cell, S>(layer, scratch).run(); }
   static int64_t backward_scratch(const Layer<S>& layer) { return Backward<Cell, S>(layer, nullptr).scratch(); }
   static void backward(const Layer<S>& layer, std::byte* scratch) { Backward<Cell, S>(layer, scratch).run(); }
-  static Kernels<S> kernels() { return {forward_scratch, forward, backward_scratch, backward}; }
+  static int64_t packed_size(const Layer<S>& layer) { return Forward<Cell, S>::packed_size(layer); }
+  static void pack(const Layer<S>& layer, std::byte* packed) { Forward<Cell, S>::pack(layer, packed); }
+  static Kernels<S> kernels() { return {forward_scratch, forward, backward_scratch, backward, packed_size, pack}; }
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

@@ -1,0 +1,148 @@
+"""rnnkit.freeze: packed once, the same results, and what may and may not be done afterwards."""
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from configurations import LAYERS, Case, named_results
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rnnkit
+from rnnkit import backends
+
+CASES = [
+    Case(name, hx=hx, **options)
+    for name in LAYERS
+    for hx in (True, False)
+    for options in (
+        {},
+        {"num_layers": 2, "bidirectional": True, "batch_first": True},
+        {"lengths": (2, 5, 4)},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float64, "bias": False},
+    )
+] + [Case("lstm", hx=True, proj_size=2), Case("lstm", hx=True, proj_size=2, lengths=(2, 5, 4))]
+
+
+class _Packings(TorchDispatchMode):
+    """Counts calls that pack weights."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        self.count += op._opname == "pack_weights"
+        return op(*args, **(kwargs or {}))
+
+
+def frozen(**options: Any) -> rnnkit.GRU:
+    return rnnkit.freeze(rnnkit.GRU(5, 20, **options))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_results_are_those_of_the_layer(backend: str, case: Case) -> None:
+    layer, _ = case.twins()
+    with torch.no_grad():
+        arguments = case.arguments(case.leaves())
+        expected = named_results(case, layer.eval()(*arguments))
+        actual = named_results(case, rnnkit.freeze(layer)(*arguments))
+    for name, result in expected.items():
+        torch.testing.assert_close(actual[name], result)
+
+
+@pytest.mark.parametrize("steps", (1, 40))
+def test_any_number_of_steps_and_rows(steps: int) -> None:
+    layer = rnnkit.LSTM(33, 50)
+    again = rnnkit.freeze(copy.deepcopy(layer))
+    for rows in (1, 2, 5, 40):
+        x = torch.randn(steps, rows, 33)
+        with torch.no_grad():
+            torch.testing.assert_close(again(x), layer(x))
+
+
+def test_weights_are_packed_once() -> None:
+    with _Packings() as packings:
+        layer = frozen(num_layers=2)
+        assert packings.count == 2
+        with torch.inference_mode():
+            for _ in range(3):
+                layer(torch.randn(4, 3, 5))
+    assert packings.count == 2
+
+
+def test_repr_and_state_dict() -> None:
+    layer = rnnkit.GRU(5, 20)
+    names = layer.state_dict().keys()
+    assert "frozen" not in repr(layer)
+    assert "frozen=True" in repr(rnnkit.freeze(layer))
+    assert layer.state_dict().keys() == names
+
+
+def test_needs_no_gradient_and_no_training() -> None:
+    layer = frozen(num_layers=2, dropout=0.5)
+    assert not layer.training
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    layer(torch.randn(4, 3, 5))
+    with pytest.raises(RuntimeError, match=r"frozen layer has no gradients"):
+        layer(torch.randn(4, 3, 5, requires_grad=True))
+
+
+def test_loading_and_converting_pack_again() -> None:
+    layer, other, x = frozen(), rnnkit.GRU(5, 20), torch.randn(4, 3, 5)
+    layer.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), other(x))
+        layer.double(), other.double()
+        torch.testing.assert_close(layer(x.double()), other(x.double()))
+
+
+def test_copies_are_frozen_and_their_own() -> None:
+    layer, x = frozen(), torch.randn(4, 3, 5)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    with torch.no_grad():
+        expected = layer(x)
+        for copied in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+            assert copied.frozen
+            torch.testing.assert_close(copied(x), expected)
+        changed = copy.deepcopy(layer)
+        changed.load_state_dict(rnnkit.GRU(5, 20).state_dict())
+        assert not torch.equal(changed(x)[0], expected[0])
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_thawed_it_trains() -> None:
+    layer = frozen()
+    layer.frozen = False
+    layer.requires_grad_(True)
+    layer(torch.randn(4, 3, 5))[0].sum().backward()
+    assert layer.weight_hh_l0.grad is not None
+
+
+def test_the_layers_of_a_model() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), rnnkit.GRU(5, 20))
+    assert rnnkit.freeze(model) is model
+    assert model[1].frozen
+    assert model[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("module", (nn.Linear(2, 2), nn.LSTM(2, 2), rnnkit.LSTMCell(2, 2)), ids=str)
+def test_nothing_to_freeze(module: nn.Module) -> None:
+    with pytest.raises(
+        ValueError, match=r"expected module to hold an RNN, LSTM or GRU of rnnkit, got"
+    ):
+        rnnkit.freeze(module)
+
+
+def test_foreign_packed_weights_are_refused() -> None:
+    if backends.unavailable("cpp"):
+        pytest.skip(f"no C++ kernels: {backends.unavailable('cpp')}")
+    layer = rnnkit.GRU(5, 20)
+    weights = layer._weights()[0]
+    packed = torch.ops.rnnkit.pack_weights("gru", weights)
+    for wrong in (packed[:-1], packed.float()):
+        with pytest.raises(RuntimeError, match=r"expected packed to be"):
+            torch.ops.rnnkit.packed_forward("gru", torch.randn(4, 3, 5), [], weights, wrong, None)
