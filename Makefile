@@ -14,16 +14,18 @@ csrc := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format sanitize clean FORCE
+.PHONY: help demo test bench bench-quick bench-report lint format sanitize clean FORCE
 
 help:
 	@echo 'make demo       train a character model with torch.nn and rnnkit side by side'
 	@echo 'make test       run the test suite'
+	@echo 'make bench      measure rnnkit beside torch.nn, JAX, ONNX Runtime and OpenVINO: under 20 minutes'
+	@echo '                make bench-quick: a part, under 2; make bench-report: the README of the newest results'
 	@echo 'make lint       ruff, mypy and clang-format; make format mends what they can mend'
 	@echo 'make sanitize   run the kernels under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make clean      remove what was built; $(VENV) stays'
 	@echo
-	@echo "ARGS='...'           arguments of the example or of pytest, as in make test ARGS='-k lstm'"
+	@echo "ARGS='...'           arguments of the example, of pytest or of the benchmarks, as in make test ARGS='-k lstm'"
 	@echo 'TORCH=torch==2.13.0  the torch to install, now $(TORCH)'
 	@echo 'PYTHON=python3.12    the Python that $(VENV) is made with, now $(PYTHON)'
 	@echo 'RNNKIT_CPU=0         do without the C++ extension; 1: fail if it cannot be built'
@@ -33,6 +35,15 @@ demo: $(VENV)/built
 
 test: $(VENV)/built
 	@$(python) -m pytest $(ARGS)
+
+bench: $(VENV)/built $(VENV)/peers
+	@$(python) -m benchmarks $(ARGS)
+
+bench-quick: $(VENV)/built $(VENV)/peers
+	@$(python) -m benchmarks --quick $(ARGS)
+
+bench-report: $(VENV)/built $(VENV)/peers
+	@$(python) -m benchmarks.report $(ARGS)
 
 lint: $(VENV)/linters
 	$(VENV)/bin/ruff check .
@@ -61,7 +72,7 @@ sanitize: $(VENV)/installed
 
 clean:
 	rm -rf build dist rnnkit.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -f rnnkit/_C.*.so rnnkit/_build.py $(addprefix $(VENV)/,installed linters built)
+	rm -f rnnkit/_C.*.so rnnkit/_build.py $(addprefix $(VENV)/,installed linters peers built)
 
 $(python):
 	$(PYTHON) -m venv $(VENV)
@@ -82,6 +93,10 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py
 
 $(VENV)/linters: $(VENV)/installed
 	@$(pip) install --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(VENV)/peers: $(VENV)/installed
+	@$(pip) install --no-build-isolation --editable '.[bench]'
 	@touch $@
 
 # Only what changed is compiled. Where nothing could be, the next call tries again.

@@ -1,199 +1,151 @@
-"""Writes the README's table of speed and its picture from a results file of benchmarks/speed.py.
+"""Writes the README's tables of speed and goals, and the pictures in docs/, from a results file.
 
-    python benchmarks/report.py              from the newest complete file under benchmarks/results/
-    python benchmarks/report.py FILE         from this one
-    python benchmarks/report.py --check      writes nothing; is all as it would be written?
+    python -m benchmarks.report              from the newest complete file under benchmarks/results/
+    python -m benchmarks.report FILE         from this one
+    python -m benchmarks.report --check      writes nothing; is all as it would be written?
 
-The table goes between `<!-- speed:begin -->` and `<!-- speed:end -->`, the picture to docs/speed.png,
-which the README shows where it likes. The exit status is 1 if --check finds a difference, 2 if there is
-nothing to write from or no place to write to.
+The tables go between `<!-- speed:begin -->` and `<!-- speed:end -->`; the README shows the pictures where it
+likes. The exit status is 1 if --check finds a difference, 2 if there is nothing to write from or no place to
+write to.
 """
 
 import argparse
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.base import ROOT
+from benchmarks.cases import Case
+from benchmarks.figures import NOISE_LIMIT, Figure
+from benchmarks.plots import draw, pictures
+from benchmarks.results import FOLDER, ResultsError, load, newest
+
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
-FORMAT = "rnnkit speed 1"
-TITLES = {"inference": "inference", "training": "training step"}
-COLORS = {"inference": "#7fb2d9", "training": "#1f5a8c"}
+ENGINES = ("onnxruntime", "openvino")
+TITLES = {"torch": "torch.nn", "jax": "JAX", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 Document = dict[str, Any]
 Row = dict[str, Any]
 
 
 class ReportError(Exception):
-    """Nothing to write from, or no place to write to; the message says which."""
-
-
-def newest(folder: Path) -> Path:
-    """The complete results file with the latest date in it."""
-    dates: dict[Path, str] = {}
-    for path in sorted(folder.glob("*.json")):
-        document = json.loads(path.read_text("utf-8"))
-        if document.get("format") == FORMAT and document["complete"]:
-            dates[path] = document["date"]
-    if not dates:
-        raise ReportError(f"no complete results in {folder}: run benchmarks/speed.py")
-    return max(dates, key=dates.__getitem__)
-
-
-def load(path: Path) -> tuple[Document, str]:
-    """The results in `path`, and the digest that tells them from all others."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ReportError(f"{path}: {error.strerror}") from error
-    document: Document = json.loads(content)
-    if document.get("format") != FORMAT:
-        raise ReportError(f"{path}: expected format {FORMAT!r}, got {document.get('format')!r}")
-    return document, hashlib.sha256(content).hexdigest()
+    """There is no place to write to; the message says which."""
 
 
 def where(document: Document) -> str:
     """Device, threads and versions in a line."""
     device, versions = document["device"], document["versions"]
-    cores = "1 core" if device["cores"] == 1 else f"{device['cores']} cores"
+    count = device.get("cores")
+    cores = f"{count} core{'s' if count != 1 else ''}, " if count else ""
     threads = "1 thread" if document["threads"] == 1 else f"{document['threads']} threads"
-    dtypes = ", ".join(sorted({row["dtype"] for row in document["results"]}))
     own = f"rnnkit {versions['rnnkit']}"
     if git := versions["git"]:
         own += f" at {git['revision'][:7]}{' with changes' if git['dirty'] else ''}"
+    peers = [
+        f"{TITLES[name]} {told['versions'][name].split('-')[0]}"
+        for name, told in document["providers"].items()
+        if name in TITLES and name != "torch" and "versions" in told
+    ]
     return (
-        f"{device['name']} ({cores}, {device['capability']}), {threads}, {dtypes}, "
-        f"Python {versions['python']}, torch {versions['torch']}, {own} ({document['backend']})"
+        f"{device['name']} ({cores}{device['capability']}), {threads}; {own} ({document['backend']}), "
+        f"torch {versions['torch']}, {', '.join([*peers, 'Python ' + versions['python']])}"
     )
 
 
-def grouped(document: Document) -> dict[tuple[str, str], dict[str, Row]]:
-    """Rows by mode, under sizes and cell."""
+def ratio(row: Row | None, name: str) -> str:
+    """A peer's time over rnnkit's, or the word that stands for why there is none."""
+    told = (row or {}).get("entries", {}).get(name, {})
+    for refused in ("wrong", "failed"):
+        if refused in told:
+            return refused
+    found = (row or {}).get("ratios", {}).get(name)
+    return Figure.read(found).text("{:.2f}×") if found else "–"
+
+
+def engine(row: Row | None) -> str:
+    """The same of the faster engine, with its name."""
+    ratios = (row or {}).get("ratios", {})
+    present = [name for name in ENGINES if name in ratios]
+    if not present:
+        return "–"
+    best = min(present, key=lambda name: ratios[name]["median"])
+    return f"{ratio(row, best)} {TITLES[best]}"
+
+
+def milliseconds(row: Row | None) -> str:
+    told = (row or {}).get("entries", {}).get("rnnkit", {})
+    if "ms" not in told:
+        return "wrong" if "wrong" in told else "–"
+    figure = Figure.read(told["ms"])
+    return figure.text("{:.3g}" if figure.median < 100 else "{:.0f}")
+
+
+def markdown_table(lines: Sequence[Sequence[str]], left: int) -> list[str]:
+    """`lines` with the head first; so many columns are aligned to the left."""
+    rule = ["---"] * left + ["---:"] * (len(lines[0]) - left)
+    return [f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])]
+
+
+def speed_table(document: Document) -> list[str]:
+    """A row for each case and cell: inference and training side by side."""
     groups: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in document["results"]:
-        groups.setdefault((sizes(row), row["cell"]), {})[row["mode"]] = row
-    return groups
+    for row in document["lines"]:
+        if row["group"] == "cases":
+            case = Case(**row["case"])
+            label = case.sizes("{}, {}, {}{}").replace(", I", ", ")
+            groups.setdefault((label, case.cell), {})[case.mode] = row
+    head = ["T, N, H", "cell", "inference, ms", "torch.nn", "JAX", "best engine"]
+    head += ["training step, ms", "torch.nn", "JAX"]
+    lines = [head]
+    for (label, cell), modes in sorted(groups.items(), key=lambda item: item[0][0].count(",")):
+        forward, step = modes.get("inference"), modes.get("training")
+        line = [label, cell, milliseconds(forward), ratio(forward, "torch"), ratio(forward, "jax")]
+        line += [engine(forward), milliseconds(step), ratio(step, "torch"), ratio(step, "jax")]
+        lines.append(line)
+    return markdown_table(lines, left=2)
 
 
-def sizes(row: Row) -> str:
-    return ", ".join(str(row["case"][name]) for name in "TNH")
-
-
-def modes(document: Document) -> list[str]:
-    present = {row["mode"] for row in document["results"]}
-    return [mode for mode in TITLES if mode in present]
-
-
-def speedup(row: Row) -> str:
-    low, high = row["speedup"]["quartiles"]
-    noisy = " noisy" if row["noisy"] else ""
-    return f"**{row['speedup']['median']:.2f}×** ({low:.2f}–{high:.2f}){noisy}"
-
-
-def milliseconds(row: Row, name: str) -> str:
-    median: float = row["ms"][name]["median"]
-    return f"{median:.3g}" if median < 100 else f"{median:.0f}"
-
-
-def cells_of(row: Row | None) -> list[str]:
-    """Three cells of the table: both times, and the speed-up."""
-    if row is None:
-        return ["–", "–", "–"]
-    return [*(milliseconds(row, name) for name in ("torch", "rnnkit")), speedup(row)]
+def goal_table(document: Document) -> list[str]:
+    lines = [["goal", "bound", "measured", "verdict"]]
+    lines += [
+        [row["what"], row["goal"], row["figure"], row["verdict"]] for row in document["goals"]
+    ]
+    return markdown_table(lines, left=4)
 
 
 def markdown(document: Document, source: str) -> str:
-    """What stands between the markers.
-
-    Args:
-        document: the results.
-        source: path of the results file, from the README's folder.
-    """
-    shown = modes(document)
-    head = ["T, N, H", "cell"]
-    for mode in shown:
-        head += [f"{TITLES[mode]}: torch.nn, ms", "rnnkit, ms", "speed-up"]
-    lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
-    for (size, cell), rows in grouped(document).items():
-        lines.append([size, cell, *(text for mode in shown for text in cells_of(rows.get(mode)))])
-    protocol = document["protocol"]
+    """What stands between the markers; `source` is the results file's path from the README's folder."""
     about = (
-        f"{where(document)}; {document['date'][:10]}, [{Path(source).name}]({source}). "
-        f"Medians of {protocol['rounds']} rounds; in brackets the quartiles of the speed-up."
+        f"{where(document)}; {document['date'][:10]}, [{Path(source).name}]({source}). Medians of rounds in which "
+        "all take turns. Under a name stands its time over rnnkit's: above 1 rnnkit is faster. float32 where nothing "
+        f"else is said. A figure whose quartiles lie over {NOISE_LIMIT:.0%} of the median apart is called noisy."
     )
-    if any(row["noisy"] for row in document["results"]):
-        limit = protocol["noise_limit"]
-        about += (
-            f" Noisy: the quartiles lie over {limit:.0%} of the median apart, or are of too few rounds;"
-            " such a figure is not to be trusted."
-        )
-    table = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([about, "", *table])
+    every = ["<details><summary>Every case</summary>", "", *speed_table(document), "", "</details>"]
+    return "\n".join([about, "", *goal_table(document), "", *every])
 
 
 def insert(readme: str, block: str) -> str:
     """The text `readme` with `block` between the markers."""
-    if (
-        readme.count(BEGIN) != 1
-        or readme.count(END) != 1
-        or readme.index(BEGIN) > readme.index(END)
-    ):
+    counts = readme.count(BEGIN), readme.count(END)
+    if counts != (1, 1) or readme.index(BEGIN) > readme.index(END):
         raise ReportError(f"expected one {BEGIN} and one {END} after it in the README")
     before, after = readme.split(BEGIN)[0], readme.split(END)[1]
     return f"{before}{BEGIN}\n{block}\n{END}{after}"
 
 
-def draw(document: Document, digest: str, path: Path) -> None:
-    """Bars of speed-up, a panel for each case; `digest` goes into the file, for --check."""
-    from matplotlib.figure import Figure
-
-    groups, shown = grouped(document), modes(document)
-    cases = list(dict.fromkeys(size for size, _ in groups))
-    figure = Figure(figsize=(max(6.0, 3.4 * len(cases)), 4.6), dpi=144, layout="constrained")
-    panels = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
-    for panel, case in zip(panels, cases, strict=True):
-        cells = [cell for size, cell in groups if size == case]
-        bars(panel, {cell: groups[case, cell] for cell in cells}, shown)
-        panel.set_title("T {}, N {}, H {}".format(*case.split(", ")), fontsize=11)
-    panels[0].set_ylabel("speed of rnnkit, times that of torch.nn")
-    panels[0].set_ylim(0, 1.12 * max(r["speedup"]["quartiles"][1] for r in document["results"]))
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    figure.supxlabel(where(document).replace(", Python", "\nPython"), fontsize=8, color="#555555")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Source": digest})
-
-
-def bars(panel: Any, rows: dict[str, dict[str, Row]], shown: list[str]) -> None:
-    """One case: for each cell a bar a mode, with its quartiles and its value."""
-    width = 0.8 / len(shown)
-    for index, mode in enumerate(shown):
-        present = [(at, rows[cell][mode]) for at, cell in enumerate(rows) if mode in rows[cell]]
-        x = [at + (index - (len(shown) - 1) / 2) * width for at, _ in present]
-        medians = [row["speedup"]["median"] for _, row in present]
-        panel.bar(x, medians, 0.94 * width, color=COLORS[mode], label=TITLES[mode])
-        for at, (_, row) in zip(x, present, strict=True):
-            low, high = row["speedup"]["quartiles"]
-            panel.plot([at, at], [low, high], color="#222222", linewidth=1.2)
-            text = f"{row['speedup']['median']:.1f}" + ("\nnoisy" if row["noisy"] else "")
-            place = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center"}
-            panel.annotate(text, (at, high), fontsize=8, **place)
-    panel.axhline(1, color="#b03030", linewidth=1.2, linestyle="--", label="as fast as torch.nn")
-    panel.set_xticks(range(len(rows)), list(rows))
-    panel.spines[["top", "right"]].set_visible(False)
-
-
-def differences(readme: Path, expected: str, picture: Path, digest: str) -> list[str]:
+def differences(
+    readme: Path, expected: str, document: Document, digest: str, folder: Path
+) -> list[str]:
     """What --check finds."""
     found = []
     if readme.read_text("utf-8") != expected:
-        found.append(f"{readme}: the table is not that of the results")
-    if not picture.exists() or digest.encode() not in picture.read_bytes():
-        found.append(f"{picture}: not drawn from the results")
+        found.append(f"{readme}: the tables are not those of the results")
+    for name in pictures(document):
+        path = folder / name
+        if not path.exists() or digest.encode() not in path.read_bytes():
+            found.append(f"{path}: not drawn from the results")
     return found
 
 
@@ -203,26 +155,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("results", type=Path, nargs="?", help="default: the newest complete file")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "speed.png")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "docs", metavar="FOLDER")
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     options = parser.parse_args(arguments)
-    readme, picture = options.readme.resolve(), options.picture.resolve()
+    readme, folder = options.readme.resolve(), options.pictures.resolve()
     try:
-        source = options.results or newest(ROOT / "benchmarks" / "results")
+        source = options.results or newest(FOLDER)
         document, digest = load(source)
         link = Path(os.path.relpath(source.resolve(), readme.parent)).as_posix()
         text = readme.read_text("utf-8") if readme.exists() else ""
         expected = insert(text, markdown(document, link))
-    except ReportError as error:
+    except (ReportError, ResultsError) as error:
         print(error, file=sys.stderr)
         return 2
     if options.check:
-        found = differences(readme, expected, picture, digest)
-        print(*found or [f"{readme} and {picture} are those of {source}"], sep="\n")
+        found = differences(readme, expected, document, digest, folder)
+        print(*found or [f"{readme} and the pictures are those of {source}"], sep="\n")
         return 1 if found else 0
-    draw(document, digest, picture)
+    drawn = draw(document, digest, folder, where(document))
     readme.write_text(expected, "utf-8")
-    print(f"wrote {readme} and {picture} from {source}")
+    print(f"wrote {readme} and {', '.join(map(str, drawn))} from {source}")
     return 0
 
 

@@ -1,158 +1,376 @@
-"""benchmarks/speed.py and report.py at a tiny size: the file, the table, the picture; no figure is judged."""
+"""The benchmarks at tiny sizes, through real workers; verdicts and the report on results made by hand."""
 
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(
+    str(Path(__file__).resolve().parents[1])
+)  # last, so that an installed rnnkit is the one imported
 
-import report
-import speed
+import rnnkit
+from benchmarks import cases, goals, measure, memory, report, results, run
+from benchmarks.cases import Case, Entry, Line
+from benchmarks.figures import Figure
+from benchmarks.pool import Job, Pool
+from benchmarks.progress import Progress
+from benchmarks.providers import Computation
 
-TINY = ["--case", "3,2,5", "--rounds", "1", "--threads", "1"]
+TINY = Case("GRU", "training", 3, 2, 5, 5)
+PROTOCOL = measure.Protocol(0.001, line_seconds=0, rest_seconds=0.001, memory_calls=1)
+WRONG = """
+from torch.nn import GRU as Right
+class GRU(Right):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.weight_hh_l0.register_hook(lambda gradient: 1.001 * gradient)
+"""
+DYING = """
+import os
+class GRU:
+    def __init__(self, *args, **kwargs):
+        os._exit(3)
+"""
+MIB = 2**20
 README = f"# Title\n\nbefore\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n"
 
 
-@pytest.fixture(autouse=True)
-def short_samples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(speed, "SAMPLE_SECONDS", 0.001)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """A worker for each provider, and for two packages that pass themselves off as rnnkit."""
+    own = Path(rnnkit.__file__).resolve().parents[1]
+    jobs = {name: Job(name, 1, "cpu", own) for name in ("rnnkit", *cases.PEERS)}
+    jobs |= {f"memory {n}": Job(n, 1, "cpu", own, memory.ENVIRONMENT) for n in measure.MEMORY}
+    jobs[measure.TRUTH] = Job("torch", 1, "cpu", own)
+    for name, source in (("wrong", WRONG), ("dying", DYING)):
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "rnnkit").mkdir()
+        (folder / "rnnkit" / "__init__.py").write_text(source)
+        jobs[f"rnnkit@{name}"] = Job("rnnkit", 1, "cpu", folder)
+    with open(tmp_path_factory.mktemp("log") / "log", "w") as log, Pool(jobs, log) as pool:
+        yield pool
 
 
 @pytest.fixture
-def results(tmp_path: Path) -> Path:
-    path = tmp_path / "results" / "tiny.json"
-    assert speed.main([*TINY, "--cells", "lstm", "gru", "--output", str(path)]) == 0
-    return path
+def meter(pool: Pool, tmp_path: Path) -> measure.Meter:
+    return measure.Meter(pool, PROTOCOL, tmp_path / "line")
 
 
-def wrong_gru(*sizes: int) -> nn.Module:
-    """A GRU whose gradients are wrong and whose outputs are right."""
-    layer = nn.GRU(*sizes)
-    layer.weight_hh_l0.register_hook(lambda gradient: 1.001 * gradient)
-    return layer
+def of(case: Case, *workers: str) -> Line:
+    return Line("cases", case, {worker: Entry(worker, case) for worker in workers})
 
 
-def run_report(folder: Path, *arguments: str) -> int:
-    places = [
-        "--readme",
-        str(folder / "README.md"),
-        "--picture",
-        str(folder / "docs" / "speed.png"),
-    ]
-    return report.main([str(folder / "results" / "tiny.json"), *places, *arguments])
+VARIANTS = [
+    {"layers": 2, "directions": 2, "I": 4},
+    {"dtype": "bfloat16"},
+    {"dtype": "float64"},
+    {"ragged": True},
+]
 
 
-def test_results_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results = tmp_path / "tiny.json"
-    assert speed.main([*TINY, "--output", str(results)]) == 0
-    document = json.loads(results.read_text())
-    assert document["format"] == report.FORMAT and not document["complete"]
-    assert document["threads"] == 1
-    assert document["device"]["name"] and document["device"]["capability"]
-    assert document["versions"]["torch"] == torch.__version__
-    assert {(row["cell"], row["mode"]) for row in document["results"]} == {
-        (cell, mode) for cell in ("RNN", "LSTM", "GRU") for mode in ("inference", "training")
-    }
-    for row in document["results"]:
-        assert row["case"] == {"T": 3, "N": 2, "I": 5, "H": 5}
-        for figure in (*row["ms"].values(), row["speedup"]):
-            assert 0 < figure["quartiles"][0] <= figure["median"] <= figure["quartiles"][1]
-        assert row["noisy"], "one round tells no spread"
-        assert row["target"] is None and row["met"] is None
-    output = capsys.readouterr()
-    assert "timing 6/6: GRU training T3 N2 H5" in output.err and "s left" in output.err
-    assert "noisy" in output.out and str(results) in output.out
-
-
-def test_a_wrong_result_is_not_timed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("cell", cases.GATES)
+def test_rnnkit_and_torch(
+    meter: measure.Meter, cell: str, variant: dict[str, Any], mode: str
 ) -> None:
-    monkeypatch.setitem(speed.PROVIDERS, "rnnkit", SimpleNamespace(GRU=wrong_gru))
-    path = tmp_path / "wrong.json"
-    assert speed.main([*TINY, "--cells", "gru", "--output", str(path)]) == 1
-    assert "rnnkit: relative error of grad_weight_hh_l0" in capsys.readouterr().err
-    assert not path.exists()
+    row = meter.row(of(replace(TINY, cell=cell, mode=mode, **variant), "rnnkit", "torch"))
+    for told in row["entries"].values():
+        low, high = told["ms"]["quartiles"]
+        assert 0 < low <= told["ms"]["median"] <= high
+    assert row["ratios"].keys() == {"torch"}
 
 
-@pytest.mark.parametrize("times, noisy", [([1.0] * 5, False), ([1.0, 1.0, 1.0, 1.3, 1.3], True)])
-def test_verdicts(times: list[float], noisy: bool) -> None:
-    contest = speed.Contest("GRU", "training", speed.CASES[0], {}, {}, 0.0, {}, 1)
-    row = speed.result(contest, {"torch": times, "rnnkit": [t / 2.6 for t in times]})
-    assert (row["met"], row["noisy"]) == (True, noisy)
-    assert speed.verdict(row) == ("met, noisy" if noisy else "met")
-    slower = speed.result(contest, {"torch": times, "rnnkit": [t / 2.4 for t in times]})
-    assert speed.verdict(slower).startswith("missed")
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("cell", cases.GATES)
+@pytest.mark.parametrize("peer", [name for name in cases.PEERS if name != "torch"])
+def test_peers(pool: Pool, meter: measure.Meter, peer: str, cell: str, mode: str) -> None:
+    if not pool.has(peer):
+        pytest.skip(f"{peer}: {pool.providers[peer]}")
+    told = meter.row(of(replace(TINY, cell=cell, mode=mode, I=4, layers=2, directions=2), peer))
+    if mode == "training" and peer != "jax":
+        assert told["entries"][peer] == {"unsupported": "inference only"}
+    else:
+        assert told["entries"][peer]["ms"]["median"] > 0
 
 
-@pytest.mark.parametrize("arguments", [["--case", "3,2"], ["--case", "3,0,5"], ["--cells", "sru"]])
+def test_projection_in_jax(pool: Pool, meter: measure.Meter) -> None:
+    if not pool.has("jax"):
+        pytest.skip(f"jax: {pool.providers['jax']}")
+    case = replace(TINY, cell="LSTM", projection=2)
+    assert "ms" in meter.row(of(case, "jax"))["entries"]["jax"]
+
+
+@pytest.mark.parametrize("mode", ["streaming", "cell"])
+def test_streaming(meter: measure.Meter, mode: str) -> None:
+    row = meter.row(cases.beside_torch("streaming", Case("LSTM", mode, 1, 1, 4, 4)))
+    assert "ms" in row["entries"]["rnnkit"] and "torch" in row["ratios"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc/self/clear_refs")
+def test_memory(meter: measure.Meter) -> None:
+    def call() -> Any:
+        assert np.ones(64 * MIB, np.uint8).all()
+        return np.ones(MIB, np.uint8)
+
+    (found,) = memory.peaks(Computation(call, lambda result: {"result": result}), 1)
+    assert 62 * MIB <= found <= 66 * MIB
+    row = meter.row(cases.recomputing(Case("GRU", "training", 100, 16, 128, 128)))
+    for name in ("torch", "rnnkit"):
+        assert 0 < row["memory"][name]["bytes"]["median"] < 64 * MIB
+
+
+def test_a_wrong_result_is_reported_and_not_timed(meter: measure.Meter) -> None:
+    told = meter.row(of(TINY, "rnnkit@wrong", "torch"))["entries"]
+    assert "relative error of grad_weight_hh_l0" in told["rnnkit@wrong"]["wrong"]
+    assert "ms" not in told["rnnkit@wrong"] and "ms" in told["torch"]
+
+
+def test_a_process_that_ends_is_started_again(meter: measure.Meter) -> None:
+    for _ in range(2):
+        told = meter.row(of(TINY, "rnnkit@dying", "torch"))["entries"]
+        assert told["rnnkit@dying"] == {"failed": "its process ended with status 3"}
+        assert "ms" in told["torch"]
+
+
+def test_without_a_truth_nothing_is_timed(
+    meter: measure.Meter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pool, "ask", lambda *given, **arguments: {"failed": "no memory"})
+    monkeypatch.setattr(Pool, "forget", lambda self: None)
+    told = meter.row(of(TINY, "torch"))["entries"]["torch"]
+    assert told.keys() == {"failed"} and "no memory" in told["failed"]
+
+
+def test_a_provider_that_is_absent_has_no_entry(meter: measure.Meter) -> None:
+    assert meter.row(of(TINY, "torch", "tensorflow"))["entries"].keys() == {"torch"}
+
+
+def test_noisy_lines_are_timed_again(meter: measure.Meter, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = iter([1.0] * 8 + [2.0] * 4 + [1.0] * 12)
+    ask = Pool.ask
+
+    def sampled(self: Pool, name: str, command: str, **arguments: Any) -> dict[str, Any]:
+        if command == "peak":
+            return {"gflops": 2 * TINY.flops / 1e9}
+        if command == "sample":
+            return {"seconds": next(samples) if name == "torch" else 1.0}
+        return ask(self, name, command, **arguments)
+
+    monkeypatch.setattr(Pool, "ask", sampled)
+    meter.protocol = replace(PROTOCOL, least_rounds=12, most_rounds=12, again_seconds=60)
+    row = meter.row(of(TINY, "rnnkit", "torch"))
+    assert row["attempts"] == 2 and row["ratios"]["torch"]["quartiles"] == [1.0, 1.0]
+    assert row["share"]["median"] == 0.5
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tiny.json"
+    arguments = ["--case", "3,2,4,5", "--cells", "gru", "--providers", "torch", "--threads", "1"]
+    assert run.main([*arguments, "--rounds", "1", "--output", str(path)]) == 0
+    document, _ = results.load(path)
+    assert not document["complete"] and document["threads"] == 1
+    assert document["device"]["name"] and document["device"]["capability"]
+    assert document["providers"]["torch"]["versions"] == {"torch": torch.__version__}
+    assert [row["case"]["mode"] for row in document["lines"]] == ["inference", "training"]
+    assert document["lines"][0]["case"] == Case("GRU", "inference", 3, 2, 4, 5).document()
+    output = capsys.readouterr()
+    assert "2/2 GRU training T3 N2 I4 H5" in output.err and "left" in output.err
+    assert "rnnkit noisy, torch noisy" in output.out, "one round tells no spread"
+    assert str(path) in output.out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--case", "3,2"], ["--case", "3,0,5"], ["--cells", "sru"], ["--modes", "fly"]]
+)
 def test_wrong_arguments(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit:
-        speed.main(arguments)
+        run.main(arguments)
     assert exit.value.code == 2
 
 
-def test_report(results: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    readme = tmp_path / "README.md"
-    readme.write_text(README, "utf-8")
-    assert run_report(tmp_path, "--check") == 1
-    assert run_report(tmp_path) == 0
-    text = readme.read_text("utf-8")
-    assert (
-        text.startswith("# Title\n\nbefore\n")
-        and text.endswith("\n\nafter\n")
-        and "old" not in text
+def test_filters() -> None:
+    options = run.parse(["--cells", "gru", "--modes", "train", "--only", "N16 H512"])
+    found = list(run.wanted(options))
+    assert found and {line.case.cell for line in found} == {"GRU"}
+    assert {line.case.mode for line in found} == {"training"}
+    assert all("N16 H512" in str(line.case) for line in found)
+
+
+def test_progress_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = Progress([1.0, 1.0])
+    progress.step("one")
+    progress.step("two")
+    progress.clear()
+    text = capsys.readouterr().err
+    assert "\r" in text and "\n" not in text
+    assert "[############------------] 2/2 two, about 0 s left" in text
+
+
+QUIET, NOISY = 0.02, 0.4  # spreads
+SHAPES = [(100, 16, 512, 512), (200, 8, 64, 64)]
+
+
+def figure(value: float, spread: float = QUIET) -> dict[str, Any]:
+    half = value * spread / 2
+    return Figure(value, value - half, value + half, 9).document()
+
+
+def line(case: Case, torch_ratio: float, spread: float = QUIET) -> dict[str, Any]:
+    entries = {"rnnkit": {"ms": figure(2.0), "error": 1e-7}, "torch": {"ms": figure(9.0)}}
+    entries["openvino"] = {"unsupported": "inference only"}
+    ratios = {"torch": figure(torch_ratio, spread), "jax": figure(2.0)}
+    row = {"group": "cases", "case": case.document(), "entries": entries, "ratios": ratios}
+    return row | {"share": figure(0.9), "attempts": 1}
+
+
+def made(*rows: dict[str, Any]) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "format": results.FORMAT,
+        "date": "2026-01-02T03:04:05+00:00",
+        "complete": True,
+        "threads": 2,
+        "device": {"kind": "cpu", "name": "A CPU", "capability": "AVX2", "cores": 2},
+        "backend": "cpp, avx2 kernels",
+        "versions": {"python": "3.11", "torch": "2.13", "rnnkit": "0.1", "git": None},
+        "providers": {"jax": {"versions": {"jax": "0.10"}}},
+        "lines": list(rows),
+    }
+    return document | {"goals": goals.judge_all(document)}
+
+
+def training(first: float, second: float, spread: float = QUIET) -> dict[str, Any]:
+    """GRU training at both shapes; `spread` is of the second."""
+    both = [Case("GRU", "training", *shape) for shape in SHAPES]
+    return made(line(both[0], first), line(both[1], second, spread))
+
+
+def judged(document: dict[str, Any], what: str = "GRU training over torch.nn") -> dict[str, Any]:
+    return next(row for row in document["goals"] if row["what"] == what)
+
+
+@pytest.mark.parametrize(
+    "document, verdict",
+    [
+        (training(4.0, 9.0), "met"),
+        (training(3.0, 3.0), "missed"),  # the mean
+        (training(20.0, 2.0), "missed"),  # the worst
+        (training(4.0, 9.0, NOISY), "noisy"),
+        (training(2.0, 9.0, NOISY), "missed"),  # whatever the noisy one is
+        (made(), "not measured"),
+    ],
+)
+def test_verdicts(document: dict[str, Any], verdict: str) -> None:
+    assert judged(document)["verdict"] == verdict
+
+
+def test_goal_names_the_worst_case() -> None:
+    row = judged(training(4.0, 9.0))
+    assert row["figure"] == "geometric mean 6.00×; worst 4.00×: GRU training T100 N16 H512"
+    assert judged(training(9.0, 4.0, NOISY))["figure"].endswith("1 of 2 noisy")
+
+
+def test_a_wrong_result_misses_the_goal() -> None:
+    document = training(4.0, 9.0)
+    document["lines"][1]["entries"]["rnnkit"] = {"wrong": "relative error"}
+    row = goals.judge(goals.GOALS[0], document)
+    assert row["verdict"] == "missed" and row["wrong"] == ["GRU training T200 N8 H64"]
+
+
+def test_goals_beside_ratios() -> None:
+    ragged = Case("GRU", "inference", 128, 32, 128, 128, ragged=True)
+    rows = [line(ragged, 3.0), line(Case("GRU", "training", *SHAPES[0]), 4.0)]
+    rows[0]["ratios"]["rnnkit dense"] = figure(1.6)  # half the rows in 1 / 1.6 of the time
+    steps = line(Case("GRU", "training", 100, 4, 128, 128), 1.0) | {"group": "T"}
+    steps["ratios"] = {"rnnkit T1000": figure(10.5), "rnnkit T10000": figure(80.0)}
+    kept = line(Case("GRU", "training", *SHAPES[0]), 1.0) | {"group": "memory"}
+    kept["memory"] = {name: {"bytes": figure(b)} for name, b in (("torch", 100), ("rnnkit", 60))}
+    document = made(*rows, steps, kept)
+    found = {row["what"]: row for row in document["goals"] if row["worst"]}
+    assert found["ragged batch over its part of the dense time"]["worst"]["value"] == pytest.approx(
+        1.25, rel=0.01
     )
-    assert "[tiny.json](results/tiny.json)" in text
-    table = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + 2 and {len(line) for line in table} == {2 + 2 * 3}
-    document: dict[str, Any] = json.loads(results.read_text())
-    assert f"{document['results'][1]['speedup']['median']:.2f}" in table[2][7]
-    assert (tmp_path / "docs" / "speed.png").read_bytes().startswith(b"\x89PNG")
-    assert run_report(tmp_path, "--check") == 0
-    readme.write_text(text.replace("×", "x"), "utf-8")
-    assert run_report(tmp_path, "--check") == 1
+    assert found["share of peak, training, H ≥ 256, N ≥ 16"]["figure"].startswith("worst 90 %")
+    linear = found["time of a step, T 1 000 and 10 000 over 100"]
+    assert linear["verdict"] == "missed" and linear["worst"]["value"] == 1.25
+    assert found["peak memory of a training step over torch.nn's"]["worst"]["value"] == 0.6
+    assert judged(document, "the same with recompute")["verdict"] == "not measured"
 
 
-def test_check_sees_a_picture_of_other_results(results: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+def test_noisy_in_place_of_a_figure() -> None:
+    document = training(4.0, 9.0, NOISY)
+    assert Figure.read(figure(4.0, NOISY)).text("{:.1f}") == "noisy"
+    text = report.markdown(document, "file.json")
+    assert "| 200, 8, 64 | GRU | – | – | – | – | 2 | noisy | 2.00× |" in text
+    case = Case(**document["lines"][1]["case"])
+    told = run.text(Line("cases", case, {}), document["lines"][1])
+    assert "torch noisy" in told and "openvino –" in told and "90 % of peak" in told
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
     (tmp_path / "README.md").write_text(README, "utf-8")
-    assert run_report(tmp_path) == 0
-    document = json.loads(results.read_text())
-    results.write_text(json.dumps(document | {"environment": {}, "targets": {}}))
-    assert run_report(tmp_path, "--check") == 1
+    results.write(training(4.0, 9.0), tmp_path / "results" / "made.json")
+    return tmp_path
+
+
+def run_report(folder: Path, *arguments: str) -> int:
+    places = ["--readme", str(folder / "README.md"), "--pictures", str(folder / "docs")]
+    return report.main([str(folder / "results" / "made.json"), *places, *arguments])
+
+
+def test_report(folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    readme = folder / "README.md"
+    assert run_report(folder, "--check") == 1
+    assert run_report(folder) == 0
+    text = readme.read_text("utf-8")
+    assert text.startswith("# Title\n\nbefore\n") and text.endswith("\n\nafter\n")
+    assert "old" not in text and "[made.json](results/made.json)" in text
+    assert "| 100, 16, 512 | GRU | – | – | – | – | 2 | 4.00× | 2.00× |" in text
+    assert "| geometric mean 6.00×; worst 4.00×: GRU training T100 N16 H512 | met |" in text
+    for name in ("speed.png", "peak.png"):
+        assert (folder / "docs" / name).read_bytes().startswith(b"\x89PNG")
+    assert run_report(folder, "--check") == 0
+    readme.write_text(text.replace("4.00×", "4.01×"), "utf-8")
+    assert run_report(folder, "--check") == 1
+
+
+def test_check_sees_a_picture_of_other_results(folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert run_report(folder) == 0
+    document = json.loads((folder / "results" / "made.json").read_text())
+    results.write(document | {"environment": {}}, folder / "results" / "made.json")
+    assert run_report(folder, "--check") == 1
 
 
 def test_newest_is_complete_and_latest(tmp_path: Path) -> None:
-    with pytest.raises(report.ReportError, match="no complete results"):
-        report.newest(tmp_path)
-    for name, date, complete in (
-        ("a", "2026-02", True),
-        ("b", "2026-01", True),
-        ("c", "2026-03", False),
-    ):
-        document = {"format": report.FORMAT, "date": date, "complete": complete}
-        (tmp_path / f"{name}.json").write_text(json.dumps(document))
-    assert report.newest(tmp_path).name == "a.json"
+    with pytest.raises(results.ResultsError, match="no complete results"):
+        results.newest(tmp_path)
+    for name, date, complete in (("a", "2026-02", 1), ("b", "2026-01", 1), ("c", "2026-03", 0)):
+        document = {"format": results.FORMAT, "date": date, "complete": bool(complete)}
+        results.write(document, tmp_path / f"{name}.json")
+    assert results.newest(tmp_path).name == "a.json"
 
 
-def test_readme_without_markers(results: Path, tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("# Title\n")
-    assert run_report(tmp_path) == 2
+def test_readme_without_markers(folder: Path) -> None:
+    (folder / "README.md").write_text("# Title\n")
+    assert run_report(folder) == 2
 
 
 def test_readme_of_the_repository() -> None:
-    readme = report.ROOT / "README.md"
-    if not readme.exists() or report.BEGIN not in readme.read_text("utf-8"):
-        pytest.skip("README.md has no table of speed")
+    try:
+        results.newest(results.FOLDER)
+    except results.ResultsError as error:
+        pytest.skip(str(error))
     assert report.main(["--check"]) == 0

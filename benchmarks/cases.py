@@ -1,0 +1,200 @@
+"""What is measured: the table of cases, and the lines that compare providers, threads or sizes on them."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
+MODES = ("inference", "training", "streaming", "cell")
+PEERS = ("torch", "jax", "onnxruntime", "openvino")
+ONE_THREAD = "rnnkit 1 thread"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A computation.
+
+    mode: `inference` is a forward pass; `training` forward and backward, with gradients of the input and all
+        weights; `streaming` one step that carries the state from call to call; `cell` the same with LSTMCell.
+    ragged: a PackedSequence that fills half of the T × N rows, longest first.
+    recompute: rnnkit's option that keeps less for the backward pass.
+    """
+
+    cell: str
+    mode: str
+    T: int
+    N: int
+    I: int  # noqa: E741
+    H: int
+    layers: int = 1
+    directions: int = 1
+    projection: int = 0
+    dtype: str = "float32"
+    ragged: bool = False
+    recompute: bool = False
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the N sequences, longest first."""
+        T, N = self.T, self.N
+        return [max(1, T * (2 * (N - n) - 1) // (2 * N)) if self.ragged else T for n in range(N)]
+
+    @property
+    def rows(self) -> int:
+        """Of the input: steps of all sequences."""
+        return sum(self.lengths)
+
+    @property
+    def output_size(self) -> int:
+        """Of one direction."""
+        return self.projection or self.H
+
+    def suffixes(self) -> Iterator[tuple[str, int]]:
+        """What torch.nn's parameters of each layer and direction end in, and the layer's input size."""
+        for layer in range(self.layers):
+            size = self.directions * self.output_size if layer else self.I
+            for end in ("", "_reverse")[: self.directions]:
+                yield f"_l{layer}{end}", size
+
+    @property
+    def flops(self) -> int:
+        """Of the matrix products."""
+        products = sum(
+            GATES[self.cell] * self.H * (size + self.output_size) + self.H * self.projection
+            for _, size in self.suffixes()
+        )
+        return 2 * self.rows * products * (3 if self.mode == "training" else 1)
+
+    def sizes(self, form: str = "T{} N{} {}H{}") -> str:
+        """The sizes and what is not ordinary; I only where it is not H."""
+        parts = [form.format(self.T, self.N, "" if self.I == self.H else f"I{self.I} ", self.H)]
+        parts += [f"{self.layers} layers"] if self.layers > 1 else []
+        parts += [f"{self.directions} directions"] if self.directions > 1 else []
+        parts += [f"projection {self.projection}"] if self.projection else []
+        parts += [self.dtype] if self.dtype != "float32" else []
+        parts += ["ragged"] if self.ragged else []
+        return ", ".join(parts)
+
+    def __str__(self) -> str:
+        return f"{self.cell} {self.mode} {self.sizes()}"
+
+    def document(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class Entry(NamedTuple):
+    """One of those that take turns: what the worker `worker` computes."""
+
+    worker: str
+    case: Case
+
+
+class Line(NamedTuple):
+    """What is timed together: `entries` by name; ratios are to the one called rnnkit."""
+
+    group: str
+    case: Case
+    entries: dict[str, Entry]
+
+
+#: T, N, I, H
+SHAPES = (
+    (100, 1, 128, 128),
+    (100, 32, 128, 128),
+    (50, 64, 256, 256),
+    (100, 16, 512, 512),
+    (200, 8, 64, 64),
+    (35, 20, 650, 650),
+    (1000, 4, 256, 256),
+    (1, 1, 128, 128),
+    (100, 64, 512, 512),
+)
+#: Shapes beside the ordinary: in other dtypes, ragged, with a projection.
+BFLOAT16 = (SHAPES[1], SHAPES[2], SHAPES[3], SHAPES[5])
+FLOAT64 = (SHAPES[1],)
+RAGGED = (SHAPES[1], SHAPES[2])
+PROJECTED = (SHAPES[3],)
+HIDDEN_SIZES = (32, 64, 128, 256, 512, 1024)  # at T 50, N 16
+TIME_STEPS = (100, 1000, 10_000)  # at N 4, H 128
+MEMORY_SHAPES = ((100, 64, 512, 512), (200, 32, 256, 256))
+QUICK_SHAPES = (SHAPES[7], SHAPES[1], SHAPES[3])
+
+
+def table(quick: bool = False) -> Iterator[Case]:
+    """The cases that all providers are compared on; `quick` is the part for a first look."""
+    for cell in GATES:
+        for mode in ("inference", "training"):
+            for shape in QUICK_SHAPES if quick else SHAPES:
+                yield Case(cell, mode, *shape)
+            if quick:
+                continue
+            yield Case(cell, mode, *SHAPES[3], layers=2, directions=2)
+            for shape in FLOAT64:
+                yield Case(cell, mode, *shape, dtype="float64")
+    for cell in ("LSTM", "GRU") if quick else GATES:
+        for mode in ("inference", "training"):
+            for shape in BFLOAT16[2:3] if quick else BFLOAT16:
+                yield Case(cell, mode, *shape, dtype="bfloat16")
+            for shape in RAGGED[:1] if quick else RAGGED:
+                yield Case(cell, mode, *shape, ragged=True)
+    if not quick:
+        for mode in ("inference", "training"):
+            yield from (Case("LSTM", mode, *shape, projection=128) for shape in PROJECTED)
+
+
+def compared(case: Case) -> Line:
+    """All providers on `case`, and rnnkit on one thread, on the dense batch or in float32 where that tells."""
+    entries = {name: Entry(name, case) for name in ("rnnkit", *PEERS)}
+    if case.ragged:
+        entries["rnnkit dense"] = Entry("rnnkit", dataclasses.replace(case, ragged=False))
+    elif case.dtype == "float32":
+        entries[ONE_THREAD] = Entry(ONE_THREAD, case)
+    elif case.dtype == "bfloat16":
+        entries["rnnkit float32"] = Entry("rnnkit", dataclasses.replace(case, dtype="float32"))
+    return Line("cases", case, entries)
+
+
+def beside_torch(group: str, case: Case) -> Line:
+    return Line(group, case, {name: Entry(name, case) for name in ("rnnkit", "torch")})
+
+
+def over_time(cell: str, mode: str) -> Line:
+    """Every number of time steps in one line, so that they take turns; the least is what rnnkit is called."""
+    entries = {}
+    for T in TIME_STEPS:
+        case = Case(cell, mode, T, 4, 128, 128)
+        for name in ("rnnkit", "torch"):
+            entries[name if TIME_STEPS[0] == T else f"{name} T{T}"] = Entry(name, case)
+    return Line("T", entries["rnnkit"].case, entries)
+
+
+def recomputing(case: Case) -> Line:
+    again = dataclasses.replace(case, recompute=True)
+    entries = {"rnnkit": Entry("rnnkit", case), "rnnkit recompute": Entry("rnnkit", again)}
+    return Line("memory", case, entries)
+
+
+def lines(quick: bool = False) -> Iterator[Line]:
+    """Everything `make bench` measures, or `make bench-quick`."""
+    yield from map(compared, table(quick))
+    for mode in ("streaming", "cell"):
+        yield beside_torch("streaming", Case("LSTM", mode, 1, 1, 128, 128))
+    for cell in ("GRU",) if quick else GATES:
+        for shape in MEMORY_SHAPES[1:] if quick else MEMORY_SHAPES:
+            yield recomputing(Case(cell, "training", *shape))
+    if quick:
+        return
+    for cell in ("LSTM", "GRU"):
+        for mode in ("inference", "training"):
+            yield over_time(cell, mode)
+            for H in HIDDEN_SIZES:
+                yield beside_torch("H", Case(cell, mode, 50, 16, H, H))
+
+
+def of_sizes(shapes: Iterable[tuple[int, int, int, int]]) -> Iterator[Line]:
+    """Lines at sizes of one's own."""
+    for shape in shapes:
+        for cell in GATES:
+            for mode in ("inference", "training"):
+                yield compared(Case(cell, mode, *shape))

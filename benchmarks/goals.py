@@ -1,0 +1,239 @@
+"""The goals that rnnkit's speed and memory are held to, and what a results file says of each."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from benchmarks.cases import ONE_THREAD, TIME_STEPS, Case
+from benchmarks.figures import Figure, significant
+
+Document = dict[str, Any]
+Row = dict[str, Any]
+#: By case; None where rnnkit has no right result to be timed.
+Figures = dict[str, Figure | None]
+
+MET, MISSED, NOISY, NOT_MEASURED = "met", "missed", "noisy", "not measured"
+ENGINES = ("onnxruntime", "openvino", "jax")
+FORMS = {"×": "{:.2f}", " %": "{:.0f}", " µs": "{:.3g}"}  # by unit
+BFLOAT16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+class Goal(NamedTuple):
+    """A row of the table.
+
+    figures: what is judged, from the results.
+    every: bound of each case; `at_most` says on which side.
+    mean: least geometric mean.
+    optimistic: judge by the better quartile, where the bound is a tie that only noise decides.
+    """
+
+    what: str
+    figures: Callable[[Document], Figures]
+    every: float
+    mean: float | None = None
+    at_most: bool = False
+    optimistic: bool = False
+    unit: str = "×"
+
+    def bound(self) -> str:
+        every = f"{'≤' if self.at_most else '≥'} {self.every:g}{self.unit}"
+        if self.mean is None:
+            return every
+        return f"geometric mean ≥ {self.mean:g}{self.unit}, every case {every}"
+
+    def text(self, value: float) -> str:
+        return (FORMS[self.unit] + self.unit).format(value)
+
+    def judged(self, figure: Figure) -> float:
+        if not self.optimistic:
+            return figure.median
+        return figure.low if self.at_most else figure.high
+
+    def holds(self, value: float) -> bool:
+        return value <= self.every if self.at_most else value >= self.every
+
+
+def rows(document: Document, group: str, **wanted: Any) -> Iterator[tuple[Case, Row]]:
+    for row in document["lines"]:
+        case = Case(**row["case"])
+        if row["group"] == group and all(getattr(case, k) == v for k, v in wanted.items()):
+            yield case, row
+
+
+def right(row: Row) -> bool:
+    return "ms" in row["entries"].get("rnnkit", {})
+
+
+def ratios(
+    entry: str,
+    group: str = "cases",
+    least: tuple[int, int] = (0, 0),
+    **wanted: Any,
+) -> Callable[[Document], Figures]:
+    """Times of `entry` over rnnkit's, of ordinary float32 cases unless `wanted` says other; least N and H."""
+    wanted = {"dtype": "float32", "ragged": False} | wanted
+
+    def figures(document: Document) -> Figures:
+        found: Figures = {}
+        for case, row in rows(document, group, **wanted):
+            if least[0] > case.N or least[1] > case.H:
+                continue
+            if not right(row):
+                found[str(case)] = None
+            elif entry in row["ratios"]:
+                found[str(case)] = Figure.read(row["ratios"][entry])
+        return found
+
+    return figures
+
+
+def over_best_engine(document: Document) -> Figures:
+    """Ratios to the fastest of the engines that have the case right."""
+    found: Figures = {}
+    for case, row in rows(document, "cases", mode="inference", dtype="float32", ragged=False):
+        present = [Figure.read(row["ratios"][e]) for e in ENGINES if e in row.get("ratios", {})]
+        if not right(row):
+            found[str(case)] = None
+        elif present:
+            found[str(case)] = min(present, key=lambda figure: figure.median)
+    return found
+
+
+def shares(mode: str) -> Callable[[Document], Figures]:
+    """Share of the machine's peak at H ≥ 256, N ≥ 16, in percent."""
+
+    def figures(document: Document) -> Figures:
+        return {
+            str(case): Figure.read(row["share"]).scaled(100)
+            for case, row in rows(document, "cases", mode=mode, dtype="float32", ragged=False)
+            if case.N >= 16 and case.H >= 256 and "share" in row
+        }
+
+    return figures
+
+
+def ragged(document: Document) -> Figures:
+    """Time over that of the dense batch, times the part of the rows that is filled."""
+    dense = ratios("rnnkit dense", ragged=True)(document)
+    filled = {str(c): c.rows / (c.T * c.N) for c, _ in rows(document, "cases", ragged=True)}
+    return {
+        case: figure and figure.scaled(filled[case]).inverse() for case, figure in dense.items()
+    }
+
+
+def microseconds(mode: str) -> Callable[[Document], Figures]:
+    def figures(document: Document) -> Figures:
+        return {
+            str(case): Figure.read(row["entries"]["rnnkit"]["ms"]).scaled(1e3)
+            if right(row)
+            else None
+            for case, row in rows(document, "streaming", mode=mode)
+        }
+
+    return figures
+
+
+def linearity(document: Document) -> Figures:
+    """Time of a step among many over that among the fewest, or the inverse, whichever is more."""
+    found: Figures = {}
+    for T in TIME_STEPS[1:]:
+        for case, figure in ratios(f"rnnkit T{T}", group="T")(document).items():
+            if figure:
+                figure = figure.scaled(TIME_STEPS[0] / T)
+                figure = figure if figure.median >= 1 else figure.inverse()
+            found[case.replace(f"T{TIME_STEPS[0]}", f"T{T}")] = figure
+    return found
+
+
+def memory(entry: str) -> Callable[[Document], Figures]:
+    """Peak bytes of `entry` over torch.nn's."""
+
+    def figures(document: Document) -> Figures:
+        found: Figures = {}
+        for case, row in rows(document, "memory"):
+            pair = [row.get("memory", {}).get(name, {}).get("bytes") for name in (entry, "torch")]
+            if all(pair) and pair[1]["median"]:
+                own, torch = map(Figure.read, pair)
+                found[str(case)] = own.scaled(1 / torch.median)
+        return found
+
+    return figures
+
+
+def multiplies_bfloat16(document: Document) -> bool:
+    return bool(BFLOAT16_FEATURES & set(document["device"].get("features", ())))
+
+
+def bfloat16_over(entry: str) -> Callable[[Document], Figures]:
+    """Ratios in bfloat16 at H ≥ 256; none on CPUs without its instructions."""
+    figures = ratios(entry, least=(0, 256), dtype="bfloat16")
+    return lambda document: figures(document) if multiplies_bfloat16(document) else {}
+
+
+GOALS = (
+    Goal("GRU training over torch.nn", ratios("torch", cell="GRU", mode="training"), 2.5, 5),
+    Goal("GRU training over JAX", ratios("jax", cell="GRU", mode="training"), 1.5),
+    Goal("RNN training over torch.nn", ratios("torch", cell="RNN", mode="training"), 2.5, 5),
+    Goal("RNN training over JAX", ratios("jax", cell="RNN", mode="training"), 1.2),
+    Goal("LSTM training over torch.nn", ratios("torch", cell="LSTM", mode="training"), 1.1, 1.6),
+    Goal("GRU inference over torch.nn", ratios("torch", cell="GRU", mode="inference"), 1, 4),
+    Goal("RNN inference over torch.nn", ratios("torch", cell="RNN", mode="inference"), 1, 4),
+    Goal("LSTM inference over torch.nn", ratios("torch", cell="LSTM", mode="inference"), 1, 1.5),
+    Goal("inference over the best of ONNX Runtime, OpenVINO, JAX", over_best_engine, 1, 1.25),
+    Goal("share of peak, inference, H ≥ 256, N ≥ 16", shares("inference"), 80, unit=" %"),
+    Goal("share of peak, training, H ≥ 256, N ≥ 16", shares("training"), 70, unit=" %"),
+    Goal("bfloat16 over rnnkit's float32, H ≥ 256", bfloat16_over("rnnkit float32"), 1.6),
+    Goal("bfloat16 over torch.nn's, H ≥ 256", bfloat16_over("torch"), 1.2),
+    Goal("ragged batch over its part of the dense time", ragged, 1.15, at_most=True),
+    Goal("LSTM, T 1, N 1, H 128", microseconds("streaming"), 45, at_most=True, unit=" µs"),
+    Goal("LSTM, T 1, N 1, H 128, over torch.nn", ratios("torch", "streaming", mode="streaming"), 2),
+    Goal("LSTMCell, N 1, H 128", microseconds("cell"), 20, at_most=True, unit=" µs"),
+    Goal("LSTMCell, N 1, H 128, over torch.nn", ratios("torch", "streaming", mode="cell"), 1.3),
+    Goal("all threads over one, H ≥ 256", ratios(ONE_THREAD, least=(0, 256)), 1.7),
+    Goal("all threads over one, every case", ratios(ONE_THREAD), 1, optimistic=True),
+    Goal("time of a step, T 1 000 and 10 000 over 100", linearity, 1.1, at_most=True),
+    Goal("peak memory of a training step over torch.nn's", memory("rnnkit"), 0.7, at_most=True),
+    Goal("the same with recompute", memory("rnnkit recompute"), 0.3, at_most=True),
+    Goal("time with recompute", ratios("rnnkit recompute", "memory"), 1.5, at_most=True),
+)
+
+
+def judge(goal: Goal, document: Document) -> Row:
+    """The goal's row: figures of the cases that can be trusted, and the verdict on all of them."""
+    figures = goal.figures(document)
+    wrong = [case for case, figure in figures.items() if figure is None]
+    noisy = [case for case, figure in figures.items() if figure and figure.noisy]
+    trusted = {c: figure for c, figure in figures.items() if figure and not figure.noisy}
+    told: Row = {"what": goal.what, "goal": goal.bound(), "cases": len(figures)}
+    told |= {"noisy": noisy, "wrong": wrong, "mean": None, "worst": None}
+    missed = bool(wrong)
+    if trusted:
+        values = {case: goal.judged(figure) for case, figure in trusted.items()}
+        worst = (max if goal.at_most else min)(values, key=values.__getitem__)
+        told["worst"] = {"case": worst, "value": significant(values[worst])}
+        missed = missed or not goal.holds(values[worst])
+        mean = math.exp(sum(math.log(f.median) for f in trusted.values()) / len(trusted))
+        if goal.mean is not None:
+            told["mean"] = significant(mean)
+            missed = missed or (not noisy and mean < goal.mean)
+    told["verdict"] = MISSED if missed else NOISY if noisy else MET if trusted else NOT_MEASURED
+    told["figure"] = figure_text(goal, told)
+    return told
+
+
+def figure_text(goal: Goal, told: Row) -> str:
+    """What was measured, in words; the worst case beside it."""
+    parts = []
+    if told["mean"] is not None:
+        parts.append(f"geometric mean {goal.text(told['mean'])}")
+    if worst := told["worst"]:
+        parts.append(f"worst {goal.text(worst['value'])}: {worst['case']}")
+    if told["noisy"]:
+        parts.append(f"{len(told['noisy'])} of {told['cases']} noisy")
+    if told["wrong"]:
+        parts.append(f"rnnkit has no right result: {', '.join(told['wrong'])}")
+    return "; ".join(parts) or "–"
+
+
+def judge_all(document: Document) -> list[Row]:
+    return [judge(goal, document) for goal in GOALS]

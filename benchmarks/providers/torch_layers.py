@@ -1,0 +1,135 @@
+"""torch.nn and rnnkit: the same modules by the same names, so that one class calls either."""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from benchmarks.cases import Case
+from benchmarks.providers import Arrays, Computation, Unsupported
+
+Tensors = dict[str, Tensor]
+
+
+class TorchLayers:
+    """The layers of torch.nn or rnnkit."""
+
+    def __init__(self, name: str, threads: int, device: str) -> None:
+        torch.set_num_threads(threads)
+        self.package: Any = nn if name == "torch" else importlib.import_module(name)
+        self.device = torch.device(device)
+        if device == "cuda" and not torch.cuda.is_available():
+            raise Unsupported("torch sees no CUDA device")
+        torch.backends.cudnn.allow_tf32 = False  # float32 is held to float32's tolerance
+
+    def versions(self) -> dict[str, str]:
+        own = {} if self.package is nn else {"rnnkit": getattr(self.package, "__version__", "?")}
+        return own | {"torch": torch.__version__}
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def prepare(self, case: Case, arrays: Arrays) -> Computation:
+        dtype: torch.dtype = getattr(torch, case.dtype)
+        tensors = {
+            name: torch.from_numpy(array).to(
+                self.device, dtype if array.dtype.kind == "f" else None
+            )
+            for name, array in arrays.items()
+        }
+        module = self._module(case, tensors, dtype)
+        made: Computation = _MODES[case.mode](module, tensors)
+        return made
+
+    def _module(self, case: Case, tensors: Tensors, dtype: torch.dtype) -> nn.Module:
+        options: dict[str, Any] = {"device": self.device, "dtype": dtype}
+        weights = {name: t for name, t in tensors.items() if name.startswith(("weight", "bias"))}
+        if case.mode == "cell":
+            weights = {name.removesuffix("_l0"): tensor for name, tensor in weights.items()}
+            module: nn.Module = getattr(self.package, f"{case.cell}Cell")(case.I, case.H, **options)
+        else:
+            options |= {"num_layers": case.layers, "bidirectional": case.directions == 2}
+            options |= {"proj_size": case.projection} if case.projection else {}
+            options |= {"recompute": True} if case.recompute else {}
+            module = self._layer(case, options)
+        module.load_state_dict(weights)
+        module.train(case.mode == "training")
+        return module
+
+    def _layer(self, case: Case, options: dict[str, Any]) -> nn.Module:
+        try:
+            layer: nn.Module = getattr(self.package, case.cell)(case.I, case.H, **options)
+        except TypeError as error:
+            if case.recompute:
+                raise Unsupported("no option `recompute`") from error
+            raise
+        return layer
+
+
+def _inference(layer: nn.Module, tensors: Tensors) -> Computation:
+    x = _input(tensors)
+    return Computation(lambda: layer(x), lambda raw: _arrays(_named(*raw)), torch.inference_mode)
+
+
+def _training(layer: nn.Module, tensors: Tensors) -> Computation:
+    x, grad_output = tensors["x"].requires_grad_(), tensors["grad_output"]
+    given = _input(tensors)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+
+    def call() -> Any:
+        output, states = layer(given)
+        data = output.data if isinstance(output, PackedSequence) else output
+        return output, states, torch.autograd.grad(data, (x, *parameters), grad_output)
+
+    def results(raw: Any) -> Arrays:
+        gradients = dict(zip([f"grad_{name}" for name in ("x", *names)], raw[2], strict=True))
+        return _arrays(_named(*raw[:2]) | gradients)
+
+    return Computation(call, results)
+
+
+def _streaming(layer: nn.Module, tensors: Tensors) -> Computation:
+    x, states = tensors["x"], None
+
+    def call() -> Any:
+        nonlocal states
+        output, states = layer(x, states)
+        return output, states
+
+    return Computation(call, lambda raw: _arrays(_named(*raw)), torch.inference_mode)
+
+
+def _cell(cell: nn.Module, tensors: Tensors) -> Computation:
+    x, states = tensors["x"][0], None
+
+    def call() -> Any:
+        nonlocal states
+        states = cell(x, states)
+        return states
+
+    return Computation(call, lambda raw: _arrays(_named(raw[0], raw)), torch.inference_mode)
+
+
+def _input(tensors: Tensors) -> Any:
+    if "batch_sizes" in tensors:
+        return PackedSequence(tensors["x"], tensors["batch_sizes"].cpu())
+    return tensors["x"]
+
+
+def _named(output: Any, states: Any) -> Tensors:
+    states = states if isinstance(states, tuple) else (states,)
+    output = output.data if isinstance(output, PackedSequence) else output
+    return {"output": output, **dict(zip(("h_n", "c_n"), states, strict=False))}
+
+
+def _arrays(results: Tensors) -> Arrays:
+    return {
+        name: (t.float() if t.dtype == torch.bfloat16 else t).detach().cpu().numpy()
+        for name, t in results.items()
+    }
+
+
+_MODES = {"inference": _inference, "training": _training, "streaming": _streaming, "cell": _cell}

@@ -1,0 +1,59 @@
+"""On what a run was made: device, versions, revision, environment, as the results file has them."""
+
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rnnkit
+from benchmarks.base import ROOT, git
+from rnnkit import __main__ as command
+
+SOURCES = ("rnnkit", "csrc", "setup.py", "benchmarks/*.py", "benchmarks/providers")
+
+
+def revision() -> dict[str, Any] | None:
+    """The commit of the rnnkit that is timed and whether sources differ from it, if it is this checkout's."""
+    if Path(rnnkit.__file__).resolve().parents[1] != ROOT:
+        return None
+    try:
+        changed = git("status", "--porcelain", "--", *SOURCES)
+        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def device(kind: str, about: dict[str, Any]) -> dict[str, Any]:
+    if kind == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        return {
+            "kind": kind,
+            "name": torch.cuda.get_device_name(),
+            "capability": f"{major}.{minor}",
+        }
+    return {
+        "kind": kind,
+        "name": about["cpu"]["name"],
+        "capability": about["cpu"]["capability in torch"],
+        "features": about["cpu"]["features"],
+        "cores": about["cpu"]["logical cores"],
+    }
+
+
+def surroundings(kind: str) -> dict[str, Any]:
+    about: dict[str, Any] = dict(command.info())
+    backend = str(about["serving"][kind])
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device(kind, about),
+        "backend": f"{backend}, {about['backends'][backend]}".replace("loaded: ", ""),
+        "versions": {
+            "python": about["versions"]["Python"],
+            "torch": about["versions"]["torch"],
+            "rnnkit": about["versions"]["rnnkit"],
+            "git": revision(),
+        },
+        "environment": about["environment"],
+    }
