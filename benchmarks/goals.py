@@ -134,13 +134,12 @@ def microseconds(mode: str) -> Callable[[Document], Figures]:
 
 
 def linearity(document: Document) -> Figures:
-    """Time of a step among many over that among the fewest, or the inverse, whichever is more."""
+    """Time of a step among many over that among the fewest."""
     found: Figures = {}
     for T in TIME_STEPS[1:]:
         for case, figure in ratios(f"rnnkit T{T}", group="T")(document).items():
             if figure:
                 figure = figure.scaled(TIME_STEPS[0] / T)
-                figure = figure if figure.median >= 1 else figure.inverse()
             found[case.replace(f"T{TIME_STEPS[0]}", f"T{T}")] = figure
     return found
 

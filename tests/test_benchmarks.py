@@ -292,7 +292,7 @@ def test_goals_beside_ratios() -> None:
     rows = [line(ragged, 3.0), line(Case("GRU", "training", *SHAPES[0]), 4.0)]
     rows[0]["ratios"]["rnnkit dense"] = figure(1.6)  # half the rows in 1 / 1.6 of the time
     steps = line(Case("GRU", "training", 100, 4, 128, 128), 1.0) | {"group": "T"}
-    steps["ratios"] = {"rnnkit T1000": figure(10.5), "rnnkit T10000": figure(80.0)}
+    steps["ratios"] = {"rnnkit T1000": figure(9.0), "rnnkit T10000": figure(120.0)}
     kept = line(Case("GRU", "training", *SHAPES[0]), 1.0) | {"group": "memory"}
     kept["memory"] = {name: {"bytes": figure(b)} for name, b in (("torch", 100), ("rnnkit", 60))}
     document = made(*rows, steps, kept)
@@ -302,7 +302,7 @@ def test_goals_beside_ratios() -> None:
     )
     assert found["share of peak, training, H ≥ 256, N ≥ 16"]["figure"].startswith("worst 90 %")
     linear = found["time of a step, T 1 000 and 10 000 over 100"]
-    assert linear["verdict"] == "missed" and linear["worst"]["value"] == 1.25
+    assert linear["verdict"] == "missed" and linear["worst"]["value"] == 1.2
     assert found["peak memory of a training step over torch.nn's"]["worst"]["value"] == 0.6
     assert judged(document, "the same with recompute")["verdict"] == "not measured"
 

@@ -3,6 +3,7 @@
 // decide: no gradient, no autocast, no transform or subclass, arguments that fit. Else Python goes its own way, and
 // finds what is wrong.
 #include <ATen/ATen.h>
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/extension.h>
@@ -25,7 +26,7 @@ constexpr size_t kWeights = 5;  // of one direction
 bool ordinary_dispatch() {
   constexpr auto ordinary = c10::DispatchKeySet({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView});
   const bool others = (c10::impl::tls_local_dispatch_key_set().included_.raw_repr() & ~ordinary.raw_repr()) != 0;
-  return !others && !at::autocast::is_autocast_enabled(at::kCPU);
+  return !others && !at::autocast::is_autocast_enabled(at::kCPU) && !at::impl::torch_function_mode_enabled();
 }
 
 // Reads tensors from Python; `fits` turns false at the first that is not an ordinary one like the first of all.
@@ -79,13 +80,16 @@ class Arguments {
   at::ScalarType dtype_ = at::ScalarType::Undefined;
 };
 
-bool sizes_fit(const Tensor& x, const std::vector<Tensor>& states, const std::vector<std::optional<Tensor>>& weights) {
+bool sizes_fit(const std::string& cell, const Tensor& x, const std::vector<Tensor>& states,
+               const std::vector<std::optional<Tensor>>& weights) {
+  for (size_t i = 0; i < weights.size(); i += kWeights)
+    if (!weights[i] || !weights[i + 1]) return false;
   const Tensor &w_ih = *weights[0], &w_hh = *weights[1];
   if (x.dim() != 3 || x.size(0) == 0 || w_ih.dim() != 2 || w_hh.dim() != 2 || x.size(2) != w_ih.size(1)) return false;
+  const int64_t sizes[] = {w_hh.size(1), w_hh.size(0) / gates_of(cell)};  // of h and of c
   for (size_t i = 0; i < states.size(); ++i) {
-    if (states[i].dim() != 3 || states[i].size(1) != x.size(1)) return false;
+    if (states[i].dim() != 3 || states[i].size(1) != x.size(1) || states[i].size(2) != sizes[i]) return false;
     if (states[i].size(0) * kWeights != weights.size()) return false;
-    if (i == 0 && states[i].size(2) != w_hh.size(1)) return false;
   }
   return true;
 }
@@ -148,7 +152,7 @@ py::object infer_layers(const std::string& cell, py::handle input, py::handle hx
   const std::vector<std::optional<Tensor>> given = arguments.weights(weights);
   if (!arguments.fits || x.dim() != 3) return py::none();
   if (batch_first) x = x.transpose(0, 1);
-  if (!sizes_fit(x, states, given)) return py::none();
+  if (!sizes_fit(cell, x, states, given)) return py::none();
   std::tuple<Tensor, std::vector<Tensor>> results;
   {
     const py::gil_scoped_release released;
@@ -170,7 +174,7 @@ py::object infer_cell(const std::string& cell, py::handle input, py::handle hx, 
     if (state.dim() != 2) return py::none();
     state = state.unsqueeze(0);
   }
-  if (!sizes_fit(x, states, given)) return py::none();
+  if (!sizes_fit(cell, x, states, given)) return py::none();
   std::vector<Tensor> finals;
   {
     const py::gil_scoped_release released;

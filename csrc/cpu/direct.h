@@ -19,6 +19,8 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> packed_forward(std::string_view 
                                                                const at::Tensor& packed,
                                                                const std::optional<at::Tensor>& batch_sizes);
 
+int64_t gates_of(std::string_view cell);
+
 // Both return None where the call is for Python. `weights`: a list of five for each layer and direction.
 // `packed`: of each layer if frozen, else empty.
 py::object infer_layers(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,

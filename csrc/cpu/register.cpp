@@ -333,6 +333,8 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> forward(const Call& call, Keep k
 
 }  // namespace
 
+int64_t gates_of(std::string_view cell) { return find_cell(cell).gates; }
+
 std::tuple<Tensor, std::vector<Tensor>, Tensor> layer_forward(std::string_view cell, const Tensor& input,
                                                               at::TensorList states, const OptionalTensors& weights,
                                                               const std::optional<Tensor>& batch_sizes, int64_t keep) {
