@@ -43,7 +43,9 @@ class Forward {
   }
 
   void run() {
-    parallel(layer_.threads, [&](int thread, int threads, Barrier& all) {
+    const Split split(layer_, Cell::gates, layer_.threads);
+    const bool splits = layer_.directions * split.blocks * split.members > 1;
+    parallel(splits ? layer_.threads : 1, [&](int thread, int threads, Barrier& all) {
       prepare(thread, threads);
       all.wait();
       Barrier alone(1);
