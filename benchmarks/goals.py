@@ -50,7 +50,8 @@ class Goal(NamedTuple):
         return figure.low if self.at_most else figure.high
 
     def holds(self, value: float) -> bool:
-        return value <= self.every if self.at_most else value >= self.every
+        shown = round(value, 2)
+        return shown <= self.every if self.at_most else shown >= self.every
 
 
 def rows(document: Document, group: str, **wanted: Any) -> Iterator[tuple[Case, Row]]:

@@ -247,6 +247,7 @@ SIZES = (
     (70, 2, 16, 16),
     (3, 70, 9, 33),
     (30, 9, 70, 130),
+    (130, 7, 9, 20),
 )
 
 #: What may vary beside the sizes.
@@ -257,6 +258,7 @@ _VARIANTS: tuple[dict, ...] = (
     {"lengths": (4,)},
     {"lengths": tuple(range(19, 0, -1)), "states": False},
     {"lengths": (9,) * 8 + (4,) * 9 + (1,) * 16, "bias": False},
+    {"lengths": tuple(range(45, 0, -1))},
     {"bias": False},
     {"states": False},
 )

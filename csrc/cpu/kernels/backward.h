@@ -47,11 +47,10 @@ class Backward {
     parallel(layer_.threads, [&](int thread, int threads, Barrier& all) {
       prepare(thread, threads);
       Barrier alone(1);
-      const Shares<S> shares(layer_, Cell::gates, thread, threads);
       all.wait();
       for (const Chunk& chunk : chunks_) {
         if (recomputes_) compute_gates(chunk, thread, threads, all);
-        for (const Share<S>& own : shares) scan(chunk, own, own.meets ? all : alone);
+        for (const Share<S>& own : shares_of(chunk, thread, threads)) scan(chunk, own, own.meets ? all : alone);
         all.wait();
         for (int64_t d = 0; d < layer_.directions; ++d) {
           if (d > 0) all.wait();  // both add to grad_x
@@ -60,7 +59,8 @@ class Backward {
         }
       }
       if (layer_.grad_initial[0] == nullptr && layer_.grad_initial[1] == nullptr) return;
-      for (const Share<S>& own : shares) step_all(chunks_.back(), own, -1, own.meets ? all : alone);
+      for (const Share<S>& own : shares_of(chunks_.back(), thread, threads))
+        step_all(chunks_.back(), own, -1, own.meets ? all : alone);
     });
   }
 
@@ -92,6 +92,10 @@ class Backward {
                         {rows_of_visits(begin, end, 0), rows_of_visits(begin, end, 1)}});
     }
     return chunks;
+  }
+
+  Shares<S> shares_of(const Chunk& chunk, int thread, int threads) const {
+    return Shares<S>(layer_, Cell::gates, chunk.begin, chunk.end, thread, threads);
   }
 
   // A weight matrix [K, columns], row-major, in panels of kPanel columns; or as it lies, if it is not packed.

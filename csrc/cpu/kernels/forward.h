@@ -25,7 +25,8 @@ class Forward {
     c_ = arena_.take<T>(D * (Cell::states - 1) * N * layer.hidden);
     unprojected_ = arena_.take<S>(projects(layer) ? D * N * layer.hidden : 0);
     gates_size_ = most(kAhead, N * gate_products_.panels() * kWidth);
-    gates_ = arena_.take<T>(layer.threads * gates_size_);
+    gathered_size_ = round_up(kRowsAhead * layer.input, 64);
+    gates_ = arena_.take<T>(layer.threads * (gates_size_ + gathered_size_));
   }
 
   int64_t scratch() const { return arena_.used(); }
@@ -49,14 +50,15 @@ class Forward {
       prepare(thread, threads);
       all.wait();
       Barrier alone(1);
-      for (const Share<S>& own : Shares<S>(layer_, Cell::gates, thread, threads))
-        scan(own, gates_ + thread * gates_size_, own.meets ? all : alone);
+      for (const Share<S>& own : Shares<S>(layer_, Cell::gates, 0, layer_.steps, thread, threads))
+        scan(own, gates_ + thread * (gates_size_ + gathered_size_), own.meets ? all : alone);
     });
   }
 
  private:
   static constexpr int64_t kUnits = GatesOf::kUnits, kWidth = GatesOf::kWidth;
   static constexpr int64_t kAhead = 64 * 1024;  // elements of projected input that a thread keeps: within its L2
+  static constexpr int64_t kRowsAhead = 256;    // at most, if of more than one step
 
   // Packs the weights and lays out the initial states, this thread's part of them.
   void prepare(int thread, int threads) {
@@ -84,13 +86,13 @@ class Forward {
   void scan(const Share<S>& share_of, T* gates, Barrier& meet) {
     const Rows<S>& rows = share_of.rows;
     const Range own = share(gate_products_.panels(), share_of.member, share_of.members);
-    const int64_t per_row = most(1, own.size() * kWidth);
+    const int64_t rows_ahead = least(kRowsAhead, kAhead / most(1, own.size() * kWidth));
     for (int64_t s = 0; s < layer_.steps;) {
       int64_t end = s, ahead = 0;
-      while (end < layer_.steps && (end == s || (ahead + rows.alive(end)) * per_row <= kAhead))
-        ahead += rows.alive(end++);
+      while (end < layer_.steps && (end == s || ahead + rows.alive(end) <= rows_ahead)) ahead += rows.alive(end++);
+      const S* x = gather_input(rows, s, end, reinterpret_cast<S*>(gates + gates_size_));
       for (int64_t p = own.begin; p < own.end; ++p)
-        project_input(rows, s, end, p, gates + (p - own.begin) * ahead * kWidth);
+        gate_products_.input(ahead, x, rows.direction, p, gates + (p - own.begin) * ahead * kWidth);
       for (int64_t done = 0; s < end; ++s) {
         for (int64_t p = own.begin; p < own.end; ++p)
           step(rows, s, p, gates + ((p - own.begin) * ahead + done) * kWidth);
@@ -103,19 +105,15 @@ class Forward {
     }
   }
 
-  // gates[row, G*units] = x W_ih^T for visits s to end. Rows of one step lie together; so do those of all steps, in
-  // the order of time, if all of the batch is ours.
-  void project_input(const Rows<S>& rows, int64_t s, int64_t end, int64_t p, T* gates) {
-    const bool whole = rows.range.size() == layer_.batch && rows.direction == 0;
-    for (; s < end; ++s) {
-      int64_t count = rows.alive(s);
-      const S* x = layer_.x + rows.first(s) * layer_.input;
-      if (whole) {
-        for (; s + 1 < end; ++s) count += rows.alive(s + 1);
-      }
-      gate_products_.input(count, x, rows.direction, p, gates);
-      gates += count * kWidth;
-    }
+  // The rows of x for visits s to end, one visit after the other. Those of one visit lie together in x; so do those of
+  // all, if all of the batch is ours and time goes forward. Else they are gathered, for products of many rows.
+  const S* gather_input(const Rows<S>& rows, int64_t s, int64_t end, S* gathered) const {
+    const int64_t I = layer_.input;
+    if (end - s == 1 || (rows.range.size() == layer_.batch && rows.direction == 0)) return layer_.x + rows.first(s) * I;
+    S* to = gathered;
+    for (; s < end; to += rows.alive(s++) * I)
+      std::memcpy(to, layer_.x + rows.first(s) * I, rows.alive(s) * I * sizeof(S));
+    return gathered;
   }
 
   // One step of one panel's units, for all rows alive.
@@ -200,8 +198,8 @@ class Forward {
   S* h_;            // [D, 2, N, P]: read from one, written to the other
   T* c_;            // [D, N, H]
   S* unprojected_;  // [D, N, H], null without a projection
-  T* gates_;        // for each thread
-  int64_t gates_size_;
+  T* gates_;        // for each thread, and behind them the gathered rows of x
+  int64_t gates_size_, gathered_size_;
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

@@ -70,18 +70,19 @@ struct Rows {
   }
 };
 
-// Block `index` of `blocks` of the batch, cut so that each has nearly the same number of rows over all steps.
+// Block `index` of `blocks` of the batch, cut so that each has nearly the same number of rows over the steps `times`.
 template <class S>
-Range row_block(const Layer<S>& layer, int64_t index, int64_t blocks) {
+Range row_block(const Layer<S>& layer, Range times, int64_t index, int64_t blocks) {
   if (layer.rows() == layer.steps * layer.batch) return share(layer.batch, index, blocks);
-  int64_t cuts[2] = {0, 0};
+  const int64_t total = layer.offsets[times.end] - layer.offsets[times.begin];
+  int64_t cuts[2] = {0, layer.batch};  // rows that are not there at any of these steps fall to the last block
   for (int side = 0; side < 2; ++side) {
-    const int64_t wanted = layer.rows() * (index + side) / blocks;
-    int64_t t = layer.steps - 1, before = 0;  // before: rows of all steps that belong to the first `n` rows
+    if (index + side == blocks) continue;
+    int64_t t = times.end - 1, before = 0;  // before: rows of all steps that belong to the first `n` rows
     int64_t n = 0;
-    for (; n < layer.batch && before < wanted; ++n) {
-      while (t >= 0 && layer.count(t) <= n) --t;
-      before += t + 1;
+    for (; n < layer.batch && before < total * (index + side) / blocks; ++n) {
+      while (t >= times.begin && layer.count(t) <= n) --t;
+      before += t + 1 - times.begin;
     }
     cuts[side] = n;
   }
@@ -100,7 +101,8 @@ struct Share {
 template <class S>
 class Shares {
  public:
-  Shares(const Layer<S>& layer, int64_t gates, int thread, int threads) {
+  // Of the visits begin to end - 1; for others a thread may be given other rows.
+  Shares(const Layer<S>& layer, int64_t gates, int64_t begin, int64_t end, int thread, int threads) {
     const Split split(layer, gates, threads);
     if (split.members > 1) {
       const int64_t d = thread % layer.directions;
@@ -108,9 +110,11 @@ class Shares {
       shares_.push_back({{layer, d, {0, layer.batch}}, thread / layer.directions, members, true});
       return;
     }
-    for (int64_t i = thread; i < layer.directions * split.blocks; i += threads)
-      shares_.push_back(
-          {{layer, i % layer.directions, row_block(layer, i / layer.directions, split.blocks)}, 0, 1, false});
+    for (int64_t i = thread; i < layer.directions * split.blocks; i += threads) {
+      const int64_t d = i % layer.directions;
+      const Range times = d == 0 ? Range{begin, end} : Range{layer.steps - end, layer.steps - begin};
+      shares_.push_back({{layer, d, row_block(layer, times, i / layer.directions, split.blocks)}, 0, 1, false});
+    }
   }
   auto begin() const { return shares_.begin(); }
   auto end() const { return shares_.end(); }
