@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch>=2.10
 VENV ?= .venv
 ARGS ?=
-SANITIZE_TESTS ?= tests/test_kernels.py -k 'not test_against_reference or float32'
+SANITIZE_TESTS ?= test_kernels.py test_freezing.py test_inference.py -k 'not test_against_reference or float32 or bfloat16'
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check --quiet
@@ -68,7 +68,7 @@ sanitize: $(VENV)/installed
 		export LD_PRELOAD=$$($(compiler) -print-file-name=libasan.so):$$($(compiler) -print-file-name=libstdc++.so) && \
 		$(abspath $(python)) -c 'from rnnkit import _C; assert "/sanitize/" in _C.__file__, _C' && \
 		$(abspath $(python)) -m pytest --capture=sys --config-file=$(CURDIR)/pyproject.toml \
-			--rootdir=$(CURDIR) $(CURDIR)/$(SANITIZE_TESTS) $(ARGS)
+			--rootdir=$(CURDIR) $(patsubst test_%.py,$(CURDIR)/tests/test_%.py,$(SANITIZE_TESTS)) $(ARGS)
 
 clean:
 	rm -rf build dist rnnkit.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -33,8 +33,6 @@ def layer(
     if backends.serving(input.device) == "reference" or _transformed(tensors):
         return reference.layer(cell, input, states, weights, batch_sizes)
     if torch.is_grad_enabled() and _need_grad(tensors):
-        if packed is not None:
-            raise RuntimeError("a frozen layer has no gradients: call it under torch.no_grad()")
         output, *finals = _Layer.apply(
             cell, keep, batch_sizes, len(states), input, *states, *weights
         )

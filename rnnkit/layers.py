@@ -7,6 +7,7 @@ messages; not `nn.LSTM` and the like, on which torch.compile breaks the graph.
 from collections.abc import Sequence
 from typing import Any, overload
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -46,17 +47,20 @@ class _Layers(nn.RNNBase):
 
     def _packed_weights(self, weights: Weights) -> tuple[Tensor, ...]:
         """Of a frozen layer, what its kernels read; packed again if there is none."""
-        if self.frozen and not self._packed:
+        if not self.frozen and self._packed:
+            self._packed = ()  # thawed
+        if not self.frozen or torch.compiler.is_compiling():
+            return ()
+        if not self._packed:
             directions = 2 if self.bidirectional else 1
             self._packed = stack.pack(self.mode.lower(), weights, directions=directions)
-        return self._packed if self.frozen else ()
+        return self._packed
 
     def _weights(self) -> Weights:
         """The five tensors of `reference.WEIGHTS` for each layer and direction."""
         found: Weights = []
-        for (
-            names
-        ) in self._all_weights:  # not _flat_weights, which miss what was put in a parameter's place
+        # Not _flat_weights, which miss what was put in a parameter's place.
+        for names in self._all_weights:
             weights = [getattr(self, name) for name in names]
             biases = weights[2:4] if self.bias else [None, None]
             found.append([*weights[:2], *biases, weights[-1] if self.proj_size > 0 else None])
@@ -69,6 +73,13 @@ class _Layers(nn.RNNBase):
         weights: Weights,
         batch_sizes: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if self.frozen and torch.is_grad_enabled():
+            given = [input, *states, *(w for of_direction in weights for w in of_direction)]
+            if any(tensor is not None and tensor.requires_grad for tensor in given):
+                raise RuntimeError(
+                    "expected input, hx and parameters of a frozen layer to need no gradient, got one that does: "
+                    "call it under torch.no_grad()"
+                )
         return stack.run(
             self.mode.lower(),
             input,
@@ -182,8 +193,7 @@ class RNN(_Layers):
         batch_first: input and output are [N, T, ·] instead of [T, N, ·]. Default False.
         dropout: probability of zeroing an element of each layer's output but the last's, in training.
         bidirectional: a second direction, from the end (D = 2). Default False.
-        recompute: the backward pass computes the gates again instead of keeping them: a fraction of the
-            memory for about a third more time, the same gradients. Default False.
+        recompute: for symmetry; an RNN keeps nothing but its output in any case. Default False.
         device, dtype: of the parameters.
 
     Shape:
@@ -242,7 +252,7 @@ class LSTM(_Layers):
         bidirectional: a second direction, from the end (D = 2). Default False.
         proj_size: P < H, features of the projected hidden state; 0 for none. Default 0.
         recompute: the backward pass computes the gates again instead of keeping them: a fraction of the
-            memory for about a third more time, the same gradients. Default False.
+            memory for about a third more time, the same gradients up to rounding. Default False.
         device, dtype: of the parameters.
 
     Shape:
@@ -296,7 +306,7 @@ class GRU(_Layers):
         dropout: probability of zeroing an element of each layer's output but the last's, in training.
         bidirectional: a second direction, from the end (D = 2). Default False.
         recompute: the backward pass computes the gates again instead of keeping them: a fraction of the
-            memory for about a third more time, the same gradients. Default False.
+            memory for about a third more time, the same gradients up to rounding. Default False.
         device, dtype: of the parameters.
 
     Shape:

@@ -1,6 +1,7 @@
-"""The ops `torch.ops.rnnkit.layer_forward` and `layer_backward`: schemas, fakes, composite reference.
+"""The ops in `torch.ops.rnnkit`: schemas, fakes, composite reference.
 
-One pair of ops serves every cell, direction, layout and device; `autograd.layer` gives them gradients.
+`layer_forward` and `layer_backward` serve every cell, direction, layout and device; `autograd.layer` gives
+them gradients. `packed_forward` runs on weights that `pack_weights` packed ahead.
 Extensions add kernels under their dispatch key (csrc/cpu/register.cpp); where there is none, the
 composite below runs.
 """

@@ -13,6 +13,7 @@ import torch
 from kernel_cases import Case, assert_case_matches_reference, assert_same_bits, call
 
 from rnnkit import backends
+from rnnkit.ops import Keep
 from rnnkit.reference import CELLS
 
 pytestmark = pytest.mark.skipif(
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.skipif(
 
 #: Sizes that threads share in every way there is, all with work enough for several: not at all; hidden units,
 #: meeting after each step, with weights packed and read as they lie; rows of the batch, many and few; directions,
-#: alone and with either of these; more rows than a block; uneven lengths, where a thread's rows end early.
+#: alone and with either of these; more rows than a block; uneven lengths, where a thread's rows end early, and are
+#: shared anew for each chunk.
 SHARED = (
     {"sizes": (200, 1, 3, 64)},
     {"sizes": (40, 3, 30, 260)},
@@ -35,6 +37,7 @@ SHARED = (
     {"sizes": (0, 0, 20, 260), "lengths": (9, 9, 4, 1)},
     {"sizes": (0, 0, 20, 130), "lengths": (30,) + (1,) * 40},
     {"sizes": (0, 0, 20, 130), "lengths": (30,) + (1,) * 40, "directions": 2},
+    {"sizes": (0, 0, 9, 40), "lengths": tuple(range(60, 0, -1)), "directions": 2},
 )
 PROJECTED = (
     {"sizes": (12, 3, 20, 200), "projected": 130},
@@ -62,10 +65,11 @@ def test_any_number_of_threads(case: Case) -> None:
     it = call(case)
     torch.set_num_threads(1)
     assert_case_matches_reference(case)
-    alone = it.run()
+    alone, recomputed = it.run(), it.run(Keep.STATES)
     for threads in (2, 3, 5):
         torch.set_num_threads(threads)
         assert_same_bits(it.run(), alone)
+        assert_same_bits(it.run(Keep.STATES), recomputed)
 
 
 @on_cases

@@ -85,7 +85,7 @@ def test_needs_no_gradient_and_no_training() -> None:
     assert not layer.training
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     layer(torch.randn(4, 3, 5))
-    with pytest.raises(RuntimeError, match=r"frozen layer has no gradients"):
+    with pytest.raises(RuntimeError, match=r"frozen layer to need no gradient"):
         layer(torch.randn(4, 3, 5, requires_grad=True))
 
 
@@ -120,6 +120,48 @@ def test_thawed_it_trains() -> None:
     layer.requires_grad_(True)
     layer(torch.randn(4, 3, 5))[0].sum().backward()
     assert layer.weight_hh_l0.grad is not None
+
+
+def test_frozen_anew_it_sees_new_weights() -> None:
+    layer, x = frozen(), torch.randn(4, 3, 5)
+    layer.frozen = False
+    layer(x)
+    assert not layer._packed
+    with torch.no_grad():
+        layer.weight_hh_l0.mul_(2)
+    expected = layer(x)
+    layer.frozen = True
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_gradients_are_refused_on_every_way(backend: str) -> None:
+    layer, x = frozen(), torch.randn(4, 3, 5, requires_grad=True)
+    for autocast in (False, True):
+        with (
+            torch.autocast("cpu", enabled=autocast),
+            pytest.raises(RuntimeError, match=r"frozen layer to need no gradient"),
+        ):
+            layer(x)
+
+
+def test_ops() -> None:
+    layer = rnnkit.GRU(5, 20)
+    weights = layer._weights()[0]
+    packed = torch.ops.rnnkit.pack_weights("gru", weights)
+    arguments = ("gru", torch.randn(4, 3, 5), [torch.randn(1, 3, 20)], weights, packed, None)
+    with torch.no_grad():
+        torch.library.opcheck(torch.ops.rnnkit.packed_forward.default, arguments)
+
+
+@pytest.mark.parametrize("copied", (False, True))
+def test_compiled_and_exported(copied: bool) -> None:
+    layer, x = frozen(), torch.randn(4, 3, 5)
+    layer = copy.deepcopy(layer) if copied else layer
+    with torch.no_grad():
+        expected = layer(x)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
+        torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), expected)
 
 
 def test_the_layers_of_a_model() -> None:

@@ -53,7 +53,7 @@ SMALL = [
     ),
 ]
 
-#: Of so many rows that the backward pass goes through them in several chunks.
+#: Of as many rows as the products need to be the forward pass's own.
 LONG = {"steps": 200, "hidden_size": 33, "num_layers": 2, "bidirectional": True, "hx": True}
 
 

@@ -41,7 +41,7 @@ constexpr int kLanes = kVectorBytes / sizeof(T);
 template <class T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(kVectorBytes)));
-  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
 };
 template <>
 struct VectorOf<BFloat16> {};  // in registers it is float

@@ -18,10 +18,6 @@ namespace rnnkit {
 namespace {
 
 using at::Tensor;
-using OptionalTensors = c10::List<std::optional<Tensor>>;
-
-constexpr size_t kWeights = 5;  // of one direction
-
 // Whether nothing but this thread's ordinary dispatch is to see the call.
 bool ordinary_dispatch() {
   constexpr auto ordinary = c10::DispatchKeySet({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView});
@@ -62,9 +58,12 @@ class Arguments {
   // A list of `kWeights` for each layer and direction.
   std::vector<std::optional<Tensor>> weights(const py::list& lists) {
     std::vector<std::optional<Tensor>> found;
-    for (const py::handle of_direction : lists)
+    for (const py::handle of_direction : lists) {
+      if (!PyList_Check(of_direction.ptr()) || PyList_GET_SIZE(of_direction.ptr()) != kWeights) refuse();
+      if (!fits) return {};
       for (const py::handle weight : py::reinterpret_borrow<py::list>(of_direction))
         found.push_back(weight.is_none() ? std::nullopt : std::optional<Tensor>(tensor(weight.ptr())));
+    }
     return found;
   }
 
@@ -82,6 +81,7 @@ class Arguments {
 
 bool sizes_fit(const std::string& cell, const Tensor& x, const std::vector<Tensor>& states,
                const std::vector<std::optional<Tensor>>& weights) {
+  if (weights.empty()) return false;
   for (size_t i = 0; i < weights.size(); i += kWeights)
     if (!weights[i] || !weights[i + 1]) return false;
   const Tensor &w_ih = *weights[0], &w_hh = *weights[1];
@@ -89,7 +89,7 @@ bool sizes_fit(const std::string& cell, const Tensor& x, const std::vector<Tenso
   const int64_t sizes[] = {w_hh.size(1), w_hh.size(0) / gates_of(cell)};  // of h and of c
   for (size_t i = 0; i < states.size(); ++i) {
     if (states[i].dim() != 3 || states[i].size(1) != x.size(1) || states[i].size(2) != sizes[i]) return false;
-    if (states[i].size(0) * kWeights != weights.size()) return false;
+    if (states[i].size(0) * kWeights != int64_t(weights.size())) return false;
   }
   return true;
 }
@@ -148,7 +148,7 @@ py::object infer_layers(const std::string& cell, py::handle input, py::handle hx
   Arguments arguments;
   if (!ordinary_dispatch()) return py::none();
   Tensor x = arguments.tensor(input.ptr());
-  const std::vector<Tensor> states = arguments.states(hx.ptr(), cell == "lstm");
+  const std::vector<Tensor> states = arguments.states(hx.ptr(), states_of(cell) == 2);
   const std::vector<std::optional<Tensor>> given = arguments.weights(weights);
   if (!arguments.fits || x.dim() != 3) return py::none();
   if (batch_first) x = x.transpose(0, 1);
@@ -166,7 +166,7 @@ py::object infer_cell(const std::string& cell, py::handle input, py::handle hx, 
   Arguments arguments;
   if (!ordinary_dispatch()) return py::none();
   Tensor x = arguments.tensor(input.ptr());
-  std::vector<Tensor> states = arguments.states(hx.ptr(), cell == "lstm");
+  std::vector<Tensor> states = arguments.states(hx.ptr(), states_of(cell) == 2);
   const std::vector<std::optional<Tensor>> given = arguments.weights(weights);
   if (!arguments.fits || x.dim() != 2) return py::none();
   x = x.unsqueeze(0);

@@ -9,17 +9,21 @@
 
 namespace rnnkit {
 
+using OptionalTensors = c10::List<std::optional<at::Tensor>>;
+
+constexpr int64_t kWeights = 5;  // of one direction
+
 std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor> layer_forward(
-    std::string_view cell, const at::Tensor& input, at::TensorList states,
-    const c10::List<std::optional<at::Tensor>>& weights, const std::optional<at::Tensor>& batch_sizes, int64_t keep);
+    std::string_view cell, const at::Tensor& input, at::TensorList states, const OptionalTensors& weights,
+    const std::optional<at::Tensor>& batch_sizes, int64_t keep);
 
 std::tuple<at::Tensor, std::vector<at::Tensor>> packed_forward(std::string_view cell, const at::Tensor& input,
-                                                               at::TensorList states,
-                                                               const c10::List<std::optional<at::Tensor>>& weights,
+                                                               at::TensorList states, const OptionalTensors& weights,
                                                                const at::Tensor& packed,
                                                                const std::optional<at::Tensor>& batch_sizes);
 
 int64_t gates_of(std::string_view cell);
+int64_t states_of(std::string_view cell);
 
 // Both return None where the call is for Python. `weights`: a list of five for each layer and direction.
 // `packed`: of each layer if frozen, else empty.

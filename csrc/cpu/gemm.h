@@ -131,7 +131,7 @@ template <class S, int kVectors>
 void strip(int64_t M, int64_t K, MatrixA<S> A, const S* b, int64_t ldb, Sum<S>* c, int64_t ldc, bool add,
            const S* ahead = nullptr) {
   constexpr int64_t most = rows_in_tile(kVectors);
-  constexpr int fetch = kVectors < 3 ? 0 : 128;
+  constexpr int fetch = kVectors < 3 ? 0 : kVectors * kVectorBytes / 2;
   const int64_t tiles = (M + most - 1) / most;
   for (int64_t i = 0, m = 0; i < tiles; ++i) {
     const int64_t rows = (M - m) / (tiles - i);

@@ -23,12 +23,10 @@ namespace rnnkit {
 namespace {
 
 using at::Tensor;
-using OptionalTensors = c10::List<std::optional<Tensor>>;
 
 constexpr const char* kWeightNames[] = {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr"};
 constexpr const char* kStateNames[] = {"hx[0]", "hx[1]"};
 constexpr const char* kGradNames[] = {"grads[0]", "grads[1]", "grads[2]"};
-constexpr int64_t kWeights = 5;  // of one direction
 
 // The child of a fork has none of its parent's OpenMP threads, and libgomp would wait for them.
 std::atomic<bool> forked{false};
@@ -198,7 +196,8 @@ struct Call {
   at::TensorOptions operand_options() const { return input.options().dtype(operand_type()); }
 
   Tensor state_like(size_t i) const {
-    return at::empty({directions, batch, i == 0 ? projected : hidden}, compute_options());
+    const std::vector<int64_t> shape = {directions, batch, i == 0 ? projected : hidden};
+    return empty() ? at::zeros(shape, compute_options()) : at::empty(shape, compute_options());
   }
   std::vector<int64_t> output_shape() const {
     std::vector<int64_t> shape = input.sizes().vec();
@@ -269,7 +268,7 @@ Layer<S> make_layer(const Call& call, Pinned& pinned) {
   return layer;
 }
 
-// Scratch memory for one call. A thread keeps a small one for its next call: to map it anew would take longer than many
+// Scratch memory for one call. A thread keeps up to 4 MiB for its next call: to map it anew would take longer than many
 // a call does. Where tests ask torch to fill fresh memory, it is always fresh.
 Tensor scratch_of(int64_t bytes) {
   constexpr int64_t most_kept = 4 << 20;
@@ -303,7 +302,8 @@ void with_operand_type(const Call& call, const Body& body) {
 
 std::tuple<Tensor, std::vector<Tensor>, Tensor> forward(const Call& call, Keep keep,
                                                         const std::optional<Tensor>& packed) {
-  const Tensor output = allocate(call.output_shape(), call.operand_options());
+  const Tensor output = call.empty() ? at::zeros(call.output_shape(), call.operand_options())
+                                     : allocate(call.output_shape(), call.operand_options());
   std::vector<Tensor> finals;
   for (int64_t i = 0; i < call.cell.states; ++i) finals.push_back(call.state_like(i));
   const std::vector<int64_t> nothing = {0};
@@ -320,7 +320,8 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> forward(const Call& call, Keep k
     const Kernels<S>& kernels = kernels_of<S>(call.cell);
     if (packed) {
       const int64_t size = kernels.packed_size(layer);
-      TORCH_CHECK(packed->scalar_type() == at::kByte && packed->is_contiguous() && packed->numel() == size,
+      TORCH_CHECK(packed->scalar_type() == at::kByte && packed->is_contiguous() && packed->numel() == size &&
+                      reinterpret_cast<uintptr_t>(packed->const_data_ptr()) % 64 == 0,
                   "expected packed to be ", size, " bytes from pack_weights, got ", packed->scalar_type(), " of shape ",
                   packed->sizes());
       layer.packed = static_cast<const std::byte*>(packed->const_data_ptr());
@@ -334,6 +335,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> forward(const Call& call, Keep k
 }  // namespace
 
 int64_t gates_of(std::string_view cell) { return find_cell(cell).gates; }
+int64_t states_of(std::string_view cell) { return find_cell(cell).states; }
 
 std::tuple<Tensor, std::vector<Tensor>, Tensor> layer_forward(std::string_view cell, const Tensor& input,
                                                               at::TensorList states, const OptionalTensors& weights,

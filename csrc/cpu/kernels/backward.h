@@ -67,7 +67,7 @@ class Backward {
  private:
   static constexpr int64_t kPair = Operand<S>::pair;
   static constexpr int64_t kProductRows = 96;  // rows of A and depth of a block of the weight gradients' products
-  static constexpr int64_t kDepth = 256;       // also the rows of a chunk, if more than one step
+  static constexpr int64_t kDepth = 192;       // also the rows of a chunk, if more than one step
 
   // Visits begin to end - 1 of the forward scan, and the rows of x and y that they are, in each direction.
   struct Chunk {
@@ -95,7 +95,7 @@ class Backward {
   }
 
   Shares<S> shares_of(const Chunk& chunk, int thread, int threads) const {
-    return Shares<S>(layer_, Cell::gates, chunk.begin, chunk.end, thread, threads);
+    return Shares<S>(layer_, Cell::gates, Cell::units, chunk.begin, chunk.end, thread, threads);
   }
 
   // A weight matrix [K, columns], row-major, in panels of kPanel columns; or as it lies, if it is not packed.
@@ -152,9 +152,8 @@ class Backward {
     const int64_t P = layer_.projected, panels = recomputed_.panels();
     for (int64_t d = 0; d < layer_.directions; ++d) {
       const Range own = share(chunk.rows[d].size(), thread, threads);
-      PreviousH h{*this, {layer_, d, {0, layer_.batch}}};
-      for (int64_t i = own.begin; i < own.end; ++i)
-        copy_row(h.row(chunk.rows[d].begin + i), P, previous_h_ + (d * most_rows_ + i) * P);
+      PreviousH h = previous_rows(chunk, d);
+      for (int64_t i = own.begin; i < own.end; ++i) copy_row(h.row(i), P, previous_h_ + (d * most_rows_ + i) * P);
     }
     all.wait();
     const Range tasks = share(layer_.directions * panels, thread, threads);
@@ -357,8 +356,7 @@ class Backward {
       product(of, grads + column * H, ld, gates * H, RowsOf{layer_.x + first * layer_.input, layer_.input},
               layer_.input, at(weights.grad_w_ih, gate * H * layer_.input), at(weights.grad_b_ih, gate * H));
     });
-    product(of, grads, ld, Cell::gates * H, PreviousH{*this, {layer_, d, {0, layer_.batch}}, first}, P,
-            weights.grad_w_hh, weights.grad_b_hh);
+    product(of, grads, ld, Cell::gates * H, previous_rows(chunk, d), P, weights.grad_w_hh, weights.grad_b_hh);
     if (projects_)
       product(of, in_chunk(grad_projected_, chunk, d, first, P), P, P,
               RowsOf{in_chunk(unprojected_, chunk, d, first, H), H}, H, weights.grad_w_hr, nullptr);
@@ -377,7 +375,7 @@ class Backward {
   struct PreviousH {
     const Backward& of;
     Rows<S> rows;
-    int64_t first = 0, t = 0;
+    int64_t first, t;  // row 0 of the chunk, and a step near those asked for
     const S* row(int64_t r) {
       r += first;
       while (r < rows.layer.offsets[t]) --t;
@@ -391,6 +389,12 @@ class Backward {
       return dense && inside ? rows.layer.directions * rows.layer.projected : 0;
     }
   };
+
+  // Of a chunk's rows, beginning the search for a row's step at the chunk.
+  PreviousH previous_rows(const Chunk& chunk, int64_t d) const {
+    const int64_t t = d == 0 ? chunk.begin : layer_.steps - chunk.end;
+    return {*this, {layer_, d, {0, layer_.batch}}, chunk.rows[d].begin, t};
+  }
 
   // Rows of this distance are read as they lie: a block of them is within reach of the first-level TLB.
   static bool is_near(int64_t distance) { return kPair == 1 && distance > 0 && distance * int64_t(sizeof(S)) <= 1024; }

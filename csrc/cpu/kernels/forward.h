@@ -44,13 +44,13 @@ class Forward {
   }
 
   void run() {
-    const Split split(layer_, Cell::gates, layer_.threads);
+    const Split split(layer_, Cell::gates, Cell::units, layer_.threads);
     const bool splits = layer_.directions * split.blocks * split.members > 1;
     parallel(splits ? layer_.threads : 1, [&](int thread, int threads, Barrier& all) {
       prepare(thread, threads);
       all.wait();
       Barrier alone(1);
-      for (const Share<S>& own : Shares<S>(layer_, Cell::gates, 0, layer_.steps, thread, threads))
+      for (const Share<S>& own : Shares<S>(layer_, Cell::gates, Cell::units, 0, layer_.steps, thread, threads))
         scan(own, gates_ + thread * (gates_size_ + gathered_size_), own.meets ? all : alone);
     });
   }
@@ -109,10 +109,14 @@ class Forward {
   // all, if all of the batch is ours and time goes forward. Else they are gathered, for products of many rows.
   const S* gather_input(const Rows<S>& rows, int64_t s, int64_t end, S* gathered) const {
     const int64_t I = layer_.input;
-    if (end - s == 1 || (rows.range.size() == layer_.batch && rows.direction == 0)) return layer_.x + rows.first(s) * I;
+    const bool together = end - s == 1 || (rows.range.size() == layer_.batch && rows.direction == 0);
+    if (together && rows.alive(s) > 0) return layer_.x + rows.first(s) * I;
     S* to = gathered;
-    for (; s < end; to += rows.alive(s++) * I)
-      std::memcpy(to, layer_.x + rows.first(s) * I, rows.alive(s) * I * sizeof(S));
+    for (; s < end; ++s) {
+      const int64_t count = rows.alive(s) * I;
+      if (count > 0) std::memcpy(to, layer_.x + rows.first(s) * I, count * sizeof(S));
+      to += count;
+    }
     return gathered;
   }
 

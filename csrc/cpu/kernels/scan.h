@@ -25,14 +25,14 @@ struct Split {
   int64_t members;  // threads that share the units of a direction; 1 if blocks > 1
 
   template <class S>
-  Split(const Layer<S>& layer, int64_t gates, int threads) : blocks(1), members(1) {
+  Split(const Layer<S>& layer, int64_t gates, int64_t units, int threads) : blocks(1), members(1) {
     const int64_t share_of = (threads + layer.directions - 1) / layer.directions;
     if (share_of <= 1) return;
     const int64_t rows = layer.batch / share_of, weights = gates * layer.hidden * layer.projected;
     const bool in_cache = weights * int64_t(sizeof(S)) <= kWeightsInCache;
     if (rows >= (in_cache ? kRowsOfTile : kRowsWorthReading))
       blocks = share_of;
-    else if (layer.batch * weights >= kStepWorthSharing && layer.hidden >= 32 * share_of)
+    else if (layer.batch * weights >= kStepWorthSharing && layer.hidden >= most(32, units) * share_of)
       members = share_of;
     else if (rows >= 2)
       blocks = share_of;
@@ -102,8 +102,8 @@ template <class S>
 class Shares {
  public:
   // Of the visits begin to end - 1; for others a thread may be given other rows.
-  Shares(const Layer<S>& layer, int64_t gates, int64_t begin, int64_t end, int thread, int threads) {
-    const Split split(layer, gates, threads);
+  Shares(const Layer<S>& layer, int64_t gates, int64_t units, int64_t begin, int64_t end, int thread, int threads) {
+    const Split split(layer, gates, units, threads);
     if (split.members > 1) {
       const int64_t d = thread % layer.directions;
       const int64_t members = (threads - d + layer.directions - 1) / layer.directions;
