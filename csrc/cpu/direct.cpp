@@ -18,6 +18,7 @@ namespace rnnkit {
 namespace {
 
 using at::Tensor;
+
 // Whether nothing but this thread's ordinary dispatch is to see the call.
 bool ordinary_dispatch() {
   constexpr auto ordinary = c10::DispatchKeySet({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView});
