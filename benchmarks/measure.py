@@ -43,7 +43,7 @@ class Protocol:
     memory_calls: int = TRUSTED_ROUNDS
 
 
-QUICK = Protocol(sample_seconds=0.02, line_seconds=0.5, again_seconds=10.0)
+QUICK = Protocol(sample_seconds=0.01, line_seconds=0.25, again_seconds=0.0)
 
 
 def refusal(answer: Row) -> Row | None:
