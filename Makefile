@@ -1,20 +1,30 @@
 # From a fresh machine in two commands: `make demo` and `make test`. Each creates the virtual environment,
-# installs torch and rnnkit and builds the kernels where that is not done yet, then does its job.
+# installs torch and rnnkit and builds the kernels where that is not done yet, then does its job. Only `make gpu`
+# takes Python as it is: machines with a GPU are lent, and often have no network.
 
 PYTHON ?= python3
 TORCH ?= torch>=2.10
 VENV ?= .venv
 ARGS ?=
+OUT ?= build/gpu
 SANITIZE_TESTS ?= test_kernels.py test_freezing.py test_inference.py -k 'not test_against_reference or float32 or bfloat16'
+
+switches := cpu=$(RNNKIT_CPU) cuda=$(RNNKIT_CUDA) $(TORCH_CUDA_ARCH_LIST)
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check --quiet
 compiler := $${CXX:-c++}
 csrc := $(shell find csrc -type f)
+formatted := $(filter %.h %.cpp %.cu %.cuh,$(csrc))
+
+# A test that fails is not hidden by the log that it is piped into.
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test bench bench-quick bench-report lint format sanitize clean FORCE
+.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench
 
 help:
 	@echo 'make demo       train a character model with torch.nn and rnnkit side by side'
@@ -23,12 +33,15 @@ help:
 	@echo '                make bench-quick: a part, under 2; make bench-report: the README of the newest results'
 	@echo 'make lint       ruff, mypy and clang-format; make format mends what they can mend'
 	@echo 'make sanitize   run the kernels under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make gpu        on a machine with a GPU, nvcc and a $(PYTHON) that has torch, pytest, ninja, setuptools and numpy:'
+	@echo '                gpu-build, gpu-test, gpu-sanitize (compute-sanitizer) and gpu-bench; logs in $(OUT)'
 	@echo 'make clean      remove what was built; $(VENV) stays'
 	@echo
 	@echo "ARGS='...'           arguments of the example, of pytest or of the benchmarks, as in make test ARGS='-k lstm'"
 	@echo 'TORCH=torch==2.13.0  the torch to install, now $(TORCH)'
 	@echo 'PYTHON=python3.12    the Python that $(VENV) is made with, now $(PYTHON)'
 	@echo 'RNNKIT_CPU=0         do without the C++ extension; 1: fail if it cannot be built'
+	@echo 'RNNKIT_CUDA=0        likewise for the CUDA library; 1 builds it beside a torch without CUDA, too'
 
 demo: $(VENV)/built
 	@$(python) examples/char_rnn.py $(ARGS)
@@ -49,12 +62,12 @@ lint: $(VENV)/linters
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp,$(csrc))
+	$(VENV)/bin/clang-format --dry-run --Werror $(formatted)
 
 format: $(VENV)/linters
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(filter %.h %.cpp,$(csrc))
+	$(VENV)/bin/clang-format -i $(formatted)
 
 # A second build of the package, tested from its own folder so that it is the one imported. Stderr is not
 # captured, since a report ends the process; leaks are not looked for, since Python frees little at exit.
@@ -70,9 +83,34 @@ sanitize: $(VENV)/installed
 		$(abspath $(python)) -m pytest --capture=sys --config-file=$(CURDIR)/pyproject.toml \
 			--rootdir=$(CURDIR) $(patsubst test_%.py,$(CURDIR)/tests/test_%.py,$(SANITIZE_TESTS)) $(ARGS)
 
+# `make --keep-going gpu` goes on after a part that failed.
+gpu: gpu-build gpu-test gpu-sanitize gpu-bench
+
+$(OUT):
+	@mkdir -p $@
+
+gpu-build: | $(OUT)
+	RNNKIT_CUDA=1 $(PYTHON) setup.py build_ext --inplace 2>&1 | tee $(OUT)/build.log
+	$(PYTHON) -m rnnkit info 2>&1 | tee $(OUT)/info.log
+
+gpu-test: | $(OUT)
+	$(PYTHON) -m pytest -m gpu $(ARGS) 2>&1 | tee $(OUT)/test.log
+
+# Each tensor is memory of its own, so that memcheck sees what is read or written beside it.
+gpu-sanitize: | $(OUT)
+	@export PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTEST_TIMEOUT=0 PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin"; status=0; \
+	for tool in memcheck racecheck; do \
+		echo "compute-sanitizer --tool $$tool"; \
+		compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(PYTHON) -m pytest -m gpu -k sanitize $(ARGS) 2>&1 | tee $(OUT)/$$tool.log || status=1; \
+	done; exit $$status
+
+gpu-bench: | $(OUT)
+	$(PYTHON) -m benchmarks.gpu $(ARGS) 2>&1 | tee $(OUT)/bench.log
+
 clean:
 	rm -rf build dist rnnkit.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -f rnnkit/_C.*.so rnnkit/_build.py $(addprefix $(VENV)/,installed linters peers built)
+	rm -f rnnkit/_C.*.so rnnkit/_cuda.so rnnkit/_build.py $(addprefix $(VENV)/,installed linters peers built)
 
 $(python):
 	$(PYTHON) -m venv $(VENV)
@@ -81,11 +119,11 @@ $(python):
 $(VENV)/torch: FORCE | $(python)
 	@echo '$(TORCH)' | cmp --silent - $@ || echo '$(TORCH)' > $@
 
-# Likewise for the switch.
+# Likewise for the switches.
 $(VENV)/switch: FORCE | $(python)
-	@echo '$(RNNKIT_CPU)' | cmp --silent - $@ || echo '$(RNNKIT_CPU)' > $@
+	@echo '$(switches)' | cmp --silent - $@ || echo '$(switches)' > $@
 
-$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py
+$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py build_cuda.py
 	@echo 'Installing $(TORCH) and rnnkit into $(VENV): minutes the first time.'
 	@$(pip) install '$(TORCH)' 'setuptools>=77' wheel ninja
 	@$(pip) install --no-build-isolation --editable '.[test,examples]'

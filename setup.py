@@ -1,13 +1,18 @@
 """Builds rnnkit: `rnnkit._C` from csrc/ where there are torch and a C++ compiler, else pure Python.
 
 The kernels (csrc/cpu/kernels/) are compiled once per CPU capability into the one module, which chooses
-at run time. What was built, or why it was not, is written to rnnkit/_build.py for rnnkit/backends.py.
+at run time. The CUDA kernels become a second library (build_cuda.py), where torch has CUDA and nvcc is there.
+What was built, or why it was not, is written to rnnkit/_build.py for rnnkit/backends.py.
 
 Environment:
     RNNKIT_CPU=0          do not build the extension
     RNNKIT_CPU=1          fail where it cannot be built, instead of going on without it
+    RNNKIT_CUDA=0, =1     likewise for the CUDA library; 1 builds it beside a torch without CUDA, too
     RNNKIT_SANITIZE=...   value of -fsanitize, for example address,undefined
     CC, CXX, MAX_JOBS     compilers and parallel jobs, as everywhere
+    CUDA_HOME, CUDA_PATH  the CUDA toolkit; without them that of the nvcc on PATH, or /usr/local/cuda
+    TORCH_CUDA_ARCH_LIST  GPUs to build for, such as '8.0;9.0+PTX'. Without it, in place (editable installations
+                          too) those in sight; else, or where there are none, 8.0 to 10.0 and PTX: minutes
 """
 
 import os
@@ -36,7 +41,6 @@ except (ImportError, OSError) as error:
 
     TORCH_VERSION, TORCH_ABSENT = "", str(error)
 
-SWITCH = os.environ.get("RNNKIT_CPU", "")
 SANITIZE = os.environ.get("RNNKIT_SANITIZE", "")
 
 #: Flags for each CPU capability, in ascending order; the names are C++ namespaces.
@@ -85,10 +89,10 @@ def extension() -> Extension:
     return module
 
 
-def why_not() -> str:
-    """Why the extension will not be built; empty when it is to be tried."""
-    if SWITCH == "0":
-        return "it was built with RNNKIT_CPU=0"
+def why_not(switch: str) -> str:
+    """Why the extension of this `switch` will not be built; empty when it is to be tried."""
+    if os.environ.get(switch) == "0":
+        return f"it was built with {switch}=0"
     if TORCH_ABSENT:
         return (
             f"torch could not be imported when rnnkit was built ({TORCH_ABSENT}); install torch "
@@ -146,36 +150,67 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
 
     def run(self) -> None:
         """Build, or note the reason why not."""
-        inplace = self.inplace
         target = Path(self.get_ext_fullpath(self.extensions[0].name))
-        compiler, output = "", []
-        reason = why_not()
-        if not reason:
-            try:
-                compiler = compiler_version()
-                with compiler_output() as output:
-                    super().run()
-            except Exception as error:
-                if SWITCH == "1":
-                    raise
-                fault = next((line for line in output if "error:" in line), str(error))
-                reason = " ".join(fault.replace(os.getcwd() + os.sep, "").split())
-            self.inplace = inplace
-        elif SWITCH == "1":
-            raise RuntimeError(reason)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if reason:
-            print(f"rnnkit: pure Python, without the C++ extension: {reason}", file=sys.stderr)
-            target.unlink(missing_ok=True)
-            self.extensions = []
+        reason, compiler = self.build_cpu(target)
+        cuda_reason, nvcc, architectures = self.build_cuda(target.with_name("_cuda.so"))
         target.with_name("_build.py").write_text(
             '"""How this copy of rnnkit was built; written by setup.py."""\n\n'
             "#: Why there is no C++ extension; empty when there is one.\n"
             f"REASON: str = {reason!r}\n"
             f"TORCH_VERSION: str = {TORCH_VERSION!r}\n"
             f"COMPILER: str = {compiler!r}\n"
-            f"CAPABILITIES: tuple[str, ...] = {() if reason else tuple(CAPABILITIES)!r}\n"
+            f"CAPABILITIES: tuple[str, ...] = {() if reason else tuple(CAPABILITIES)!r}\n\n"
+            "#: Why there is no CUDA library; empty when there is one.\n"
+            f"CUDA_REASON: str = {cuda_reason!r}\n"
+            f"CUDA_COMPILER: str = {nvcc!r}\n"
+            f"CUDA_ARCHITECTURES: tuple[str, ...] = {architectures!r}\n"
         )
+
+    def build_cpu(self, target: Path) -> tuple[str, str]:
+        """Builds `rnnkit._C` as `target`; why it was not built, and the compiler."""
+        inplace, required = self.inplace, os.environ.get("RNNKIT_CPU") == "1"
+        compiler, output = "", []
+        reason = why_not("RNNKIT_CPU")
+        if not reason:
+            try:
+                compiler = compiler_version()
+                with compiler_output() as output:
+                    super().run()
+            except Exception as error:
+                if required:
+                    raise
+                fault = next((line for line in output if "error:" in line), str(error))
+                reason = " ".join(fault.replace(os.getcwd() + os.sep, "").split())
+            self.inplace = inplace
+        elif required:
+            raise RuntimeError(reason)
+        if reason:
+            print(f"rnnkit: pure Python, without the C++ extension: {reason}", file=sys.stderr)
+            target.unlink(missing_ok=True)
+            self.extensions = []
+        return reason, compiler
+
+    def build_cuda(self, target: Path) -> tuple[str, str, tuple[str, ...]]:
+        """Builds the CUDA library `target`; why it was not built, nvcc's version and the architectures."""
+        required = os.environ.get("RNNKIT_CUDA") == "1"
+        reason = why_not("RNNKIT_CUDA")
+        if not reason:
+            import build_cuda  # imports torch
+
+            reason = build_cuda.why_not()
+        if not reason:
+            try:
+                return "", *build_cuda.build(target, bool(self.inplace))
+            except Exception as error:
+                if required:
+                    raise
+                reason = " ".join(str(error).split())
+                print(f"rnnkit: without the CUDA library: {reason}", file=sys.stderr)
+        elif required:
+            raise RuntimeError(reason)
+        target.unlink(missing_ok=True)
+        return reason, "", ()
 
     def build_extension(self, ext: Extension) -> None:
         """Compiles the kernels with each capability's flags beside the module's ordinary sources.
@@ -209,6 +244,9 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
         self.compiler.compile = compile_sets
         super().build_extension(ext)
 
+
+# A build by pip does not look for modules here.
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 # ninja, installed beside this Python, is found even where the environment is not activated.
 os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])

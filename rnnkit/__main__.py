@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ _FEATURES = (
 #: Environment variables, or their beginnings, that change what is loaded or how it runs.
 _VARIABLES = (
     *("RNNKIT_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "ATEN_CPU_CAPABILITY"),
-    *("CUDA_VISIBLE_DEVICES", "LD_PRELOAD", "TORCH_COMPILE_DISABLE", "TRITON_"),
+    *("CUDA_", "TORCH_CUDA_ARCH_LIST", "LD_PRELOAD", "TORCH_COMPILE_DISABLE", "TRITON_"),
 )
 
 
@@ -59,10 +60,27 @@ def _cpu() -> Facts:
     }
 
 
+def _driver() -> str:
+    """The version of NVIDIA's driver, as Linux tells it."""
+    try:
+        told = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return "none"
+    version = re.search(r"\b\d+(\.\d+)+\b", told)
+    return version[0] if version else "unknown"
+
+
 def _gpu() -> Facts:
     facts: Facts = {"CUDA in torch": torch.version.cuda or "none"}
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    facts["devices"] = [torch.cuda.get_device_name(index) for index in range(count)]
+    reason = getattr(backends, "CUDA_REASON", "not built")
+    facts["CUDA library"] = f"not available: {reason}" if reason else "loaded"
+    facts["driver"] = _driver()
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        gpu = torch.cuda.get_device_properties(index)
+        facts[f"device {index}"] = (
+            f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} SMs, "
+            f"{gpu.total_memory / 2**30:.0f} GiB"
+        )
     return facts
 
 
@@ -76,6 +94,9 @@ def _built() -> Facts:
         "torch": build.TORCH_VERSION or "none",
         "compiler": build.COMPILER or "none",
         "CPU capabilities": list(build.CAPABILITIES),
+        # A note of a build before there was a CUDA library has nothing of it.
+        "nvcc": getattr(build, "CUDA_COMPILER", "") or "none",
+        "GPU architectures": list(getattr(build, "CUDA_ARCHITECTURES", ())),
     }
 
 

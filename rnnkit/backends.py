@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -44,12 +45,29 @@ def _noted(what: str) -> str:
         return ""
 
 
+def _load_cuda() -> str:
+    """Loads the CUDA extension, whose ops `rnnkit.gpu` calls; why there is none, or empty."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    library = Path(__file__).with_name("_cuda.so")
+    if not library.exists():
+        return _noted("CUDA_REASON") or "not built"
+    try:
+        torch.ops.load_library(library)
+    except (OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 EXTENSION, EXTENSION_REASON = _load("rnnkit._C")
+
+#: Why there are no CUDA kernels; empty where there are.
+CUDA_REASON = _load_cuda()
 
 
 def unavailable(name: str) -> str:
     """Why backend `name` cannot be used here; empty when it can."""
-    return EXTENSION_REASON if name == "cpp" else ""
+    return EXTENSION_REASON if name == "cpp" and CUDA_REASON else ""
 
 
 def serving(device: torch.device) -> str:
@@ -60,21 +78,36 @@ def serving(device: torch.device) -> str:
     """
     forced: str | None = getattr(_forced, "name", None)
     if forced is not None:
-        if forced == "cpp" and device.type not in ("cpu", "meta"):
-            raise RuntimeError(f"backend 'cpp' has no kernels for {device.type}")
+        if forced == "cpp" and (reason := _no_kernels(device)):
+            raise RuntimeError(f"backend 'cpp' has no kernels for {device.type}{reason}")
         return forced
-    if device.type == "meta":
+    reason = _no_kernels(device)
+    if not reason:
         return "cpp"
-    if device.type != "cpu":
-        return "reference"
-    if EXTENSION is None and not torch.compiler.is_compiling() and device.type not in _warned:
+    if (
+        device.type in _EXTENSIONS
+        and not torch.compiler.is_compiling()
+        and device.type not in _warned
+    ):
         _warned.add(device.type)
         warnings.warn(
-            f"rnnkit runs on its plain PyTorch reference: the C++ extension was not loaded ({EXTENSION_REASON}). "
-            "`python -m rnnkit info` tells more.",
+            f"rnnkit runs on its plain PyTorch reference: the {_EXTENSIONS[device.type]} extension was not loaded"
+            f"{reason}. `python -m rnnkit info` tells more.",
             stacklevel=2,
         )
-    return "reference" if EXTENSION is None else "cpp"
+    return "reference"
+
+
+_EXTENSIONS = {"cpu": "C++", "cuda": "CUDA"}
+
+
+def _no_kernels(device: torch.device) -> str:
+    """The reason why 'cpp' cannot serve `device`, in parentheses where there is one to tell; empty if it can."""
+    if device.type == "cuda":
+        return f" ({CUDA_REASON})" if CUDA_REASON else ""
+    if device.type == "cpu":
+        return f" ({EXTENSION_REASON})" if EXTENSION is None else ""
+    return "" if device.type == "meta" else " (there are none)"
 
 
 def short_way(name: str) -> Callable[..., Any] | None:

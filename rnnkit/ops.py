@@ -13,7 +13,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from rnnkit import reference
+from rnnkit import backends, gpu, reference
 from rnnkit.reference import CELLS, WEIGHTS
 
 _library = torch.library.Library("rnnkit", "DEF")
@@ -175,6 +175,23 @@ def _backward_composite(
         cell, grads, input, states, weights, batch_sizes, needs, create_graph=False
     )
     return [grad for grad in found if grad is not None]
+
+
+def _packed_forward_cuda(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    packed: Tensor,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    return gpu.layer_forward(cell, input, states, weights, batch_sizes, Keep.NOTHING)[:2]
+
+
+if not backends.CUDA_REASON:
+    _library.impl("layer_forward", gpu.layer_forward, "CUDA")
+    _library.impl("layer_backward", gpu.layer_backward, "CUDA")
+    _library.impl("packed_forward", _packed_forward_cuda, "CUDA")
 
 
 def differentiable_backward(

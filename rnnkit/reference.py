@@ -26,6 +26,8 @@ class CellSpec:
         gates: G, the blocks of H rows in w_ih and w_hh.
         states: tensors carried from step to step; the first is h, the output.
         saved: values per hidden unit and step that a kernel keeps, beside the output, for the backward pass.
+        input_grads: a kernel's gradients of the gates are those of the recurrent parts, in gate order, and where
+            a gate's input part has another one, that; here the place of each gate's input part's.
         step: (input's part of each gate, recurrent part of each gate, states) -> new states, all [N, H].
     """
 
@@ -33,6 +35,7 @@ class CellSpec:
     gates: int
     states: int
     saved: int
+    input_grads: tuple[int, ...]
     step: Step
 
 
@@ -66,10 +69,10 @@ def _gru(x: Sequence[Tensor], h: Sequence[Tensor], states: Sequence[Tensor]) -> 
 CELLS = {
     spec.name: spec
     for spec in (
-        CellSpec("rnn_tanh", gates=1, states=1, saved=0, step=_rnn(torch.tanh)),
-        CellSpec("rnn_relu", gates=1, states=1, saved=0, step=_rnn(torch.relu)),
-        CellSpec("lstm", gates=4, states=2, saved=5, step=_lstm),
-        CellSpec("gru", gates=3, states=1, saved=4, step=_gru),
+        CellSpec("rnn_tanh", gates=1, states=1, saved=0, input_grads=(0,), step=_rnn(torch.tanh)),
+        CellSpec("rnn_relu", gates=1, states=1, saved=0, input_grads=(0,), step=_rnn(torch.relu)),
+        CellSpec("lstm", gates=4, states=2, saved=5, input_grads=(0, 1, 2, 3), step=_lstm),
+        CellSpec("gru", gates=3, states=1, saved=4, input_grads=(0, 1, 3), step=_gru),
     )
 }
 

@@ -1,12 +1,23 @@
-// Element types that are not C++'s own, and the type that each is summed in.
+// Element types that are not C++'s own, the type that each is summed in, and how it is made from one.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define RNNKIT_ANYWHERE __host__ __device__ inline
+#else
+#define RNNKIT_ANYWHERE inline
+#endif
 
 namespace rnnkit {
 
 struct BFloat16 {
   uint16_t bits;  // the upper half of a float's
+};
+
+struct Half {
+  uint16_t bits;  // IEEE binary16
 };
 
 template <class S>
@@ -15,6 +26,10 @@ struct SumOf {
 };
 template <>
 struct SumOf<BFloat16> {
+  using type = float;
+};
+template <>
+struct SumOf<Half> {
   using type = float;
 };
 

@@ -1,8 +1,16 @@
 // Lane types and the functions of a lane that cells are written in.
 //
 // A cell is a template over a lane type V: a GCC/Clang vector of float or double here, so that the compiler's
-// flags (SSE2, AVX2, AVX-512, NEON) choose the instructions; a plain float or double elsewhere.
+// flags (SSE2, AVX2, AVX-512, NEON) choose the instructions; a plain float or double elsewhere (scalar.h).
 #pragma once
+
+#ifndef RNNKIT_CAPABILITY
+#define RNNKIT_CAPABILITY baseline
+#endif
+
+#if defined(__CUDACC__) || defined(RNNKIT_SCALAR)
+#include "common/scalar.h"
+#else
 
 #include <cstdint>
 #include <cstring>
@@ -19,9 +27,6 @@
 #error "rnnkit's kernels need gcc 12 or later"
 #endif
 
-#ifndef RNNKIT_CAPABILITY
-#define RNNKIT_CAPABILITY baseline
-#endif
 #define RNNKIT_INLINE inline __attribute__((always_inline))
 
 namespace rnnkit::RNNKIT_CAPABILITY {
@@ -179,3 +184,5 @@ RNNKIT_INLINE V relu_backward(V grad, V output) {
 }
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY
+
+#endif  // not scalar

@@ -1,0 +1,75 @@
+// The stepwise path's kernels: a cell for every hidden unit and row of the batch, between two matrix products.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "cuda/step.h"
+
+namespace rnnkit::cuda {
+namespace {
+
+constexpr int kStepThreads = 128;
+
+dim3 grid_of(int64_t rows, int64_t width) {
+  return dim3(unsigned((width + kStepThreads - 1) / kStepThreads), unsigned(std::min<int64_t>(rows, 65535)));
+}
+
+// Calls body(row, column) for this thread's part of [rows, width].
+template <class Body>
+__device__ __forceinline__ void each_element(int64_t rows, int64_t width, const Body& body) {
+  const int64_t column = blockIdx.x * int64_t(kStepThreads) + threadIdx.x;
+  if (column >= width) return;
+  for (int64_t n = blockIdx.y; n < rows; n += gridDim.y) body(n, column);
+}
+
+template <class Cell, class S>
+__global__ void __launch_bounds__(kStepThreads) forward_step(const __grid_constant__ Step step) {
+  each_element(step.count, step.hidden, [&](int64_t n, int64_t unit) { forward_element<Cell, S>(step, n, unit); });
+}
+
+template <class Cell, class S>
+__global__ void __launch_bounds__(kStepThreads) backward_step(const __grid_constant__ Step step) {
+  each_element(step.visited(), step.hidden, [&](int64_t n, int64_t unit) { backward_element<Cell, S>(step, n, unit); });
+}
+
+template <class S>
+__global__ void __launch_bounds__(kStepThreads)
+    add_rows(const void* a, const void* b, int64_t b_stride, void* sum, int64_t rows, int64_t width) {
+  each_element(rows, width, [&](int64_t n, int64_t column) { add_element<S>(a, b, b_stride, sum, width, n, column); });
+}
+
+std::string last_error(const char* what) {
+  const cudaError_t status = cudaGetLastError();
+  return status == cudaSuccess ? "" : std::string(what) + ": " + cudaGetErrorString(status);
+}
+
+template <class Cell, class S>
+void launch(bool backward, const Step& step, Stream stream) {
+  const dim3 grid = grid_of(backward ? step.visited() : step.count, step.hidden);
+  if (backward)
+    backward_step<Cell, S><<<grid, kStepThreads, 0, stream>>>(step);
+  else
+    forward_step<Cell, S><<<grid, kStepThreads, 0, stream>>>(step);
+}
+
+}  // namespace
+
+std::string launch_step(std::string_view cell, Type type, bool backward, const Step& step, Stream stream) {
+  with_type(type, [&](auto element) {
+#define RNNKIT_LAUNCH(Cell, name) \
+  if (cell == name) launch<Cell, decltype(element)>(backward, step, stream);
+    RNNKIT_CELLS(RNNKIT_LAUNCH)
+#undef RNNKIT_LAUNCH
+  });
+  return last_error("launch of a step");
+}
+
+std::string launch_add(Type type, const void* a, const void* b, int64_t b_stride, void* sum, int64_t rows,
+                       int64_t width, Stream stream) {
+  with_type(type, [&](auto element) {
+    add_rows<decltype(element)><<<grid_of(rows, width), kStepThreads, 0, stream>>>(a, b, b_stride, sum, rows, width);
+  });
+  return last_error("launch of an addition");
+}
+
+}  // namespace rnnkit::cuda

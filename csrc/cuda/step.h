@@ -1,0 +1,95 @@
+// One element of a step that is not persistent: the cell of one hidden unit and row of the batch, for kernels (step.cu)
+// and for their host build.
+#pragma once
+
+#include "cuda/kernels.h"
+
+namespace rnnkit::cuda {
+
+template <class S>
+RNNKIT_DEVICE Sum<S> read(const void* array, int64_t index) {
+  return array ? widened(static_cast<const S*>(array)[index]) : Sum<S>(0);
+}
+
+template <class S>
+RNNKIT_DEVICE void write(void* array, int64_t index, Sum<S> value) {
+  if (array) static_cast<S*>(array)[index] = narrowed<S>(value);
+}
+
+template <class Cell, class S>
+RNNKIT_DEVICE void forward_element(const Step& step, int64_t n, int64_t unit) {
+  using T = Sum<S>;
+  const int64_t hidden = step.hidden, at = n * hidden + unit;
+  T x[Cell::gates], h[Cell::gates], state[Cell::states], save[Cell::saved + 1];
+#pragma unroll
+  for (int g = 0; g < Cell::gates; ++g) {
+    const int64_t row = g * hidden + unit;
+    x[g] = read<S>(step.gates, n * step.gate_stride + row) + read<S>(step.b_ih, row);
+    h[g] = read<S>(step.recurrent, n * Cell::gates * hidden + row) + read<S>(step.b_hh, row);
+  }
+#pragma unroll
+  for (int k = 0; k < Cell::states; ++k) state[k] = static_cast<T*>(step.states[k])[at];
+  T* const reserve = static_cast<T*>(step.reserve);
+  if (step.keep == Keep::states)
+#pragma unroll
+    for (int k = 1; k < Cell::states; ++k) reserve[(n * (Cell::states - 1) + k - 1) * hidden + unit] = state[k];
+  Cell::forward(x, h, state, save);
+#pragma unroll
+  for (int k = 0; k < Cell::states; ++k) static_cast<T*>(step.states[k])[at] = state[k];
+  write<S>(step.h, at, state[0]);
+  write<S>(step.output, n * step.output_stride + unit, state[0]);
+  if (step.keep == Keep::everything)
+#pragma unroll
+    for (int k = 0; k < Cell::saved; ++k) reserve[(n * Cell::saved + k) * hidden + unit] = save[k];
+}
+
+template <class Cell, class S>
+RNNKIT_DEVICE void backward_element(const Step& step, int64_t n, int64_t unit) {
+  using T = Sum<S>;
+  const int64_t hidden = step.hidden, at = n * hidden + unit;
+  T grad_state[Cell::states];
+#pragma unroll
+  for (int k = 0; k < Cell::states; ++k) grad_state[k] = static_cast<const T*>(step.grad_states[k])[at];
+  if (n < step.grad_recurrent_count) grad_state[0] += read<S>(step.grad_recurrent, at);
+  if (n < step.count) {
+    T save[Cell::saved + 1], grads[Cell::grads], h = 0, previous_h = 0;
+#pragma unroll
+    for (int k = 0; k < Cell::saved; ++k)
+      save[k] = static_cast<const T*>(step.reserve)[(n * Cell::saved + k) * hidden + unit];
+    grad_state[0] += read<S>(step.grad_output, n * step.grad_output_stride + unit);
+    if constexpr (Cell::uses_h) h = read<S>(step.output, n * step.output_stride + unit);
+    if constexpr (Cell::uses_previous_h)
+      previous_h = n < step.previous_count ? read<S>(step.previous_output, n * step.output_stride + unit)
+                                           : read<S>(step.previous_initial, at);
+    Cell::backward(save, h, previous_h, grad_state, grads);
+#pragma unroll
+    for (int k = 0; k < Cell::grads; ++k)
+      write<S>(step.grad_gates, n * step.grad_gate_stride + k * hidden + unit, grads[k]);
+  }
+#pragma unroll
+  for (int k = 0; k < Cell::states; ++k) static_cast<T*>(step.grad_states[k])[at] = grad_state[k];
+}
+
+template <class S>
+RNNKIT_DEVICE void add_element(const void* a, const void* b, int64_t b_stride, void* sum, int64_t width, int64_t n,
+                               int64_t column) {
+  const int64_t at = n * width + column;
+  write<S>(sum, at, read<S>(a, at) + read<S>(b, n * b_stride + column));
+}
+
+// Calls body with a value of the C++ type.
+template <class Body>
+void with_type(Type type, const Body& body) {
+  switch (type) {
+    case Type::bfloat16:
+      return body(BFloat16());
+    case Type::half:
+      return body(Half());
+    case Type::float32:
+      return body(float());
+    case Type::float64:
+      return body(double());
+  }
+}
+
+}  // namespace rnnkit::cuda

@@ -1,0 +1,615 @@
+"""The ops on CUDA tensors: one large product for all inputs, a scan, one large product for each gradient.
+
+`layer_forward` and `layer_backward` are those of `rnnkit.ops`. The scan is the CUDA extension's (csrc/cuda/): one
+launch for the whole sequence, or step by step, as `rnnkit.plan` chooses.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from rnnkit import plan
+from rnnkit.reference import CELLS, WEIGHTS
+
+_NOTHING, _STATES, _EVERYTHING = range(3)  # as in ops.Keep
+
+
+@lru_cache
+def device_of(index: int) -> plan.Device:
+    """What the plan needs to know of CUDA device `index`."""
+    facts = torch.cuda.get_device_properties(index)
+    return plan.Device(
+        facts.multi_processor_count,
+        facts.shared_memory_per_block_optin,
+        (facts.major, facts.minor),
+    )
+
+
+def is_precise(dtype: torch.dtype) -> bool:
+    """Whether products of `dtype` are not to be in TF32: what torch's switch for its own RNNs says."""
+    return dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision != "tf32"
+
+
+@contextmanager
+def _products_like_scans(dtype: torch.dtype) -> Iterator[None]:
+    """torch's own matrix products follow the switch of its RNNs, not that of its products."""
+    products = torch.backends.cuda.matmul
+    wanted = "ieee" if is_precise(dtype) else "tf32"
+    before = products.fp32_precision
+    if dtype != torch.float32 or (before == "tf32") == (wanted == "tf32"):
+        yield
+        return
+    products.fp32_precision = wanted
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+def _check(tensor: Tensor, name: str, shape: Sequence[int], input: Tensor) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise RuntimeError(
+            f"expected {name} of shape {list(shape)}, got {list(tensor.shape)}"
+        )
+    if tensor.dtype != input.dtype:
+        raise RuntimeError(f"expected {name} to be {input.dtype} like the input, got {tensor.dtype}")
+    if tensor.device != input.device:
+        raise RuntimeError(
+            f"expected {name} on {input.device} like the input, got {tensor.device}"
+        )
+
+
+def _plain(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous, with no operation pending."""
+    return None if tensor is None else tensor.resolve_neg().contiguous()
+
+
+class _Call:
+    """An op's arguments, checked, with their sizes."""
+
+    def __init__(
+        self,
+        cell: str,
+        input: Tensor,
+        states: Sequence[Tensor],
+        weights: Sequence[Tensor | None],
+        batch_sizes: Tensor | None,
+    ) -> None:
+        if cell not in CELLS:
+            raise RuntimeError(f"expected cell to be the name of a cell, got '{cell}'")
+        self.cell, self.spec = cell, CELLS[cell]
+        if len(weights) not in (len(WEIGHTS), 2 * len(WEIGHTS)):
+            raise RuntimeError(
+                f"expected weights to hold 5 tensors for each of 1 or 2 directions, got {len(weights)}"
+            )
+        if not input.is_floating_point():
+            raise RuntimeError(f"expected input to be floating-point, got {input.dtype}")
+        dimensions = 3 if batch_sizes is None else 2
+        if input.dim() != dimensions:
+            raise RuntimeError(f"expected input to have {dimensions} dimensions, got {input.dim()}")
+        self.input = input
+        self._set_rows(batch_sizes)
+        self._set_weights(weights)
+        if states and len(states) != self.spec.states:
+            raise RuntimeError(f"expected {self.spec.states} states or none, got {len(states)}")
+        self.states = [s for s in (_plain(state) for state in states) if s is not None]
+        for index, state in enumerate(states):
+            _check(state, f"hx[{index}]", self.state_shape(index), input)
+
+    def _set_rows(self, batch_sizes: Tensor | None) -> None:
+        """The number of rows of each step."""
+        input = self.input
+        self.ragged = batch_sizes is not None
+        if batch_sizes is None:
+            self.steps, self.batch = input.size(0), input.size(1)
+            self.rows = self.steps * self.batch
+        else:
+            if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or not batch_sizes.is_cpu:
+                raise RuntimeError(
+                    f"expected batch_sizes to be an int64 vector on the CPU, got {batch_sizes.dtype} of shape "
+                    f"{list(batch_sizes.shape)} on {batch_sizes.device}"
+                )
+            sizes = self._sizes = batch_sizes.tolist()
+            for t, (before, count) in enumerate(zip(sizes[:1] + sizes, sizes, strict=False)):
+                if count <= 0 or count > before:
+                    raise RuntimeError(
+                        "expected batch_sizes to be positive and not to increase, got "
+                        f"{count} after {before} at step {t}"
+                    )
+            self.steps, self.batch, self.rows = len(sizes), sizes[0] if sizes else 0, sum(sizes)
+            if self.rows != input.size(0):
+                got = "more" if self.rows > input.size(0) else self.rows
+                raise RuntimeError(
+                    f"expected batch_sizes to sum to the input's {input.size(0)} rows, got {got}"
+                )
+        if self.steps == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+    def _set_weights(self, weights: Sequence[Tensor | None]) -> None:
+        size = len(WEIGHTS)
+        given = [weights[d : d + size] for d in range(0, len(weights), size)]
+        for d, of_direction in enumerate(given):
+            for name, weight in zip(WEIGHTS[:2], of_direction, strict=False):
+                if weight is None:
+                    raise RuntimeError(
+                        f"expected {name} of direction {d} to be a tensor, got None"
+                    )
+                if weight.dim() != 2:
+                    raise RuntimeError(f"expected {name} to have 2 dimensions, got {weight.dim()}")
+        first = given[0][1]
+        assert first is not None
+        self.directions = len(given)
+        self.hidden, self.projected = first.size(0) // self.spec.gates, first.size(1)
+        projects = given[0][4] is not None
+        width = self.spec.gates * self.hidden
+        if projects and self.spec.states != 2:
+            raise RuntimeError(f"expected w_hr to be None for {self.cell}")
+        if not projects and self.projected != self.hidden:
+            raise RuntimeError(
+                f"expected w_hh of shape {[width, self.hidden]}, got {list(first.shape)}"
+            )
+        shapes = (
+            (width, self.input.size(-1)),
+            (width, self.projected),
+            (width,),
+            (width,),
+            (self.projected, self.hidden),
+        )
+        for of_direction in given:
+            if (of_direction[4] is not None) != projects:
+                raise RuntimeError("expected w_hr in all directions or in none")
+            for name, weight, shape in zip(WEIGHTS, of_direction, shapes, strict=True):
+                if weight is not None:
+                    _check(weight, name, shape, self.input)
+        self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.w_hr = (
+            [_plain(of_direction[k]) for of_direction in given] for k in range(size)
+        )
+
+    def state_shape(self, index: int) -> tuple[int, int, int]:
+        """Of h, or of c."""
+        return self.directions, self.batch, self.hidden if index else self.projected
+
+    @property
+    def empty(self) -> bool:
+        return self.rows == 0 or self.hidden == 0
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each step."""
+        return self._sizes if self.ragged else [self.batch] * self.steps
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        return torch.float64 if self.input.dtype == torch.float64 else torch.float32
+
+    def reserve_shape(self, keep: int) -> tuple[int, ...]:
+        """Of what the forward pass keeps."""
+        values = self.spec.saved if keep == _EVERYTHING else self.spec.states - 1
+        return self.directions, self.rows, values, self.hidden
+
+    def offsets(self) -> Tensor | None:
+        """The row where each step begins, on the device; None: every step has as many."""
+        if not self.ragged:
+            return None
+        offsets = torch.zeros(self.steps + 1, dtype=torch.int64)
+        torch.cumsum(torch.tensor(self._sizes), 0, out=offsets[1:])
+        return offsets.to(self.input.device)
+
+    def launch(self, backward: bool) -> plan.Plan:
+        """The kernel for this call's scan."""
+        dtype = self.input.dtype
+        scan = plan.Scan(
+            self.cell,
+            dtype.itemsize,
+            backward,
+            self.hidden,
+            self.projected,
+            self.batch,
+            self.directions,
+            is_precise(dtype),
+        )
+        return plan.choose(scan, device_of(self.input.device.index))
+
+    def workspace(self, of_plan: plan.Plan) -> Tensor:
+        return torch.zeros(
+            of_plan.workspace_bytes, dtype=torch.uint8, device=self.input.device
+        )
+
+    def matrix(self) -> Tensor:
+        """The input as [rows, I]."""
+        return self.input.reshape(self.rows, self.input.size(-1))
+
+    def gates(self) -> Tensor:
+        """The input's part of all gates, without biases, [rows, D*G*H]."""
+        return self.matrix() @ _joined(self.w_ih).t()
+
+
+def _joined(weights: Sequence[Tensor | None]) -> Tensor:
+    """The weights of both directions, one below the other."""
+    found = [w for w in weights if w is not None]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def layer_forward(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    keep: int,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`rnnkit::layer_forward` on CUDA tensors."""
+    if keep not in (_NOTHING, _STATES, _EVERYTHING):
+        raise RuntimeError(f"expected keep to be 0, 1 or 2, got {keep}")
+    call = _Call(cell, input, states, weights, batch_sizes)
+    output = input.new_empty([*input.shape[:-1], call.directions * call.projected])
+    finals = [input.new_empty(call.state_shape(k)) for k in range(call.spec.states)]
+    shape = call.reserve_shape(keep) if keep else (0,)
+    reserve = input.new_empty(shape, dtype=call.sum_dtype)
+    if call.empty:
+        return output.zero_(), [state.zero_() for state in finals], reserve
+    with torch.no_grad(), _products_like_scans(input.dtype):
+        gates = call.gates()
+        chosen = call.launch(backward=False)
+        flat = output.view(call.rows, -1)
+        if chosen.kernel == "persistent":
+            torch.ops.rnnkit.persistent_forward(
+                cell,
+                [chosen.units, chosen.tiles, chosen.columns],
+                gates,
+                call.w_hh,
+                call.b_ih,
+                call.b_hh,
+                *_padded(call.states),
+                call.offsets(),
+                call.steps,
+                keep,
+                is_precise(input.dtype),
+                call.workspace(chosen),
+                flat,
+                *_padded(finals),
+                reserve,
+            )
+        else:
+            for d in range(call.directions):
+                _stepwise_forward(call, gates, d, keep, flat, finals, reserve)
+    return output, finals, reserve
+
+
+def _padded(states: Sequence[Tensor]) -> list[Tensor | None]:
+    """h and c, None for what is not there."""
+    return [*states, None, None][:2]
+
+
+def _stepwise_forward(
+    call: _Call,
+    gates: Tensor,
+    d: int,
+    keep: int,
+    output: Tensor,
+    finals: Sequence[Tensor],
+    reserve: Tensor,
+) -> None:
+    new, low, sums = call.input.new_empty, call.input.dtype, call.sum_dtype
+    size = (call.batch, call.hidden)
+    h = (
+        call.states[0][d].clone()
+        if call.states
+        else call.input.new_zeros(call.batch, call.projected)
+    )
+    projects = call.w_hr[d] is not None
+    h_state = new(size, dtype=sums).zero_() if projects else h.to(sums, copy=True)
+    c_state = None
+    if call.spec.states > 1:
+        c_state = call.states[1][d].to(sums, copy=True) if call.states else new(size, dtype=sums).zero_()
+    torch.ops.rnnkit.stepwise_forward(
+        call.cell,
+        gates,
+        call.w_hh[d],
+        call.b_ih[d],
+        call.b_hh[d],
+        call.w_hr[d],
+        d,
+        call.counts,
+        not call.states,
+        keep,
+        h,
+        h_state,
+        c_state,
+        new(call.batch, call.spec.gates * call.hidden, dtype=low),
+        new(size) if projects else None,
+        output,
+        reserve[d] if keep else None,
+    )
+    finals[0][d].copy_(h if projects else h_state)
+    if c_state is not None:
+        finals[1][d].copy_(c_state)
+
+
+def layer_backward(
+    cell: str,
+    grads: Sequence[Tensor | None],
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    output: Tensor,
+    reserve: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """`rnnkit::layer_backward` on CUDA tensors."""
+    call = _Call(cell, input, states, weights, batch_sizes)
+    spec = call.spec
+    if len(grads) != 1 + spec.states:
+        raise RuntimeError(
+            f"expected grads of the output and of {spec.states} states, got {len(grads)}"
+        )
+    shape = [*input.shape[:-1], call.directions * call.projected]
+    _check(output, "output", shape, input)
+    for index, grad in enumerate(grads):
+        if grad is not None:
+            expected = call.state_shape(index - 1) if index else shape
+            _check(grad, f"grads[{index}]", expected, input)
+    everything, only_states = call.reserve_shape(_EVERYTHING), call.reserve_shape(_STATES)
+    if (
+        tuple(reserve.shape) not in (everything, only_states)
+        or reserve.dtype != call.sum_dtype
+        or reserve.device != input.device
+    ):
+        raise RuntimeError(
+            f"expected reserve to be {call.sum_dtype} of shape {list(everything)} or {list(only_states)}, got "
+            f"{reserve.dtype} of shape {list(reserve.shape)}"
+        )
+    wanted = [input, *states, *weights]
+    if len(needs) != len(wanted):
+        raise RuntimeError(f"expected needs to have {len(wanted)} entries, got {len(needs)}")
+    if call.empty:
+        return [
+            torch.zeros_like(t, memory_format=torch.contiguous_format)
+            for t, need in zip(wanted, needs, strict=True)
+            if need and t is not None
+        ]
+    with torch.no_grad(), _products_like_scans(input.dtype):
+        found = _Backward(call, [_plain(g) for g in grads], output, reserve, needs).run()
+    return [
+        found[index]
+        for index, (t, need) in enumerate(zip(wanted, needs, strict=True))
+        if need and t is not None
+    ]
+
+
+class _Backward:
+    """The gradients of one call: the scan back through the gates, then products over all rows at once."""
+
+    def __init__(
+        self,
+        call: _Call,
+        grads: Sequence[Tensor | None],
+        output: Tensor,
+        reserve: Tensor,
+        needs: Sequence[bool],
+    ) -> None:
+        self.call, self.grads, self.needs = call, grads, needs
+        self.output = output.contiguous().view(call.rows, -1)
+        self.reserve = reserve.contiguous()
+        spec = call.spec
+        self.values = max(*spec.input_grads, spec.gates - 1) + 1  # gradients of a unit's gates
+        self.first_weight = 1 + len(call.states)
+        if tuple(reserve.shape) != call.reserve_shape(_EVERYTHING):
+            self._gates_again()
+
+    def run(self) -> dict[int, Tensor]:
+        """Gradients by their place among [input, *states, *weights]."""
+        call = self.call
+        width = self.values * call.hidden
+        self.grad_gates = call.input.new_empty(call.rows, call.directions * width)
+        self.found: dict[int, Tensor] = {}
+        chosen = call.launch(backward=True)
+        initial = [
+            call.input.new_empty(call.state_shape(k)) if call.states else None
+            for k in range(call.spec.states)
+        ]
+        if chosen.kernel == "persistent":
+            self._persistent(chosen, initial)
+        else:
+            for d in range(call.directions):
+                self._stepwise(d, initial)
+        for k, grad in enumerate(initial):
+            if grad is not None:
+                self.found[1 + k] = grad
+        for d in range(call.directions):
+            self._weights(d, self.grad_gates[:, d * width : (d + 1) * width])
+        if self.needs[0]:
+            self.found[0] = self._input()
+        return self.found
+
+    def _persistent(self, chosen: plan.Plan, initial: Sequence[Tensor | None]) -> None:
+        call = self.call
+        grad_output, *grad_finals = self.grads
+        torch.ops.rnnkit.persistent_backward(
+            call.cell,
+            [chosen.units, chosen.tiles, chosen.columns],
+            [w.t().contiguous() for w in call.w_hh if w is not None],
+            call.states[0] if call.states else None,
+            call.offsets(),
+            call.steps,
+            call.batch,
+            self.output,
+            self.reserve,
+            grad_output,
+            *[*grad_finals, None][:2],
+            is_precise(call.input.dtype),
+            call.workspace(chosen),
+            self.grad_gates,
+            *[*initial, None][:2],
+        )
+
+    def _stepwise(self, d: int, initial: Sequence[Tensor | None]) -> None:
+        call = self.call
+        new, sums = call.input.new_empty, call.sum_dtype
+        size = (call.batch, call.hidden)
+        projects = call.w_hr[d] is not None
+        grad_output, *of_finals = self.grads
+        finals = [None if g is None else g[d] for g in of_finals]
+
+        def started(grad: Tensor | None, dtype: torch.dtype, width: int) -> Tensor:
+            if grad is None:
+                return new(call.batch, width, dtype=dtype).zero_()
+            return grad.to(dtype, copy=True)
+
+        grad_h = started(None if projects else finals[0], sums, call.hidden)
+        grad_c = started(finals[1], sums, call.hidden) if call.spec.states > 1 else None
+        through = started(finals[0] if projects else None, call.input.dtype, call.projected)
+        grad_projected = new(call.rows, call.projected) if projects else None
+        counts = call.counts
+        torch.ops.rnnkit.stepwise_backward(
+            call.cell,
+            call.w_hh[d],
+            call.w_hr[d],
+            d,
+            counts,
+            self.output,
+            call.states[0][d] if call.states else None,
+            self.reserve[d],
+            None if grad_output is None else grad_output.view(call.rows, -1),
+            grad_h,
+            grad_c,
+            through,
+            new(size) if projects else None,
+            grad_projected,
+            self.grad_gates,
+            self.values,
+        )
+        if initial[0] is not None:
+            last = counts[-1] if d else counts[0]
+            if projects:
+                initial[0][d].copy_(through)
+            else:
+                grad_h[:last] += through[:last]
+                initial[0][d].copy_(grad_h)
+        if call.states and grad_c is not None and initial[1] is not None:
+            initial[1][d].copy_(grad_c)
+        place = self._place(d, 4)
+        if grad_projected is not None and self.needs[place]:
+            self.found[place] = grad_projected.t() @ self._unprojected(d)
+
+    def _unprojected(self, d: int) -> Tensor:
+        """The LSTM's h before its projection, [rows, H]: o tanh(f c + i g)."""
+        i, f, g, o, c = self.reserve[d].unbind(1)
+        return (o * torch.tanh(f * c + i * g)).to(self.call.input.dtype)
+
+    def _place(self, d: int, k: int) -> int:
+        """Of a weight among [input, *states, *weights]."""
+        return self.first_weight + d * len(WEIGHTS) + k
+
+    def _previous(self, d: int) -> list[tuple[slice, Tensor]]:
+        """h_{t-1}: parts of the rows, and a matrix for each; zeros are left out."""
+        call = self.call
+        width = call.projected
+        output = self.output[:, d * width : (d + 1) * width]
+        initial = call.states[0][d] if call.states else None
+        if not call.ragged:
+            edge, rows = call.batch, call.rows
+            inner = (slice(0, rows - edge), slice(edge, rows))
+            of, before = inner if d else inner[::-1]
+            parts = [(of, output[before])] if call.steps > 1 else []
+            if initial is not None:
+                parts.append((slice(rows - edge, rows) if d else slice(0, edge), initial))
+            return parts
+        if initial is None:
+            initial = call.input.new_zeros(call.batch, width)
+        index, offset = [], 0
+        sizes = call.counts
+        offsets = [0]
+        for size in sizes:
+            offsets.append(offsets[-1] + size)
+        for t, size in enumerate(sizes):
+            before = t + 1 if d else t - 1
+            alive = sizes[before] if 0 <= before < len(sizes) else 0
+            index += range(offsets[before], offsets[before] + min(alive, size)) if alive else ()
+            index += range(call.rows + min(alive, size), call.rows + size)
+            offset += size
+        rows = torch.tensor(index).to(output.device)
+        return [(slice(0, call.rows), torch.cat([output, initial]).index_select(0, rows))]
+
+    def _runs(self) -> list[tuple[int, int, int]]:
+        """Gates whose input parts' gradients lie side by side: (first gate, last gate + 1, first place)."""
+        runs: list[tuple[int, int, int]] = []
+        for gate, place in enumerate(self.call.spec.input_grads):
+            if runs and place == runs[-1][2] + gate - runs[-1][0]:
+                runs[-1] = (runs[-1][0], gate + 1, runs[-1][2])
+            else:
+                runs.append((gate, gate + 1, place))
+        return runs
+
+    def _weights(self, d: int, of_gates: Tensor) -> None:
+        """of_gates: the direction's gradients, [rows, values * H]."""
+        call, H = self.call, self.call.hidden
+        recurrent = of_gates[:, : call.spec.gates * H]
+        runs = self._runs()
+        need = [self.needs[self._place(d, k)] for k in range(4)]
+        if need[0]:
+            x = call.matrix()
+            parts = [
+                of_gates[:, at * H : (at + end - first) * H].t() @ x for first, end, at in runs
+            ]
+            self.found[self._place(d, 0)] = _joined(parts)
+        if need[1]:
+            grad = None
+            for rows, h in self._previous(d):
+                part = recurrent[rows].t()
+                grad = part @ h if grad is None else torch.addmm(grad, part, h)
+            if grad is None:
+                grad = call.input.new_zeros(call.spec.gates * H, call.projected)
+            self.found[self._place(d, 1)] = grad
+        if (need[2] and call.b_ih[d] is not None) or (need[3] and call.b_hh[d] is not None):
+            sums = of_gates.sum(0)
+            self.found[self._place(d, 2)] = torch.cat(
+                [sums[at * H : (at + end - first) * H] for first, end, at in runs]
+            )
+            self.found[self._place(d, 3)] = sums[: call.spec.gates * H].clone()
+
+    def _input(self) -> Tensor:
+        call, H = self.call, self.call.hidden
+        grad = None
+        if self.values == call.spec.gates:
+            grad = self.grad_gates @ _joined(call.w_ih)
+        else:
+            for d, w_ih in enumerate(call.w_ih):
+                assert w_ih is not None
+                for first, end, at in self._runs():
+                    start = (d * self.values + at) * H
+                    part = self.grad_gates[:, start : start + (end - first) * H]
+                    weight = w_ih[first * H : end * H]
+                    grad = part @ weight if grad is None else torch.addmm(grad, part, weight)
+        assert grad is not None
+        return grad.view(call.input.shape)
+
+    def _gates_again(self) -> None:
+        """Computes what the forward pass did not keep, for all steps at once, since every h is known."""
+        call = self.call
+        states, gates = self.reserve, call.gates()
+        width = call.spec.gates * call.hidden
+        self.reserve = states.new_empty(call.reserve_shape(_EVERYTHING))
+        for d in range(call.directions):
+            w_hh = call.w_hh[d]
+            assert w_hh is not None
+            recurrent = call.input.new_zeros(call.rows, width)
+            for rows, h in self._previous(d):
+                torch.mm(h, w_hh.t(), out=recurrent[rows])
+            h_state = states.new_zeros(call.rows, call.hidden)
+            c_state = states[d, :, 0].contiguous().clone() if call.spec.states > 1 else None
+            torch.ops.rnnkit.gates_again(
+                call.cell,
+                gates,
+                recurrent,
+                call.b_ih[d],
+                call.b_hh[d],
+                d,
+                h_state,
+                c_state,
+                self.reserve[d],
+            )
