@@ -23,14 +23,14 @@ def device_of(index: int) -> plan.Device:
     facts = torch.cuda.get_device_properties(index)
     return plan.Device(
         facts.multi_processor_count,
-        facts.shared_memory_per_block_optin,
+        facts.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         (facts.major, facts.minor),
     )
 
 
 def is_precise(dtype: torch.dtype) -> bool:
     """Whether products of `dtype` are not to be in TF32: what torch's switch for its own RNNs says."""
-    return dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision != "tf32"
+    return dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision != "tf32"  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -51,15 +51,13 @@ def _products_like_scans(dtype: torch.dtype) -> Iterator[None]:
 
 def _check(tensor: Tensor, name: str, shape: Sequence[int], input: Tensor) -> None:
     if tuple(tensor.shape) != tuple(shape):
-        raise RuntimeError(
-            f"expected {name} of shape {list(shape)}, got {list(tensor.shape)}"
-        )
+        raise RuntimeError(f"expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype != input.dtype:
-        raise RuntimeError(f"expected {name} to be {input.dtype} like the input, got {tensor.dtype}")
-    if tensor.device != input.device:
         raise RuntimeError(
-            f"expected {name} on {input.device} like the input, got {tensor.device}"
+            f"expected {name} to be {input.dtype} like the input, got {tensor.dtype}"
         )
+    if tensor.device != input.device:
+        raise RuntimeError(f"expected {name} on {input.device} like the input, got {tensor.device}")
 
 
 def _plain(tensor: Tensor | None) -> Tensor | None:
@@ -134,9 +132,7 @@ class _Call:
         for d, of_direction in enumerate(given):
             for name, weight in zip(WEIGHTS[:2], of_direction, strict=False):
                 if weight is None:
-                    raise RuntimeError(
-                        f"expected {name} of direction {d} to be a tensor, got None"
-                    )
+                    raise RuntimeError(f"expected {name} of direction {d} to be a tensor, got None")
                 if weight.dim() != 2:
                     raise RuntimeError(f"expected {name} to have 2 dimensions, got {weight.dim()}")
         first = given[0][1]
@@ -214,9 +210,7 @@ class _Call:
         return plan.choose(scan, device_of(self.input.device.index))
 
     def workspace(self, of_plan: plan.Plan) -> Tensor:
-        return torch.zeros(
-            of_plan.workspace_bytes, dtype=torch.uint8, device=self.input.device
-        )
+        return torch.zeros(of_plan.workspace_bytes, dtype=torch.uint8, device=self.input.device)
 
     def matrix(self) -> Tensor:
         """The input as [rows, I]."""
@@ -255,10 +249,10 @@ def layer_forward(
         gates = call.gates()
         chosen = call.launch(backward=False)
         flat = output.view(call.rows, -1)
-        if chosen.kernel == "persistent":
+        if chosen.kernel != "stepwise":
             torch.ops.rnnkit.persistent_forward(
                 cell,
-                [chosen.units, chosen.tiles, chosen.columns],
+                chosen.numbers,
                 gates,
                 call.w_hh,
                 call.b_ih,
@@ -304,7 +298,9 @@ def _stepwise_forward(
     h_state = new(size, dtype=sums).zero_() if projects else h.to(sums, copy=True)
     c_state = None
     if call.spec.states > 1:
-        c_state = call.states[1][d].to(sums, copy=True) if call.states else new(size, dtype=sums).zero_()
+        c_state = (
+            call.states[1][d].to(sums, copy=True) if call.states else new(size, dtype=sums).zero_()
+        )
     torch.ops.rnnkit.stepwise_forward(
         call.cell,
         gates,
@@ -316,6 +312,7 @@ def _stepwise_forward(
         call.counts,
         not call.states,
         keep,
+        is_precise(low),
         h,
         h_state,
         c_state,
@@ -412,7 +409,7 @@ class _Backward:
             call.input.new_empty(call.state_shape(k)) if call.states else None
             for k in range(call.spec.states)
         ]
-        if chosen.kernel == "persistent":
+        if chosen.kernel != "stepwise":
             self._persistent(chosen, initial)
         else:
             for d in range(call.directions):
@@ -431,7 +428,7 @@ class _Backward:
         grad_output, *grad_finals = self.grads
         torch.ops.rnnkit.persistent_backward(
             call.cell,
-            [chosen.units, chosen.tiles, chosen.columns],
+            chosen.numbers,
             [w.t().contiguous() for w in call.w_hh if w is not None],
             call.states[0] if call.states else None,
             call.offsets(),
@@ -471,6 +468,7 @@ class _Backward:
             call.w_hr[d],
             d,
             counts,
+            is_precise(call.input.dtype),
             self.output,
             call.states[0][d] if call.states else None,
             self.reserve[d],
@@ -521,19 +519,14 @@ class _Backward:
             return parts
         if initial is None:
             initial = call.input.new_zeros(call.batch, width)
-        index, offset = [], 0
-        sizes = call.counts
-        offsets = [0]
-        for size in sizes:
-            offsets.append(offsets[-1] + size)
-        for t, size in enumerate(sizes):
-            before = t + 1 if d else t - 1
-            alive = sizes[before] if 0 <= before < len(sizes) else 0
-            index += range(offsets[before], offsets[before] + min(alive, size)) if alive else ()
-            index += range(call.rows + min(alive, size), call.rows + size)
-            offset += size
-        rows = torch.tensor(index).to(output.device)
-        return [(slice(0, call.rows), torch.cat([output, initial]).index_select(0, rows))]
+        counts = torch.tensor(call.counts)
+        zero, starts = counts.new_zeros(1), counts.cumsum(0) - counts
+        alive = torch.cat([counts[1:], zero] if d else [zero, counts[:-1]])
+        step = torch.arange(call.steps).repeat_interleave(counts)
+        n = torch.arange(call.rows) - starts[step]
+        row = (starts + counts if d else starts - alive)[step] + n
+        index = torch.where(n < alive[step], row, call.rows + n).to(output.device)
+        return [(slice(0, call.rows), torch.cat([output, initial]).index_select(0, index))]
 
     def _runs(self) -> list[tuple[int, int, int]]:
         """Gates whose input parts' gradients lie side by side: (first gate, last gate + 1, first place)."""

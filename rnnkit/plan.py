@@ -1,8 +1,9 @@
 """Which CUDA kernel runs a scan, and how it is cut into blocks: plain arithmetic, tested without a GPU.
 
-The persistent kernel keeps the recurrent weights in shared memory for the whole sequence: a block owns some
-hidden units for a slice of the batch, and all blocks run at once. Where that does not fit, or a matrix product a
-step is faster, the scan goes step by step. docs/cuda.md tells how either works.
+The persistent kernels keep the recurrent weights in shared memory for the whole sequence: a block owns some
+hidden units for a slice of the batch, and what the blocks of a slice exchange each step goes through the shared
+memory of a cluster of blocks, or through global memory with all blocks running at once. Where neither fits, or a
+matrix product a step is faster, the scan goes step by step. docs/cuda.md tells how each works.
 """
 
 import threading
@@ -13,7 +14,7 @@ from functools import lru_cache
 
 from rnnkit.reference import CELLS
 
-KERNELS = ("persistent", "stepwise")
+KERNELS = ("cluster", "persistent", "stepwise")
 
 WARPS = 8
 #: Bytes that a warp loads at once, in 32 vectors.
@@ -37,6 +38,17 @@ class Device:
     processors: int
     shared_bytes: int
     capability: tuple[int, int]
+
+    @property
+    def cluster_blocks(self) -> int:
+        """Blocks in the largest cluster; 1 where there are none."""
+        if self.capability[0] < 9:
+            return 1
+        return 16 if self.capability[0] in (9, 10) else 8
+
+    def clusters(self, blocks: int) -> int:
+        """Clusters of so many blocks that run at once; not every processor has a place in one."""
+        return max(1, int(0.85 * self.processors / blocks))
 
 
 @dataclass(frozen=True)
@@ -88,12 +100,18 @@ class Plan:
     workspace_bytes: int = 0
     microseconds: float = 0.0
 
+    @property
+    def numbers(self) -> list[int]:
+        """What the extension's ops take."""
+        return [self.units, self.tiles, self.columns, int(self.kernel == "cluster")]
+
     def __str__(self) -> str:
         if self.kernel == "stepwise":
             return f"stepwise: {self.reason}"
         return (
-            f"persistent: {self.slices} x {self.blocks} blocks a direction, each {self.units} units x "
-            f"{self.columns} rows in tiles of {8 * self.tiles}, {self.shared_bytes} bytes of shared memory; {self.reason}"
+            f"{self.kernel}: {self.slices} x {self.blocks} blocks a direction, each {self.units} units x "
+            f"{self.columns} rows in tiles of {8 * self.tiles}, {self.shared_bytes} bytes of shared memory; "
+            f"{self.reason}"
         )
 
 
@@ -135,13 +153,14 @@ def _choose(
         return Plan("stepwise", reason)
     plans = [
         plan
-        for plan in persistent_plans(scan, device)
-        if all(getattr(plan, name) == value for name, value in choice)
+        for plan in (*persistent_plans(scan, device), *cluster_plans(scan, device))
+        if kernel in ("", plan.kernel)
+        and all(getattr(plan, name) == value for name, value in choice)
     ]
     if not plans:
-        return Plan("stepwise", "the weights do not fit in the multiprocessors' shared memory")
+        return Plan("stepwise", "the weights do not fit in shared memory")
     best = min(plans, key=lambda plan: plan.microseconds)
-    if kernel != "persistent" and stepwise.microseconds < best.microseconds:
+    if not kernel and stepwise.microseconds < best.microseconds:
         return Plan("stepwise", "a matrix product a step is expected to be faster")
     return best
 
@@ -159,39 +178,83 @@ def _never_persistent(scan: Scan, device: Device) -> str:
 def units_of(scan: Scan) -> dict[int, tuple[int, ...]]:
     """The kernels that are built: hidden units of a block -> tiles (csrc/cuda/instances.h)."""
     if scan.backward:
-        return {8: (2, 4, 8), 16: (2, 4, 8)}
+        return {8: (1, 2, 4, 8), 16: (1, 2, 4, 8)}
     if CELLS[scan.cell].gates == 1:
-        return {16: (2, 4, 8)}
-    return {4: (2, 4, 8), 8: (2, 4, 8), 16: (2, 4)}
+        return {16: (1, 2, 4, 8)}
+    return {4: (1, 2, 4, 8), 8: (1, 2, 4, 8), 16: (1, 2, 4)}
 
 
 def persistent_plans(scan: Scan, device: Device) -> Iterator[Plan]:
     """Every way of cutting the scan into blocks that can be on the device together."""
     for units, built in units_of(scan).items():
         blocks = -(-scan.hidden // units)
-        seen = set()
-        for wanted in range(1, device.processors // (scan.directions * blocks) + 1):
-            columns = -(-scan.batch // (8 * wanted)) * 8
-            if columns in seen:
-                continue
-            seen.add(columns)
-            tiles = next((t for t in built if 8 * t >= columns), built[-1])
-            shared = _shared_bytes(scan, units, tiles, columns)
-            if shared > device.shared_bytes:
-                continue
+        at_once = device.processors // (scan.directions * blocks)
+        for tiles, columns in _columns(scan, range(1, at_once + 1), built):
             slices = -(-scan.batch // columns)
-            yield Plan(
-                "persistent",
-                "expected to be fastest",
-                units,
-                tiles,
-                columns,
-                blocks,
-                slices,
-                shared,
-                _workspace_bytes(scan, blocks, slices, columns),
-                _microseconds(scan, units, tiles, columns, scan.directions * blocks * slices),
+            expected = _microseconds(scan, units, tiles, columns, scan.directions * blocks * slices)
+            yield from _fitting(
+                scan, device, "persistent", units, tiles, columns, blocks, slices, expected
             )
+
+
+#: Hidden units of a block of a cluster -> tiles, of the kernels that are built.
+CLUSTER_UNITS = {16: (1, 2), 32: (1, 2)}
+
+
+def cluster_plans(scan: Scan, device: Device) -> Iterator[Plan]:
+    """Every way of cutting the scan into clusters; they need not all be on the device together."""
+    for units, built in CLUSTER_UNITS.items():
+        blocks = -(-scan.hidden // units)
+        if blocks > device.cluster_blocks or device.cluster_blocks == 1:
+            continue
+        at_once = device.clusters(blocks)
+        for tiles, columns in _columns(scan, range(1, at_once // scan.directions + 2), built):
+            slices = -(-scan.batch // columns)
+            expected = _cluster_microseconds(scan, units, tiles, columns)
+            expected *= -(-slices * scan.directions // at_once)
+            yield from _fitting(
+                scan, device, "cluster", units, tiles, columns, blocks, slices, expected
+            )
+
+
+def _columns(scan: Scan, slices: range, built: tuple[int, ...]) -> list[tuple[int, int]]:
+    """For each number of slices, tiles and the rows of the batch in a slice: whole tiles."""
+    found: dict[tuple[int, int], None] = {}
+    for n in slices:
+        eights = -(-scan.batch // (8 * n))
+        tiles = next((t for t in built if t >= eights), built[-1])
+        found[tiles, -(-eights // tiles) * tiles * 8] = None
+    return list(found)
+
+
+def _fitting(
+    scan: Scan,
+    device: Device,
+    kernel: str,
+    units: int,
+    tiles: int,
+    columns: int,
+    blocks: int,
+    slices: int,
+    microseconds: float,
+) -> Iterator[Plan]:
+    """The plan, if a block's shared memory holds what it must."""
+    cluster = kernel == "cluster"
+    shared = _shared_bytes(scan, units, tiles, columns, cluster)
+    if shared <= device.shared_bytes:
+        workspace = 0 if cluster else _workspace_bytes(scan, blocks, slices, columns)
+        yield Plan(
+            kernel,
+            "expected to be fastest",
+            units,
+            tiles,
+            columns,
+            blocks,
+            slices,
+            shared,
+            workspace,
+            microseconds,
+        )
 
 
 def _rows(scan: Scan, units: int) -> int:
@@ -205,13 +268,17 @@ def _chunks(scan: Scan) -> int:
     return -(-scan.hidden * scan.element_bytes // 64) * parts
 
 
-def _shared_bytes(scan: Scan, units: int, tiles: int, columns: int) -> int:
+def _shared_bytes(scan: Scan, units: int, tiles: int, columns: int, cluster: bool) -> int:
     rows = _rows(scan, units)
     row_blocks = -(-rows // 8)
     sums = WARPS * row_blocks * 8 * (tiles * 8 + 4)
-    biases = 0 if scan.backward else 2 * rows
     states = CELLS[scan.cell].states * units * columns
-    return row_blocks * _chunks(scan) * PIECE + 4 * (sums + biases + states)
+    exchanged = 0
+    if cluster:
+        parts = CELLS[scan.cell].gates if scan.backward else 1
+        exchanged = 2 * _chunks(scan) * (columns // 8) * PIECE
+        exchanged += parts * columns * units * scan.element_bytes
+    return row_blocks * _chunks(scan) * PIECE + exchanged + 4 * (sums + states)
 
 
 def _workspace_bytes(scan: Scan, blocks: int, slices: int, columns: int) -> int:
@@ -219,27 +286,51 @@ def _workspace_bytes(scan: Scan, blocks: int, slices: int, columns: int) -> int:
     return scan.directions * slices * (exchanged + blocks * FLAG_STRIDE * 4)
 
 
-def _microseconds(scan: Scan, units: int, tiles: int, columns: int, grid: int) -> float:
-    """Of a step: the exchange's latency, what each block and all blocks load, multiply and add up."""
-    clock = 1700.0  # cycles in a microsecond
+def _work(scan: Scan, units: int, tiles: int, columns: int) -> tuple[float, ...]:
+    """Of a block in a step: bytes it loads, products of the tensor cores, bytes of sums, items, groups of columns."""
     row_blocks = -(-_rows(scan, units) // 8)
+    groups = columns // (8 * tiles)
     loaded = _chunks(scan) * (columns // 8) * PIECE
-    padded = -(-columns // (8 * tiles)) * tiles
-    products = -(-row_blocks // 2) * padded * _chunks(scan) * (6 if scan.precise else 2)
-    weights = row_blocks * _chunks(scan) * PIECE * -(-columns // (8 * tiles))
-    sums = 2 * WARPS * row_blocks * 8 * padded * 8 * 4
+    products = -(-row_blocks // 2) * (columns // 8) * _chunks(scan) * 2
+    sums = 2 * WARPS * row_blocks * 8 * columns * 4
+    items = -(-units * 8 * tiles // 256) * groups
+    return loaded, products, sums, items, groups
+
+
+# Fitted to times on an H100 (docs/cuda.md): within 13 % of the persistent kernel's, 7 % of the cluster's.
+
+
+def _microseconds(scan: Scan, units: int, tiles: int, columns: int, grid: int) -> float:
+    """Of a persistent step: the exchange, what all blocks load, what a block multiplies, adds up and computes."""
+    loaded, products, sums, items, groups = _work(scan, units, tiles, columns)
+    weights = -(-_rows(scan, units) // 8) * _chunks(scan) * PIECE * groups
     return (
-        1.6
-        + loaded / 48.0 / clock
-        + grid * loaded / 4.0e6
-        + products * 1.2 / clock
-        + (weights + sums) / 100.0 / clock
-        + 0.3 * -(-columns // (8 * tiles))
+        1.0
+        + 0.57 * groups
+        + 0.45e-7 * grid * loaded
+        + (11.8e-3 if scan.precise else 2.35e-3) * products
+        + 0.41e-5 * weights
+        + 0.61e-5 * sums
+        + (0.026 + 0.037 * CELLS[scan.cell].gates) * items
+    )
+
+
+def _cluster_microseconds(scan: Scan, units: int, tiles: int, columns: int) -> float:
+    """Likewise where the exchange stays in a cluster: each block writes its part to all."""
+    loaded, products, sums, items, groups = _work(scan, units, tiles, columns)
+    return (
+        0.77
+        + 0.1 * groups
+        + 3.46e-5 * loaded
+        + (13.5e-3 if scan.precise else 3.38e-3) * products
+        + 0.98e-5 * sums
+        + (0.30 + 0.014 * CELLS[scan.cell].gates) * items
     )
 
 
 def _stepwise_microseconds(scan: Scan) -> float:
-    gates = CELLS[scan.cell].gates
-    operations = 2.0 * scan.batch * scan.hidden * scan.projected * gates
-    rate = {2: 3e8, 4: 3e7 if scan.precise else 1.5e8, 8: 2e7}[scan.element_bytes]
-    return scan.directions * (12.0 + operations / rate)
+    """Of two launches, or of a product that reads the weights anew."""
+    weights = CELLS[scan.cell].gates * scan.hidden * scan.projected
+    rate = {2: 4e8, 4: 3.5e7 if scan.precise else 1.3e8, 8: 2e7}[scan.element_bytes]
+    product = 5.0 + 2.0 * scan.batch * weights / rate + weights * scan.element_bytes / 3e6
+    return scan.directions * max(14.0, product)

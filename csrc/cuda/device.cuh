@@ -5,26 +5,23 @@
 
 namespace rnnkit::cuda {
 
-__device__ __forceinline__ void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                         uint32_t b0, uint32_t b1, BFloat16) {
-  asm volatile(
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint4& a, uint32_t b0, uint32_t b1, BFloat16) {
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                         uint32_t b0, uint32_t b1, Half) {
-  asm volatile(
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint4& a, uint32_t b0, uint32_t b1, Half) {
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                         uint32_t b0, uint32_t b1, float) {
-  asm volatile(
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint4& a, uint32_t b0, uint32_t b1, float) {
+  asm(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
 // What TF32 leaves of a float, as TF32.
@@ -35,40 +32,57 @@ __device__ __forceinline__ uint32_t lower(uint32_t word) {
   return upper(__float_as_uint(__uint_as_float(word) - __uint_as_float(upper(word))));
 }
 
+__device__ __forceinline__ uint4 upper(const uint4& words) {
+  return {upper(words.x), upper(words.y), upper(words.z), upper(words.w)};
+}
+__device__ __forceinline__ uint4 lower(const uint4& words) {
+  return {lower(words.x), lower(words.y), lower(words.z), lower(words.w)};
+}
+
 struct DeviceWarp {
   using Vector = uint4;     // 16 bytes a lane
   using Sums = float[4];    // 16 rows x 8 columns
   int index, lane;
 
-  static __device__ __forceinline__ Vector zero() { return {0, 0, 0, 0}; }
+  // Words 0 and 1, 2 and 3 of 8 rows, beside 8 rows of zeros.
+  static __device__ __forceinline__ Vector upper01(const Vector& words) { return {words.x, 0, words.y, 0}; }
+  static __device__ __forceinline__ Vector upper23(const Vector& words) { return {words.z, 0, words.w, 0}; }
   __device__ __forceinline__ void clear(Sums& sums) const { sums[0] = sums[1] = sums[2] = sums[3] = 0; }
 
-  // A piece of shared memory.
-  __device__ __forceinline__ Vector read(const std::byte* piece) const {
-    return reinterpret_cast<const uint4*>(piece)[lane];
+  // Where this lane's part of a piece is, and the part: of shared memory, or of what other blocks wrote, from the cache
+  // that all share.
+  template <class Byte>
+  __device__ __forceinline__ Byte* lanes(Byte* piece) const {
+    return piece + lane * kVectorBytes;
   }
-  // A piece that other blocks wrote: from the cache that all share.
-  __device__ __forceinline__ Vector read_exchanged(const std::byte* piece) const {
-    return __ldcg(reinterpret_cast<const uint4*>(piece) + lane);
+  __device__ __forceinline__ Vector read(const std::byte* part) const { return *reinterpret_cast<const uint4*>(part); }
+  __device__ __forceinline__ Vector read_exchanged(const std::byte* part) const {
+    return __ldcg(reinterpret_cast<const uint4*>(part));
   }
 
-  // sums += [a0; a1] b for one chunk: a0, a1 are 8 rows of weights each, b 8 rows of the batch.
+  // sums += a b for one chunk: a is 16 rows of weights, their words 0 and 1, and 2 and 3; b 8 rows of the batch.
   template <class S>
-  __device__ __forceinline__ void multiply_add(Sums& sums, const Vector& a0, const Vector& a1, const Vector& b,
+  __device__ __forceinline__ void multiply_add(Sums& sums, const Vector& a01, const Vector& a23, const Vector& b,
                                                bool precise) const {
     if constexpr (std::is_same_v<S, float>) {
-      if (precise) {  // the small products first; that of both lower parts is below a float's rounding
-        multiply(sums, lower(a0.x), lower(a1.x), lower(a0.y), lower(a1.y), upper(b.x), upper(b.y), S());
-        multiply(sums, upper(a0.x), upper(a1.x), upper(a0.y), upper(a1.y), lower(b.x), lower(b.y), S());
-        multiply(sums, upper(a0.x), upper(a1.x), upper(a0.y), upper(a1.y), upper(b.x), upper(b.y), S());
-        multiply(sums, lower(a0.z), lower(a1.z), lower(a0.w), lower(a1.w), upper(b.z), upper(b.w), S());
-        multiply(sums, upper(a0.z), upper(a1.z), upper(a0.w), upper(a1.w), lower(b.z), lower(b.w), S());
-        multiply(sums, upper(a0.z), upper(a1.z), upper(a0.w), upper(a1.w), upper(b.z), upper(b.w), S());
+      // The small products first; that of both lower parts is below a float's rounding. The tensor core's own sums are
+      // cut off rather than rounded, so they are kept short.
+      if (precise) {
+        Sums part = {0, 0, 0, 0};
+        const Vector small01 = lower(a01), small23 = lower(a23), large01 = upper(a01), large23 = upper(a23);
+        multiply(part, small01, upper(b.x), upper(b.y), S());
+        multiply(part, large01, lower(b.x), lower(b.y), S());
+        multiply(part, large01, upper(b.x), upper(b.y), S());
+        multiply(part, small23, upper(b.z), upper(b.w), S());
+        multiply(part, large23, lower(b.z), lower(b.w), S());
+        multiply(part, large23, upper(b.z), upper(b.w), S());
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sums[k] += part[k];
         return;
       }
     }
-    multiply(sums, a0.x, a1.x, a0.y, a1.y, b.x, b.y, S());
-    multiply(sums, a0.z, a1.z, a0.w, a1.w, b.z, b.w, S());
+    multiply(sums, a01, b.x, b.y, S());
+    multiply(sums, a23, b.z, b.w, S());
   }
 
   // Into [rows][stride] floats at `to`; rows from 8 on only if `both`.
@@ -116,6 +130,17 @@ struct DeviceBlock {
   __device__ __forceinline__ void release(uint32_t* flag, uint32_t epoch) const {
     if (threadIdx.x == 0) asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(epoch) : "memory");
   }
+
+  // In a cluster: where block `rank` has what `shared` points to here; and its barrier, which also makes what was written
+  // before arrive() visible after wait().
+  template <class T>
+  __device__ __forceinline__ T* peer(int rank, T* shared) const {
+    T* found;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(found) : "l"(shared), "r"(rank));
+    return found;
+  }
+  __device__ __forceinline__ void arrive() const { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+  __device__ __forceinline__ void wait() const { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 };
 
 }  // namespace rnnkit::cuda

@@ -37,12 +37,26 @@ std::string launch_step(std::string_view cell, Type type, bool backward, const S
   return "";
 }
 
-std::string launch_add(Type type, const void* a, const void* b, int64_t b_stride, void* sum, int64_t rows,
-                       int64_t width, Stream) {
+std::string multiply(const Product& product, void*) {
+  with_type(product.type, [&](auto element) {
+    using S = decltype(element);
+    for (int64_t row = 0; row < product.rows; ++row)
+      for (int64_t column = 0; column < product.columns; ++column) {
+        Sum<S> sum = 0;
+        for (int64_t k = 0; k < product.depth; ++k) {
+          const int64_t at = product.transposed ? column * product.b_stride + k : k * product.b_stride + column;
+          sum += read<S>(product.a, row * product.a_stride + k) * read<S>(product.b, at);
+        }
+        write<S>(product.c, row * product.c_stride + column, sum);
+      }
+  });
+  return "";
+}
+
+std::string launch_add(Type type, const Addition& addition, Stream) {
   with_type(type, [&](auto element) {
-    for (int64_t n = 0; n < rows; ++n)
-      for (int64_t column = 0; column < width; ++column)
-        add_element<decltype(element)>(a, b, b_stride, sum, width, n, column);
+    for (int64_t n = 0; n < addition.rows; ++n)
+      for (int64_t column = 0; column < addition.width; ++column) add_element<decltype(element)>(addition, n, column);
   });
   return "";
 }

@@ -17,9 +17,20 @@ struct HostWarp {
   using Sums = std::array<std::array<float, 4>, 32>;
   int index;
 
-  static Vector zero() { return {}; }
+  static Vector upper(const Vector& words, int first) {
+    Vector found{};
+    for (int lane = 0; lane < 32; ++lane)
+      for (int k = 0; k < 2; ++k) found.words[lane][2 * k] = words.words[lane][first + k];
+    return found;
+  }
+  static Vector upper01(const Vector& words) { return upper(words, 0); }
+  static Vector upper23(const Vector& words) { return upper(words, 2); }
   void clear(Sums& sums) const { sums = {}; }
 
+  template <class Byte>
+  Byte* lanes(Byte* piece) const {
+    return piece;
+  }
   Vector read(const std::byte* piece) const {
     Vector vector;
     std::memcpy(&vector, piece, sizeof vector);
@@ -41,13 +52,14 @@ struct HostWarp {
   }
 
   template <class S>
-  void multiply_add(Sums& sums, const Vector& a0, const Vector& a1, const Vector& b, bool precise) const {
+  void multiply_add(Sums& sums, const Vector& a01, const Vector& a23, const Vector& b, bool precise) const {
     for (int row = 0; row < 16; ++row)
       for (int column = 0; column < 8; ++column)
         for (int lane = 0; lane < 4; ++lane)
           for (int word = 0; word < 4; ++word)
             sums[row % 8 * 4 + column / 2][row / 8 * 2 + column % 2] +=
-                dot<S>((row < 8 ? a0 : a1).words[row % 8 * 4 + lane][word], b.words[column * 4 + lane][word], precise);
+                dot<S>((word < 2 ? a01 : a23).words[row % 8 * 4 + lane][word % 2 * 2 + row / 8], b.words[column * 4 + lane][word],
+                       precise);
   }
 
   void store(const Sums& sums, float* to, int stride, bool both) const {
@@ -65,6 +77,8 @@ struct HostWarp {
 
 struct HostBlock {
   int index;
+  std::vector<std::vector<std::byte>>* memories;
+  int cluster;
 
   template <class R>
   using PerThread = std::vector<R>;
@@ -79,6 +93,13 @@ struct HostBlock {
     for (int warp = 0; warp < kWarps; ++warp) body(HostWarp{warp});
   }
   void sync() const {}
+  // In a cluster: the blocks of a cluster follow one another, and each knows where all have their shared memory.
+  template <class T>
+  T* peer(int rank, T* shared) const {
+    return shared + ((*memories)[index - index % cluster + rank].data() - (*memories)[index].data());
+  }
+  void arrive() const {}
+  void wait() const {}
   void release(uint32_t* flag, uint32_t epoch) const { *flag = epoch; }
 };
 

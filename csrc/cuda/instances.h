@@ -20,6 +20,9 @@ using BlockOfBuild = DeviceBlock;
 
 template <class Pass>
 __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_constant__ Scan scan) {
+#if __CUDA_ARCH__ < 900
+  if (Pass::kCluster) return;  // no such instructions; never launched
+#endif
   extern __shared__ uint4 shared[];
   Pass pass(DeviceBlock{int(blockIdx.x)}, scan, reinterpret_cast<std::byte*>(shared));
   pass.begin();
@@ -29,16 +32,16 @@ __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_co
 #else
 using BlockOfBuild = HostBlock;
 
-// Every block in turn, a step at a time.
+// Every block in turn, a step at a time. A cluster's blocks write to one another, so all memory is there before any runs.
 template <class Pass>
 void persistent_kernel(const Scan& scan) {
   const int64_t blocks = scan.directions * scan.slices * scan.blocks;
   const size_t bytes = shared_bytes_of<Pass>(scan.hidden, scan.columns);
   std::vector<std::vector<std::byte>> shared(blocks);
+  for (std::vector<std::byte>& memory : shared) memory.assign(bytes, std::byte(0xff));  // NaN where nothing is written
   std::vector<Pass> passes;
   for (int64_t block = 0; block < blocks; ++block) {
-    shared[block].assign(bytes, std::byte(0xff));  // NaN where nothing was written
-    passes.emplace_back(HostBlock{int(block)}, scan, shared[block].data());
+    passes.emplace_back(HostBlock{int(block), &shared, scan.blocks}, scan, shared[block].data());
   }
   for (Pass& pass : passes) pass.begin();
   for (int64_t s = 0; s < scan.steps; ++s)
@@ -48,11 +51,13 @@ void persistent_kernel(const Scan& scan) {
 #endif
 
 // For each number of tiles one kernel.
-template <template <class, class, class, int, int> class Pass, class Cell, class S, int kUnits, int... kTiles>
+template <template <class, class, class, int, int, bool> class Pass, bool kCluster, class Cell, class S, int kUnits,
+          int... kTiles>
 void add(std::vector<Persistent>& table, std::string_view cell) {
-  (table.push_back({cell, kUnits, kTiles,
-                    reinterpret_cast<const void*>(&persistent_kernel<Pass<BlockOfBuild, Cell, S, kUnits, kTiles>>),
-                    &shared_bytes_of<Pass<BlockOfBuild, Cell, S, kUnits, kTiles>>}),
+  (table.push_back({cell, kCluster, kUnits, kTiles,
+                    reinterpret_cast<const void*>(
+                        &persistent_kernel<Pass<BlockOfBuild, Cell, S, kUnits, kTiles, kCluster>>),
+                    &shared_bytes_of<Pass<BlockOfBuild, Cell, S, kUnits, kTiles, kCluster>>}),
    ...);
 }
 
@@ -60,18 +65,22 @@ void add(std::vector<Persistent>& table, std::string_view cell) {
 template <class Cell, class S>
 void add_forward(std::vector<Persistent>& table, std::string_view cell) {
   if constexpr (Cell::gates > 1) {
-    add<ForwardScan, Cell, S, 4, 2, 4, 8>(table, cell);
-    add<ForwardScan, Cell, S, 8, 2, 4, 8>(table, cell);
-    add<ForwardScan, Cell, S, 16, 2, 4>(table, cell);
+    add<ForwardScan, false, Cell, S, 4, 1, 2, 4, 8>(table, cell);
+    add<ForwardScan, false, Cell, S, 8, 1, 2, 4, 8>(table, cell);
+    add<ForwardScan, false, Cell, S, 16, 1, 2, 4>(table, cell);
   } else {
-    add<ForwardScan, Cell, S, 16, 2, 4, 8>(table, cell);
+    add<ForwardScan, false, Cell, S, 16, 1, 2, 4, 8>(table, cell);
   }
+  add<ForwardScan, true, Cell, S, 16, 1, 2>(table, cell);
+  add<ForwardScan, true, Cell, S, 32, 1, 2>(table, cell);
 }
 
 template <class Cell, class S>
 void add_backward(std::vector<Persistent>& table, std::string_view cell) {
-  add<BackwardScan, Cell, S, 8, 2, 4, 8>(table, cell);
-  add<BackwardScan, Cell, S, 16, 2, 4, 8>(table, cell);
+  add<BackwardScan, false, Cell, S, 8, 1, 2, 4, 8>(table, cell);
+  add<BackwardScan, false, Cell, S, 16, 1, 2, 4, 8>(table, cell);
+  add<BackwardScan, true, Cell, S, 16, 1, 2>(table, cell);
+  add<BackwardScan, true, Cell, S, 32, 1, 2>(table, cell);
 }
 
 template <class S>

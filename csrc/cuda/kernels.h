@@ -19,9 +19,10 @@ using Stream = CUstream_st*;
 enum class Type { bfloat16, half, float32, float64 };
 
 // One persistent kernel of a pass and type: of a cell, for blocks of so many hidden units, which multiply so many groups
-// of 8 rows of the batch at a time.
+// of 8 rows of the batch at a time, and where they are a cluster exchange through its shared memory.
 struct Persistent {
   std::string_view cell;
+  bool cluster;
   int units, tiles;
   const void* function;
   int64_t (*shared_bytes)(int64_t hidden, int columns);
@@ -66,8 +67,32 @@ struct Step {
 
 std::string launch_step(std::string_view cell, Type type, bool backward, const Step& step, Stream stream);
 
-// sum [rows, width] = a [rows, width] + b [rows, b_stride], or a where b is null; of S.
-std::string launch_add(Type type, const void* a, const void* b, int64_t b_stride, void* sum, int64_t rows,
-                       int64_t width, Stream stream);
+// c [rows, columns] = a [rows, depth] b, all of one type, row by row; b is [depth, columns], or the transpose of
+// `b` [columns, depth].
+struct Product {
+  Type type;
+  bool transposed, precise;
+  int64_t rows, columns, depth;
+  const void *a, *b;
+  void* c;
+  int64_t a_stride, b_stride, c_stride;
+};
+
+// blas: torch's handle of cuBLAS for the current stream.
+std::string multiply(const Product& product, void* blas);
+
+// Rows of some stride.
+struct Rows {
+  const void* data;
+  int64_t stride;
+};
+
+// sum [rows, width] = a + b, or a where b is null; of S.
+struct Addition {
+  Rows a, b;
+  void* sum;
+  int64_t sum_stride, rows, width;
+};
+std::string launch_add(Type type, const Addition& addition, Stream stream);
 
 }  // namespace rnnkit::cuda

@@ -1,7 +1,14 @@
-// The launch of a persistent kernel.
+// The launch of a persistent kernel, and cuBLAS's products.
 #include <cuda_runtime.h>
+#include <library_types.h>
 
 #include "cuda/kernels.h"
+
+// Of cublas_api.h, which a toolkit need not have; torch has loaded the library.
+extern "C" int cublasGemmEx(void* handle, int transpose_a, int transpose_b, int m, int n, int k, const void* alpha,
+                            const void* a, cudaDataType_t a_type, int a_stride, const void* b, cudaDataType_t b_type,
+                            int b_stride, const void* beta, void* c, cudaDataType_t c_type, int c_stride,
+                            int compute_type, int algorithm);
 
 namespace rnnkit::cuda {
 namespace {
@@ -19,11 +26,48 @@ std::string launch_persistent(const Persistent& kernel, const Scan& scan, Stream
   const auto blocks = static_cast<unsigned>(scan.directions * scan.slices * scan.blocks);
   cudaError_t status = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return error_of(status, "shared memory of the persistent kernel");
+  cudaLaunchAttribute attribute{};
+  if (kernel.cluster) {
+    // More than 8 blocks are not portable: the plan asks for them only where there can be so many.
+    status = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (status != cudaSuccess) return error_of(status, "cluster of the persistent kernel");
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(scan.blocks);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  } else {
+    // All blocks are on the GPU at once, or the launch fails; they wait for one another.
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
   Scan argument = scan;
   void* arguments[] = {&argument};
-  // Cooperative: all blocks are on the GPU at once, or the launch fails; they wait for one another.
-  status = cudaLaunchCooperativeKernel(kernel.function, dim3(blocks), dim3(kThreads), arguments, bytes, stream);
+  status = cudaLaunchKernelExC(&config, kernel.function, arguments);
   return error_of(status, "launch of the persistent kernel");
+}
+
+std::string multiply(const Product& product, void* blas) {
+  constexpr int kCompute32 = 68, kCompute32Tf32 = 77, kCompute64 = 70, kDefaultAlgorithm = -1;
+  constexpr cudaDataType_t types[] = {CUDA_R_16BF, CUDA_R_16F, CUDA_R_32F, CUDA_R_64F};
+  const cudaDataType_t type = types[static_cast<int>(product.type)];
+  const bool wide = product.type == Type::float64;
+  const int compute = wide ? kCompute64 : type == CUDA_R_32F && !product.precise ? kCompute32Tf32 : kCompute32;
+  const float one = 1, zero = 0;
+  const double wide_one = 1, wide_zero = 0;
+  const void* alpha = wide ? static_cast<const void*>(&wide_one) : &one;
+  const void* beta = wide ? static_cast<const void*>(&wide_zero) : &zero;
+  // cuBLAS goes column by column: to it every matrix is its transpose.
+  const int status = cublasGemmEx(blas, product.transposed, 0, int(product.columns), int(product.rows),
+                                  int(product.depth), alpha, product.b, type, int(product.b_stride), product.a, type,
+                                  int(product.a_stride), beta, product.c, type, int(product.c_stride), compute,
+                                  kDefaultAlgorithm);
+  return status == 0 ? "" : "cublasGemmEx: status " + std::to_string(status);
 }
 
 }  // namespace rnnkit::cuda

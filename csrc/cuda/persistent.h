@@ -1,5 +1,6 @@
 // The persistent scan: a block keeps its rows of the recurrent weights in shared memory for the whole sequence, and the
-// blocks of a direction exchange a vector each step.
+// blocks of a direction and slice exchange a vector each step: through global memory, or, where they are one cluster,
+// each into the shared memory of all.
 //
 // What happens between two exchanges is written once, over a Block of device.cuh or host.h. In a step, a warp waits for
 // those blocks whose units it multiplies, multiplies its part of the vector with all of its block's rows, and leaves
@@ -8,50 +9,99 @@
 //
 // Exchanges are numbered from 0 and lie in two buffers in turn. Exchange e overwrites e - 2: a block writes e after all
 // its warps waited for e - 1, thus for every block of the direction, each of which had read e - 2 when it wrote e - 1.
+// In a cluster one barrier an exchange stands for all that waiting.
+//
+// A step is a chain of dependent instructions: hardly anything but latency decides its time. So all places are worked
+// out before the first step, and a thread goes from one to the next by constants.
 #pragma once
 
-#include <algorithm>
+#include <type_traits>
 
 #include "cuda/scan.h"
 
 namespace rnnkit::cuda {
 
+template <class S>
+RNNKIT_DEVICE const S* at(const void* array, int64_t index) {
+  return static_cast<const S*>(array) + index;
+}
+
 // The part of a pass that is the same in both directions of time: who the block is, its weights, products and flags.
 // kRows rows of weights; kTiles groups of 8 rows of the batch at a time; kParts as in chunks_of.
-template <class Block, class S, int kUnits, int kRows, int kTiles, int kParts>
+template <class Block, class S, int kUnits, int kRows, int kTiles, int kParts, bool kCluster>
 class Recurrence {
  public:
   static constexpr int kRowBlocks = row_blocks(kRows), kRowTiles = (kRowBlocks + 1) / 2;
   static constexpr int kStride = sum_stride(kTiles), kColumns = 8 * kTiles;
-  static constexpr int kItems = (kUnits * kColumns + kThreads - 1) / kThreads;  // (unit, column) pairs of a thread
+  // A thread's items: one unit, for columns kStep apart.
+  static constexpr int kItems = (kUnits * kColumns + kThreads - 1) / kThreads, kStep = kThreads / kUnits;
+  static_assert(kThreads % kUnits == 0 && kStep % 8 == 0);
 
   RNNKIT_DEVICE Recurrence(const Block& block, const Scan& scan, std::byte* shared) : block_(block), scan_(scan) {
     block_in_slice_ = block.index % scan.blocks;
     const int group = block.index / scan.blocks;
     direction_ = group / scan.slices;
-    first_unit_ = int64_t(block_in_slice_) * kUnits;
+    first_unit_ = block_in_slice_ * kUnits;
     first_row_ = int64_t(group % scan.slices) * scan.columns;
+    const int64_t rows = scan.batch - first_row_;
+    columns_ = rows < scan.columns ? int(rows) : scan.columns;
     chunks_ = chunks_of<S>(scan.hidden, kParts);
-    flags_ = scan.flags + int64_t(group) * scan.blocks * kFlagStride;
-    exchanged_ = static_cast<std::byte*>(scan.exchanged) + group * 2 * exchange_bytes();
+    tiles_ = scan.tiles();
     weights_ = shared;
-    sums_ = reinterpret_cast<float*>(shared + int64_t(kRowBlocks) * chunks_ * kPieceBytes);
+    shared += int64_t(kRowBlocks) * chunks_ * kPieceBytes;
+    if constexpr (kCluster) {
+      exchanged_ = shared;
+      staged_ = shared + 2 * exchange_bytes();
+      shared = staged_ + kParts * scan.columns * kUnits * int(sizeof(S));
+    } else {
+      exchanged_ = static_cast<std::byte*>(scan.exchanged) + int64_t(group) * 2 * exchange_bytes();
+      flags_ = scan.flags + int64_t(group) * scan.blocks * kFlagStride;
+    }
+    sums_ = reinterpret_cast<float*>(shared);
     rest_ = sums_ + kWarps * kRowBlocks * 8 * kStride;
   }
 
-  // Calls body(unit in the block, column of the slice, item) for this thread's part of a group of columns.
+  // What a thread does in every step: a unit of the block, and columns from a first one on.
+  struct Part {
+    int unit, column;  // no column is as large where there is no such unit
+    int given;         // bytes from the beginning of an exchange, or of what is staged, to its first value
+  };
+  RNNKIT_DEVICE Part part_of(int thread) const {
+    const int unit = thread % kUnits, column = thread / kUnits;
+    const bool there = first_unit_ + unit < scan_.hidden && column < kColumns;
+    const int given = kCluster ? column * kUnits + unit : int(place_of<S>(first_unit_ + unit, 0, kParts, column, tiles_));
+    return {unit, there ? column : 1 << 30, given * int(sizeof(S))};
+  }
+  // Calls body(item, column of the slice) for a thread's items in a group of columns, of which the first `alive` count.
   template <class Body>
-  RNNKIT_DEVICE void each_item(int thread, int group, const Body& body) const {
+  RNNKIT_DEVICE void each_item(const Part& part, int group, int alive, const Body& body) const {
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
-      const int index = thread + item * kThreads;
-      const int unit = index % kUnits, column = group * kColumns + index / kUnits;
-      if (index < kUnits * kColumns && first_unit_ + unit < scan_.hidden && column < scan_.columns &&
-          first_row_ + column < scan_.batch)
-        body(unit, column, item);
+      const int column = group * kColumns + part.column + item * kStep;
+      if (column < alive) body(item, column);
     }
   }
-  RNNKIT_DEVICE int groups() const { return (scan_.tiles() + kTiles - 1) / kTiles; }
+  RNNKIT_DEVICE int groups() const { return tiles_ / kTiles; }
+  // Of the slice's columns, those whose row of the batch is among the first `count`.
+  RNNKIT_DEVICE int alive(int64_t count) const {
+    const int64_t rows = count - first_row_;
+    return rows < columns_ ? int(rows) : columns_;
+  }
+
+  // No product: zeros. And in a cluster no block writes to another before that one has cleared its memory.
+  RNNKIT_DEVICE void begin(int thread) const {
+    for (int k = thread; k < kWarps * kRowBlocks * 8 * kStride; k += kThreads) sums_[k] = 0;
+    if constexpr (kCluster) {
+      const std::byte* end = reinterpret_cast<const std::byte*>(sums_);
+      for (std::byte* at = exchanged_ + thread * 16; at < end; at += kThreads * 16) clear_vector(at);
+    }
+  }
+  RNNKIT_DEVICE void meet() const {
+    if constexpr (kCluster) {
+      block_.arrive();
+      block_.wait();
+    }
+  }
 
   // row_of(r): the row of `matrix`, [.., kParts * H], that the block's row r is; negative: none.
   template <class RowOf>
@@ -75,13 +125,28 @@ class Recurrence {
 #pragma unroll
         for (int k = 0; k < kVector<S>; ++k) vector[k] = operand(vector[k]);
       }
-      copy_vector(weights_ + int64_t(index) * kVectorBytes, vector);
+      store_weights(index / 32 / chunks_, chunk, lane, vector);
+    }
+  }
+
+  // A row's four words of a chunk, so that a warp's load brings what it multiplies: for two row blocks together the
+  // words 0 and 1 of both, then the words 2 and 3; for one that is left over its four.
+  RNNKIT_DEVICE void store_weights(int row_block, int chunk, int lane, const void* vector) const {
+    const uint32_t* words = static_cast<const uint32_t*>(vector);
+    std::byte* const to = weights_ + (row_block / 2 * 2 * chunks_ + chunk * (row_block / 2 < kRowBlocks / 2 ? 2 : 1)) * kPieceBytes +
+                          lane * kVectorBytes;
+    if (row_block / 2 < kRowBlocks / 2) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        reinterpret_cast<uint32_t*>(to + k / 2 * kPieceBytes)[k % 2 * 2 + row_block % 2] = words[k];
+    } else {
+      copy_vector(to, vector);
     }
   }
 
   // The warp's share of weights x exchange number `exchange`, for a group of columns.
   template <class Warp>
-  RNNKIT_DEVICE void product(const Warp& warp, int64_t exchange, int group) const {
+  RNNKIT_DEVICE void product(const Warp& warp, uint32_t exchange, int group) const {
     typename Warp::Sums sums[kRowTiles][kTiles];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
@@ -89,33 +154,48 @@ class Recurrence {
       for (int n = 0; n < kTiles; ++n) warp.clear(sums[m][n]);
     const int first = warp.index * chunks_ / kWarps, last = (warp.index + 1) * chunks_ / kWarps;
     if (first < last) {
-      const int first_unit = first / kParts * kChunk<S>, last_unit = ((last - 1) / kParts + 1) * kChunk<S> - 1;
-      const int last_block = last_unit / kUnits < scan_.blocks ? last_unit / kUnits : scan_.blocks - 1;
-      if (group == 0) warp.wait(flags_, first_unit / kUnits, last_block, uint32_t(exchange + 1));
-      const std::byte* from = exchanged_ + (exchange & 1) * exchange_bytes();
+      if (!kCluster && group == 0) {
+        const int first_unit = first / kParts * kChunk<S>, last_unit = ((last - 1) / kParts + 1) * kChunk<S> - 1;
+        const int last_block = last_unit / kUnits < scan_.blocks ? last_unit / kUnits : scan_.blocks - 1;
+        warp.wait(flags_, first_unit / kUnits, last_block, exchange + 1);
+      }
+      const int step = tiles_ * kPieceBytes, tile_step = 2 * chunks_ * kPieceBytes;
+      const std::byte* from = warp.lanes(exchanged_ + (exchange & 1) * exchange_bytes()) +
+                              (first * tiles_ + group * kTiles) * kPieceBytes;
+      const std::byte* weights = warp.lanes(weights_) + 2 * first * kPieceBytes;
+      const std::byte* odd = warp.lanes(weights_) + (kRowBlocks / 2 * 2 * chunks_ + first) * kPieceBytes;
       constexpr int kAhead = kTiles < 8 ? 4 : kItems < 4 ? 2 : 1;  // chunks whose loads are under way together
-      for (int start = first; start < last; start += kAhead) {
+      for (int left = last - first; left > 0; left -= kAhead) {
         typename Warp::Vector values[kAhead][kTiles];
 #pragma unroll
-        for (int k = 0; k < kAhead; ++k)
+        for (int k = 0; k < kAhead; ++k) {
+          if (k < left)
 #pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
-            const int tile = group * kTiles + n;
-            values[k][n] = start + k < last && tile < scan_.tiles()
-                               ? warp.read_exchanged(from + (int64_t(start + k) * scan_.tiles() + tile) * kPieceBytes)
-                               : Warp::zero();
-          }
+            for (int n = 0; n < kTiles; ++n) values[k][n] = read_exchanged(warp, from + n * kPieceBytes);
+          from += step;
+        }
 #pragma unroll
         for (int k = 0; k < kAhead; ++k)
-          if (start + k < last)
+          if (k < left) {
+            const std::byte* rows = weights;
 #pragma unroll
-            for (int m = 0; m < kRowTiles; ++m) {
-              const auto upper = warp.read(piece(2 * m, start + k));
-              const auto lower = 2 * m + 1 < kRowBlocks ? warp.read(piece(2 * m + 1, start + k)) : Warp::zero();
+            for (int m = 0; m < kRowBlocks / 2; ++m) {
+              const auto words01 = warp.read(rows), words23 = warp.read(rows + kPieceBytes);
 #pragma unroll
               for (int n = 0; n < kTiles; ++n)
-                warp.template multiply_add<S>(sums[m][n], upper, lower, values[k][n], scan_.precise);
+                warp.template multiply_add<S>(sums[m][n], words01, words23, values[k][n], scan_.precise);
+              rows += tile_step;
             }
+            weights += 2 * kPieceBytes;
+            if constexpr (kRowBlocks % 2 == 1) {
+              const auto words = warp.read(odd);
+#pragma unroll
+              for (int n = 0; n < kTiles; ++n)
+                warp.template multiply_add<S>(sums[kRowTiles - 1][n], Warp::upper01(words), Warp::upper23(words),
+                                              values[k][n], scan_.precise);
+              odd += kPieceBytes;
+            }
+          }
       }
     }
     float* to = sums_ + warp.index * kRowBlocks * 8 * kStride;
@@ -126,36 +206,67 @@ class Recurrence {
         warp.store(sums[m][n], to + m * 16 * kStride + n * 8, kStride, 2 * m + 1 < kRowBlocks);
   }
 
-  // Row `row` of the product for a column of the slice.
-  RNNKIT_DEVICE float product_of(int row, int column) const {
-    const float* from = sums_ + row * kStride + column % kColumns;
-    float sum = 0;
+  // Row kUnits * k + unit of the product for an item.
+  RNNKIT_DEVICE float product_of(const Part& part, int k, int item) const {
+    const float* from = sums_ + part.unit * kStride + part.column + k * kUnits * kStride + item * kStep;
+    float sums[kWarps];
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) sum += from[warp * kRowBlocks * 8 * kStride];
-    return sum;
+    for (int warp = 0; warp < kWarps; ++warp) sums[warp] = from[warp * kRowBlocks * 8 * kStride];
+    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
   }
 
-  // Writes part `part` of a unit into exchange number `exchange`.
-  RNNKIT_DEVICE void give(int64_t exchange, int unit, int part, int column, S value) const {
-    S* to = reinterpret_cast<S*>(exchanged_ + (exchange & 1) * exchange_bytes());
-    to[place_of<S>(first_unit_ + unit, part, kParts, column, scan_.tiles())] = operand(value);
+  // Writes part `k` of an item into exchange number `exchange`; in a cluster, where share() finds it.
+  RNNKIT_DEVICE void give(uint32_t exchange, const Part& part, int k, int item, int group, S value) const {
+    if constexpr (kCluster) {
+      std::byte* to = staged_ + part.given + (k * scan_.columns + group * kColumns + item * kStep) * kUnits * int(sizeof(S));
+      *reinterpret_cast<S*>(to) = operand(value);
+    } else {
+      std::byte* to = exchanged_ + (exchange & 1) * exchange_bytes() + part.given;
+      to += (k * tiles_ + group * kTiles + item * (kStep / 8)) * kPieceBytes;
+      *reinterpret_cast<S*>(to) = operand(value);
+    }
   }
-  // After sync(): exchange number `exchange` is complete as far as this block goes.
-  RNNKIT_DEVICE void release(int64_t exchange) const {
-    block_.release(flags_ + block_in_slice_ * kFlagStride, uint32_t(exchange + 1));
+  // After sync(): what was given is copied to every block of the cluster, by each warp to some.
+  RNNKIT_DEVICE void share(int thread, uint32_t exchange) const {
+    if constexpr (kCluster) {
+      constexpr int kOctets = kUnits / kVector<S>;
+      std::byte* const to = exchanged_ + (exchange & 1) * exchange_bytes();
+      for (int vector = thread % 32; vector < scan_.columns * kOctets; vector += 32) {
+        const int column = vector / kOctets, unit = first_unit_ + vector % kOctets * kVector<S>;
+        const int chunk = unit / kChunk<S> * kParts;
+        if (chunk >= chunks_) continue;  // the last block's units beyond those that are exchanged
+        std::byte* place = to + (chunk * tiles_ + column / 8) * kPieceBytes +
+                           (column % 8 * 4 + unit % kChunk<S> / kVector<S>)*kVectorBytes;
+        const std::byte* from = staged_ + vector * kVectorBytes;
+#pragma unroll
+        for (int k = 0; k < kParts; ++k) {
+          const Words words = *reinterpret_cast<const Words*>(from + k * scan_.columns * kUnits * int(sizeof(S)));
+          for (int rank = thread / 32; rank < scan_.blocks; rank += kWarps)
+            *reinterpret_cast<Words*>(block_.peer(rank, place + k * tiles_ * kPieceBytes)) = words;
+        }
+      }
+    }
+  }
+  // After sync(), and in a cluster after share(): the exchange is complete as far as this block goes.
+  RNNKIT_DEVICE void release(uint32_t exchange) const {
+    if constexpr (kCluster)
+      block_.arrive();
+    else
+      block_.release(flags_ + block_in_slice_ * kFlagStride, exchange + 1);
+  }
+  // In a cluster: until all blocks have released the exchange. Elsewhere each warp waits for those that it needs.
+  RNNKIT_DEVICE void await() const {
+    if constexpr (kCluster) block_.wait();
   }
 
   const Block block_;
   const Scan& scan_;
-  int direction_, block_in_slice_;
-  int64_t first_unit_, first_row_;
+  int direction_, block_in_slice_, first_unit_, columns_;
+  int64_t first_row_;
   float* rest_;  // shared memory that is left: states and biases
 
  private:
-  RNNKIT_DEVICE int64_t exchange_bytes() const { return int64_t(chunks_) * scan_.tiles() * kPieceBytes; }
-  RNNKIT_DEVICE const std::byte* piece(int row_block, int chunk) const {
-    return weights_ + (int64_t(row_block) * chunks_ + chunk) * kPieceBytes;
-  }
+  RNNKIT_DEVICE int exchange_bytes() const { return chunks_ * tiles_ * kPieceBytes; }
   // As the product reads it: TF32 is rounded here, once, rather than in each product.
   RNNKIT_DEVICE S operand(S value) const {
     if constexpr (std::is_same_v<S, float>)
@@ -163,263 +274,341 @@ class Recurrence {
     else
       return value;
   }
-  static RNNKIT_DEVICE void copy_vector(void* to, const void* from) {
-    struct alignas(kVectorBytes) Vector {
-      uint64_t words[2];
-    };
-    *static_cast<Vector*>(to) = *static_cast<const Vector*>(from);
+  template <class Warp>
+  static RNNKIT_DEVICE auto read_exchanged(const Warp& warp, const std::byte* from) {
+    if constexpr (kCluster)
+      return warp.read(from);
+    else
+      return warp.read_exchanged(from);
   }
+  struct alignas(kVectorBytes) Words {
+    uint64_t words[2];
+  };
+  static RNNKIT_DEVICE void copy_vector(void* to, const void* from) {
+    *static_cast<Words*>(to) = *static_cast<const Words*>(from);
+  }
+  static RNNKIT_DEVICE void clear_vector(void* to) { *static_cast<Words*>(to) = Words{}; }
 
-  int chunks_;
-  uint32_t* flags_;
-  std::byte *weights_, *exchanged_;
+  int chunks_, tiles_;
+  uint32_t* flags_ = nullptr;
+  std::byte *weights_, *exchanged_, *staged_ = nullptr;
   float* sums_;
 };
 
-template <class S>
-RNNKIT_DEVICE const S* at(const void* array, int64_t index) {
-  return static_cast<const S*>(array) + index;
-}
-
-// h_t = cell(w_ih x_t, w_hh h_{t-1}); exchange s is h before step s.
-template <class Block, class Cell_, class S_, int kUnits_, int kTiles_>
-class ForwardScan {
+// What both passes have: the order of time, and a thread's part.
+template <class Block, class Cell_, class S_, int kUnits_, int kTiles_, bool kCluster_, bool kBackward>
+class Pass {
  public:
   using Cell = Cell_;
   using S = S_;
+  static constexpr bool kCluster = kCluster_;
   static constexpr int kUnits = kUnits_, kTiles = kTiles_, kGates = Cell::gates, kStates = Cell::states;
-  static constexpr int kRows = kGates * kUnits, kParts = 1, kBiases = 2 * kRows;
+  static constexpr int kRows = (kBackward ? 1 : kGates) * kUnits, kParts = kBackward ? kGates : 1;
+  using Exchange = Recurrence<Block, S, kUnits, kRows, kTiles, kParts, kCluster>;
+  using Part = typename Exchange::Part;
+  static constexpr int kItems = Exchange::kItems, kStep = Exchange::kStep, kColumns = Exchange::kColumns;
 
-  RNNKIT_DEVICE ForwardScan(const Block& block, const Scan& scan, std::byte* shared)
-      : block_(block), scan_(scan), recurrence_(block_, scan, shared) {
-    direction_ = recurrence_.direction_;
-    bias_ = recurrence_.rest_;
-    states_ = bias_ + kBiases;
+ protected:
+  RNNKIT_DEVICE Pass(const Block& block, const Scan& scan, std::byte* shared)
+      : block_(block), scan_(scan), exchange_(block, scan, shared), direction_(exchange_.direction_) {
+    backwards_ = (direction_ == 1) != kBackward;
+    states_ = exchange_.rest_;
   }
 
+  // Where a step's rows are, and how many of the slice's columns have one.
+  struct Place {
+    int64_t row;
+    int alive;
+  };
+  RNNKIT_DEVICE int64_t time(int64_t s) const { return backwards_ ? scan_.steps - 1 - s : s; }
+  RNNKIT_DEVICE Place place(int64_t s) const {
+    if (s >= scan_.steps) return {0, 0};
+    const int64_t t = time(s);
+    return {scan_.offset(t) + exchange_.first_row_, exchange_.alive(scan_.count(t))};
+  }
+
+  // A state, or its gradient, of an item.
+  RNNKIT_DEVICE float& state(int k, const Part& part, int column) const {
+    return states_[(k * scan_.columns + column) * kUnits + part.unit];
+  }
+  RNNKIT_DEVICE int64_t state_at(const Part& part, int column) const {
+    return (direction_ * scan_.batch + exchange_.first_row_ + column) * scan_.hidden + exchange_.first_unit_ + part.unit;
+  }
+
+  const Block block_;
+  const Scan& scan_;
+  const Exchange exchange_;
+  const int direction_;
+  bool backwards_;
+  float* states_;
+};
+
+// h_t = cell(w_ih x_t, w_hh h_{t-1}); exchange s is h before step s.
+template <class Block, class Cell_, class S_, int kUnits_, int kTiles_, bool kCluster_>
+class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, false> {
+  using Base = Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, false>;
+  using Base::block_, Base::scan_, Base::exchange_, Base::direction_, Base::state, Base::state_at, Base::place;
+
+ public:
+  using typename Base::Cell, typename Base::S, typename Base::Part, typename Base::Place;
+  using Base::kUnits, Base::kGates, Base::kStates, Base::kRows, Base::kItems, Base::kStep, Base::kColumns;
+
+  RNNKIT_DEVICE ForwardScan(const Block& block, const Scan& scan, std::byte* shared) : Base(block, scan, shared) {}
+
   RNNKIT_DEVICE void begin() {
-    block_.threads(registers_, [&](int thread, Registers&) {
-      recurrence_.load_weights(thread, static_cast<const S*>(scan_.weight[direction_]), [&](int row) {
-        const int64_t unit = recurrence_.first_unit_ + row % kUnits;
+    block_.threads(registers_, [&](int thread, Registers& r) {
+      r.part = exchange_.part_of(thread);
+      exchange_.begin(thread);
+    });
+    exchange_.meet();
+    block_.threads(registers_, [&](int thread, Registers& r) {
+      exchange_.load_weights(thread, static_cast<const S*>(scan_.weight[direction_]), [&](int row) {
+        const int64_t unit = exchange_.first_unit_ + row % kUnits;
         return row < kRows && unit < scan_.hidden ? row / kUnits * scan_.hidden + unit : int64_t(-1);
       });
-      for (int row = thread; row < kRows; row += kThreads) {
-        const int64_t unit = recurrence_.first_unit_ + row % kUnits;
-        const int64_t at_row = row / kUnits * scan_.hidden + unit;
-        const void *b_ih = scan_.b_ih[direction_], *b_hh = scan_.b_hh[direction_];
-        const bool there = unit < scan_.hidden;
-        bias_[row] = there && b_ih ? widened(*at<S>(b_ih, at_row)) : 0;
-        bias_[kRows + row] = there && b_hh ? widened(*at<S>(b_hh, at_row)) : 0;
+      const int64_t unit = exchange_.first_unit_ + r.part.unit, hidden = scan_.hidden;
+      const bool there = unit < hidden;
+      const void *b_ih = scan_.b_ih[direction_], *b_hh = scan_.b_hh[direction_];
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) {
+        r.b_ih[g] = there && b_ih ? widened(*at<S>(b_ih, g * hidden + unit)) : 0;
+        r.b_hh[g] = there && b_hh ? widened(*at<S>(b_hh, g * hidden + unit)) : 0;
       }
-      for (int group = 0; group < recurrence_.groups(); ++group)
-        recurrence_.each_item(thread, group, [&](int unit, int column, int) {
+      // From the first row of a step to this thread's first item in it.
+      const int64_t wide = scan_.directions * hidden;
+      r.gates = r.part.column * wide * kGates + direction_ * kGates * hidden + unit;
+      r.output = r.part.column * wide + direction_ * hidden + unit;
+      const int values = scan_.keep == Keep::everything ? Cell::saved : kStates - 1;
+      r.reserve = ((direction_ * scan_.rows + r.part.column) * values) * hidden + unit;
+      for (int group = 0; group < exchange_.groups(); ++group)
+        exchange_.each_item(r.part, group, exchange_.columns_, [&](int item, int column) {
 #pragma unroll
           for (int k = 0; k < kStates; ++k)
-            state(k, unit, column) =
-                scan_.initial[k] ? widened(*at<S>(scan_.initial[k], state_at(unit, column))) : 0;
+            state(k, r.part, column) =
+                scan_.initial[k] ? widened(*at<S>(scan_.initial[k], state_at(r.part, column))) : 0;
           if (scan_.initial[0]) {  // in both buffers: a row may begin at any step
-            recurrence_.give(0, unit, 0, column, narrowed<S>(state(0, unit, column)));
-            recurrence_.give(1, unit, 0, column, narrowed<S>(state(0, unit, column)));
+            exchange_.give(0, r.part, 0, item, group, narrowed<S>(state(0, r.part, column)));
+            exchange_.give(1, r.part, 0, item, group, narrowed<S>(state(0, r.part, column)));
           }
         });
     });
     block_.sync();
-    if (scan_.initial[0]) recurrence_.release(0);
-    prefetch(0, 0);
+    if (scan_.initial[0]) {
+      block_.threads(registers_, [&](int thread, Registers&) {
+        exchange_.share(thread, 0);
+        exchange_.share(thread, 1);
+      });
+      exchange_.release(0);
+    }
+    now_ = place(0);
+    next_ = place(1);
+    prefetch(now_, 0);
   }
 
   RNNKIT_DEVICE void step(int64_t s) {
-    const int64_t t = time(s), offset = scan_.offset(t), count = scan_.count(t);
     const bool first = s == 0 && !scan_.initial[0];  // h is zero then, and no block tells
-    for (int group = 0; group < recurrence_.groups(); ++group) {
-      if (!first) block_.warps([&](const auto& warp) { recurrence_.product(warp, s, group); });
+    const bool last = s + 1 == scan_.steps;
+    const int groups = exchange_.groups();
+    for (int group = 0; group < groups; ++group) {
+      const bool last_group = group + 1 == groups;
+      if (!first && group == 0) exchange_.await();
+      if (!first) block_.warps([&](const auto& warp) { exchange_.product(warp, uint32_t(s), group); });
       block_.sync();
-      block_.threads(registers_, [&](int thread, Registers& r) {
-        recurrence_.each_item(thread, group, [&](int unit, int column, int item) {
-          if (recurrence_.first_row_ + column >= count) return;
+      block_.threads(registers_, [&](int, Registers& r) {
+        exchange_.each_item(r.part, group, now_.alive, [&](int item, int column) {
           float x[kGates], h[kGates], state_of[kStates];
 #pragma unroll
           for (int g = 0; g < kGates; ++g) {
-            const int row = g * kUnits + unit;
-            x[g] = r.x[item][g] + bias_[row];
-            h[g] = (first ? 0 : recurrence_.product_of(row, column)) + bias_[kRows + row];
+            x[g] = widened(r.x[item][g]) + r.b_ih[g];
+            h[g] = exchange_.product_of(r.part, g, item) + r.b_hh[g];
           }
 #pragma unroll
-          for (int k = 0; k < kStates; ++k) state_of[k] = state(k, unit, column);
+          for (int k = 0; k < kStates; ++k) state_of[k] = state(k, r.part, column);
 #pragma unroll
           for (int k = 1; k < kStates; ++k) r.before[item][k - 1] = state_of[k];
           Cell::forward(x, h, state_of, r.save[item]);
 #pragma unroll
-          for (int k = 0; k < kStates; ++k) state(k, unit, column) = state_of[k];
+          for (int k = 0; k < kStates; ++k) state(k, r.part, column) = state_of[k];
           r.h[item] = narrowed<S>(state_of[0]);
-          if (s + 1 < scan_.steps) recurrence_.give(s + 1, unit, 0, column, r.h[item]);
+          if (!last) exchange_.give(uint32_t(s + 1), r.part, 0, item, group, r.h[item]);
         });
       });
       block_.sync();
-      if (group + 1 == recurrence_.groups() && s + 1 < scan_.steps) recurrence_.release(s + 1);
-      block_.threads(registers_, [&](int thread, Registers& r) {
-        recurrence_.each_item(thread, group, [&](int unit, int column, int item) {
-          const int64_t n = recurrence_.first_row_ + column;
-          if (n < count) keep(offset + n, recurrence_.first_unit_ + unit, r, item);
-        });
-      });
-      const bool last_group = group + 1 == recurrence_.groups();
-      if (!last_group || s + 1 < scan_.steps) prefetch(s + last_group, last_group ? 0 : group + 1);
+      if (last_group && !last) {
+        block_.threads(registers_, [&](int thread, Registers&) { exchange_.share(thread, uint32_t(s + 1)); });
+        exchange_.release(uint32_t(s + 1));
+      }
+      keep(group);
+      if (!last_group)
+        prefetch(now_, group + 1);
+      else if (!last)
+        prefetch(next_, 0);
     }
+    now_ = next_;
+    next_ = place(s + 2);
   }
 
   RNNKIT_DEVICE void end() {
-    block_.threads(registers_, [&](int thread, Registers&) {
-      for (int group = 0; group < recurrence_.groups(); ++group)
-        recurrence_.each_item(thread, group, [&](int unit, int column, int) {
+    block_.threads(registers_, [&](int, Registers& r) {
+      for (int group = 0; group < exchange_.groups(); ++group)
+        exchange_.each_item(r.part, group, exchange_.columns_, [&](int, int column) {
 #pragma unroll
           for (int k = 0; k < kStates; ++k)
-            static_cast<S*>(scan_.final[k])[state_at(unit, column)] = narrowed<S>(state(k, unit, column));
+            static_cast<S*>(scan_.final[k])[state_at(r.part, column)] = narrowed<S>(state(k, r.part, column));
         });
     });
   }
 
  private:
   struct Registers {
-    using Items = Recurrence<Block, S, kUnits, kRows, kTiles, kParts>;
-    float x[Items::kItems][kGates];
-    float save[Items::kItems][Cell::saved + 1], before[Items::kItems][kStates];
-    S h[Items::kItems];
+    Part part;
+    int64_t gates, output, reserve;
+    float b_ih[kGates], b_hh[kGates];
+    S x[kItems][kGates];  // as it was loaded: to convert it would be to wait for it
+    float save[kItems][Cell::saved + 1], before[kItems][kStates];
+    S h[kItems];
   };
 
-  RNNKIT_DEVICE int64_t time(int64_t s) const { return direction_ ? scan_.steps - 1 - s : s; }
-  RNNKIT_DEVICE float& state(int k, int unit, int column) const {
-    return states_[(k * scan_.columns + column) * kUnits + unit];
-  }
-  RNNKIT_DEVICE int64_t state_at(int unit, int column) const {
-    return (direction_ * scan_.batch + recurrence_.first_row_ + column) * scan_.hidden + recurrence_.first_unit_ + unit;
-  }
-
   // The input's part of the gates, long before it is needed.
-  RNNKIT_DEVICE void prefetch(int64_t s, int group) {
-    const int64_t t = time(s), offset = scan_.offset(t), count = scan_.count(t);
-    block_.threads(registers_, [&](int thread, Registers& r) {
-      recurrence_.each_item(thread, group, [&](int unit, int column, int item) {
-        const int64_t n = recurrence_.first_row_ + column;
-        if (n >= count) return;
-        const int64_t row = ((offset + n) * scan_.directions + direction_) * kGates * scan_.hidden;
-        const S* from = at<S>(scan_.gates, row + recurrence_.first_unit_ + unit);
+  RNNKIT_DEVICE void prefetch(const Place& place, int group) {
+    const int64_t hidden = scan_.hidden, wide = scan_.directions * kGates * hidden;
+    const S* const of_step = at<S>(scan_.gates, (place.row + group * kColumns) * wide);
+    block_.threads(registers_, [&](int, Registers& r) {
+      exchange_.each_item(r.part, group, place.alive, [&](int item, int) {
+        const S* from = of_step + r.gates + item * kStep * wide;
 #pragma unroll
-        for (int g = 0; g < kGates; ++g) r.x[item][g] = widened(from[g * scan_.hidden]);
+        for (int g = 0; g < kGates; ++g) r.x[item][g] = from[g * hidden];
       });
     });
   }
 
   // Output and what the backward pass is to find.
-  RNNKIT_DEVICE void keep(int64_t row, int64_t unit, const Registers& r, int item) const {
-    const int64_t hidden = scan_.hidden;
-    static_cast<S*>(scan_.output)[(row * scan_.directions + direction_) * hidden + unit] = r.h[item];
-    const int64_t of_direction = direction_ * scan_.rows + row;
-    if (scan_.keep == Keep::everything) {
-      float* to = scan_.reserve + of_direction * Cell::saved * hidden + unit;
+  RNNKIT_DEVICE void keep(int group) {
+    const int64_t hidden = scan_.hidden, row = now_.row + group * kColumns, wide = scan_.directions * hidden;
+    const int values = scan_.keep == Keep::everything ? Cell::saved : kStates - 1;
+    S* const output = static_cast<S*>(scan_.output) + row * wide;
+    float* const reserve = scan_.reserve + row * values * hidden;
+    block_.threads(registers_, [&](int, Registers& r) {
+      exchange_.each_item(r.part, group, now_.alive, [&](int item, int) {
+        output[r.output + item * kStep * wide] = r.h[item];
+        float* const to = reserve + r.reserve + item * kStep * values * hidden;
+        if (scan_.keep == Keep::everything) {
 #pragma unroll
-      for (int k = 0; k < Cell::saved; ++k) to[k * hidden] = r.save[item][k];
-    } else if (scan_.keep == Keep::states) {
-      float* to = scan_.reserve + of_direction * (kStates - 1) * hidden + unit;
+          for (int k = 0; k < Cell::saved; ++k) to[k * hidden] = r.save[item][k];
+        } else if (scan_.keep == Keep::states) {
 #pragma unroll
-      for (int k = 0; k < kStates - 1; ++k) to[k * hidden] = r.before[item][k];
-    }
+          for (int k = 0; k < kStates - 1; ++k) to[k * hidden] = r.before[item][k];
+        }
+      });
+    });
   }
 
-  const Block block_;
-  const Scan& scan_;
-  Recurrence<Block, S, kUnits, kRows, kTiles, kParts> recurrence_;
-  int direction_;
-  float *bias_, *states_;
+  Place now_, next_;
   typename Block::template PerThread<Registers> registers_;
 };
 
 // Gradients of the gates at t from those of h_t; exchange s is the recurrent parts' gradients of step s, counted from
 // the last step of the sequence.
-template <class Block, class Cell_, class S_, int kUnits_, int kTiles_>
-class BackwardScan {
- public:
-  using Cell = Cell_;
-  using S = S_;
-  static constexpr int kUnits = kUnits_, kTiles = kTiles_, kGates = Cell::gates, kStates = Cell::states;
-  static constexpr int kRows = kUnits, kParts = kGates, kBiases = 0;
+template <class Block, class Cell_, class S_, int kUnits_, int kTiles_, bool kCluster_>
+class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, true> {
+  using Base = Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, true>;
+  using Base::block_, Base::scan_, Base::exchange_, Base::direction_, Base::state, Base::state_at, Base::place;
 
-  RNNKIT_DEVICE BackwardScan(const Block& block, const Scan& scan, std::byte* shared)
-      : block_(block), scan_(scan), recurrence_(block_, scan, shared) {
-    direction_ = recurrence_.direction_;
-    grads_ = recurrence_.rest_;
-  }
+ public:
+  using typename Base::Cell, typename Base::S, typename Base::Part, typename Base::Place;
+  using Base::kUnits, Base::kGates, Base::kStates, Base::kRows, Base::kItems, Base::kStep, Base::kColumns;
+
+  RNNKIT_DEVICE BackwardScan(const Block& block, const Scan& scan, std::byte* shared) : Base(block, scan, shared) {}
 
   RNNKIT_DEVICE void begin() {
-    block_.threads(registers_, [&](int thread, Registers&) {
-      recurrence_.load_weights(thread, static_cast<const S*>(scan_.weight[direction_]), [&](int row) {
-        const int64_t unit = recurrence_.first_unit_ + row;
+    block_.threads(registers_, [&](int thread, Registers& r) {
+      r.part = exchange_.part_of(thread);
+      exchange_.begin(thread);
+    });
+    exchange_.meet();
+    block_.threads(registers_, [&](int thread, Registers& r) {
+      exchange_.load_weights(thread, static_cast<const S*>(scan_.weight[direction_]), [&](int row) {
+        const int64_t unit = exchange_.first_unit_ + row;
         return row < kRows && unit < scan_.hidden ? unit : int64_t(-1);
       });
-      for (int group = 0; group < recurrence_.groups(); ++group)
-        recurrence_.each_item(thread, group, [&](int unit, int column, int) {
+      const int64_t unit = exchange_.first_unit_ + r.part.unit, hidden = scan_.hidden, wide = scan_.directions * hidden;
+      r.gates = r.part.column * wide * Cell::grads + direction_ * Cell::grads * hidden + unit;
+      r.output = r.part.column * wide + direction_ * hidden + unit;
+      r.reserve = ((direction_ * scan_.rows + r.part.column) * Cell::saved) * hidden + unit;
+      for (int group = 0; group < exchange_.groups(); ++group)
+        exchange_.each_item(r.part, group, exchange_.columns_, [&](int, int column) {
 #pragma unroll
           for (int k = 0; k < kStates; ++k)
-            grad(k, unit, column) =
-                scan_.grad_final[k] ? widened(*at<S>(scan_.grad_final[k], state_at(unit, column))) : 0;
+            state(k, r.part, column) =
+                scan_.grad_final[k] ? widened(*at<S>(scan_.grad_final[k], state_at(r.part, column))) : 0;
         });
     });
-    prefetch(0, 0);
+    now_ = place(0);
+    next_ = place(1);
+    after_ = place(2);
+    prefetch(now_, next_, 1 < scan_.steps, 0);
   }
 
   RNNKIT_DEVICE void step(int64_t s) {
-    const int64_t t = time(s), offset = scan_.offset(t), count = scan_.count(t);
-    for (int group = 0; group < recurrence_.groups(); ++group) {
-      if (s > 0) block_.warps([&](const auto& warp) { recurrence_.product(warp, s - 1, group); });
+    const bool last = s + 1 == scan_.steps;
+    const int groups = exchange_.groups();
+    for (int group = 0; group < groups; ++group) {
+      const bool last_group = group + 1 == groups;
+      if (s > 0 && group == 0) exchange_.await();
+      if (s > 0) block_.warps([&](const auto& warp) { exchange_.product(warp, uint32_t(s - 1), group); });
       block_.sync();
-      block_.threads(registers_, [&](int thread, Registers& r) {
-        recurrence_.each_item(thread, group, [&](int unit, int column, int item) {
+      block_.threads(registers_, [&](int, Registers& r) {
+        exchange_.each_item(r.part, group, exchange_.columns_, [&](int item, int column) {
           float grad_state[kStates];
 #pragma unroll
-          for (int k = 0; k < kStates; ++k) grad_state[k] = grad(k, unit, column);
-          if (s > 0) grad_state[0] += recurrence_.product_of(unit, column);
-          if (recurrence_.first_row_ + column < count) {
-            grad_state[0] += r.grad_y[item];
-            Cell::backward(r.save[item], r.h[item], r.previous_h[item], grad_state, r.grads[item]);
+          for (int k = 0; k < kStates; ++k) grad_state[k] = state(k, r.part, column);
+          grad_state[0] += exchange_.product_of(r.part, 0, item);
+          if (column < now_.alive) {
+            grad_state[0] += widened(r.grad_y[item]);
+            float grads[Cell::grads];
+            Cell::backward(r.values[item], widened(r.h[item]), widened(r.previous_h[item]), grad_state, grads);
+#pragma unroll
+            for (int k = 0; k < Cell::grads; ++k) r.values[item][k] = grads[k];
           } else {
 #pragma unroll
-            for (int k = 0; k < Cell::grads; ++k) r.grads[item][k] = 0;
+            for (int k = 0; k < Cell::grads; ++k) r.values[item][k] = 0;
           }
 #pragma unroll
-          for (int k = 0; k < kStates; ++k) grad(k, unit, column) = grad_state[k];
+          for (int k = 0; k < kStates; ++k) state(k, r.part, column) = grad_state[k];
 #pragma unroll
-          for (int k = 0; k < kGates; ++k) recurrence_.give(s, unit, k, column, narrowed<S>(r.grads[item][k]));
+          for (int k = 0; k < kGates; ++k)
+            exchange_.give(uint32_t(s), r.part, k, item, group, narrowed<S>(r.values[item][k]));
         });
       });
       block_.sync();
-      const bool last_group = group + 1 == recurrence_.groups();
-      if (last_group) recurrence_.release(s);
-      block_.threads(registers_, [&](int thread, Registers& r) {
-        recurrence_.each_item(thread, group, [&](int unit, int column, int item) {
-          const int64_t n = recurrence_.first_row_ + column;
-          if (n >= count) return;
-          const int64_t row = ((offset + n) * scan_.directions + direction_) * Cell::grads * scan_.hidden;
-          S* to = static_cast<S*>(scan_.grad_gates) + row + recurrence_.first_unit_ + unit;
-#pragma unroll
-          for (int k = 0; k < Cell::grads; ++k) to[k * scan_.hidden] = narrowed<S>(r.grads[item][k]);
-        });
-      });
-      if (!last_group || s + 1 < scan_.steps) prefetch(s + last_group, last_group ? 0 : group + 1);
+      if (last_group) {
+        block_.threads(registers_, [&](int thread, Registers&) { exchange_.share(thread, uint32_t(s)); });
+        exchange_.release(uint32_t(s));
+      }
+      keep(group);
+      if (!last_group)
+        prefetch(now_, next_, !last, group + 1);
+      else if (!last)
+        prefetch(next_, after_, s + 2 < scan_.steps, 0);
     }
+    now_ = next_;
+    next_ = after_;
+    after_ = place(s + 3);
   }
 
   RNNKIT_DEVICE void end() {
-    for (int group = 0; group < recurrence_.groups(); ++group) {
+    exchange_.await();  // nobody may leave a cluster while others write to its memory
+    for (int group = 0; group < exchange_.groups(); ++group) {
       if (scan_.grad_initial[0])
-        block_.warps([&](const auto& warp) { recurrence_.product(warp, scan_.steps - 1, group); });
+        block_.warps([&](const auto& warp) { exchange_.product(warp, uint32_t(scan_.steps - 1), group); });
       block_.sync();
-      block_.threads(registers_, [&](int thread, Registers&) {
-        recurrence_.each_item(thread, group, [&](int unit, int column, int) {
+      block_.threads(registers_, [&](int, Registers& r) {
+        exchange_.each_item(r.part, group, exchange_.columns_, [&](int item, int column) {
 #pragma unroll
           for (int k = 0; k < kStates; ++k)
             if (scan_.grad_initial[k])
-              static_cast<S*>(scan_.grad_initial[k])[state_at(unit, column)] =
-                  narrowed<S>(grad(k, unit, column) + (k == 0 ? recurrence_.product_of(unit, column) : 0));
+              static_cast<S*>(scan_.grad_initial[k])[state_at(r.part, column)] = narrowed<S>(
+                  state(k, r.part, column) + (k == 0 ? exchange_.product_of(r.part, 0, item) : 0));
         });
       });
       block_.sync();
@@ -428,62 +617,61 @@ class BackwardScan {
 
  private:
   struct Registers {
-    using Items = Recurrence<Block, S, kUnits, kRows, kTiles, kParts>;
-    float save[Items::kItems][Cell::saved + 1], h[Items::kItems], previous_h[Items::kItems], grad_y[Items::kItems];
-    float grads[Items::kItems][Cell::grads];
+    Part part;
+    int64_t gates, output, reserve;
+    float values[kItems][Cell::saved > Cell::grads ? Cell::saved : Cell::grads];  // what was saved, then the gradients
+    S h[kItems], previous_h[kItems], grad_y[kItems];
   };
 
-  RNNKIT_DEVICE int64_t time(int64_t s) const { return direction_ ? s : scan_.steps - 1 - s; }
-  RNNKIT_DEVICE float& grad(int k, int unit, int column) const {
-    return grads_[(k * scan_.columns + column) * kUnits + unit];
-  }
-  RNNKIT_DEVICE int64_t state_at(int unit, int column) const {
-    return (direction_ * scan_.batch + recurrence_.first_row_ + column) * scan_.hidden + recurrence_.first_unit_ + unit;
-  }
-
-  // What step s reads of the forward pass, long before it is needed.
-  RNNKIT_DEVICE void prefetch(int64_t s, int group) {
-    const int64_t t = time(s), before = direction_ ? t + 1 : t - 1;
-    const int64_t offset = scan_.offset(t), count = scan_.count(t);
-    const bool starts = before < 0 || before == scan_.steps;
-    const int64_t previous = starts ? 0 : scan_.offset(before), alive = starts ? 0 : scan_.count(before);
-    block_.threads(registers_, [&](int thread, Registers& r) {
-      recurrence_.each_item(thread, group, [&](int unit, int column, int item) {
-        const int64_t n = recurrence_.first_row_ + column, hidden = scan_.hidden;
-        if (n >= count) return;
-        const int64_t row = offset + n, global_unit = recurrence_.first_unit_ + unit;
-        const float* saved = scan_.reserve + (direction_ * scan_.rows + row) * Cell::saved * hidden + global_unit;
+  // What a step reads of the forward pass, long before it is needed. `before`: the step before in time, if there is one.
+  RNNKIT_DEVICE void prefetch(const Place& place, const Place& before, bool has_before, int group) {
+    const int64_t hidden = scan_.hidden, wide = scan_.directions * hidden, row = place.row + group * kColumns;
+    const float* const saved = scan_.reserve + row * Cell::saved * hidden;
+    const S* const output = at<S>(scan_.output, row * wide);
+    const S* const previous = at<S>(scan_.output, (before.row + group * kColumns) * wide);
+    const S* const grad_output = scan_.grad_output ? at<S>(scan_.grad_output, row * wide) : nullptr;
+    const int alive_before = has_before ? before.alive : 0;
+    block_.threads(registers_, [&](int, Registers& r) {
+      exchange_.each_item(r.part, group, place.alive, [&](int item, int column) {
+        const float* from = saved + r.reserve + item * kStep * Cell::saved * hidden;
 #pragma unroll
-        for (int k = 0; k < Cell::saved; ++k) r.save[item][k] = saved[k * hidden];
-        const auto output_at = [&](int64_t of_row) {
-          return (of_row * scan_.directions + direction_) * hidden + global_unit;
-        };
-        r.grad_y[item] = scan_.grad_output ? widened(*at<S>(scan_.grad_output, output_at(row))) : 0;
-        r.h[item] = Cell::uses_h ? widened(*at<S>(scan_.output, output_at(row))) : 0;
-        r.previous_h[item] = 0;
+        for (int k = 0; k < Cell::saved; ++k) r.values[item][k] = from[k * hidden];
+        const int64_t output_at = r.output + item * kStep * wide;
+        r.grad_y[item] = grad_output ? grad_output[output_at] : S{};
+        r.h[item] = Cell::uses_h ? output[output_at] : S{};
+        r.previous_h[item] = S{};
         if constexpr (Cell::uses_previous_h) {
-          if (n < alive)
-            r.previous_h[item] = widened(*at<S>(scan_.output, output_at(previous + n)));
+          if (column < alive_before)
+            r.previous_h[item] = previous[output_at];
           else if (scan_.initial[0])
-            r.previous_h[item] = widened(*at<S>(scan_.initial[0], state_at(unit, column)));
+            r.previous_h[item] = *at<S>(scan_.initial[0], state_at(r.part, column));
         }
       });
     });
   }
 
-  const Block block_;
-  const Scan& scan_;
-  Recurrence<Block, S, kUnits, kRows, kTiles, kParts> recurrence_;
-  int direction_;
-  float* grads_;
+  // Gradients of the gates, for the products over all steps.
+  RNNKIT_DEVICE void keep(int group) {
+    const int64_t hidden = scan_.hidden, wide = scan_.directions * Cell::grads * hidden;
+    S* const of_step = static_cast<S*>(scan_.grad_gates) + (now_.row + group * kColumns) * wide;
+    block_.threads(registers_, [&](int, Registers& r) {
+      exchange_.each_item(r.part, group, now_.alive, [&](int item, int) {
+        S* to = of_step + r.gates + item * kStep * wide;
+#pragma unroll
+        for (int k = 0; k < Cell::grads; ++k) to[k * hidden] = narrowed<S>(r.values[item][k]);
+      });
+    });
+  }
+
+  Place now_, next_, after_;
   typename Block::template PerThread<Registers> registers_;
 };
 
 // Bytes of shared memory that a pass's block needs.
 template <class Pass>
 int64_t shared_bytes_of(int64_t hidden, int columns) {
-  return shared_bytes<typename Pass::S>(hidden, Pass::kRows, Pass::kParts, Pass::kTiles, Pass::kBiases,
-                                        Pass::kStates, Pass::kUnits, columns);
+  return shared_bytes<typename Pass::S>(hidden, Pass::kRows, Pass::kParts, Pass::kTiles, Pass::kStates, Pass::kUnits,
+                                        columns, Pass::kCluster);
 }
 
 }  // namespace rnnkit::cuda

@@ -3,12 +3,11 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <array>
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -50,11 +49,12 @@ const std::vector<Persistent>* table_of(Type type, bool backward) {
   }
 }
 
-const Persistent* find_persistent(std::string_view cell, Type type, bool backward, int units, int tiles) {
+const Persistent* find_persistent(std::string_view cell, Type type, bool backward, bool cluster, int units,
+                                  int tiles) {
   const std::vector<Persistent>* table = table_of(type, backward);
   if (table == nullptr) return nullptr;
   for (const Persistent& kernel : *table)
-    if (kernel.cell == cell && kernel.units == units && kernel.tiles == tiles) return &kernel;
+    if (kernel.cell == cell && kernel.cluster == cluster && kernel.units == units && kernel.tiles == tiles) return &kernel;
   return nullptr;
 }
 
@@ -87,23 +87,36 @@ Stream stream_of(const Tensor& tensor) {
 
 void check(const std::string& error) { STD_TORCH_CHECK(error.empty(), "rnnkit: ", error); }
 
-// out = a b
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack = {torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                       torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes over the reference that came back
-}
+// The products of one call, one after the other on its stream.
+class Products {
+ public:
+  Products(Type type, bool precise) : type_(type), precise_(precise) {
+#if !defined(RNNKIT_HOST)
+    TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&blas_));
+#endif
+  }
 
-Tensor rows_of(const Tensor& tensor, int64_t start, int64_t count) {
-  return torch::stable::narrow(const_cast<Tensor&>(tensor), 0, start, count);
-}
+  // c [rows, .] = a [rows, .] w, or a w^T.
+  void run(const void* a, int64_t a_stride, const Tensor& w, bool transposed, void* c, int64_t c_stride,
+           int64_t rows) const {
+    const int64_t columns = w.size(transposed ? 0 : 1), depth = w.size(transposed ? 1 : 0);
+    check(multiply({type_, transposed, precise_, rows, columns, depth, a, w.const_data_ptr(), c, a_stride,
+                    std::max<int64_t>(w.size(1), 1), c_stride},
+                   blas_));
+  }
 
-// What both passes of the persistent scan have in common. `plan`: a block's units, tiles and columns.
+ private:
+  Type type_;
+  bool precise_;
+  void* blas_ = nullptr;
+};
+
+// What both passes of the persistent scan have in common. `plan`: a block's units, tiles and columns, and whether the
+// blocks of a direction and slice are a cluster.
 Scan scan_of(const std::vector<int64_t>& plan, int64_t elements, const std::vector<Tensor>& weights,
              const Optional& offsets, int64_t steps, int64_t batch, int64_t hidden, int64_t rows,
              const Tensor& workspace, bool precise, int parts) {
-  STD_TORCH_CHECK(plan.size() == 3, "expected a plan of 3 numbers, got ", plan.size());
+  STD_TORCH_CHECK(plan.size() == 4, "expected a plan of 4 numbers, got ", plan.size());
   Scan scan{};
   scan.steps = steps;
   scan.batch = batch;
@@ -113,11 +126,14 @@ Scan scan_of(const std::vector<int64_t>& plan, int64_t elements, const std::vect
   scan.offsets = static_cast<const int64_t*>(data(offsets));
   scan.units = static_cast<int>(plan[0]);
   scan.columns = static_cast<int>(plan[2]);
-  STD_TORCH_CHECK(scan.units > 0 && scan.columns > 0 && scan.columns % 8 == 0, "unexpected plan");
+  STD_TORCH_CHECK(scan.units > 0 && plan[1] > 0 && scan.columns > 0 && scan.columns % (8 * plan[1]) == 0,
+                  "unexpected plan");
   scan.blocks = static_cast<int>((hidden + scan.units - 1) / scan.units);
   scan.slices = static_cast<int>((batch + scan.columns - 1) / scan.columns);
   for (size_t d = 0; d < weights.size(); ++d) scan.weight[d] = weights[d].const_data_ptr();
   const int64_t groups = scan.directions * scan.slices, vector = kVectorBytes / elements;
+  scan.precise = precise;
+  if (plan[3]) return scan;
   const int64_t flags = groups * scan.blocks * kFlagStride * int64_t(sizeof(uint32_t));
   const int64_t chunks = (hidden + 4 * vector - 1) / (4 * vector) * parts;
   const int64_t exchanged = groups * 2 * chunks * scan.tiles() * kPieceBytes;
@@ -125,14 +141,13 @@ Scan scan_of(const std::vector<int64_t>& plan, int64_t elements, const std::vect
                   " bytes, got ", workspace.numel());
   scan.exchanged = workspace.mutable_data_ptr();
   scan.flags = reinterpret_cast<uint32_t*>(static_cast<std::byte*>(workspace.mutable_data_ptr()) + exchanged);
-  scan.precise = precise;
   return scan;
 }
 
 void launch(const std::string& cell, Type type, bool backward, const std::vector<int64_t>& plan, const Scan& scan,
             const Tensor& on) {
   const Persistent* kernel =
-      find_persistent(cell, type, backward, static_cast<int>(plan[0]), static_cast<int>(plan[1]));
+      find_persistent(cell, type, backward, plan[3] != 0, static_cast<int>(plan[0]), static_cast<int>(plan[1]));
   STD_TORCH_CHECK(kernel != nullptr, "no persistent kernel for ", cell, " with ", plan[0], " units and ", plan[1],
                   " tiles");
   const Guard guard(on);
@@ -197,13 +212,14 @@ struct Steps {
 
 // One direction, a step at a time. h: [N, P] what is multiplied; states: [N, H].
 void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, Optional b_ih, Optional b_hh, Optional w_hr,
-                      int64_t direction, std::vector<int64_t> counts, bool from_zero, int64_t keep, Tensor h,
-                      Tensor h_state, Optional c_state, Tensor recurrent, Optional unprojected, Tensor output,
+                      int64_t direction, std::vector<int64_t> counts, bool from_zero, int64_t keep, bool precise,
+                      Tensor h, Tensor h_state, Optional c_state, Tensor recurrent, Optional unprojected, Tensor output,
                       Optional reserve) {
   const Type type = type_of(gates);
   const int64_t bytes = bytes_of(type), hidden = h_state.size(1), width = w_hh.size(0), projected = w_hh.size(1);
   const Guard guard(gates);
   const Stream stream = stream_of(gates);
+  const Products products(type, precise);
   const Steps steps(std::move(counts), direction == 1);
   Step step{};
   step.hidden = hidden;
@@ -215,15 +231,13 @@ void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, Optional b_ih
   step.b_hh = data(b_hh);
   step.h = w_hr ? unprojected->mutable_data_ptr() : h.mutable_data_ptr();
   step.output_stride = output.size(1);
-  const Tensor weights = torch::stable::transpose(w_hh, 0, 1);
-  std::optional<Tensor> projection;
-  if (w_hr) projection = torch::stable::transpose(*w_hr, 0, 1);
   const int64_t kept = keep == 0 ? 0 : reserve->size(1);
   for (int64_t s = 0; s < steps.steps(); ++s) {
     const int64_t t = steps.time(s), row = steps.offsets[t];
     step.count = steps.counts[t];
     const bool zeros = s == 0 && from_zero;
-    if (!zeros) multiply(rows_of(h, 0, step.count), weights, rows_of(recurrent, 0, step.count));
+    if (!zeros)
+      products.run(h.const_data_ptr(), projected, w_hh, true, recurrent.mutable_data_ptr(), width, step.count);
     step.recurrent = zeros ? nullptr : recurrent.const_data_ptr();
     step.gates = moved(gates.const_data_ptr(), (row * step.gate_stride + direction * width) * bytes);
     void* to = moved(output.mutable_data_ptr(), (row * step.output_stride + direction * projected) * bytes);
@@ -231,11 +245,9 @@ void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, Optional b_ih
     if (kept) step.reserve = moved(reserve->mutable_data_ptr(), row * kept * hidden * sum_bytes_of(type));
     check(launch_step(cell, type, false, step, stream));
     if (w_hr) {
-      Tensor now = rows_of(h, 0, step.count);
-      multiply(rows_of(*unprojected, 0, step.count), *projection, now);
-      Tensor place = torch::stable::narrow(output, 1, direction * projected, projected);
-      place = rows_of(place, row, step.count);
-      torch::stable::copy_(place, now);
+      products.run(step.h, hidden, *w_hr, true, h.mutable_data_ptr(), projected, step.count);
+      const Rows now = {h.const_data_ptr(), projected};
+      check(launch_add(type, {now, {}, to, step.output_stride, step.count, projected}, stream));
     }
   }
 }
@@ -261,17 +273,18 @@ void gates_again(std::string cell, Tensor gates, Tensor recurrent, Optional b_ih
   check(launch_step(cell, type, false, step, stream_of(gates)));
 }
 
-// The same backwards. grad_h: [N, H], of Sum<S>, in: of the final state; grad_recurrent: [N, P], in: zeros, or with a
-// projection the gradient of the final state; out: what
-// came through the weights to the initial state.
+// The same backwards. grad_h: [N, H], of Sum<S>, in: of the final state; out: of the initial state but for what comes
+// through the weights, `grad_recurrent` [N, P], of as many rows as the last step has. With a projection that one is, in
+// and out, all of it.
 void stepwise_backward(std::string cell, Tensor w_hh, Optional w_hr, int64_t direction, std::vector<int64_t> counts,
-                       Tensor output, Optional h_0, Tensor reserve, Optional grad_output, Tensor grad_h, Optional grad_c,
-                       Tensor grad_recurrent, Optional grad_unprojected, Optional grad_projected, Tensor grad_gates,
-                       int64_t grads) {
+                       bool precise, Tensor output, Optional h_0, Tensor reserve, Optional grad_output, Tensor grad_h,
+                       Optional grad_c, Tensor grad_recurrent, Optional grad_unprojected, Optional grad_projected,
+                       Tensor grad_gates, int64_t grads) {
   const Type type = type_of(output);
-  const int64_t bytes = bytes_of(type), hidden = grad_h.size(1), projected = w_hh.size(1), width = w_hh.size(0);
+  const int64_t bytes = bytes_of(type), hidden = grad_h.size(1), projected = w_hh.size(1);
   const Guard guard(output);
   const Stream stream = stream_of(output);
+  const Products products(type, precise);
   const Steps steps(std::move(counts), direction == 0);
   Step step{};
   step.hidden = hidden;
@@ -285,8 +298,8 @@ void stepwise_backward(std::string cell, Tensor w_hh, Optional w_hr, int64_t dir
   for (int64_t s = 0; s < steps.steps(); ++s) {
     const int64_t t = steps.time(s), before = direction == 0 ? t - 1 : t + 1, row = steps.offsets[t];
     const int64_t place = row * step.output_stride + direction * projected;
-    step.count = steps.counts[t];
     const bool starts = before < 0 || before == steps.steps();
+    step.count = steps.counts[t];
     step.previous_count = starts ? 0 : steps.counts[before];
     if (!starts)
       step.previous_output = moved(output.const_data_ptr(),
@@ -295,23 +308,22 @@ void stepwise_backward(std::string cell, Tensor w_hh, Optional w_hr, int64_t dir
     step.reserve = moved(const_cast<void*>(reserve.const_data_ptr()), row * kept * hidden * sum_bytes_of(type));
     step.grad_gates =
         moved(grad_gates.mutable_data_ptr(), (row * step.grad_gate_stride + direction * grads * hidden) * bytes);
+    const void* incoming = moved(data(grad_output), place * bytes);
     if (w_hr) {
-      const Tensor of_step = rows_of(*grad_projected, row, step.count);
-      const void* incoming = moved(data(grad_output), place * bytes);
-      check(launch_add(type, grad_recurrent.const_data_ptr(), incoming, step.output_stride,
-                       of_step.mutable_data_ptr(), step.count, projected, stream));
-      multiply(of_step, *w_hr, rows_of(*grad_unprojected, 0, step.count));
+      void* of_step = moved(grad_projected->mutable_data_ptr(), row * projected * bytes);
+      const Rows pending = {grad_recurrent.const_data_ptr(), projected}, given = {incoming, step.output_stride};
+      check(launch_add(type, {pending, given, of_step, projected, step.count, projected}, stream));
+      products.run(of_step, projected, *w_hr, false, grad_unprojected->mutable_data_ptr(), hidden, step.count);
       step.grad_recurrent = grad_unprojected->const_data_ptr();
       step.grad_recurrent_count = step.count;
     } else {
-      step.grad_output = moved(data(grad_output), place * bytes);
+      step.grad_output = incoming;
       step.grad_recurrent = grad_recurrent.const_data_ptr();
       step.grad_recurrent_count = count_before;
     }
     check(launch_step(cell, type, true, step, stream));
-    Tensor of_gates = torch::stable::narrow(grad_gates, 1, direction * grads * hidden, width);
-    of_gates = rows_of(of_gates, row, step.count);
-    multiply(of_gates, w_hh, rows_of(grad_recurrent, 0, step.count));
+    products.run(step.grad_gates, step.grad_gate_stride, w_hh, false, grad_recurrent.mutable_data_ptr(), projected,
+                 step.count);
     count_before = step.count;
   }
 }
@@ -330,13 +342,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
       " Tensor(a!) workspace, Tensor(b!) grad_gates, Tensor(c!)? grad_h_0, Tensor(d!)? grad_c_0) -> ()");
   m.def(
       "stepwise_forward(str cell, Tensor gates, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, int direction,"
-      " int[] counts, bool from_zero, int keep, Tensor(a!) h, Tensor(b!) h_state, Tensor(c!)? c_state,"
+      " int[] counts, bool from_zero, int keep, bool precise, Tensor(a!) h, Tensor(b!) h_state, Tensor(c!)? c_state,"
       " Tensor(d!) recurrent, Tensor(e!)? unprojected, Tensor(f!) output, Tensor(g!)? reserve) -> ()");
   m.def(
       "gates_again(str cell, Tensor gates, Tensor recurrent, Tensor? b_ih, Tensor? b_hh, int direction,"
       " Tensor(a!) h_state, Tensor(b!)? c_state, Tensor(c!) reserve) -> ()");
   m.def(
-      "stepwise_backward(str cell, Tensor w_hh, Tensor? w_hr, int direction, int[] counts, Tensor output, Tensor? h_0,"
+      "stepwise_backward(str cell, Tensor w_hh, Tensor? w_hr, int direction, int[] counts, bool precise, Tensor output,"
+      " Tensor? h_0,"
       " Tensor reserve, Tensor? grad_output, Tensor(a!) grad_h, Tensor(b!)? grad_c, Tensor(c!) grad_recurrent,"
       " Tensor(d!)? grad_unprojected, Tensor(e!)? grad_projected, Tensor(f!) grad_gates, int grads) -> ()");
 }

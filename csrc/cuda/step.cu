@@ -33,9 +33,8 @@ __global__ void __launch_bounds__(kStepThreads) backward_step(const __grid_const
 }
 
 template <class S>
-__global__ void __launch_bounds__(kStepThreads)
-    add_rows(const void* a, const void* b, int64_t b_stride, void* sum, int64_t rows, int64_t width) {
-  each_element(rows, width, [&](int64_t n, int64_t column) { add_element<S>(a, b, b_stride, sum, width, n, column); });
+__global__ void __launch_bounds__(kStepThreads) add_rows(const __grid_constant__ Addition addition) {
+  each_element(addition.rows, addition.width, [&](int64_t n, int64_t column) { add_element<S>(addition, n, column); });
 }
 
 std::string last_error(const char* what) {
@@ -64,10 +63,9 @@ std::string launch_step(std::string_view cell, Type type, bool backward, const S
   return last_error("launch of a step");
 }
 
-std::string launch_add(Type type, const void* a, const void* b, int64_t b_stride, void* sum, int64_t rows,
-                       int64_t width, Stream stream) {
+std::string launch_add(Type type, const Addition& addition, Stream stream) {
   with_type(type, [&](auto element) {
-    add_rows<decltype(element)><<<grid_of(rows, width), kStepThreads, 0, stream>>>(a, b, b_stride, sum, rows, width);
+    add_rows<decltype(element)><<<grid_of(addition.rows, addition.width), kStepThreads, 0, stream>>>(addition);
   });
   return last_error("launch of an addition");
 }

@@ -71,10 +71,10 @@ RNNKIT_DEVICE void backward_element(const Step& step, int64_t n, int64_t unit) {
 }
 
 template <class S>
-RNNKIT_DEVICE void add_element(const void* a, const void* b, int64_t b_stride, void* sum, int64_t width, int64_t n,
-                               int64_t column) {
-  const int64_t at = n * width + column;
-  write<S>(sum, at, read<S>(a, at) + read<S>(b, n * b_stride + column));
+RNNKIT_DEVICE void add_element(const Addition& addition, int64_t n, int64_t column) {
+  const Sum<S> a = read<S>(addition.a.data, n * addition.a.stride + column);
+  write<S>(addition.sum, n * addition.sum_stride + column,
+           a + read<S>(addition.b.data, n * addition.b.stride + column));
 }
 
 // Calls body with a value of the C++ type.

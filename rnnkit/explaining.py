@@ -1,0 +1,93 @@
+"""`explain`: which kernel a module's call runs on, and how it is cut, without running it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnkit import backends, gpu, plan
+from rnnkit.cells import GRUCell, LSTMCell, RNNCell
+from rnnkit.layers import GRU, LSTM, RNN
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What runs a call.
+
+    Attributes:
+        backend: `"cpp"` or `"reference"`, see `rnnkit.backend`.
+        device: the input's kind of device.
+        kernel: on a GPU `"cluster"`, `"persistent"` or `"stepwise"`, for the forward pass; else the backend.
+        forward, backward: on a GPU the plan of each pass: units, tiles, blocks, bytes, and the reason.
+    """
+
+    backend: str
+    device: str
+    kernel: str
+    forward: plan.Plan | None = None
+    backward: plan.Plan | None = None
+
+    def __str__(self) -> str:
+        if self.forward is None:
+            return f"{self.backend} on {self.device}"
+        return f"{self.backend} on {self.device}\n  forward   {self.forward}\n  backward  {self.backward}"
+
+
+def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
+    """Which kernel `module(input)` runs on; every layer of a stack is cut alike.
+
+    Args:
+        module: an RNN, LSTM, GRU or one of their cells, of rnnkit.
+        input: what it would be called with; only its shape, dtype and device are looked at.
+
+    Returns:
+        The backend, and on a GPU the kernels of both passes with the plan of each; `print` shows it.
+
+    Raises:
+        TypeError: `module` is no layer or cell of rnnkit.
+        RuntimeError: as in `rnnkit.backend`.
+    """
+    if not isinstance(module, RNN | LSTM | GRU | RNNCell | LSTMCell | GRUCell):
+        raise TypeError(
+            f"expected module to be a layer or cell of rnnkit, got {type(module).__name__}"
+        )
+    data = input.data if isinstance(input, PackedSequence) else input
+    device, dtype = data.device, data.dtype
+    serving = backends.serving(device)
+    if serving == "reference" or device.type != "cuda":
+        return Explanation(serving, device.type, serving)
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    name = type(module).__name__.removesuffix("Cell").lower()
+    cell = f"rnn_{module.nonlinearity}" if name == "rnn" else name
+    hidden = module.hidden_size
+    assert isinstance(hidden, int)
+    layer = isinstance(module, RNN | LSTM | GRU)
+    if isinstance(input, PackedSequence):
+        batch = int(input.batch_sizes[0])
+    elif data.dim() == (3 if layer else 2):
+        batch = data.size(0 if not layer or module.batch_first else 1)
+    else:
+        batch = 1
+    projected = (module.proj_size if layer else 0) or hidden
+    directions = 2 if layer and module.bidirectional else 1
+    assert isinstance(projected, int)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    plans = [
+        plan.choose(
+            plan.Scan(
+                cell,
+                dtype.itemsize,
+                backward,
+                hidden,
+                projected,
+                batch,
+                directions,
+                gpu.is_precise(dtype),
+            ),
+            gpu.device_of(index),
+        )
+        for backward in (False, True)
+    ]
+    return Explanation(serving, device.type, plans[0].kernel, *plans)
