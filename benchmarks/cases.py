@@ -46,6 +46,12 @@ class Case:
         return sum(self.lengths)
 
     @property
+    def batch_sizes(self) -> list[int]:
+        """Of a PackedSequence, step by step."""
+        present = [sum(length > t for length in self.lengths) for t in range(self.T)]
+        return [size for size in present if size]
+
+    @property
     def output_size(self) -> int:
         """Of one direction."""
         return self.projection or self.H

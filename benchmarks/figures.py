@@ -52,6 +52,10 @@ class Figure(NamedTuple):
     def scaled(self, factor: float) -> "Figure":
         return Figure(self.median * factor, self.low * factor, self.high * factor, self.rounds)
 
+    def less(self, other: "Figure") -> "Figure":
+        low, high = self.low - other.high, self.high - other.low
+        return Figure(self.median - other.median, low, high, min(self.rounds, other.rounds))
+
     def inverse(self) -> "Figure":
         return Figure(1 / self.median, 1 / self.high, 1 / self.low, self.rounds)
 

@@ -15,6 +15,7 @@ Figures = dict[str, Figure | None]
 MET, MISSED, NOISY, NOT_MEASURED = "met", "missed", "noisy", "not measured"
 ENGINES = ("onnxruntime", "openvino", "jax")
 FORMS = {"×": "{:.2f}", " %": "{:.0f}", " µs": "{:.3g}"}  # by unit
+NAMED = 3  # cases without a right result; the others are counted
 BFLOAT16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
@@ -22,24 +23,27 @@ class Goal(NamedTuple):
     """A row of the table.
 
     figures: what is judged, from the results.
-    every: bound of each case; `at_most` says on which side.
+    every: bound of each case, if there is one; `at_most` says on which side.
     mean: least geometric mean.
     optimistic: judge by the better quartile, where the bound is a tie that only noise decides.
+    noise: the share of cases that may be noisy, and are left out, before the verdict is.
     """
 
     what: str
     figures: Callable[[Document], Figures]
-    every: float
+    every: float | None = None
     mean: float | None = None
     at_most: bool = False
     optimistic: bool = False
     unit: str = "×"
+    noise: float = 0.0
 
     def bound(self) -> str:
-        every = f"{'≤' if self.at_most else '≥'} {self.every:g}{self.unit}"
+        every = f"{'≤' if self.at_most else '≥'} {self.every:g}{self.unit}" if self.every else ""
         if self.mean is None:
             return every
-        return f"geometric mean ≥ {self.mean:g}{self.unit}, every case {every}"
+        mean = f"geometric mean ≥ {self.mean:g}{self.unit}"
+        return f"{mean}, every case {every}" if every else mean
 
     def text(self, value: float) -> str:
         return (FORMS[self.unit] + self.unit).format(value)
@@ -50,6 +54,8 @@ class Goal(NamedTuple):
         return figure.low if self.at_most else figure.high
 
     def holds(self, value: float) -> bool:
+        if self.every is None:
+            return True
         shown = round(value, 2)
         return shown <= self.every if self.at_most else shown >= self.every
 
@@ -207,6 +213,7 @@ def judge(goal: Goal, document: Document) -> Row:
     told: Row = {"what": goal.what, "goal": goal.bound(), "cases": len(figures)}
     told |= {"noisy": noisy, "wrong": wrong, "mean": None, "worst": None}
     missed = bool(wrong)
+    uncertain = len(noisy) > goal.noise * len(figures)
     if trusted:
         values = {case: goal.judged(figure) for case, figure in trusted.items()}
         worst = (max if goal.at_most else min)(values, key=values.__getitem__)
@@ -215,8 +222,8 @@ def judge(goal: Goal, document: Document) -> Row:
         mean = math.exp(sum(math.log(f.median) for f in trusted.values()) / len(trusted))
         if goal.mean is not None:
             told["mean"] = significant(mean)
-            missed = missed or (not noisy and mean < goal.mean)
-    told["verdict"] = MISSED if missed else NOISY if noisy else MET if trusted else NOT_MEASURED
+            missed = missed or (not uncertain and mean < goal.mean)
+    told["verdict"] = MISSED if missed else NOISY if uncertain else MET if trusted else NOT_MEASURED
     told["figure"] = figure_text(goal, told)
     return told
 
@@ -231,7 +238,9 @@ def figure_text(goal: Goal, told: Row) -> str:
     if told["noisy"]:
         parts.append(f"{len(told['noisy'])} of {told['cases']} noisy")
     if told["wrong"]:
-        parts.append(f"rnnkit has no right result: {', '.join(told['wrong'])}")
+        more = len(told["wrong"]) - NAMED
+        names = told["wrong"][:NAMED] + ([f"{more} more"] if more > 0 else [])
+        parts.append(f"rnnkit has no right result: {', '.join(names)}")
     return "; ".join(parts) or "–"
 
 

@@ -4,9 +4,9 @@
     python -m benchmarks.report FILE         from this one
     python -m benchmarks.report --check      writes nothing; is all as it would be written?
 
-The tables go between `<!-- speed:begin -->` and `<!-- speed:end -->`; the README shows the pictures where it
-likes. The exit status is 1 if --check finds a difference, 2 if there is nothing to write from or no place to
-write to.
+The newest run on a GPU among the files beside that one is told after it. The tables go between
+`<!-- speed:begin -->` and `<!-- speed:end -->`; the README shows the pictures where it likes. The exit status is 1
+if --check finds a difference, 2 if there is nothing to write from or no place to write to.
 """
 
 import argparse
@@ -19,8 +19,10 @@ from typing import Any
 from benchmarks.base import ROOT
 from benchmarks.cases import Case
 from benchmarks.figures import NOISE_LIMIT, Figure
+from benchmarks.gpu import tables
+from benchmarks.gpu.goals import judge_all
 from benchmarks.plots import draw, pictures
-from benchmarks.results import FOLDER, ResultsError, load, newest
+from benchmarks.results import FOLDER, GPU_FORMAT, ResultsError, load, newest, own_version
 
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 ENGINES = ("onnxruntime", "openvino")
@@ -40,9 +42,7 @@ def where(document: Document) -> str:
     count = device.get("cores")
     cores = f"{count} core{'s' if count != 1 else ''}, " if count else ""
     threads = "1 thread" if document["threads"] == 1 else f"{document['threads']} threads"
-    own = f"rnnkit {versions['rnnkit']}"
-    if git := versions["git"]:
-        own += f" at {git['revision'][:7]}{' with changes' if git['dirty'] else ''}"
+    own = own_version(document)
     peers = [
         f"{TITLES[name]} {told['versions'][name].split('-')[0]}"
         for name, told in document["providers"].items()
@@ -115,15 +115,35 @@ def goal_table(document: Document) -> list[str]:
     return markdown_table(lines, left=4)
 
 
-def markdown(document: Document, source: str) -> str:
-    """What stands between the markers; `source` is the results file's path from the README's folder."""
+def gpu(folder: Path, readme: Path) -> list[str]:
+    """The lines on the newest run on a GPU, complete or not, of those in `folder`."""
+    try:
+        source = newest(folder, GPU_FORMAT, parts=True)
+    except ResultsError:
+        return ["GPU: not yet run on one (`python -m benchmarks.gpu`)."]
+    document, _ = load(source, GPU_FORMAT)
+    link = Path(os.path.relpath(source.resolve(), readme.parent)).as_posix()
+    about = f"{tables.where(document)}, [{source.name}]({link}). {tables.about(document)}"
+    steps = markdown_table(tables.step_table(document), left=1)
+    judged = goal_table({"goals": judge_all(document)})
+    details = ["<details><summary>Every step</summary>", "", *steps, "", "</details>"]
+    return [about, "", *judged, "", *details]
+
+
+def markdown(document: Document, source: str, beside: Sequence[str] = ()) -> str:
+    """What stands between the markers; `source` is the results file's path from the README's folder.
+
+    beside: lines on other results, at the end.
+    """
     about = (
         f"{where(document)}; {document['date'][:10]}, [{Path(source).name}]({source}). Medians of rounds in which "
         "all take turns. Under a name stands its time over rnnkit's: above 1 rnnkit is faster. float32 where nothing "
         f"else is said. A figure whose quartiles lie over {NOISE_LIMIT:.0%} of the median apart is called noisy."
     )
     every = ["<details><summary>Every case</summary>", "", *speed_table(document), "", "</details>"]
-    return "\n".join([about, "", *goal_table(document), "", *every])
+    return "\n".join(
+        [about, "", *goal_table(document), "", *every, *(["", *beside] if beside else [])]
+    )
 
 
 def insert(readme: str, block: str) -> str:
@@ -164,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         document, digest = load(source)
         link = Path(os.path.relpath(source.resolve(), readme.parent)).as_posix()
         text = readme.read_text("utf-8") if readme.exists() else ""
-        expected = insert(text, markdown(document, link))
+        expected = insert(text, markdown(document, link, gpu(source.resolve().parent, readme)))
     except (ReportError, ResultsError) as error:
         print(error, file=sys.stderr)
         return 2

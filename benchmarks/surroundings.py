@@ -11,7 +11,7 @@ import rnnkit
 from benchmarks.base import ROOT, git
 from rnnkit import __main__ as command
 
-SOURCES = ("rnnkit", "csrc", "setup.py", "benchmarks/*.py", "benchmarks/providers")
+SOURCES = ("rnnkit", "csrc", "*.py", "benchmarks/*.py", "benchmarks/providers", "benchmarks/gpu")
 
 
 def revision() -> dict[str, Any] | None:
@@ -25,13 +25,29 @@ def revision() -> dict[str, Any] | None:
         return None
 
 
+def driver() -> str:
+    """NVIDIA's, as its own tool tells it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return told.stdout.split("\n")[0].strip()
+
+
 def device(kind: str, about: dict[str, Any]) -> dict[str, Any]:
     if kind == "cuda":
         major, minor = torch.cuda.get_device_capability()
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         return {
             "kind": kind,
             "name": torch.cuda.get_device_name(),
             "capability": f"{major}.{minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory GiB": round(properties.total_memory / 2**30, 1),
+            "driver": driver(),
+            "CUDA": torch.version.cuda,
+            "cuDNN": torch.backends.cudnn.version(),
         }
     return {
         "kind": kind,

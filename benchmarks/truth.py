@@ -6,6 +6,7 @@ float32.
 """
 
 import dataclasses
+import importlib
 import sys
 import zlib
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.base import ROOT
 from benchmarks.cases import GATES, Case
 from benchmarks.providers import Arrays, load
 
@@ -54,8 +56,7 @@ def inputs(case: Case) -> Arrays:
         arrays["grad_output"] = numbers.standard_normal((*outer, size))
     arrays = {name: representable(array, case.dtype) for name, array in arrays.items()}
     if case.ragged:
-        present = [sum(length > t for length in case.lengths) for t in range(case.T)]
-        arrays["batch_sizes"] = np.array([size for size in present if size])
+        arrays["batch_sizes"] = np.array(case.batch_sizes)
     return arrays
 
 
@@ -69,6 +70,13 @@ def write(case: Case, folder: Path, threads: int) -> None:
     np.savez(folder / "truth.npz", **results)
 
 
+def tolerance_table() -> Any:
+    """The module tests/tolerances.py."""
+    if (tests := str(ROOT / "tests")) not in sys.path:
+        sys.path.append(tests)
+    return importlib.import_module("tolerances")
+
+
 def largest_error(case: Case, folder: Path, results: Path) -> float:
     """The largest relative error of the results in the file `results`.
 
@@ -77,11 +85,7 @@ def largest_error(case: Case, folder: Path, results: Path) -> float:
     """
     import torch
 
-    tests = str(Path(__file__).resolve().parents[1] / "tests")
-    if tests not in sys.path:
-        sys.path.append(tests)
-    import tolerances
-
+    tolerances = tolerance_table()
     errors = {}
     with np.load(folder / "truth.npz") as truth, np.load(results) as found:
         for name in truth:

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -101,10 +102,20 @@ def serving(device: torch.device) -> str:
 _EXTENSIONS = {"cpu": "C++", "cuda": "CUDA"}
 
 
+@lru_cache
+def _too_old(index: int | None) -> str:
+    """Why the CUDA kernels do not run on GPU `index`; empty if they do."""
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    major, minor = torch.cuda.get_device_capability(index)
+    return "" if major >= 8 else f"they need compute capability 8.0, this GPU has {major}.{minor}"
+
+
 def _no_kernels(device: torch.device) -> str:
     """The reason why 'cpp' cannot serve `device`, in parentheses where there is one to tell; empty if it can."""
     if device.type == "cuda":
-        return f" ({CUDA_REASON})" if CUDA_REASON else ""
+        reason = CUDA_REASON or _too_old(device.index)
+        return f" ({reason})" if reason else ""
     if device.type == "cpu":
         return f" ({EXTENSION_REASON})" if EXTENSION is None else ""
     return "" if device.type == "meta" else " (there are none)"

@@ -61,8 +61,11 @@ def _check(tensor: Tensor, name: str, shape: Sequence[int], input: Tensor) -> No
 
 
 def _plain(tensor: Tensor | None) -> Tensor | None:
-    """Contiguous, with no operation pending."""
-    return None if tensor is None else tensor.resolve_neg().contiguous()
+    """Contiguous, aligned to 16 bytes, with no operation pending: so no layout changes how products are added up."""
+    if tensor is None:
+        return None
+    tensor = tensor.resolve_neg().contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 class _Call:
@@ -89,6 +92,7 @@ class _Call:
         if input.dim() != dimensions:
             raise RuntimeError(f"expected input to have {dimensions} dimensions, got {input.dim()}")
         self.input = input
+        self._matrix: Tensor | None = None
         self._set_rows(batch_sizes)
         self._set_weights(weights)
         if states and len(states) != self.spec.states:
@@ -214,7 +218,10 @@ class _Call:
 
     def matrix(self) -> Tensor:
         """The input as [rows, I]."""
-        return self.input.reshape(self.rows, self.input.size(-1))
+        if self._matrix is None:
+            self._matrix = _plain(self.input)
+        assert self._matrix is not None
+        return self._matrix.view(self.rows, self.input.size(-1))
 
     def gates(self) -> Tensor:
         """The input's part of all gates, without biases, [rows, D*G*H]."""
@@ -390,7 +397,9 @@ class _Backward:
         needs: Sequence[bool],
     ) -> None:
         self.call, self.grads, self.needs = call, grads, needs
-        self.output = output.contiguous().view(call.rows, -1)
+        plain = _plain(output)
+        assert plain is not None
+        self.output = plain.view(call.rows, -1)
         self.reserve = reserve.contiguous()
         spec = call.spec
         self.values = max(*spec.input_grads, spec.gates - 1) + 1  # gradients of a unit's gates

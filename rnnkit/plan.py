@@ -9,7 +9,7 @@ matrix product a step is faster, the scan goes step by step. docs/cuda.md tells 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from rnnkit.reference import CELLS
@@ -148,9 +148,9 @@ def _choose(
     kernel, choice = wanted or ("", ())
     stepwise = Plan("stepwise", "", microseconds=_stepwise_microseconds(scan))
     if kernel == "stepwise":
-        return Plan("stepwise", "forced")
+        return replace(stepwise, reason="forced")
     if reason := _never_persistent(scan, device):
-        return Plan("stepwise", reason)
+        return replace(stepwise, reason=reason)
     plans = [
         plan
         for plan in (*persistent_plans(scan, device), *cluster_plans(scan, device))
@@ -158,10 +158,10 @@ def _choose(
         and all(getattr(plan, name) == value for name, value in choice)
     ]
     if not plans:
-        return Plan("stepwise", "the weights do not fit in shared memory")
+        return replace(stepwise, reason="the weights do not fit in shared memory")
     best = min(plans, key=lambda plan: plan.microseconds)
     if not kernel and stepwise.microseconds < best.microseconds:
-        return Plan("stepwise", "a matrix product a step is expected to be faster")
+        return replace(stepwise, reason="a matrix product a step is expected to be faster")
     return best
 
 
@@ -178,10 +178,10 @@ def _never_persistent(scan: Scan, device: Device) -> str:
 def units_of(scan: Scan) -> dict[int, tuple[int, ...]]:
     """The kernels that are built: hidden units of a block -> tiles (csrc/cuda/instances.h)."""
     if scan.backward:
-        return {8: (1, 2, 4, 8), 16: (1, 2, 4, 8)}
+        return {8: (1, 2), 16: (1, 2, 4, 8)}
     if CELLS[scan.cell].gates == 1:
         return {16: (1, 2, 4, 8)}
-    return {4: (1, 2, 4, 8), 8: (1, 2, 4, 8), 16: (1, 2, 4)}
+    return {4: (1, 2), 8: (1, 2, 4, 8), 16: (1, 2, 4)}
 
 
 def persistent_plans(scan: Scan, device: Device) -> Iterator[Plan]:
@@ -198,14 +198,14 @@ def persistent_plans(scan: Scan, device: Device) -> Iterator[Plan]:
 
 
 #: Hidden units of a block of a cluster -> tiles, of the kernels that are built.
-CLUSTER_UNITS = {16: (1, 2), 32: (1, 2)}
+CLUSTER_UNITS = {16: (1,)}
 
 
 def cluster_plans(scan: Scan, device: Device) -> Iterator[Plan]:
     """Every way of cutting the scan into clusters; they need not all be on the device together."""
     for units, built in CLUSTER_UNITS.items():
         blocks = -(-scan.hidden // units)
-        if blocks > device.cluster_blocks or device.cluster_blocks == 1:
+        if blocks > min(device.cluster_blocks, device.processors) or device.cluster_blocks == 1:
             continue
         at_once = device.clusters(blocks)
         for tiles, columns in _columns(scan, range(1, at_once // scan.directions + 2), built):

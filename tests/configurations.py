@@ -45,6 +45,7 @@ class Case:
         steps, batch: T and N; no N for an unbatched input.
         lengths: of each sequence, if the input is packed; in no order.
         hx: whether the initial states are given.
+        off_kink: whether every ReLU stays on its side of zero also in float32.
     """
 
     module: str
@@ -60,6 +61,8 @@ class Case:
     lengths: tuple[int, ...] | None = None
     hx: bool = False
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    off_kink: bool = False
 
     def __str__(self) -> str:
         """Its test's name: the module and every field that is not at its default."""
@@ -78,11 +81,14 @@ class Case:
     @property
     def avoids_kink(self) -> bool:
         """Whether every unit stays on its side of the ReLU's kink, for rounding must not decide on it."""
-        return "relu" in self.module and self.dtype.itemsize < 4
+        return "relu" in self.module and (self.off_kink or self.dtype.itemsize < 4)
+
+    def on(self, device: str) -> "Case":
+        return dataclasses.replace(self, device=device)
 
     def make(self, package: ModuleType, **options: Any) -> nn.Module:
         """The module of `package`, rnnkit or torch.nn, with initial values of its own."""
-        names = ["input_size", "hidden_size", "bias", "dtype"]
+        names = ["input_size", "hidden_size", "bias", "dtype", "device"]
         if not self.is_cell:
             names += ["num_layers", "batch_first", "bidirectional"]
             names += ["proj_size"] if self.proj_size else []
@@ -126,7 +132,7 @@ class Case:
         for name, shape in self.shapes().items():
             values = torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype)
             values = values.abs() if self.avoids_kink else values
-            leaves[name] = values.to(dtype or self.dtype).requires_grad_()
+            leaves[name] = values.to(self.device, dtype or self.dtype).requires_grad_()
         return leaves if self.hx else {"input": leaves["input"]}
 
     def arguments(self, leaves: Mapping[str, Tensor]) -> list[Any]:
@@ -172,7 +178,7 @@ def backward(results: Iterable[Tensor]) -> None:
     generator = torch.Generator().manual_seed(2)
     tensors = [result for result in results if result.requires_grad]
     cotangents = [
-        (torch.rand(t.shape, generator=generator) + 0.5).to(torch.bfloat16).to(t.dtype)
+        (torch.rand(t.shape, generator=generator) + 0.5).to(torch.bfloat16).to(t.device, t.dtype)
         for t in tensors
     ]
     torch.autograd.backward(tensors, cotangents)
@@ -188,19 +194,33 @@ def run(case: Case, module: nn.Module, leaves: Mapping[str, Tensor]) -> dict[str
     return {name: result.detach() for name, result in results.items()} | gradients
 
 
-def compare(case: Case, ours: nn.Module | None = None, theirs: nn.Module | None = None) -> None:
-    """rnnkit's results and gradients against torch.nn's, by the rule of `tolerances`."""
+def run_on_cpu(case: Case, module: nn.Module) -> dict[str, Tensor]:
+    """The same with a copy of the module there, of torch.nn's where cuDNN's is another."""
+    case = case.on("cpu")
+    return run(case, copy.deepcopy(module).cpu(), case.leaves())
+
+
+def compare(
+    case: Case,
+    ours: nn.Module | None = None,
+    theirs: nn.Module | None = None,
+    *,
+    tf32: bool = False,
+) -> None:
+    """rnnkit's results and gradients against torch.nn's, by the rule of `tolerances`; the truth is the CPU's."""
     if ours is None or theirs is None:
         ours, theirs = case.twins()
-    exact = copy.deepcopy(theirs).double()
+    exact, on_cpu = copy.deepcopy(theirs).to("cpu", torch.float64), case.on("cpu")
     actual, expected = (run(case, module, case.leaves()) for module in (ours, theirs))
-    truth = run(case, exact, case.leaves(torch.float64))
+    truth = run(on_cpu, exact, on_cpu.leaves(torch.float64))
     assert actual.keys() == expected.keys() == truth.keys()
     for name, result in actual.items():
         gradient = name.startswith("grad")
         if gradient and result.numel() < 8 and case.dtype.itemsize < 4:
             continue  # so few sums may all but cancel, and leave nothing but rounding
-        assert_close_to_truth(result, expected[name], truth[name], gradient=gradient, name=name)
+        assert_close_to_truth(
+            result, expected[name], truth[name], gradient=gradient, tf32=tf32, name=name
+        )
 
 
 def sequence_lengths(steps: int, batch: int, rng: random.Random) -> tuple[int, ...]:
@@ -214,7 +234,7 @@ def valid_case(packed: bool, rng: random.Random, **fields: Any) -> Case:
     """The case of `fields`, less what does not go together."""
     case = Case(**fields)
     if case.is_cell:
-        names = {"module", "batch", "input_size", "hidden_size", "bias", "hx", "dtype"}
+        names = {"module", "batch", "input_size", "hidden_size", "bias", "hx", "dtype", "device"}
         return Case(**{name: value for name, value in fields.items() if name in names})
     if "lstm" not in case.module or case.proj_size >= case.hidden_size:
         case = dataclasses.replace(case, proj_size=0)
@@ -245,6 +265,7 @@ def covering_cases(modules: Iterable[str]) -> list[Case]:
 
     def pairs(case: Case) -> set[Any]:
         values = {**dataclasses.asdict(case), "lengths": case.lengths is not None}
+        del values["device"], values["off_kink"]
         return set(itertools.combinations(values.items(), 2))
 
     def draw() -> Case:

@@ -1,4 +1,4 @@
-"""What every test runs under: poisoned memory, a fixed seed, each backend that is there."""
+"""What every test runs under: poisoned memory, a fixed seed, each device and backend that is there."""
 
 import os
 from collections.abc import Iterator
@@ -6,10 +6,16 @@ from collections.abc import Iterator
 # Read by OpenMP as torch loads it. Threads that wait by spinning make torch.nn a hundred times slower
 # while anything else runs on the machine, such as other tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Each of several workers (pytest -n) gets its share of the processors.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // workers, 1)))
+# Without it cuBLAS is not deterministic, and torch warns of that in its deterministic mode.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import hypothesis
 import pytest
 import torch
+from devices import DEVICES
 
 import rnnkit
 from rnnkit import backends
@@ -38,12 +44,27 @@ def pytest_report_header() -> list[str]:
     return [f"torch {torch.__version__}, rnnkit backends: {', '.join(AVAILABLE_BACKENDS + absent)}"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, torch sees none"))
+def _no_gpu() -> str:
+    """Why tests cannot run on a GPU here; empty when they can."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU, torch sees none"
+    return f"no CUDA kernels: {backends.CUDA_REASON}" if backends.CUDA_REASON else ""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """GPU tests run where there is a GPU, and on rnnkit's kernels alone: the reference is as on the CPU."""
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    doubled = {
+        item
+        for item in gpu
+        if hasattr(item, "callspec") and item.callspec.params.get("backend") == "reference"
+    }
+    if doubled:
+        config.hook.pytest_deselected(items=list(doubled))
+        items[:] = [item for item in items if item not in doubled]
+    if reason := _no_gpu():
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +88,24 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def true_float32() -> Iterator[None]:
+    """On a GPU float32 is multiplied as such, not as TF32, by torch.nn and by rnnkit."""
+    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    yield
+    for switch, allowed in zip(switches, before, strict=True):
+        switch.allow_tf32 = allowed
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """The test runs on the CPU and, where there is one, on a GPU."""
+    return request.param
 
 
 @pytest.fixture(params=AVAILABLE_BACKENDS)

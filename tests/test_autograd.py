@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import on_each_device, on_gpu
 from kernel_cases import Call, Case, assert_same_bits, call, variants
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -35,7 +36,7 @@ GRADCHECK_CASES = [
         * (CELLS[cell].states > 1),
     )
 ]
-on_gradcheck_cases = pytest.mark.parametrize("case", GRADCHECK_CASES, ids=str)
+on_gradcheck_cases = pytest.mark.parametrize("case", on_each_device(GRADCHECK_CASES), ids=str)
 
 
 def leaves(it: Call) -> list[Tensor]:
@@ -84,7 +85,7 @@ def test_gradcheck(case: Case, backend: str) -> None:
     assert gradcheck(on_call(it), leaves(it))
 
 
-@on_gradcheck_cases
+@pytest.mark.parametrize("case", [*GRADCHECK_CASES, *on_gpu(GRADCHECK_CASES[2::3])], ids=str)
 def test_gradgradcheck(case: Case, backend: str) -> None:
     it = call(case)
     assert gradgradcheck(on_call(it), leaves(it), check_fwd_over_rev=case.directions == 1)
@@ -109,9 +110,9 @@ def test_gradcheck_of_batched_gradients(cell: str, backend: str) -> None:
 
 
 @each_cell
-def test_only_some_tangents(cell: str, backend: str) -> None:
+def test_only_some_tangents(cell: str, backend: str, device: str) -> None:
     """Forward mode with a tangent on one tensor alone is the product of the Jacobian with it."""
-    it = double(cell)
+    it = double(cell, device=device)
     tensors = [t.detach() for t in leaves(it)]
     for place, tensor in enumerate(tensors):
         tangent = torch.randn_like(tensor)
@@ -129,9 +130,9 @@ def test_only_some_tangents(cell: str, backend: str) -> None:
 
 
 @each_cell
-def test_tangent_of_an_incoming_gradient(cell: str, backend: str) -> None:
+def test_tangent_of_an_incoming_gradient(cell: str, backend: str, device: str) -> None:
     """The backward pass is linear in the incoming gradient, so a tangent of it comes out as a gradient would."""
-    it = double(cell)
+    it = double(cell, device=device)
     tensors = leaves(it)
     output = results(it, *tensors)[0]
     tangent = torch.randn_like(output)
@@ -144,8 +145,8 @@ def test_tangent_of_an_incoming_gradient(cell: str, backend: str) -> None:
 
 
 @each_cell
-def test_jvp_and_vjp_agree(cell: str, backend: str) -> None:
-    it = double(cell, directions=2)
+def test_jvp_and_vjp_agree(cell: str, backend: str, device: str) -> None:
+    it = double(cell, directions=2, device=device)
     tensors = tuple(t.detach() for t in leaves(it))
     tangents = tuple(torch.randn_like(t) for t in tensors)
     _, forward = torch.func.jvp(on_call(it), tensors, tangents)
@@ -157,8 +158,8 @@ def test_jvp_and_vjp_agree(cell: str, backend: str) -> None:
 
 
 @each_cell
-def test_func_grad(cell: str, backend: str) -> None:
-    it = double(cell)
+def test_func_grad(cell: str, backend: str, device: str) -> None:
+    it = double(cell, device=device)
     tensors = leaves(it)
     places = tuple(range(len(tensors)))
     found = torch.func.grad(lambda *t: loss(it, *t), argnums=places)(*(t.detach() for t in tensors))
@@ -228,10 +229,10 @@ def test_vmap(cell: str, backend: str) -> None:
 
 
 @each_layer
-def test_functional_call(cell: str, backend: str) -> None:
+def test_functional_call(cell: str, backend: str, device: str) -> None:
     """Other weights for one call, and gradients for these."""
-    layer = module(cell)
-    x = torch.randn(3, 2, 5, dtype=torch.float64)
+    layer = module(cell, device=device)
+    x = torch.randn(3, 2, 5, dtype=torch.float64, device=device)
     other = {name: (2 * p).detach().requires_grad_() for name, p in layer.named_parameters()}
     functional_call(layer, other, (x,))[0].square().sum().backward()
     assert all(parameter.grad is None for parameter in layer.parameters())
@@ -244,22 +245,24 @@ def test_functional_call(cell: str, backend: str) -> None:
 
 
 @each_layer
-def test_gradient_penalty(cell: str, backend: str) -> None:
+def test_gradient_penalty(cell: str, backend: str, device: str) -> None:
     """A loss on the norm of the gradient, as in WGAN-GP, gives the parameters the gradients torch.nn gives."""
-    ours = module(cell, num_layers=2, bidirectional=True)
+    ours = module(cell, num_layers=2, bidirectional=True, device=device)
     theirs = getattr(nn, type(ours).__name__)(
         5,
         4,
         2,
         bidirectional=True,
         dtype=torch.float64,
+        device=device,
         **({"nonlinearity": ours.nonlinearity} if cell.startswith("rnn") else {}),
     )
     theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(3, 2, 5, dtype=torch.float64)
+    x = torch.randn(3, 2, 5, dtype=torch.float64, device=device)
     for layer in (ours, theirs):
         leaf = x.clone().requires_grad_()
-        output = layer(leaf)[0].square().sum()
+        with torch.backends.cudnn.flags(enabled=False):  # it has no second derivatives
+            output = layer(leaf)[0].square().sum()
         (gradient,) = torch.autograd.grad(output, leaf, create_graph=True)
         (output + (gradient.norm() - 1).square()).backward()
     found, expected = (
@@ -270,14 +273,14 @@ def test_gradient_penalty(cell: str, backend: str) -> None:
 
 
 @each_cell
-def test_create_graph_changes_no_first_gradient(cell: str, backend: str) -> None:
-    it = double(cell, directions=2)
+def test_create_graph_changes_no_first_gradient(cell: str, backend: str, device: str) -> None:
+    it = double(cell, directions=2, device=device)
     torch.testing.assert_close(gradients(it, create_graph=True), gradients(it))
 
 
 @each_cell
-def test_backward_twice(cell: str, backend: str) -> None:
-    it = call(Case(cell, directions=2))
+def test_backward_twice(cell: str, backend: str, device: str) -> None:
+    it = call(Case(cell, directions=2, device=device))
     tensors = leaves(it)
     number = loss(it, *tensors)
     first = torch.autograd.grad(number, tensors, retain_graph=True)
@@ -287,8 +290,8 @@ def test_backward_twice(cell: str, backend: str) -> None:
 
 
 @each_cell
-def test_gradients_accumulate(cell: str, backend: str) -> None:
-    it = double(cell)
+def test_gradients_accumulate(cell: str, backend: str, device: str) -> None:
+    it = double(cell, device=device)
     tensors = leaves(it)
     loss(it, *tensors).backward()
     once = [t.grad.clone() for t in tensors if t.grad is not None]
@@ -297,9 +300,9 @@ def test_gradients_accumulate(cell: str, backend: str) -> None:
 
 
 @each_cell
-def test_one_result_alone(cell: str, backend: str) -> None:
+def test_one_result_alone(cell: str, backend: str, device: str) -> None:
     """A loss on the output alone, or on one final state alone, has the gradients it has in the sum."""
-    it = double(cell, directions=2)
+    it = double(cell, directions=2, device=device)
     tensors = leaves(it)
     total = None
     for place, grad in enumerate(it.grads):
@@ -337,7 +340,9 @@ def recorded() -> Iterator[_Recorder]:
         yield recorder
 
 
-@pytest.mark.parametrize("case", variants(Case("lstm", directions=2), few=True), ids=str)
+@pytest.mark.parametrize(
+    "case", on_each_device(variants(Case("lstm", directions=2), few=True)), ids=str
+)
 def test_only_needed_gradients_are_computed(case: Case) -> None:
     it = call(case)
     places = [place for place, need in enumerate(it.all_needs) if need]
@@ -355,12 +360,12 @@ def test_only_needed_gradients_are_computed(case: Case) -> None:
 
 
 @each_layer
-def test_frozen_layers_compute_no_weight_gradients(cell: str) -> None:
+def test_frozen_layers_compute_no_weight_gradients(cell: str, device: str) -> None:
     """A frozen first layer needs nothing; a frozen last layer passes gradients to its input alone."""
-    layer = module(cell, num_layers=3)
+    layer = module(cell, num_layers=3, device=device)
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_("_l1" in name)
-    x = torch.randn(3, 2, 5, dtype=torch.float64)
+    x = torch.randn(3, 2, 5, dtype=torch.float64, device=device)
     with recorded() as recorder:
         layer(x)[0].sum().backward()
     assert recorder.kept() == [Keep.NOTHING, Keep.EVERYTHING, Keep.EVERYTHING]
@@ -370,9 +375,9 @@ def test_frozen_layers_compute_no_weight_gradients(cell: str) -> None:
 
 
 @each_layer
-def test_nothing_is_saved_where_nothing_needs_grad(cell: str) -> None:
-    layer = module(cell)
-    x = torch.randn(3, 2, 5, dtype=torch.float64)
+def test_nothing_is_saved_where_nothing_needs_grad(cell: str, device: str) -> None:
+    layer = module(cell, device=device)
+    x = torch.randn(3, 2, 5, dtype=torch.float64, device=device)
     with recorded() as recorder:
         with torch.no_grad():
             layer(x)
@@ -384,9 +389,9 @@ def test_nothing_is_saved_where_nothing_needs_grad(cell: str) -> None:
 
 
 @each_cell
-def test_tied_weights(cell: str, backend: str) -> None:
+def test_tied_weights(cell: str, backend: str, device: str) -> None:
     """One tensor in two places gets the sum of the two gradients."""
-    it = double(cell, sizes=(3, 2, 4, 4), directions=2)
+    it = double(cell, sizes=(3, 2, 4, 4), directions=2, device=device)
     first = 1 + len(it.states)
     places = (first, first + 1, first + 4, first + 5)  # w_ih and w_hh of both directions
     tensors = leaves(it)
@@ -399,8 +404,8 @@ def test_tied_weights(cell: str, backend: str) -> None:
 
 
 @each_cell
-def test_one_tensor_as_input_and_state(cell: str, backend: str) -> None:
-    it = double(cell, sizes=(1, 2, 4, 4))
+def test_one_tensor_as_input_and_state(cell: str, backend: str, device: str) -> None:
+    it = double(cell, sizes=(1, 2, 4, 4), device=device)
     tensors = leaves(it)
     apart = gradients(it, [tensors[0], tensors[0].detach().clone().requires_grad_(), *tensors[2:]])
     (found,) = torch.autograd.grad(loss(it, tensors[0], tensors[0], *tensors[2:]), tensors[0])
@@ -408,8 +413,8 @@ def test_one_tensor_as_input_and_state(cell: str, backend: str) -> None:
 
 
 @each_cell
-def test_changing_what_was_saved_raises(cell: str, backend: str) -> None:
-    it = double(cell, projected=3 if cell == "lstm" else 0)
+def test_changing_what_was_saved_raises(cell: str, backend: str, device: str) -> None:
+    it = double(cell, projected=3 if cell == "lstm" else 0, device=device)
     for place in range(1 + len(it.states) + 2):  # input, states, w_ih, w_hh
         tensors = leaves(it)
         number = loss(it, *tensors)
@@ -420,9 +425,9 @@ def test_changing_what_was_saved_raises(cell: str, backend: str) -> None:
 
 
 @each_cell
-def test_saved_tensors_hooks(cell: str, backend: str) -> None:
+def test_saved_tensors_hooks(cell: str, backend: str, device: str) -> None:
     """What is kept for the backward pass goes through the hooks: packed, moved and brought back."""
-    it = call(Case(cell, directions=2))
+    it = call(Case(cell, directions=2, device=device))
     tensors = leaves(it)
     expected = gradients(it, tensors)
     packed: list[Tensor] = []
@@ -442,8 +447,8 @@ def test_saved_tensors_hooks(cell: str, backend: str) -> None:
 
 @pytest.mark.parametrize("use_reentrant", (True, False))
 @each_cell
-def test_checkpoint(cell: str, use_reentrant: bool, backend: str) -> None:
-    it = call(Case(cell, directions=2))
+def test_checkpoint(cell: str, use_reentrant: bool, backend: str, device: str) -> None:
+    it = call(Case(cell, directions=2, device=device))
     tensors = leaves(it)
     expected = gradients(it, tensors)
     number = checkpoint(lambda *t: loss(it, *t), *tensors, use_reentrant=use_reentrant)
@@ -452,8 +457,8 @@ def test_checkpoint(cell: str, use_reentrant: bool, backend: str) -> None:
 
 
 @each_cell
-def test_hooks_on_gradients(cell: str, backend: str) -> None:
-    it = double(cell)
+def test_hooks_on_gradients(cell: str, backend: str, device: str) -> None:
+    it = double(cell, device=device)
     tensors = leaves(it)
     expected = gradients(it, tensors)
     handles = [t.register_hook(lambda grad: 2 * grad) for t in tensors]
@@ -463,8 +468,8 @@ def test_hooks_on_gradients(cell: str, backend: str) -> None:
 
 
 @each_cell
-def test_anomaly_mode(cell: str, backend: str) -> None:
-    it = double(cell)
+def test_anomaly_mode(cell: str, backend: str, device: str) -> None:
+    it = double(cell, device=device)
     expected = gradients(it)
     with torch.autograd.set_detect_anomaly(True):
         torch.testing.assert_close(gradients(it), expected)

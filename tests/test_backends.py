@@ -41,12 +41,18 @@ def test_forces_a_backend_in_its_block(name: str) -> None:
 
 
 @needs_cpp
-def test_default_is_the_extension() -> None:
-    assert backends.serving(CPU) == "cpp"
+def test_default_is_the_extension(device: str) -> None:
+    assert backends.serving(torch.device(device)) == "cpp"
 
 
-def test_nesting(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def with_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the C++ extension were there."""
+    monkeypatch.setattr(backends, "EXTENSION", backends.EXTENSION or object())
     monkeypatch.setattr(backends, "EXTENSION_REASON", "")
+
+
+def test_nesting(with_cpp: None) -> None:
     before = backends.serving(CPU)
     with rnnkit.backend("reference"):
         with rnnkit.backend("cpp"):
@@ -75,8 +81,7 @@ def test_as_a_decorator() -> None:
     assert backends.serving(CPU) == before
 
 
-def test_each_thread_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "EXTENSION_REASON", "")
+def test_each_thread_has_its_own(with_cpp: None) -> None:
     found = {}
     both_inside = threading.Barrier(2, timeout=60)
 
@@ -112,6 +117,7 @@ def test_unknown_name(name: object) -> None:
 
 def test_unavailable_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "EXTENSION_REASON", "no compiler was found")
+    monkeypatch.setattr(backends, "CUDA_REASON", "no nvcc was found")
     before = backends.serving(CPU)
     with (
         pytest.raises(RuntimeError, match="'cpp' is not available: no compiler was found"),
@@ -121,9 +127,14 @@ def test_unavailable_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backends.serving(CPU) == before
 
 
-def test_other_devices() -> None:
+def test_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device without kernels runs on the reference; a shape alone needs no kernel."""
-    assert backends.serving(torch.device("cuda")) == "reference"
+    monkeypatch.setattr(backends, "CUDA_REASON", "no nvcc was found")
+    monkeypatch.setattr(backends, "_warned", set())
+    with pytest.warns(
+        UserWarning, match=r"the CUDA extension was not loaded \(no nvcc was found\)"
+    ):
+        assert backends.serving(torch.device("cuda")) == "reference"
     output, h_n = rnnkit.GRU(3, 4, device="meta")(torch.empty(2, 5, 3, device="meta"))
     assert (output.shape, h_n.shape) == ((2, 5, 4), (1, 5, 4))
     assert output.is_meta
@@ -133,8 +144,8 @@ def test_other_devices() -> None:
 @needs_cpp
 @pytest.mark.parametrize("directions", (1, 2))
 @pytest.mark.parametrize("cell", CELLS)
-def test_backends_agree(cell: str, directions: int) -> None:
-    it = call(Case(cell, (4, 3, 5, 20), directions, dtype=torch.float64))
+def test_backends_agree(device: str, cell: str, directions: int) -> None:
+    it = call(Case(cell, (4, 3, 5, 20), directions, dtype=torch.float64, device=device))
     found = []
     for name in ("cpp", "reference"):
         tensors = [t.clone().requires_grad_() for t in it.differentiable if t is not None]
@@ -152,7 +163,9 @@ def test_backends_agree(cell: str, directions: int) -> None:
 
 @needs_cpp
 @pytest.mark.parametrize("name", ("cpp", "reference"))
-def test_forward_uses_the_backend_s_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_uses_the_backend_s_code(
+    device: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Layers and cells reach the reference when it is forced, and not otherwise."""
     reached = []
 
@@ -163,8 +176,8 @@ def test_forward_uses_the_backend_s_code(name: str, monkeypatch: pytest.MonkeyPa
     original = autograd.reference.layer
     monkeypatch.setattr(autograd.reference, "layer", layer)
     with rnnkit.backend(name):
-        rnnkit.GRU(3, 4)(torch.randn(2, 5, 3))
-        rnnkit.LSTMCell(3, 4)(torch.randn(5, 3))
+        rnnkit.GRU(3, 4, device=device)(torch.randn(2, 5, 3, device=device))
+        rnnkit.LSTMCell(3, 4, device=device)(torch.randn(5, 3, device=device))
     assert reached == (["gru", "lstm"] if name == "reference" else [])
 
 
@@ -179,6 +192,7 @@ def test_one_warning_when_the_extension_is_absent(forced: bool) -> None:
         from contextlib import nullcontext
         import rnnkit
 
+        rnnkit.backends.CUDA_REASON = "not built"
         with rnnkit.backend("reference") if {forced} else nullcontext():
             for _ in range(3):
                 rnnkit.GRU(3, 4)(torch.randn(2, 5, 3))
@@ -220,7 +234,7 @@ def test_reason_when_the_extension_does_not_load(raised: str, reason: str) -> No
         sys.meta_path.insert(0, Broken())
         from rnnkit import backends
 
-        print(backends.unavailable("cpp"))
+        print(backends.EXTENSION_REASON)
     """)
     assert run.stdout.strip() == reason
 
@@ -233,5 +247,7 @@ def test_forced_kernels_are_not_exchanged_for_the_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(backends, "EXTENSION_REASON", "")
-    with rnnkit.backend("cpp"), pytest.raises(RuntimeError, match="no kernels for cuda"):
+    monkeypatch.setattr(backends, "CUDA_REASON", "no nvcc was found")
+    refused = pytest.raises(RuntimeError, match=r"no kernels for cuda \(no nvcc was found\)")
+    with rnnkit.backend("cpp"), refused:
         backends.serving(torch.device("cuda"))

@@ -1,7 +1,11 @@
 """The benchmarks at tiny sizes, through real workers; verdicts and the report on results made by hand."""
 
 import json
+import multiprocessing
+import os
+import re
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +23,12 @@ import rnnkit
 from benchmarks import cases, goals, measure, memory, report, results, run
 from benchmarks.cases import Case, Entry, Line
 from benchmarks.figures import Figure
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import goals as gpu_goals
+from benchmarks.gpu import grid, tables, worker
+from benchmarks.gpu.clock import Protocol, precision
+from benchmarks.gpu.grid import Task
+from benchmarks.gpu.supervisor import Supervisor
 from benchmarks.pool import Job, Pool
 from benchmarks.progress import Progress
 from benchmarks.providers import Computation
@@ -374,3 +384,222 @@ def test_readme_of_the_repository() -> None:
     except results.ResultsError as error:
         pytest.skip(str(error))
     assert report.main(["--check"]) == 0
+
+
+ON_GPU = Case("LSTM", "training", 512, 2, 5, 5)
+SPARING = Protocol(sample_seconds=0, rounds=1)
+
+
+def as_task(kind: str = "time", **changes: Any) -> Task:
+    return Task("main", kind, replace(ON_GPU, **changes))
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[worker.Bench]:
+    yield worker.Bench("cpu", SPARING)
+    torch.backends.cudnn.allow_tf32 = True  # as torch begins
+
+
+def test_gpu_tasks_by_importance(capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = grid.tasks()
+    assert len(set(tasks)) == len(tasks)
+    assert [t.part for t in tasks] == sorted((t.part for t in tasks), key=grid.PARTS.index)
+    sizes = len(grid.HIDDEN) * len(grid.BATCHES) * len(grid.DTYPES) * len(grid.CELLS)
+    of_grid = [t for t in tasks if t.kind == "time" and t.part != "extra"]
+    assert len(of_grid) == sizes * len(grid.LAYOUTS) * len(grid.MODES) == 1152
+    first = [task.case for task in tasks[: grid.QUICK]]
+    assert {case.cell for case in first} == {"LSTM", "GRU"}
+    assert {case.dtype for case in first} == {"bfloat16", "tf32"}
+    assert {case.mode for case in first} == set(grid.MODES)
+    assert {case.H for case in first} == {256, 512, 1024} and {c.N for c in first} == {1, 16, 64}
+    assert gpu.main(["--list", "--part", "extra", "--only", "GRU .*ragged"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "extra     GRU bf16 H512 N64 ragged inference",
+        "extra     GRU bf16 H512 N64 ragged training",
+    ]
+
+
+@pytest.mark.parametrize("mode", grid.MODES)
+@pytest.mark.parametrize(
+    "changes", [{"dtype": "tf32"}, {"ragged": True}, {"layers": 2, "directions": 2}], ids=str
+)
+def test_gpu_row(bench: worker.Bench, changes: dict[str, Any], mode: str) -> None:
+    row = bench.row(as_task(mode=mode, **changes))
+    for told in row["entries"].values():
+        times = {what: told["us"][what]["median"] for what in ("64", "512", "step")}
+        assert times["step"] == pytest.approx(
+            (times["512"] - times["64"]) / 448, rel=0.01, abs=0.01
+        )
+    assert row["ratios"].keys() >= {"64", "512"} and "wrong" not in row["entries"]["rnnkit"]
+    assert tables.line(row).startswith(grid.name(Case(**row["case"])))
+
+
+def test_gpu_step() -> None:
+    times = worker.with_step({64: [1.0, 2.0], 512: [449.0, 898.0]})
+    assert times == {"64": [1.0, 2.0], "512": [449.0, 898.0], "step": [1.0, 2.0]}
+
+
+def test_gpu_errors_and_kernels(bench: worker.Bench) -> None:
+    row = bench.row(as_task("error", T=8, dtype="bfloat16"))
+    for told in row["entries"].values():
+        assert told.keys() == set(worker.COMPARED) and all(0 < e < 0.05 for e in told.values())
+    assert row["ratios"].keys() == set(worker.COMPARED)
+    row = bench.row(as_task("kernels"))
+    assert all(told["launches"]["512"] and told["longest"] for told in row["entries"].values())
+
+
+def test_gpu_exceptions_are_recorded(bench: worker.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        def module(self, *given: Any) -> Any:
+            raise self.error
+
+        device = torch.device("cpu")
+
+    own = bench.providers["rnnkit"]
+    monkeypatch.setitem(bench.providers, "rnnkit", Failing(RuntimeError("no kernel\nat all")))
+    row = bench.row(as_task())
+    assert row["entries"]["rnnkit"] == {"failed": "RuntimeError: no kernel"}
+    assert "us" in row["entries"]["torch"] and row["ratios"] == {}
+    monkeypatch.setitem(bench.providers, "rnnkit", own)
+    monkeypatch.setitem(bench.providers, "torch", Failing(torch.OutOfMemoryError()))
+    row = bench.row(as_task())
+    assert row["entries"]["torch"] == {"memory": "more than 24 GiB"}
+    assert "us" in row["entries"]["rnnkit"] and gpu_goals.right(row)
+
+
+def test_gpu_result_unlike_torchs_is_wrong() -> None:
+    right = [torch.ones(3)]
+    assert "wrong" not in worker.compared(ON_GPU, right, right)
+    for value in (1.1, float("nan")):
+        assert "wrong" in worker.compared(ON_GPU, right, [value * torch.ones(3)])
+
+
+def test_gpu_precision(bench: worker.Bench) -> None:
+    for dtype, allowed in (("tf32", True), ("float32", False), ("bfloat16", False)):
+        with precision(dtype):
+            assert torch.backends.cudnn.allow_tf32 is allowed
+            assert torch.backends.cuda.matmul.allow_tf32 is allowed
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_gpu_time_limit() -> None:
+    done: list[dict[str, Any]] = []
+
+    def ask(task: Task, seconds: float) -> dict[str, Any]:
+        assert 0 < seconds <= gpu.CASE_SECONDS
+        time.sleep(0.2)
+        return {"task": task, "ratios": {}}
+
+    todo = [as_task(H=H) for H in (3, 4, 5)]
+    assert gpu.measure(todo, ask, time.monotonic() + 0.3, done.append) == 1
+    assert [row["task"] for row in done] == todo[:2]
+
+
+def hanging(connection: Any, device: str, protocol: Protocol) -> None:
+    """In place of worker.serve: hangs, ends or answers, by the case's H."""
+    connection.send({"surroundings": {}})
+    while True:
+        H = connection.recv().case.H
+        connection.send({"doing": "rnnkit"})
+        if H == 1:
+            time.sleep(60)
+        if H == 2:
+            os._exit(3)
+        connection.send({"row": {"H": H}, "broken": False})
+
+
+def test_gpu_process_that_hangs_or_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.gpu.supervisor.serve", hanging)
+    fork = multiprocessing.get_context("fork")  # spawned, it would import this file
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
+    with Supervisor("cpu", SPARING) as supervisor:
+        for H, told in ((1, "no answer in 1 s"), (2, "its process ended with status 3")):
+            row = supervisor.row(as_task(H=H), 1)
+            assert row["entries"]["rnnkit"] == {"failed": f"{told}, in rnnkit"}
+            assert "failed" not in row["entries"]["torch"]
+            assert supervisor.row(as_task(H=3), 10) == {"H": 3}
+
+
+def on_gpu(case: Case, value: float, kind: str = "time") -> dict[str, Any]:
+    """A row in which torch.nn takes `value` times as long, errs as much, or rnnkit's step takes `value` µs."""
+    ratios = {what: figure(value) for what in ("64", "512", "step")}
+    told = {"us": {"step": figure(2.0)}, "recurrent_us": value}
+    row = {"part": "main", "kind": kind, "case": case.document(), "ratios": ratios}
+    row["entries"] = {"torch": {"us": {"step": figure(2 * value)}}, "rnnkit": told}
+    return row | ({"ratios": {"output": value}} if kind == "error" else {})
+
+
+def made_on_gpu(*rows: dict[str, Any]) -> dict[str, Any]:
+    document = made() | {"format": results.GPU_FORMAT, "complete": False, "rows": list(rows)}
+    return document | {"device": {"kind": "cuda", "name": "A GPU", "multiprocessors": 132}}
+
+
+def gpu_rows() -> list[dict[str, Any]]:
+    low = Case("LSTM", "inference", 512, 16, 512, 512, dtype="bfloat16")
+    odd = replace(low, cell="GRU", H=650, I=650)
+    half = replace(low, dtype="float16")
+    large = replace(low, N=256, H=2048, I=2048)
+    training = replace(low, mode="training")
+    rows = [on_gpu(low, 4.0), on_gpu(odd, 1.0), on_gpu(half, 0.8), on_gpu(large, 1.1)]
+    rows += [on_gpu(low, 1.8, "kernels"), on_gpu(training, 1.8 + 2.6 * 1.6, "kernels")]
+    return [*rows, on_gpu(replace(training, T=64), 1.9, "error")]
+
+
+def test_gpu_goals() -> None:
+    judged = {row["what"].split(",")[0]: row for row in gpu_goals.judge_all(made_on_gpu())}
+    assert all(row["verdict"] == "not measured" for row in judged.values())
+    told = gpu_goals.judge_all(made_on_gpu(*gpu_rows()))
+    assert [(row["verdict"], row["cases"]) for row in told] == [
+        ("met", 4),  # forward: 2× in the mean, each at both T
+        ("not measured", 0),
+        ("missed", 2),  # the GRU of odd H
+        ("missed", 2),  # fp16
+        ("met", 2),
+        ("met", 1),
+        ("missed", 1),  # backward at 1.6 times its goal
+        ("met", 1),
+    ]
+    assert told[0]["figure"].startswith("geometric mean 2.00×; worst 1.00×: GRU bf16 H650 N16")
+    failed = gpu_rows()
+    failed[0]["entries"]["rnnkit"] = {"failed": "no answer"}
+    assert gpu_goals.judge_all(made_on_gpu(*failed))[0]["verdict"] == "missed"
+
+
+def test_gpu_parts_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    rows = gpu_rows()
+    again = on_gpu(Case(**rows[0]["case"]), 5.0)
+    results.write(made_on_gpu(*rows[:2]), first)
+    results.write(made_on_gpu(again, *rows[2:]), second)
+    assert gpu.merged([first, second]) == [again, *rows[1:]]
+    other = made_on_gpu() | {"device": {"kind": "cuda", "name": "Another"}}
+    results.write(other, second)
+    with pytest.raises(results.ResultsError, match="another device"):
+        gpu.merged([first, second])
+    assert gpu.main(["--show", str(first)]) == 0
+    output = capsys.readouterr().out
+    assert re.search("LSTM bf16 H512 N16 inference +2.00 +8.00 +4.00 ", output)
+    assert re.search("main +LSTM bfloat16 +inference +4.00 +4.00 +4.00", output)
+
+
+def test_gpu_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "gpu.json"
+    given = ["--device", "cpu", "--output", str(path), "--revision", "abc-dirty"]
+    assert gpu.main([*given, "--only", "error RNN fp32 H256"]) == 0
+    document, _ = results.load(path, results.GPU_FORMAT)
+    assert document["versions"]["git"] == {"revision": "abc", "dirty": True}
+    assert len(document["rows"]) == 1 and not document["complete"]
+    assert "error against float64" in capsys.readouterr().out
+
+
+def test_report_tells_of_the_gpu(folder: Path) -> None:
+    lines = report.gpu(folder / "results", folder / "README.md")
+    assert lines == ["GPU: not yet run on one (`python -m benchmarks.gpu`)."]
+    results.write(made_on_gpu(*gpu_rows()), folder / "results" / "gpu.json")
+    text = "\n".join(report.gpu(folder / "results", folder / "README.md"))
+    assert "A GPU (132 SMs)" in text and "[gpu.json](results/gpu.json)" in text
+    assert "| H, N | GRU bf16 inference | LSTM bf16 inference |" in text
+    assert "| 512, 16 | – | 2.00 (4.00×) |" in text and "| N 256, H ≥ 1024 | ≥ 1× |" in text

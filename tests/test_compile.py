@@ -68,17 +68,17 @@ def run(call: Any, own: nn.Module, x: Tensor) -> list[Tensor]:
 
 @needs_cpp
 @each_module
-def test_training(name: str) -> None:
-    own = module(name)
-    x = input_of(name)
+def test_training(device: str, name: str) -> None:
+    own = module(name).to(device)
+    x = input_of(name).detach().to(device).requires_grad_()
     torch.testing.assert_close(run(compiled(own), own, x), run(own, own, x))
 
 
 @needs_cpp
 @each_module
-def test_inference(name: str) -> None:
-    own = module(name).eval()
-    x = input_of(name).detach()
+def test_inference(device: str, name: str) -> None:
+    own = module(name).eval().to(device)
+    x = input_of(name).detach().to(device)
     with torch.no_grad():
         torch.testing.assert_close(flat(compiled(own)(x)), flat(own(x)))
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from configurations import LAYERS, Case, named_results
+from devices import on_each_device
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,7 +42,7 @@ def frozen(**options: Any) -> rnnkit.GRU:
     return rnnkit.freeze(rnnkit.GRU(5, 20, **options))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", on_each_device(CASES), ids=str)
 def test_results_are_those_of_the_layer(backend: str, case: Case) -> None:
     layer, _ = case.twins()
     with torch.no_grad():
@@ -96,6 +97,17 @@ def test_loading_and_converting_pack_again() -> None:
         torch.testing.assert_close(layer(x), other(x))
         layer.double(), other.double()
         torch.testing.assert_close(layer(x.double()), other(x.double()))
+
+
+@pytest.mark.gpu
+def test_moving_packs_again() -> None:
+    layer, other, x = frozen(), rnnkit.GRU(5, 20), torch.randn(4, 3, 5)
+    with torch.no_grad():
+        expected = layer(x)[0]
+        torch.testing.assert_close(layer.cuda()(x.cuda())[0].cpu(), expected)
+        layer.load_state_dict(other.state_dict())
+        torch.testing.assert_close(layer(x.cuda())[0].cpu(), other(x)[0])
+        torch.testing.assert_close(layer.cpu()(x), other(x))
 
 
 def test_copies_are_frozen_and_their_own() -> None:

@@ -52,7 +52,7 @@ def test_info_as_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         sys.version.split()[0],
         torch.backends.cpu.get_cpu_capability(),
         "triton",
-        "CUDA",
+        "CUDA library",
         "RNNKIT_EXAMPLE",
         backends.EXTENSION_REASON,
         *backends.BACKENDS,
@@ -110,6 +110,11 @@ def test_note_of_a_built_extension(note: ModuleType) -> None:
     assert backends.EXTENSION.capability() in note.CAPABILITIES
 
 
+def test_note_of_the_cuda_library(note: ModuleType) -> None:
+    library = Path(note.__file__).with_name("_cuda.so")
+    assert library.exists() == (note.CUDA_REASON == "") == bool(note.CUDA_ARCHITECTURES)
+
+
 @needs_extension
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_one_openmp_pool() -> None:
@@ -125,9 +130,10 @@ def run_without_compiler(
     for name in ("rnnkit", "csrc"):
         ignore = shutil.ignore_patterns("_build.py", "*.so", "__pycache__")
         shutil.copytree(ROOT / name, sources / name, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "build_cuda.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, sources)
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("RNNKIT_")}
+    ours = ("RNNKIT_", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=sources,
@@ -186,3 +192,154 @@ def test_a_required_extension_that_cannot_be_built_fails(tmp_path: Path) -> None
     build = run_without_compiler(tmp_path / "sources", "setup.py", "build_ext", RNNKIT_CPU="1")
     assert build.returncode != 0
     assert "no C++ compiler" in build.stderr
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path) -> Path:
+    """A CUDA toolkit whose nvcc tells its version and architectures and then fails to compile."""
+    root = tmp_path / "toolkit"
+    for folder in ("bin", "include"):
+        (root / folder).mkdir(parents=True)
+    (root / "include" / "cuda_runtime.h").touch()
+    nvcc = root / "bin" / "nvcc"
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        '--version) echo "Cuda compilation tools, release 12.9, V12.9.86" ;;\n'
+        "--list-gpu-arch) printf 'compute_%s\\n' 75 80 90 ;;\n"
+        '*) echo "cell.cu(1): error: not with $*"; exit 2 ;;\n'
+        "esac\n"
+    )
+    nvcc.chmod(0o755)
+    return root
+
+
+BUILD = """
+import runpy
+import sys
+
+import torch
+
+torch.version.cuda = {cuda!r}
+sys.argv = ["setup.py", "build_ext", "--inplace"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def build_with(
+    toolkit: Path, cuda: str | None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Builds a copy of the sources, beside a torch that has `cuda`."""
+    return run_without_compiler(
+        toolkit.with_name("sources"),
+        *("-c", BUILD.format(cuda=cuda)),
+        **{"RNNKIT_CPU": "0", "CXX": "echo", "CUDA_HOME": str(toolkit), **environment},
+    )
+
+
+def noted(toolkit: Path) -> str:
+    note: dict[str, str] = {}
+    exec((toolkit.with_name("sources") / "rnnkit" / "_build.py").read_text(), note)
+    return note["CUDA_REASON"]
+
+
+@needs_installer
+@pytest.mark.parametrize(
+    "cuda, switch, reason",
+    (
+        ("12.9", "", "cell.cu(1): error: not with "),
+        ("12.9", "0", "RNNKIT_CUDA=0"),
+        (None, "", "has no CUDA"),
+    ),
+)
+def test_a_cuda_library_that_is_not_built_is_done_without(
+    toolkit: Path, cuda: str | None, switch: str, reason: str
+) -> None:
+    build = build_with(toolkit, cuda, RNNKIT_CUDA=switch)
+    assert build.returncode == 0, build.stderr
+    assert reason in noted(toolkit)
+
+
+@needs_installer
+def test_a_required_cuda_library_that_cannot_be_built_fails(toolkit: Path) -> None:
+    """Torch is not asked whether it has CUDA."""
+    build = build_with(toolkit, None, RNNKIT_CUDA="1")
+    assert build.returncode != 0
+    assert "cell.cu(1): error: not with " in build.stderr
+
+
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module build_cuda, which is beside setup.py and not installed."""
+    monkeypatch.syspath_prepend(ROOT)
+    for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    return pytest.importorskip("build_cuda")
+
+
+@pytest.mark.parametrize(
+    "asked, expected",
+    (
+        ("", ("8.0", "9.0+PTX")),
+        ("8.0;9.0+PTX", ("8.0", "9.0+PTX")),
+        ("5.2 7.5 8.0 9.0a", ("8.0", "9.0a")),
+    ),
+)
+def test_gpu_architectures(
+    builder: ModuleType,
+    toolkit: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str,
+    expected: tuple[str, ...],
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert builder.architectures(str(toolkit / "bin" / "nvcc"), inplace=False) == expected
+
+
+@pytest.mark.parametrize("asked", ("Hopper", "9", "7.5"))
+def test_gpu_architectures_that_cannot_be(
+    builder: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    with pytest.raises(RuntimeError, match=asked):
+        builder.architectures("nvcc", inplace=False)
+
+
+def test_gpus_in_sight_are_built_for_in_place(
+    builder: ModuleType, toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc, capabilities = str(toolkit / "bin" / "nvcc"), [(9, 0), (8, 0), (9, 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+    assert builder.architectures(nvcc, inplace=True) == ("8.0", "9.0")
+    assert builder.architectures(nvcc, inplace=False) == ("8.0", "9.0+PTX")
+    capabilities[0] = (12, 0)  # newer than this nvcc
+    assert builder.architectures(nvcc, inplace=True) == ("8.0", "9.0+PTX")
+
+
+def test_cuda_toolkit(builder: ModuleType, toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvcc may be a link to the toolkit's; a variable that points nowhere is an error."""
+    links = toolkit.with_name("links")
+    links.mkdir()
+    (links / "nvcc").symlink_to(toolkit / "bin" / "nvcc")
+    monkeypatch.setenv("PATH", str(links))
+    assert builder.toolkit() == toolkit
+    monkeypatch.setenv("CUDA_HOME", str(links))
+    with pytest.raises(RuntimeError, match="CUDA_HOME"):
+        builder.toolkit()
+
+
+def test_only_what_changed_is_compiled(builder: ModuleType, tmp_path: Path) -> None:
+    source, header, target = (tmp_path / name for name in ("a b.cu", "a.h", "a.o"))
+    for file in (source, header, target):
+        file.touch()
+    assert not builder.up_to_date(target)
+    escaped = str(source).replace(" ", "\\ ")
+    target.with_suffix(".d").write_text(f"a.o : {escaped} \\\n {header}\n")
+    os.utime(target, (2e9, 2e9))
+    assert builder.up_to_date(target)
+    os.utime(header, (3e9, 3e9))
+    assert not builder.up_to_date(target)
+    header.unlink()
+    assert not builder.up_to_date(target)

@@ -1,4 +1,4 @@
-"""The kernels of csrc/cpu through their ops: every size, dtype and layout against the float64 reference."""
+"""The kernels of csrc/cpu and csrc/cuda through their ops: every size, dtype and layout against the reference."""
 
 import math
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import on_each_device
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import (
@@ -34,13 +35,13 @@ pytestmark = pytest.mark.skipif(
     backends.EXTENSION is None, reason=f"no C++ kernels: {backends.EXTENSION_REASON}"
 )
 
-on_small_cases = pytest.mark.parametrize("case", small_cases(), ids=str)
+on_small_cases = pytest.mark.parametrize("case", on_each_device(small_cases()), ids=str)
 on_small_cases_of_every_dtype = pytest.mark.parametrize(
-    "case", [case for dtype in DTYPES for case in small_cases(dtype)], ids=str
+    "case", on_each_device(case for dtype in DTYPES for case in small_cases(dtype)), ids=str
 )
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize("case", on_each_device(cases()), ids=str)
 def test_against_reference(case: Case) -> None:
     assert_case_matches_reference(case)
 
@@ -63,9 +64,9 @@ def random_cases(draw: st.DrawFn) -> Case:
     )
 
 
-@given(random_cases(), st.integers(0, 2**31))
-def test_random_cases(case: Case, seed: int) -> None:
-    assert_matches_reference(call(case, seed))
+@given(case=random_cases(), seed=st.integers(0, 2**31))
+def test_random_cases(device: str, case: Case, seed: int) -> None:
+    assert_matches_reference(call(replace(case, device=device), seed))
 
 
 @pytest.mark.parametrize(
@@ -75,15 +76,15 @@ def test_random_cases(case: Case, seed: int) -> None:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_empty(
-    cell: str, dtype: torch.dtype, directions: int, sizes: tuple[int, int, int, int]
+    device: str, cell: str, dtype: torch.dtype, directions: int, sizes: tuple[int, int, int, int]
 ) -> None:
-    assert_matches_reference(call(Case(cell, sizes, directions, dtype=dtype)))
+    assert_matches_reference(call(Case(cell, sizes, directions, dtype=dtype, device=device)))
 
 
 @pytest.mark.parametrize("lengths", [(3, 2, 1), (2, 2)])
 @pytest.mark.parametrize("cell", CELLS)
-def test_packed_is_each_sequence_alone(cell: str, lengths: tuple[int, ...]) -> None:
-    it = call(Case(cell, (0, 0, 5, 4), 2, lengths, dtype=torch.float64))
+def test_packed_is_each_sequence_alone(device: str, cell: str, lengths: tuple[int, ...]) -> None:
+    it = call(Case(cell, (0, 0, 5, 4), 2, lengths, dtype=torch.float64, device=device))
     output, finals, _ = it.forward()
     assert it.batch_sizes is not None
     first_rows = it.batch_sizes.cumsum(0) - it.batch_sizes
@@ -108,7 +109,9 @@ def test_what_is_kept_changes_no_bit(case: Case) -> None:
         assert_same_bits([output, *finals], [output_alone, *finals_alone])
 
 
-@pytest.mark.parametrize("case", [c for c in cases() if c.dtype == torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "case", on_each_device(c for c in cases() if c.dtype == torch.float32), ids=str
+)
 def test_gates_computed_again_against_reference(case: Case) -> None:
     assert_case_matches_reference(case, Keep.STATES)
 
@@ -195,18 +198,26 @@ def _turned(tensor: Tensor) -> Tensor:
     return tensor.permute(back).contiguous().permute(back)
 
 
+def _swapped(tensor: Tensor) -> Tensor:
+    """The first two dimensions the other way round in memory, as of a batch-first tensor."""
+    return tensor.transpose(0, 1).contiguous().transpose(0, 1) if tensor.dim() > 1 else tensor
+
+
 def _poison(tensor: Tensor) -> float:
     return math.nan if tensor.is_floating_point() else -1
 
 
-@pytest.mark.parametrize("layout", (_offset, _spread, _turned))
+LAYOUTS = (_offset, _spread, _turned, _swapped)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:3])
 @on_small_cases_of_every_dtype
 def test_layout_changes_no_bit(case: Case, layout: Callable[[Tensor], Tensor]) -> None:
     it = call(replace(case, sizes=(3, 3, 5, 7)))
     assert_same_bits(it.map(layout).run(), it.run())
 
 
-@pytest.mark.parametrize("layout", (_offset, _spread, _turned))
+@pytest.mark.parametrize("layout", LAYOUTS[:3])
 @on_small_cases
 def test_layout_of_what_the_forward_saved(case: Case, layout: Callable[[Tensor], Tensor]) -> None:
     it = call(case)
@@ -250,10 +261,10 @@ def test_results_have_memory_of_their_own(case: Case) -> None:
 @pytest.mark.parametrize("lengths", ((), (4, 4, 3, 2, 1)), ids=("dense", "ragged"))
 @pytest.mark.parametrize("cell", CELLS)
 def test_special_values_stay_in_their_row(
-    cell: str, lengths: tuple[int, ...], place: str, value: float, dtype: torch.dtype
+    device: str, cell: str, lengths: tuple[int, ...], place: str, value: float, dtype: torch.dtype
 ) -> None:
     """A NaN or infinity goes where the reference sends it, and into no other row of the batch."""
-    it = call(Case(cell, (4, 5, 6, 19), 2, lengths, dtype=dtype))
+    it = call(Case(cell, (4, 5, 6, 19), 2, lengths, dtype=dtype, device=device))
     clean = it.run()
     row = 2
     it = it.map(Tensor.clone)
@@ -282,9 +293,9 @@ def test_special_values_stay_in_their_row(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_large_values(cell: str, dtype: torch.dtype) -> None:
+def test_large_values(device: str, cell: str, dtype: torch.dtype) -> None:
     """Pre-activations of ±1e4 saturate; no exponential overflows into NaN."""
-    it = call(Case(cell, (1, 9, 17, 33), 2, dtype=dtype))
+    it = call(Case(cell, (1, 9, 17, 33), 2, dtype=dtype, device=device))
     large = it.input.sign() * (1e4 if cell != "rnn_relu" else 1e2)
     weights = [None if w is None else w.sign() if w.dim() == 2 else w for w in it.weights]
     it = replace(it, input=large, weights=weights)
@@ -295,8 +306,8 @@ def test_large_values(cell: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("place", ("input", "states", "weights", "grads"))
 @pytest.mark.parametrize("cell", CELLS)
-def test_denormals(cell: str, place: str) -> None:
-    it = call(Case(cell, (3, 5, 17, 33), 2))
+def test_denormals(device: str, cell: str, place: str) -> None:
+    it = call(Case(cell, (3, 5, 17, 33), 2, device=device))
     tiny = it.map(lambda t: t if t.dim() == 1 else torch.full_like(t, 1e-40))  # biases stay
     it = replace(it, **{place: getattr(tiny, place)})
     torch.testing.assert_close(it.run(), it.reference(), rtol=1e-4, atol=1e-5)
@@ -409,9 +420,9 @@ BAD_BACKWARDS: dict[str, tuple[Case, Callable]] = {
 
 
 @pytest.mark.parametrize("what", BAD_CALLS)
-def test_bad_calls_are_refused(what: str) -> None:
+def test_bad_calls_are_refused(device: str, what: str) -> None:
     case, change = BAD_CALLS[what]
-    it = call(case)
+    it = call(replace(case, device=device))
     output, _, reserve = it.forward()
     bad = replace(it, **change(it))
     with pytest.raises(RuntimeError):
@@ -422,9 +433,9 @@ def test_bad_calls_are_refused(what: str) -> None:
 
 
 @pytest.mark.parametrize("what", BAD_BACKWARDS)
-def test_bad_backward_calls_are_refused(what: str) -> None:
+def test_bad_backward_calls_are_refused(device: str, what: str) -> None:
     case, change = BAD_BACKWARDS[what]
-    it = call(case)
+    it = call(replace(case, device=device))
     output, _, reserve = it.forward()
     grads, output, reserve, needs = change(it.grads, output, reserve, it.all_needs)
     with pytest.raises(RuntimeError):
@@ -447,8 +458,9 @@ def test_cells_are_the_reference_s() -> None:
 def test_other_cpu_capabilities(capability: str) -> None:
     """The kernels that a lesser processor would run pass a part of these tests."""
     tests = "test_against_reference and D2 and float32 or test_large_values or test_kernels_are_for_this_cpu"
+    options = ["-q", "-p", "no:cacheprovider", "-m", "not gpu"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", tests],
+        [sys.executable, "-m", "pytest", *options, __file__, "-k", tests],
         env={
             **os.environ,
             "ATEN_CPU_CAPABILITY": capability,
@@ -464,8 +476,8 @@ def test_other_cpu_capabilities(capability: str) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_lazily_negated_tensors(cell: str) -> None:
-    it = call(Case(cell, (3, 4, 5, 6), 2))
+def test_lazily_negated_tensors(device: str, cell: str) -> None:
+    it = call(Case(cell, (3, 4, 5, 6), 2, device=device))
     negated = it.map(lambda t: t if t.dtype == torch.int64 else torch._neg_view(-t))
     for name, result in negated.run().items():
         torch.testing.assert_close(result, it.run()[name], msg=name)

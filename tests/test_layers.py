@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from configurations import LAYERS, Case, run
+from devices import on_each_device
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -18,7 +19,7 @@ CASES += [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", on_each_device(CASES), ids=str)
 def test_lists_of_weights(case: Case) -> None:
     ours, theirs = case.twins()
     for name in ("mode", "_all_weights", "_flat_weights_names"):
@@ -32,7 +33,7 @@ def test_lists_of_weights(case: Case) -> None:
         assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", on_each_device(CASES), ids=str)
 def test_a_weight_set_as_an_attribute_is_used(backend: str, case: Case) -> None:
     ours, theirs = case.twins(dtype=torch.float64)
     for name in ours._flat_weights_names:
@@ -46,13 +47,13 @@ def test_a_weight_set_as_an_attribute_is_used(backend: str, case: Case) -> None:
         torch.testing.assert_close(ours(input), theirs(input))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", on_each_device(CASES), ids=str)
 def test_flatten_parameters_and_apply_keep_the_weights(backend: str, case: Case) -> None:
     """Modules are moved, converted and flattened by frameworks; calls before and after agree."""
     ours, _ = case.twins()
     expected = run(case, ours, case.leaves())
     ours.flatten_parameters()
-    ours.double().float().cpu().share_memory()
+    ours.double().float().to(case.device).share_memory()
     ours._apply(lambda tensor: tensor.clone())
     assert all(
         weight is getattr(ours, name)

@@ -88,9 +88,9 @@ def test_constructor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_reset_parameters(module: str) -> None:
+def test_reset_parameters(device: str, module: str) -> None:
     made = []
-    for module_ in Case(module).twins():
+    for module_ in Case(module, device=device).twins():
         torch.manual_seed(4)
         module_.reset_parameters()
         made.append((list(module_.state_dict().values()), torch.get_rng_state()))
@@ -147,8 +147,10 @@ assert settings() == before
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_state_dict_loads_strictly_both_ways(module: str, assign: bool, bias: bool) -> None:
-    case = Case(module, bias=bias, proj_size=2 if module == "lstm" else 0)
+def test_state_dict_loads_strictly_both_ways(
+    device: str, module: str, assign: bool, bias: bool
+) -> None:
+    case = Case(module, bias=bias, proj_size=2 if module == "lstm" else 0, device=device)
     for source, target in ((rnnkit, nn), (nn, rnnkit)):
         loaded, given = case.make(target), case.make(source).state_dict()
         assert list(loaded.state_dict()) == list(given)
@@ -175,8 +177,10 @@ def saved_and_loaded(module: nn.Module) -> nn.Module:
     [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded],
     ids=["deepcopy", "pickle", "torch.save"],
 )
-def test_a_copy_is_whole_and_its_own(backend: str, module: str, duplicate: Any) -> None:
-    case = Case(module, hx=True, num_layers=2 if module in LAYERS else 1)
+def test_a_copy_is_whole_and_its_own(
+    backend: str, device: str, module: str, duplicate: Any
+) -> None:
+    case = Case(module, hx=True, num_layers=2 if module in LAYERS else 1, device=device)
     ours, _ = case.twins()
     expected = run(case, ours, case.leaves())
     copied = duplicate(ours)
@@ -200,8 +204,8 @@ def test_a_pickle_holds_the_parameters_and_nothing_made_of_them(backend: str, mo
 
 @pytest.mark.parametrize("module", LAYERS)
 @pytest.mark.parametrize("age", ["no proj_size", "all_weights", "tensors in all_weights"])
-def test_old_pickles_load(backend: str, module: str, age: str) -> None:
-    case = Case(module, bidirectional=True, hx=True)
+def test_old_pickles_load(backend: str, device: str, module: str, age: str) -> None:
+    case = Case(module, bidirectional=True, hx=True, device=device)
     ours, theirs = case.twins()
     expected = run(case, ours, case.leaves())
     revived = []
@@ -251,8 +255,8 @@ def test_meta_device(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_conversion_to_another_dtype_and_back(backend: str, module: str) -> None:
-    case = Case(module, hx=True)
+def test_conversion_to_another_dtype_and_back(backend: str, device: str, module: str) -> None:
+    case = Case(module, hx=True, device=device)
     ours, theirs = case.twins()
     for dtype in (torch.float64, torch.bfloat16, torch.float32):
         compare(dataclasses.replace(case, dtype=dtype), ours.to(dtype), theirs.to(dtype))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import on_each_device, on_gpu
 from kernel_cases import Call, Case, call, small_cases
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,11 +13,11 @@ from rnnkit.reference import CELLS, WEIGHTS
 
 on_small_cases = pytest.mark.parametrize(
     "case",
-    [
+    on_each_device(
         case
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
         for case in small_cases(dtype)
-    ],
+    ),
     ids=str,
 )
 
@@ -41,8 +42,9 @@ def arguments(it: Call, keep: Keep = Keep.EVERYTHING) -> tuple[list, list]:
     )
 
 
-@pytest.mark.parametrize("case", small_cases(), ids=str)
+@pytest.mark.parametrize("case", [*small_cases(), *on_gpu(small_cases()[::2])], ids=str)
 def test_opcheck(case: Case) -> None:
+    pytest.importorskip("expecttest")
     it = call(case)
     forward, backward = arguments(it)
     opcheck(OPS[0], forward)
@@ -58,6 +60,7 @@ def test_opcheck(case: Case) -> None:
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("cell", ("rnn_relu", "lstm"))
 def test_opcheck_in_other_dtypes(cell: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("expecttest")
     tolerances = {"rtol": 1e-2, "atol": 1e-2}
     forward, backward = arguments(call(Case(cell, dtype=dtype)))
     opcheck(OPS[0], forward, **tolerances)
@@ -80,8 +83,8 @@ def test_fakes_describe_the_results(case: Case) -> None:
 
 @pytest.mark.parametrize("sizes", [(3, 0, 5, 4), (3, 2, 0, 4), (3, 2, 5, 0)])
 @pytest.mark.parametrize("cell", CELLS)
-def test_fakes_of_empty_results(cell: str, sizes: tuple[int, int, int, int]) -> None:
-    it = call(Case(cell, sizes, 2))
+def test_fakes_of_empty_results(device: str, cell: str, sizes: tuple[int, int, int, int]) -> None:
+    it = call(Case(cell, sizes, 2, device=device))
     results = it.forward()
     with FakeTensorMode() as mode:
         fake = it.map(mode.from_tensor)

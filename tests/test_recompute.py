@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from configurations import LAYERS, STACKED, Case, compare, named_results, run
+from devices import on_each_device
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.rnn import PackedSequence
@@ -20,6 +21,7 @@ from rnnkit.reference import CELLS
 needs_cpp = pytest.mark.skipif(
     bool(backends.unavailable("cpp")), reason=f"no C++ kernels: {backends.EXTENSION_REASON}"
 )
+on_stacked = pytest.mark.parametrize("case", on_each_device(STACKED), ids=str)
 each_layer = pytest.mark.parametrize("module", LAYERS)
 
 
@@ -57,7 +59,7 @@ SMALL = [
 LONG = {"steps": 200, "hidden_size": 33, "num_layers": 2, "bidirectional": True, "hx": True}
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", on_each_device(SMALL), ids=str)
 def test_results_and_gradients(backend: str, case: Case) -> None:
     """Results are the ordinary layer's to the last bit, gradients right within the tolerances."""
     ours, theirs = case.twins()
@@ -81,18 +83,18 @@ def test_long_sequences_have_the_same_bits(module: str, dtype: torch.dtype) -> N
 @needs_cpp
 @pytest.mark.parametrize("module", ["lstm", "gru"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_long_sequences_in_low_precision(module: str, dtype: torch.dtype) -> None:
+def test_long_sequences_in_low_precision(device: str, module: str, dtype: torch.dtype) -> None:
     """Where other products may round differently: no further from the truth than is allowed at all."""
-    case = Case(module, dtype=dtype, **LONG)
+    case = Case(module, dtype=dtype, device=device, **LONG)
     ours, theirs = case.twins()
     ours.recompute = True
     compare(case, ours, theirs)
 
 
 @each_layer
-def test_dropout_is_the_same(backend: str, module: str) -> None:
+def test_dropout_is_the_same(backend: str, device: str, module: str) -> None:
     """The second layer's input, dropout's mask in it, is kept, not drawn again."""
-    case = Case(module, num_layers=2, hx=True, steps=20)
+    case = Case(module, num_layers=2, hx=True, steps=20, device=device)
     results = []
     for layer in pair(case, dropout=0.5):
         torch.manual_seed(1)
@@ -100,7 +102,7 @@ def test_dropout_is_the_same(backend: str, module: str) -> None:
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", STACKED, ids=str)
+@on_stacked
 def test_double_backward(backend: str, case: Case) -> None:
     case = dataclasses.replace(case, dtype=torch.float64)
     found = []
@@ -117,8 +119,10 @@ def test_double_backward(backend: str, case: Case) -> None:
 
 @each_layer
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_it_changes_nothing(backend: str, module: str, mode: Any) -> None:
-    case = Case(module, num_layers=2, hx=True)
+def test_without_gradients_it_changes_nothing(
+    backend: str, device: str, module: str, mode: Any
+) -> None:
+    case = Case(module, num_layers=2, hx=True, device=device)
     arguments = case.arguments(case.leaves())
     with mode():
         actual, expected = (named_results(case, layer(*arguments)) for layer in pair(case))
@@ -192,13 +196,15 @@ def bytes_kept(case: Case, layer: nn.Module) -> int:
 @needs_cpp
 @pytest.mark.parametrize(
     "case",
-    [
-        *STACKED,
-        *(Case(name, steps=30, hidden_size=33, hx=True) for name in LAYERS),
-        *(Case(name, bidirectional=True, lengths=(2, 5, 4)) for name in LAYERS),
-        *(Case(name, num_layers=2, dtype=torch.float64) for name in LAYERS),
-        *(Case(name, num_layers=2, dtype=torch.bfloat16) for name in LAYERS),
-    ],
+    on_each_device(
+        [
+            *STACKED,
+            *(Case(name, steps=30, hidden_size=33, hx=True) for name in LAYERS),
+            *(Case(name, bidirectional=True, lengths=(2, 5, 4)) for name in LAYERS),
+            *(Case(name, num_layers=2, dtype=torch.float64) for name in LAYERS),
+            *(Case(name, num_layers=2, dtype=torch.bfloat16) for name in LAYERS),
+        ]
+    ),
     ids=str,
 )
 def test_the_gates_are_not_kept(case: Case) -> None:
@@ -244,7 +250,7 @@ def gradients_around(
     leaves = case.leaves()
     output = layer(*case.arguments(leaves))[0]
     output = output.data if isinstance(output, PackedSequence) else output
-    cotangent = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).view(output.shape)
+    cotangent = torch.linspace(0.5, 1.5, output.numel()).view(output.shape).to(output)
     loss = (output * cotangent).sum()
     wanted = [*leaves.values(), *layer.parameters()]
 
@@ -260,7 +266,7 @@ def gradients_around(
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["keeps all", "recompute"])
 @pytest.mark.parametrize("write", WRITES)
-@pytest.mark.parametrize("case", WRITTEN, ids=str)
+@pytest.mark.parametrize("case", on_each_device(WRITTEN), ids=str)
 def test_gradients_are_of_what_the_forward_pass_returned(
     backend: str, case: Case, write: str, recompute: bool
 ) -> None:
@@ -281,9 +287,9 @@ def test_gradients_are_of_what_the_forward_pass_returned(
 @needs_cpp
 @each_layer
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_used_graph_holds_no_output(module: str, recompute: bool) -> None:
+def test_a_used_graph_holds_no_output(device: str, module: str, recompute: bool) -> None:
     """What tells of writes must not keep the memory after the backward pass has let go of it."""
-    case = Case(module)
+    case = Case(module, device=device)
     ours, _ = case.twins()
     ours.recompute = recompute
     with rnnkit.backend("cpp"):
@@ -298,9 +304,9 @@ def test_a_used_graph_holds_no_output(module: str, recompute: bool) -> None:
 
 @needs_cpp
 @each_layer
-def test_a_graph_nobody_used_is_freed(module: str) -> None:
+def test_a_graph_nobody_used_is_freed(device: str, module: str) -> None:
     """The output is saved without a cycle from it to its own graph."""
-    case = Case(module)
+    case = Case(module, device=device)
     ours, _ = case.twins()
     with rnnkit.backend("cpp"):
         output = ours(*case.arguments(case.leaves()))[0]

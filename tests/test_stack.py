@@ -16,9 +16,11 @@ from configurations import (
     covering_cases,
     named_results,
     run,
+    run_on_cpu,
     tensors_of,
     valid_case,
 )
+from devices import on_each_device
 from hypothesis import strategies
 from torch import nn
 from torch.nn.utils.rnn import (
@@ -30,8 +32,10 @@ from torch.nn.utils.rnn import (
 
 import rnnkit
 
+on_stacked = pytest.mark.parametrize("case", on_each_device(STACKED), ids=str)
 
-@pytest.mark.parametrize("case", covering_cases(MODULES), ids=str)
+
+@pytest.mark.parametrize("case", on_each_device(covering_cases(MODULES)), ids=str)
 def test_results_and_gradients(backend: str, case: Case) -> None:
     compare(case)
 
@@ -61,15 +65,15 @@ def random_cases(draw: strategies.DrawFn) -> Case:
 
 
 @hypothesis.given(case=random_cases())
-def test_random_configuration(backend: str, case: Case) -> None:
+def test_random_configuration(backend: str, device: str, case: Case) -> None:
     torch.manual_seed(0)
-    compare(case)
+    compare(case.on(device))
 
 
 # Packed sequences
 
 
-@pytest.mark.parametrize("case", STACKED, ids=str)
+@on_stacked
 @pytest.mark.parametrize("enforce_sorted", [True, False])
 @pytest.mark.parametrize("lengths", [(5, 3, 3, 1), (4, 4), (1, 1, 1), (7,)], ids=str)
 def test_a_packed_batch_is_its_sequences_one_by_one(
@@ -79,11 +83,10 @@ def test_a_packed_batch_is_its_sequences_one_by_one(
     ours, _ = case.twins(dtype=torch.float64)
     if not enforce_sorted:
         lengths = lengths[::-1]
-    sequences = [torch.randn(length, case.input_size, dtype=torch.float64) for length in lengths]
+    options = {"dtype": torch.float64, "device": case.device}
+    sequences = [torch.randn(length, case.input_size, **options) for length in lengths]
     shapes = [(4, len(lengths), case.proj_size or 6), (4, len(lengths), 6)]
-    hx = tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)[
-        : 1 + ("lstm" in case.module)
-    ]
+    hx = tuple(torch.randn(shape, **options) for shape in shapes)[: 1 + ("lstm" in case.module)]
 
     def call(input: torch.Tensor | PackedSequence, states: tuple[torch.Tensor, ...]) -> tuple:
         output, finals = ours(input, states if len(states) == 2 else states[0])
@@ -99,13 +102,13 @@ def test_a_packed_batch_is_its_sequences_one_by_one(
             torch.testing.assert_close(state[:, n], alone_state)
 
 
-@pytest.mark.parametrize("case", STACKED, ids=str)
+@on_stacked
 @pytest.mark.parametrize("enforce_sorted", [True, False])
 def test_a_packed_output_keeps_batch_sizes_and_indices(
     backend: str, case: Case, enforce_sorted: bool
 ) -> None:
     ours, theirs = case.twins()
-    padded = torch.randn(5, 3, case.input_size)
+    padded = torch.randn(5, 3, case.input_size, device=case.device)
     packed = pack_padded_sequence(padded, torch.tensor([5, 4, 2]), enforce_sorted=enforce_sorted)
     output, expected = ours(packed)[0], theirs(packed)[0]
     assert isinstance(output, PackedSequence)
@@ -118,11 +121,11 @@ def test_a_packed_output_keeps_batch_sizes_and_indices(
 # What a call takes and gives
 
 
-@pytest.mark.parametrize("case", STACKED, ids=str)
+@on_stacked
 @pytest.mark.parametrize("module", ["layer", "cell"])
 def test_states_are_given_in_any_of_torch_s_ways(backend: str, case: Case, module: str) -> None:
     if module == "cell":
-        case = Case(f"{case.module}_cell", hx=True)
+        case = Case(f"{case.module}_cell", hx=True, device=case.device)
     ours, theirs = case.twins()
     leaves = case.leaves()
     input, hx = case.arguments(leaves)
@@ -149,14 +152,14 @@ EDGES = [
 ]
 
 
-@pytest.mark.parametrize("case", EDGES, ids=str)
+@pytest.mark.parametrize("case", on_each_device(EDGES), ids=str)
 def test_an_empty_batch_or_a_single_step(backend: str, case: Case) -> None:
     ours, theirs = case.twins()
-    actual, expected = (run(case, module, case.leaves()) for module in (ours, theirs))
+    actual, expected = run(case, ours, case.leaves()), run_on_cpu(case, theirs)
     assert actual.keys() == expected.keys()
     for name, result in actual.items():
         torch.testing.assert_close(
-            result, expected[name], msg=lambda text, name=name: f"{name}: {text}"
+            result.cpu(), expected[name], msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
@@ -168,7 +171,7 @@ def _strided(values: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "transposed":
         return values.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "sliced":
-        larger = torch.full([2 * size + 1 for size in values.shape], torch.nan, dtype=values.dtype)
+        larger = values.new_full([2 * size + 1 for size in values.shape], torch.nan)
         window = larger[tuple(slice(1, None, 2) for _ in values.shape)]
         return window.copy_(values)
     return values[:, :1].expand_as(values)
@@ -176,8 +179,9 @@ def _strided(values: torch.Tensor, layout: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
 @pytest.mark.parametrize("module", MODULES)
-def test_strided_input_and_states(backend: str, module: str, layout: str) -> None:
-    case = Case(module, hx=True, dtype=torch.float64, bidirectional=module in LAYERS)
+def test_strided_input_and_states(backend: str, device: str, module: str, layout: str) -> None:
+    stack = {"bidirectional": module in LAYERS}
+    case = Case(module, hx=True, dtype=torch.float64, device=device, **stack)
     ours, theirs = case.twins()
     results = []
     for package in (ours, theirs):
@@ -186,6 +190,10 @@ def test_strided_input_and_states(backend: str, module: str, layout: str) -> Non
             name: _strided(leaf.detach(), layout).requires_grad_() for name, leaf in leaves.items()
         }
         assert not any(leaf.is_contiguous() for leaf in strided.values())
+        if package is theirs and device == "cuda":  # cuDNN refuses such states
+            strided = {
+                name: leaf.detach().contiguous().requires_grad_() for name, leaf in strided.items()
+            }
         results.append(run(case, package, strided))
     for name, result in results[0].items():
         torch.testing.assert_close(
@@ -194,8 +202,8 @@ def test_strided_input_and_states(backend: str, module: str, layout: str) -> Non
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_strided_weights(backend: str, module: str) -> None:
-    case = Case(module, hx=True)
+def test_strided_weights(backend: str, device: str, module: str) -> None:
+    case = Case(module, hx=True, device=device)
     ours, _ = case.twins()
     expected = run(case, ours, case.leaves())
     for name, weight in ours.named_parameters():
@@ -210,13 +218,15 @@ def test_strided_weights(backend: str, module: str) -> None:
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize(
     "case",
-    [
-        *STACKED,
-        *(Case(name, hx=True) for name in MODULES),
-        *(Case(name, batch=None) for name in MODULES),
-        *(Case(name, batch_first=True, dtype=d) for name in LAYERS for d in DTYPES[:2]),
-        *(Case(name, lengths=(2, 5, 3), bidirectional=True) for name in LAYERS),
-    ],
+    on_each_device(
+        [
+            *STACKED,
+            *(Case(name, hx=True) for name in MODULES),
+            *(Case(name, batch=None) for name in MODULES),
+            *(Case(name, batch_first=True, dtype=d) for name in LAYERS for d in DTYPES[:2]),
+            *(Case(name, lengths=(2, 5, 3), bidirectional=True) for name in LAYERS),
+        ]
+    ),
     ids=str,
 )
 def test_results_are_contiguous_as_torch_s_and_share_no_memory(
@@ -231,17 +241,19 @@ def test_results_are_contiguous_as_torch_s_and_share_no_memory(
     for name, result in results.items():
         assert result.is_contiguous() or not expected[name].is_contiguous(), name
         assert result.requires_grad == grad
-    owned = [*results.values(), *leaves.values(), *ours.parameters()]
-    storages = [tensor.untyped_storage().data_ptr() for tensor in owned]
-    assert len(set(storages)) == len(storages)
+    own, given = (
+        [tensor.untyped_storage().data_ptr() for tensor in tensors]
+        for tensors in (results.values(), [*leaves.values(), *ours.parameters()])
+    )
+    assert len(set(own) - set(given)) == len(own)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_gradients_share_no_memory(backend: str, module: str) -> None:
+def test_gradients_share_no_memory(backend: str, device: str, module: str) -> None:
     """Else an in-place clip or an optimizer's step on one of them changes another."""
-    case = Case(module, hx=True)
+    case = Case(module, hx=True, device=device)
     if module in LAYERS:
-        case = Case(module, hx=True, num_layers=2, bidirectional=True)
+        case = Case(module, hx=True, num_layers=2, bidirectional=True, device=device)
     ours, _ = case.twins()
     results = run(case, ours, case.leaves())
     storages = [tensor.untyped_storage().data_ptr() for tensor in results.values()]
@@ -254,27 +266,30 @@ def test_gradients_share_no_memory(backend: str, module: str) -> None:
 @pytest.mark.parametrize("module", LAYERS)
 @pytest.mark.parametrize("lengths", [None, (5, 2, 4)], ids=["dense", "packed"])
 def test_full_dropout_cuts_the_layers_apart(
-    backend: str, module: str, lengths: tuple[int, ...] | None
+    backend: str, device: str, module: str, lengths: tuple[int, ...] | None
 ) -> None:
     """Dropout of 1 is not random: every layer but the first sees zeros, and the output is not dropped."""
-    case = Case(module, num_layers=3, bidirectional=True, dtype=torch.float64, lengths=lengths)
+    stack = {"num_layers": 3, "bidirectional": True}
+    case = Case(module, dtype=torch.float64, lengths=lengths, device=device, **stack)
     ours, theirs = case.twins(dropout=1)
-    actual, expected = (run(case, layer, case.leaves()) for layer in (ours, theirs))
+    actual, expected = run(case, ours, case.leaves()), run_on_cpu(case, theirs)
     for name, result in actual.items():
-        torch.testing.assert_close(result, expected[name])
+        torch.testing.assert_close(result.cpu(), expected[name])
     assert actual["output"].any()
-    compare(case, ours.eval(), theirs.eval())
+    theirs.dropout = 0  # not `eval`, where cuDNN has no backward pass
+    compare(case, ours.eval(), theirs)
 
 
 @pytest.mark.parametrize("module", LAYERS)
-def test_dropout_has_torch_s_distribution(backend: str, module: str) -> None:
+def test_dropout_has_torch_s_distribution(backend: str, device: str, module: str) -> None:
     """Mean, deviation and the two steps' correlation of the output over many sequences, and of a gradient."""
-    case = Case(module, steps=2, batch=5000, input_size=1, hidden_size=2, num_layers=2)
+    sizes = {"steps": 2, "batch": 5000, "input_size": 1, "hidden_size": 2}
+    case = Case(module, num_layers=2, device=device, **sizes)
     statistics = []
     for layer in case.twins(dropout=0.4):
         for weight in layer.parameters():
             weight.data.abs_()  # so that no ReLU is idle
-        input = torch.ones(case.shapes()["input"], requires_grad=True)
+        input = torch.ones(case.shapes()["input"], device=device, requires_grad=True)
         output = layer(input)[0]
         output.sum().backward()
         samples = torch.cat([output[0], output[1], input.grad[0], input.grad[1]], -1).double().T
@@ -287,9 +302,9 @@ def test_dropout_has_torch_s_distribution(backend: str, module: str) -> None:
     assert ((correlation - their_correlation).abs() < error).all()
 
 
-def test_dropout_draws_anew_and_only_in_training(backend: str) -> None:
-    layer = Case("gru", num_layers=2).make(rnnkit, dropout=0.5)
-    input = torch.randn(5, 3, 4)
+def test_dropout_draws_anew_and_only_in_training(backend: str, device: str) -> None:
+    layer = Case("gru", num_layers=2, device=device).make(rnnkit, dropout=0.5)
+    input = torch.randn(5, 3, 4, device=device)
     assert not torch.equal(layer(input)[0], layer(input)[0])
     torch.manual_seed(7)
     first = layer(input)[0]

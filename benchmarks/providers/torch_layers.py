@@ -13,6 +13,18 @@ from benchmarks.providers import Arrays, Computation, Unsupported
 Tensors = dict[str, Tensor]
 
 
+def dtype_of(case: Case) -> torch.dtype:
+    """Of its tensors; `tf32` is a way to multiply float32."""
+    dtype: torch.dtype = getattr(torch, "float32" if case.dtype == "tf32" else case.dtype)
+    return dtype
+
+
+def computation(case: Case, module: nn.Module, tensors: Tensors) -> Computation:
+    """A call of `module` on the `x`, `batch_sizes` and `grad_output` among `tensors`."""
+    made: Computation = _MODES[case.mode](module, tensors)
+    return made
+
+
 class TorchLayers:
     """The layers of torch.nn or rnnkit."""
 
@@ -33,19 +45,17 @@ class TorchLayers:
             torch.cuda.synchronize(self.device)
 
     def prepare(self, case: Case, arrays: Arrays) -> Computation:
-        dtype: torch.dtype = getattr(torch, case.dtype)
         tensors = {
             name: torch.from_numpy(array).to(
-                self.device, dtype if array.dtype.kind == "f" else None
+                self.device, dtype_of(case) if array.dtype.kind == "f" else None
             )
             for name, array in arrays.items()
         }
-        module = self._module(case, tensors, dtype)
-        made: Computation = _MODES[case.mode](module, tensors)
-        return made
+        return computation(case, self.module(case, tensors), tensors)
 
-    def _module(self, case: Case, tensors: Tensors, dtype: torch.dtype) -> nn.Module:
-        options: dict[str, Any] = {"device": self.device, "dtype": dtype}
+    def module(self, case: Case, tensors: Tensors) -> nn.Module:
+        """The layer or cell of `case` with the weights among `tensors`."""
+        options: dict[str, Any] = {"device": self.device, "dtype": dtype_of(case)}
         weights = {name: t for name, t in tensors.items() if name.startswith(("weight", "bias"))}
         if case.mode == "cell":
             weights = {name.removesuffix("_l0"): tensor for name, tensor in weights.items()}
@@ -70,13 +80,13 @@ class TorchLayers:
 
 
 def _inference(layer: nn.Module, tensors: Tensors) -> Computation:
-    x = _input(tensors)
+    x = input_of(tensors)
     return Computation(lambda: layer(x), lambda raw: _arrays(_named(*raw)), torch.inference_mode)
 
 
 def _training(layer: nn.Module, tensors: Tensors) -> Computation:
     x, grad_output = tensors["x"].requires_grad_(), tensors["grad_output"]
-    given = _input(tensors)
+    given = input_of(tensors)
     names, parameters = zip(*layer.named_parameters(), strict=True)
 
     def call() -> Any:
@@ -113,7 +123,8 @@ def _cell(cell: nn.Module, tensors: Tensors) -> Computation:
     return Computation(call, lambda raw: _arrays(_named(raw[0], raw)), torch.inference_mode)
 
 
-def _input(tensors: Tensors) -> Any:
+def input_of(tensors: Tensors) -> Any:
+    """What the layer is called with."""
     if "batch_sizes" in tensors:
         return PackedSequence(tensors["x"], tensors["batch_sizes"].cpu())
     return tensors["x"]

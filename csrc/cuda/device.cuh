@@ -24,12 +24,12 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint4& a, uint32
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// What TF32 leaves of a float, as TF32.
-__device__ __forceinline__ uint32_t upper(uint32_t word) {
-  return __float_as_uint(rounded_to_tf32(__uint_as_float(word)));
-}
+// A float as the sum of two that TF32 can hold, but for its last bits. The upper part is cut off, not rounded, so that
+// it does not overflow; an infinity has no lower one.
+__device__ __forceinline__ uint32_t upper(uint32_t word) { return word & 0xffffe000u; }
 __device__ __forceinline__ uint32_t lower(uint32_t word) {
-  return upper(__float_as_uint(__uint_as_float(word) - __uint_as_float(upper(word))));
+  const float rest = __uint_as_float(word) - __uint_as_float(upper(word));
+  return rest == rest ? __float_as_uint(rounded_to_tf32(rest)) : 0;
 }
 
 __device__ __forceinline__ uint4 upper(const uint4& words) {

@@ -89,7 +89,7 @@ class Recurrence {
   }
 
   // No product: zeros. And in a cluster no block writes to another before that one has cleared its memory.
-  RNNKIT_DEVICE void begin(int thread) const {
+  RNNKIT_DEVICE void clear(int thread) const {
     for (int k = thread; k < kWarps * kRowBlocks * 8 * kStride; k += kThreads) sums_[k] = 0;
     if constexpr (kCluster) {
       const std::byte* end = reinterpret_cast<const std::byte*>(sums_);
@@ -355,12 +355,15 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
 
   RNNKIT_DEVICE ForwardScan(const Block& block, const Scan& scan, std::byte* shared) : Base(block, scan, shared) {}
 
-  RNNKIT_DEVICE void begin() {
+  RNNKIT_DEVICE void enter() {
     block_.threads(registers_, [&](int thread, Registers& r) {
       r.part = exchange_.part_of(thread);
-      exchange_.begin(thread);
+      exchange_.clear(thread);
     });
     exchange_.meet();
+  }
+
+  RNNKIT_DEVICE void begin() {
     block_.threads(registers_, [&](int thread, Registers& r) {
       exchange_.load_weights(thread, static_cast<const S*>(scan_.weight[direction_]), [&](int row) {
         const int64_t unit = exchange_.first_unit_ + row % kUnits;
@@ -520,12 +523,15 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
 
   RNNKIT_DEVICE BackwardScan(const Block& block, const Scan& scan, std::byte* shared) : Base(block, scan, shared) {}
 
-  RNNKIT_DEVICE void begin() {
+  RNNKIT_DEVICE void enter() {
     block_.threads(registers_, [&](int thread, Registers& r) {
       r.part = exchange_.part_of(thread);
-      exchange_.begin(thread);
+      exchange_.clear(thread);
     });
     exchange_.meet();
+  }
+
+  RNNKIT_DEVICE void begin() {
     block_.threads(registers_, [&](int thread, Registers& r) {
       exchange_.load_weights(thread, static_cast<const S*>(scan_.weight[direction_]), [&](int row) {
         const int64_t unit = exchange_.first_unit_ + row;
@@ -546,7 +552,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
     now_ = place(0);
     next_ = place(1);
     after_ = place(2);
-    prefetch(now_, next_, 1 < scan_.steps, 0);
+    if (kEarly) prefetch(now_, next_, 1 < scan_.steps, 0);
   }
 
   RNNKIT_DEVICE void step(int64_t s) {
@@ -557,6 +563,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
       if (s > 0 && group == 0) exchange_.await();
       if (s > 0) block_.warps([&](const auto& warp) { exchange_.product(warp, uint32_t(s - 1), group); });
       block_.sync();
+      if (!kEarly) prefetch(now_, next_, !last, group);
       block_.threads(registers_, [&](int, Registers& r) {
         exchange_.each_item(r.part, group, exchange_.columns_, [&](int item, int column) {
           float grad_state[kStates];
@@ -586,9 +593,9 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
         exchange_.release(uint32_t(s));
       }
       keep(group);
-      if (!last_group)
+      if (kEarly && !last_group)
         prefetch(now_, next_, !last, group + 1);
-      else if (!last)
+      else if (kEarly && !last)
         prefetch(next_, after_, s + 2 < scan_.steps, 0);
     }
     now_ = next_;
@@ -622,6 +629,9 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
     float values[kItems][Cell::saved > Cell::grads ? Cell::saved : Cell::grads];  // what was saved, then the gradients
     S h[kItems], previous_h[kItems], grad_y[kItems];
   };
+
+  // Where a thread has many items, the registers to hold what they read during a product would not be there.
+  static constexpr bool kEarly = kItems < 4;
 
   // What a step reads of the forward pass, long before it is needed. `before`: the step before in time, if there is one.
   RNNKIT_DEVICE void prefetch(const Place& place, const Place& before, bool has_before, int group) {

@@ -1,0 +1,122 @@
+"""A GPU's results as text: a line for each case on the terminal, a table of steps for the README."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from benchmarks.cases import Case
+from benchmarks.figures import Figure
+from benchmarks.gpu.goals import REGIME, low, persistent, plain, right, rows, step
+from benchmarks.gpu.grid import T_LONG, T_SHORT, name
+from benchmarks.results import own_version
+
+Document = dict[str, Any]
+Row = dict[str, Any]
+
+HEAD = f"{'':33} {'rnnkit':>7} {'torch':>7}  µs/step   ratio   T{T_SHORT}  T{T_LONG}  ~: noisy"
+KERNEL_WIDTH = 48
+REFUSED = ("wrong", "failed", "memory", "lost")
+
+
+def ratio(row: Row, what: str) -> str:
+    if what not in row["ratios"]:
+        return "–"
+    figure = Figure.read(row["ratios"][what])
+    return f"{'~' if figure.noisy else ''}{figure.median:.2f}"
+
+
+def microseconds(row: Row, provider: str) -> str:
+    figure = step(row, provider)
+    return f"{figure.median:.2f}" if figure else "–"
+
+
+def line(row: Row) -> str:
+    """What happened to a task, in a line."""
+    case, entries = Case(**row["case"]), row["entries"]
+    if row["kind"] == "error":
+        told = [f"{what} {ratio:.2f}" for what, ratio in row["ratios"].items()]
+        parts = [f"{'error ' + name(case):33} over cuDNN's: {', '.join(told) or '–'}"]
+    elif row["kind"] == "kernels":
+        parts = [f"{'kernels ' + name(case):33}"]
+        for provider, told in entries.items():
+            if "longest" in told:
+                first = next((k["kernel"] for k in told["longest"]), "")[:KERNEL_WIDTH]
+                count = told["launches"][str(T_LONG)]
+                parts.append(f"{provider} {told['recurrent_us']:.2f} µs, {count} launches, {first}")
+    else:
+        times = [f"{microseconds(row, provider):>7}" for provider in ("rnnkit", "torch")]
+        ratios = [f"{ratio(row, what):>6}" for what in ("step", str(T_SHORT), str(T_LONG))]
+        kernel = " ".join(entries["rnnkit"].get("kernel", "").split())[:KERNEL_WIDTH]
+        parts = [" ".join([f"{name(case):33}", *times, *ratios, "", kernel]).rstrip()]
+    for provider, told in entries.items():
+        parts += [f"{provider} {told[why]}" for why in REFUSED if why in told]
+    return "; ".join(parts)
+
+
+def show(document: Document) -> str:
+    return "\n".join([where(document), HEAD, *map(line, document["rows"])])
+
+
+def summary(document: Document) -> str:
+    """Geometric means of the ratios, of a step and at each T, by part, cell and dtype."""
+    groups: dict[str, dict[str, list[Row]]] = {}
+    for case, row in rows(document, "time"):
+        key = f"{row['part']:6} {case.cell:4} {case.dtype}"
+        groups.setdefault(key, {}).setdefault(case.mode, []).append(row)
+    lines = []
+    for key, modes in groups.items():
+        told = [f"{mode} {' '.join(map(mean, means(of_mode)))}" for mode, of_mode in modes.items()]
+        lines.append(f"{key:21} {'  '.join(told)}")
+    head = f"Geometric means of torch.nn's time over rnnkit's: a step, T {T_SHORT}, T {T_LONG}"
+    return "\n".join([head, *lines])
+
+
+def means(of_mode: Sequence[Row]) -> Iterator[list[float]]:
+    for what in ("step", str(T_SHORT), str(T_LONG)):
+        told = [row["ratios"][what]["median"] for row in of_mode if what in row["ratios"]]
+        yield [value for value in told if value > 0]
+
+
+def mean(values: Sequence[float]) -> str:
+    return f"{statistics.geometric_mean(values):5.2f}" if values else f"{'–':>5}"
+
+
+def cell(row: Row | None) -> str:
+    """A step's µs and how much longer torch.nn's takes."""
+    if row is None or not right(row):
+        return "wrong or failed" if row else "–"
+    return f"{microseconds(row, 'rnnkit')} ({ratio(row, 'step')}×)"
+
+
+def step_table(document: Document) -> list[Sequence[str]]:
+    """By H and N, in columns by cell, dtype and mode: of the regime in which rnnkit is to win."""
+    table: dict[tuple[int, int], dict[str, Row]] = {}
+    columns: dict[str, None] = {}
+    for case, row in rows(document, "time"):
+        if low(case) and persistent(case) and plain(case) and case.cell != "RNN":
+            column = name(case).replace(f" H{case.H} N{case.N}", "")
+            columns[column] = None
+            table.setdefault((case.H, case.N), {})[column] = row
+    head = ["H, N", *sorted(columns)]
+    body = [[f"{H}, {N}", *(cell(told.get(c)) for c in head[1:])] for (H, N), told in table.items()]
+    return [head, *sorted(body, key=lambda cells: [int(size) for size in cells[0].split(", ")])]
+
+
+def where(document: Document) -> str:
+    """Device and versions in a line."""
+    device, versions = document["device"], document["versions"]
+    about = [f"{device['multiprocessors']} SMs"] if "multiprocessors" in device else []
+    about += [f"{what} {device[what]}" for what in ("driver", "CUDA", "cuDNN") if what in device]
+    own = f"{own_version(document)} ({document['backend']})"
+    return (
+        f"{device['name']} ({', '.join(about)}); {own}, torch {versions['torch']}; "
+        f"{document['date'][:10]}"
+    )
+
+
+def about(document: Document) -> str:
+    """What the README's table shows."""
+    return (
+        f"µs of a step, (time at T {T_LONG} − time at T {T_SHORT}) / {T_LONG - T_SHORT}, and torch.nn's (cuDNN's) "
+        f"over it, of one layer in one direction: {REGIME}. {len(document['rows'])} cases are in the file."
+    )

@@ -1,0 +1,338 @@
+"""The CUDA kernels' host build (host_build.py): every kernel, size and layout on the CPU, against the reference."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
+
+import host_build
+import pytest
+import test_kernels
+import torch
+from kernel_cases import (
+    Call,
+    Case,
+    assert_case_matches_reference,
+    assert_matches_reference,
+    call,
+    small_cases,
+)
+from test_kernels import BAD_BACKWARDS, BAD_CALLS
+from tolerances import assert_close_to_truth
+
+from rnnkit import backends, plan
+from rnnkit.ops import Keep
+from rnnkit.reference import CELLS
+
+pytestmark = pytest.mark.skipif(
+    bool(host_build.why_not()), reason=host_build.why_not() or "it can be built"
+)
+
+#: The kernels that are one launch for all steps.
+IN_ONE_LAUNCH = [name for name in plan.KERNELS if name != "stepwise"]
+
+each_cell = pytest.mark.parametrize("cell", CELLS)
+each_dtype = pytest.mark.parametrize("dtype", host_build.DTYPES, ids=str)
+each_kernel = pytest.mark.parametrize("kernel", plan.KERNELS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    """Compiles ahead of the tests, whose time is limited."""
+    host_build.library()
+
+
+@pytest.fixture
+def ops(built: None) -> Iterator[None]:
+    """The test runs on the host build."""
+    with host_build.ops():
+        yield
+
+
+on_host = pytest.mark.usefixtures("ops")
+
+
+def kernels_of(case: Case, precise: bool = True) -> list[plan.Plan]:
+    """The plans of both passes."""
+    batch, hidden = len(case.lengths) or case.sizes[1], case.sizes[3]
+    sizes = {"hidden": hidden, "projected": case.projected or hidden, "batch": batch}
+    return [
+        plan.choose(
+            plan.Scan(
+                case.cell,
+                case.dtype.itemsize,
+                backward,
+                directions=case.directions,
+                precise=precise and case.dtype == torch.float32,
+                **sizes,
+            ),
+            host_build.DEVICE,
+        )
+        for backward in (False, True)
+    ]
+
+
+# Numbers
+
+#: T, N, I, H: less and more than a chunk of the weights, a tile and a slice; odd, and in whole vectors.
+SIZES = (
+    (1, 1, 8, 1),
+    (1, 9, 3, 33),
+    (2, 70, 4, 20),
+    (3, 19, 7, 40),
+    (4, 3, 5, 17),
+    (5, 8, 12, 64),
+    (6, 2, 9, 100),
+)
+VARIANTS: tuple[dict, ...] = (
+    {},
+    {"lengths": (5, 3, 3, 1)},
+    {"bias": False, "states": False},
+    {"lengths": tuple(range(19, 0, -1)), "states": False},
+    {"lengths": (4,) * 3 + (3,) * 9 + (1,) * 16, "bias": False},
+    {"states": False},
+)
+
+
+def cases() -> Iterator[tuple[Case, str]]:
+    """Every cell in every dtype at every size, on every kernel; all else is drawn along diagonals."""
+    for at, (cell, dtype) in enumerate(product(CELLS, (*host_build.DTYPES, torch.float64))):
+        kernels = plan.KERNELS if dtype != torch.float64 else ("stepwise",)
+        for row, (index, sizes) in product(range(len(kernels)), enumerate(SIZES)):
+            draw = at + row + index
+            case = Case(cell, sizes, 1 + draw % 2, dtype=dtype, off_kink=True)
+            yield replace(case, **VARIANTS[(at + 2 * row + index) % len(VARIANTS)]), kernels[row]
+
+
+CASES = list(cases())
+
+
+@on_host
+@pytest.mark.parametrize(
+    ("case", "kernel", "keep"),
+    [
+        (case, kernel, Keep.STATES if index % 3 == 0 else Keep.EVERYTHING)
+        for index, (case, kernel) in enumerate(CASES)
+    ],
+    ids=lambda value: value.name if isinstance(value, Keep) else str(value),
+)
+def test_against_reference(case: Case, kernel: str, keep: Keep) -> None:
+    with plan.forced(kernel):
+        assert [cut.kernel for cut in kernels_of(case)] == [kernel] * 2
+        assert_case_matches_reference(case, keep)
+
+
+@on_host
+@each_kernel
+@each_dtype
+@pytest.mark.parametrize("lengths", ((), (4, 3, 3, 1)), ids=("dense", "ragged"))
+def test_projection(lengths: tuple[int, ...], dtype: torch.dtype, kernel: str) -> None:
+    """Runs step by step, whatever is forced."""
+    case = Case("lstm", (4, 9, 5, 33), 2, lengths, projected=11, dtype=dtype)
+    with plan.forced(kernel):
+        assert [cut.kernel for cut in kernels_of(case)] == ["stepwise"] * 2
+        assert_case_matches_reference(case)
+
+
+@on_host
+@each_dtype
+@each_cell
+def test_every_kernel_that_is_built(cell: str, dtype: torch.dtype) -> None:
+    """In one slice and in several, the last of them not full; those of most tiles also with more than they take."""
+    built = [k for k in host_build.tables(1, 8) if (k.cell, k.dtype) == (cell, dtype)]
+    most = {(k.kernel, k.units): k.tiles for k in sorted(built, key=lambda k: k.tiles)}
+    for kernel, units, tiles in sorted({(k.kernel, k.units, k.tiles) for k in built}):
+        columns = 8 * tiles
+        batches = [(columns - 3, columns), (2 * columns - 3, columns)]
+        if most[kernel, units] == tiles:
+            batches.append((2 * columns - 3, 2 * columns))
+        for index, (batch, columns) in enumerate(batches):
+            case = Case(cell, (3, batch, 5, 37), 1 + index % 2, dtype=dtype, off_kink=True)
+            with plan.forced(kernel, units=units, columns=columns):
+                cuts = kernels_of(case)
+                found = {
+                    (backward, cut.kernel, cut.units, cut.tiles)
+                    for backward, cut in enumerate(cuts)
+                }
+                expected = {
+                    (k.backward, kernel, units, tiles)
+                    for k in built
+                    if (k.kernel, k.units, k.tiles) == (kernel, units, tiles)
+                }
+                assert expected and expected <= found, (kernel, units, tiles, columns)
+                assert_case_matches_reference(case)
+
+
+@on_host
+@pytest.mark.parametrize("kernel", IN_ONE_LAUNCH)
+@each_cell
+def test_tf32(cell: str, kernel: str) -> None:
+    """Where torch's switch allows it, factors are rounded, both of them; elsewhere they are not."""
+    it = call(Case(cell, (5, 19, 6, 65), 2, off_kink=True))
+    truth, baseline = it.to(torch.float64).reference(), it.reference()
+    with plan.forced(kernel):
+        exact = it.run()
+        torch.backends.cudnn.allow_tf32 = True
+        rounded = it.run()
+    for name, result in rounded.items():
+        gradient = name.startswith("grad")
+        assert not torch.equal(result, exact[name]), name
+        assert_close_to_truth(
+            result, baseline[name], truth[name], gradient=gradient, tf32=True, name=name
+        )
+
+
+@on_host
+@pytest.mark.parametrize("case", [case for case, _ in CASES[:: len(SIZES) - 1]], ids=str)
+def test_the_kernels_find_what_another_kept(case: Case) -> None:
+    """Every kernel's backward pass on every kernel's reserve."""
+    it = call(case)
+    truth, baseline = it.to(torch.float64).reference(), it.reference()
+    for first, second in product(plan.KERNELS, repeat=2):
+        with plan.forced(first):
+            output, finals, reserve = it.forward()
+        with plan.forced(second):
+            results = it.named(output, finals, it.backward(output, reserve))
+        for name, result in results.items():
+            assert_close_to_truth(
+                result,
+                baseline[name],
+                truth[name],
+                gradient=name.startswith("grad"),
+                name=f"{name} by {first}, {second}",
+            )
+
+
+# Arguments
+
+
+@on_host
+@each_kernel
+@pytest.mark.parametrize("case", small_cases(), ids=str)
+@pytest.mark.parametrize(
+    "check",
+    [
+        test_kernels.test_only_needed_gradients,
+        test_kernels.test_needing_what_is_not_there_gives_nothing,
+        test_kernels.test_missing_incoming_gradients_are_zero,
+        test_kernels.test_expanded_tensors,
+        test_kernels.test_arguments_are_only_read,
+        test_kernels.test_results_have_memory_of_their_own,
+        test_kernels.test_what_is_kept_changes_no_bit,
+    ],
+)
+def test_as_the_cpu_s_kernels(check: Callable[[Case], None], case: Case, kernel: str) -> None:
+    with plan.forced(kernel):
+        check(case)
+
+
+@on_host
+@each_kernel
+@pytest.mark.parametrize("layout", test_kernels.LAYOUTS)
+@each_dtype
+@each_cell
+def test_layout(cell: str, dtype: torch.dtype, layout: Callable, kernel: str) -> None:
+    """At sizes whose rows are loaded in whole vectors where they lie well."""
+    it = call(Case(cell, (2, 3, 8, 16), 1, dtype=dtype, off_kink=True))
+    with plan.forced(kernel):
+        assert_matches_reference(it, it.map(layout).run())
+        output, finals, reserve = it.forward()
+        grads = it.backward(layout(output), layout(reserve))
+        assert_matches_reference(it, it.named(output, finals, grads))
+
+
+@on_host
+@each_kernel
+@pytest.mark.parametrize("missing", ("b_ih", "b_hh"))
+@each_cell
+def test_one_bias_missing(cell: str, missing: str, kernel: str) -> None:
+    with plan.forced(kernel):
+        test_kernels.test_one_bias_missing(Case(cell, directions=2), missing)
+
+
+@on_host
+@each_kernel
+@pytest.mark.parametrize("sizes", [(3, 2, 5, 0), (3, 0, 5, 4), (3, 2, 0, 4), (1, 0, 0, 0)])
+@each_cell
+def test_empty(cell: str, sizes: tuple[int, int, int, int], kernel: str) -> None:
+    with plan.forced(kernel):
+        test_kernels.test_empty("cpu", cell, torch.float32, 2, sizes)
+
+
+@on_host
+@each_kernel
+@pytest.mark.parametrize("place", ("input", "state", "grad"))
+@pytest.mark.parametrize("lengths", ((), (4, 4, 3, 2, 1)), ids=("dense", "ragged"))
+@each_cell
+def test_nan_stays_in_its_row(cell: str, lengths: tuple[int, ...], place: str, kernel: str) -> None:
+    with plan.forced(kernel):
+        test_kernels.test_special_values_stay_in_their_row(
+            "cpu", cell, lengths, place, float("nan"), torch.bfloat16
+        )
+
+
+# Errors
+
+
+#: As C++ calls them.
+DTYPE_NAMES = {
+    "torch.bfloat16": "BFloat16",
+    "torch.float32": "Float",
+    "torch.float64": "Double",
+    "torch.int32": "Int",
+    "torch.int64": "Long",
+    "torch.complex64": "ComplexFloat",
+}
+
+
+def refusal(run: Callable[[], object]) -> str:
+    """The first line of the error that `run` raises, dtypes and shapes written in one way."""
+    with pytest.raises(RuntimeError) as error:
+        run()
+    text = str(error.value).splitlines()[0]
+    for name, of_cpp in DTYPE_NAMES.items():
+        text = text.replace(name, of_cpp)
+    return re.sub(r"[\[\],]", "", text)
+
+
+cpu_kernels = pytest.mark.skipif(
+    backends.EXTENSION is None, reason=f"no C++ kernels: {backends.EXTENSION_REASON}"
+)
+
+
+@cpu_kernels
+@pytest.mark.parametrize("what", BAD_CALLS)
+def test_bad_calls_are_refused_as_on_the_cpu(what: str) -> None:
+    case, change = BAD_CALLS[what]
+    it = call(case)
+    output, _, reserve = it.forward()
+    bad: Call = replace(it, **change(it))
+    runs = [bad.forward, lambda: bad.backward(output, reserve)]
+    expected = [refusal(run) for run in runs]
+    with host_build.ops():
+        assert [refusal(run) for run in runs] == expected
+
+
+@cpu_kernels
+@pytest.mark.parametrize("what", BAD_BACKWARDS)
+def test_bad_backward_calls_are_refused_as_on_the_cpu(what: str) -> None:
+    case, change = BAD_BACKWARDS[what]
+    it = call(case)
+    output, _, reserve = it.forward()
+    grads, output, reserve, needs = change(it.grads, output, reserve, it.all_needs)
+    bad = replace(it, grads=grads)
+    expected = refusal(lambda: bad.backward(output, reserve, needs))
+    with host_build.ops():
+        assert refusal(lambda: bad.backward(output, reserve, needs)) == expected
+
+
+@on_host
+def test_the_plan_is_checked() -> None:
+    """A plan that no kernel is built for, or with too little memory to exchange through, is an error."""
+    it = call(Case("gru"))
+    with plan.forced("persistent"), pytest.MonkeyPatch.context() as patch:
+        real = plan.choose
+        for wrong in ({"units": 5}, {"tiles": 3}, {"columns": 12}, {"workspace_bytes": 16}):
+            patch.setattr(plan, "choose", lambda *a, wrong=wrong: replace(real(*a), **wrong))
+            with pytest.raises(RuntimeError, match=r"plan|kernel|workspace"):
+                it.forward()

@@ -1,0 +1,291 @@
+"""The launch plan of the CUDA kernels, which is plain arithmetic: what fits, what is chosen, what is forced."""
+
+import re
+import threading
+from dataclasses import replace
+from itertools import pairwise, product
+
+import host_build
+import pytest
+
+from rnnkit import plan
+from rnnkit.plan import Device, Plan, Scan, choose, forced
+from rnnkit.reference import CELLS
+
+H100 = Device(132, 232_448, (9, 0))
+DEVICES = {
+    "H100": H100,
+    "B200": Device(148, 232_448, (10, 0)),
+    "RTX 5090": Device(170, 101_376, (12, 0)),
+    "A100": Device(108, 166_912, (8, 0)),
+    "RTX 3070": Device(46, 101_376, (8, 6)),
+    "RTX A6000": Device(84, 101_376, (8, 6)),
+    "L4": Device(58, 101_376, (8, 9)),
+    "one processor": Device(1, 101_376, (8, 9)),
+}
+#: More than any device has.
+BOUNDLESS = Device(5000, 2**40, (9, 0))
+
+each_device = pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+each_cell = pytest.mark.parametrize("cell", CELLS)
+
+
+def scan(cell: str = "lstm", hidden: int = 128, batch: int = 16, **fields: int | bool) -> Scan:
+    fields = {"element_bytes": 2, "backward": False, "directions": 1, "projected": hidden} | fields
+    return Scan(cell, hidden=hidden, batch=batch, **fields)
+
+
+HIDDEN = (1, 3, 8, 17, 64, 100, 256, 511, 512, 650, 1024, 1500, 2047, 4096, 5000)
+BATCHES = (1, 5, 8, 9, 33, 64, 100, 1000)
+
+
+def scans(cell: str) -> list[Scan]:
+    """Every kind of scan at sizes around those of blocks, slices and tiles."""
+    return [
+        scan(cell, hidden, batch, element_bytes=size, backward=backward, directions=directions)
+        for hidden, batch in product(HIDDEN, BATCHES)
+        for size, backward, directions in product((2, 4), (False, True), (1, 2))
+    ]
+
+
+def cuts_of(it: Scan, device: Device) -> list[Plan]:
+    """Every plan for one launch of all steps."""
+    return [*plan.persistent_plans(it, device), *plan.cluster_plans(it, device)]
+
+
+def assert_fits(it: Scan, cut: Plan, device: Device) -> None:
+    """Blocks that wait for each other are on the device at once, and every unit of every row belongs to just one."""
+    assert 0 < cut.shared_bytes <= device.shared_bytes
+    assert (cut.blocks - 1) * cut.units < it.hidden <= cut.blocks * cut.units
+    assert (cut.slices - 1) * cut.columns < it.batch <= cut.slices * cut.columns
+    assert cut.columns > 0 and cut.columns % 8 == 0
+    assert cut.microseconds > 0
+    assert cut.numbers == [cut.units, cut.tiles, cut.columns, int(cut.kernel == "cluster")]
+    if cut.kernel == "cluster":
+        assert device.capability >= (9, 0)
+        # More than 16 there are nowhere, and more than 8 only on GPUs for data centres.
+        assert cut.blocks <= (16 if device.capability in ((9, 0), (10, 0)) else 8)
+        assert cut.tiles in plan.CLUSTER_UNITS[cut.units]
+        assert cut.workspace_bytes == 0
+    else:
+        assert cut.kernel == "persistent"
+        assert it.directions * cut.blocks * cut.slices <= device.processors
+        assert cut.tiles in plan.units_of(it)[cut.units]
+        assert cut.workspace_bytes % 4 == 0
+
+
+@each_device
+@each_cell
+def test_every_plan_fits(cell: str, device: Device) -> None:
+    for it in scans(cell):
+        cuts = cuts_of(it, device)
+        for cut in cuts:
+            assert_fits(it, cut, device)
+        shapes = [(cut.kernel, cut.units, cut.columns) for cut in cuts]
+        assert len(set(shapes)) == len(shapes)
+
+
+@each_device
+@each_cell
+def test_the_fastest_is_chosen(cell: str, device: Device) -> None:
+    """Of the plans of a kernel that is forced, and of all kernels; each choice has a reason."""
+    for it in scans(cell):
+        chosen, found = choose(it, device), {}
+        cuts = cuts_of(it, device)
+        for kernel in plan.KERNELS:
+            with forced(kernel):
+                found[kernel] = choose(it, device)
+            times = [cut.microseconds for cut in cuts if cut.kernel == kernel]
+            if times:
+                assert found[kernel].kernel == kernel
+                assert found[kernel].microseconds == min(times)
+            else:
+                assert found[kernel].kernel == "stepwise"
+        if chosen.kernel != "stepwise":
+            assert chosen == found[chosen.kernel]
+            assert chosen.microseconds == min(cut.microseconds for cut in cuts)
+        assert chosen.reason
+        assert str(chosen).startswith(f"{chosen.kernel}: ")
+        assert chosen.reason in str(chosen)
+        assert choose(it, device) is chosen
+        assert choose(replace(it), replace(device)) == chosen
+
+
+@each_cell
+def test_what_a_plan_says_of_itself(cell: str) -> None:
+    it = scan(cell, 256, 20)
+    for cut in cuts_of(it, H100):
+        numbers = [int(number) for number in re.findall(r"\d+", str(cut))]
+        said = [cut.slices, cut.blocks, cut.units, cut.columns, 8 * cut.tiles, cut.shared_bytes]
+        assert numbers == said
+        assert len(str(cut)) < 200 and "\n" not in str(cut)
+
+
+@pytest.mark.parametrize("capability", ((8, 0), (9, 0)), ids=str)
+@each_cell
+def test_a_larger_device_is_no_slower(cell: str, capability: tuple[int, int]) -> None:
+    """Nor has it fewer kernels, whatever it has more of."""
+    processors, memories = (1, 28, 46, 84, 108, 132, 144, 170), (49_152, 101_376, 166_912, 232_448)
+    steps = [(n, memories[-1]) for n in processors], [(132, m) for m in memories]
+    for it, sizes, kernel in product(scans(cell), steps, ("", "cluster", "persistent")):
+        if it.element_bytes == 4 and it.directions == 2:
+            continue
+        found = []
+        for size in sizes:
+            device = Device(*size, capability)
+            if kernel:
+                with forced(kernel):
+                    found.append(choose(it, device))
+            else:
+                found.append(choose(it, device))
+        for small, large in pairwise(found):
+            if small.kernel != "stepwise":
+                assert large.kernel != "stepwise", (it, small, large)
+                assert large.microseconds <= small.microseconds, (it, small, large)
+
+
+@each_cell
+def test_workspace_holds_two_exchanges_and_the_flags(cell: str) -> None:
+    """Of every slice: a value for each unit and row, twice; in the backward pass one for each gate."""
+    for it in scans(cell):
+        values = it.hidden * (CELLS[cell].gates if it.backward else 1)
+        for cut in plan.persistent_plans(it, H100):
+            exchanged = 2 * values * cut.columns * it.element_bytes
+            flags = cut.blocks * plan.FLAG_STRIDE * 4
+            assert cut.workspace_bytes >= it.directions * cut.slices * (exchanged + flags)
+
+
+@each_cell
+def test_shared_memory_holds_the_weights(cell: str) -> None:
+    """In a cluster two exchanges, too."""
+    for it in scans(cell):
+        values = it.hidden * (CELLS[cell].gates if it.backward else 1)
+        for cut in cuts_of(it, H100):
+            weights = cut.units * CELLS[cell].gates * it.hidden * it.element_bytes
+            exchanged = 2 * values * cut.columns * it.element_bytes
+            assert cut.shared_bytes >= weights + (exchanged if cut.kernel == "cluster" else 0)
+
+
+# Against csrc/cuda
+
+needs_host_build = pytest.mark.skipif(
+    bool(host_build.why_not()), reason=host_build.why_not() or "it can be built"
+)
+
+
+@needs_host_build
+def test_the_kernels_are_those_that_are_built() -> None:
+    expected = set()
+    for dtype, backward, cell in product(host_build.DTYPES, (False, True), CELLS):
+        it = scan(cell, element_bytes=dtype.itemsize, backward=backward)
+        for kernel, units_of in (
+            ("persistent", plan.units_of(it)),
+            ("cluster", plan.CLUSTER_UNITS),
+        ):
+            expected |= {
+                host_build.Kernel(dtype, backward, cell, kernel, units, tiles)
+                for units, built in units_of.items()
+                for tiles in built
+            }
+    assert host_build.tables(1, 8).keys() == expected
+
+
+@needs_host_build
+def test_shared_memory_is_what_a_launch_asks_for() -> None:
+    """Every kernel's own count is the plan's."""
+    checked = set()
+    for hidden, batch in product((1, 16, 37, 130, 256, 650, 1024), (3, 16, 24, 60, 90)):
+        built: dict[int, dict[host_build.Kernel, int]] = {}
+        for cell, dtype, backward in product(CELLS, host_build.DTYPES, (False, True)):
+            it = scan(cell, hidden, batch, element_bytes=dtype.itemsize, backward=backward)
+            for cut in cuts_of(it, BOUNDLESS):
+                if cut.columns not in built:
+                    built[cut.columns] = host_build.tables(hidden, cut.columns)
+                kernel = host_build.Kernel(dtype, backward, cell, cut.kernel, cut.units, cut.tiles)
+                assert built[cut.columns][kernel] == cut.shared_bytes, (it, cut)
+                checked.add(kernel)
+    assert checked == host_build.tables(1, 8).keys()
+
+
+# Choice
+
+
+@pytest.mark.parametrize(
+    ("it", "device", "reason"),
+    [
+        (scan(element_bytes=8), H100, "float64"),
+        (scan(projected=64), H100, "projection"),
+        (scan(), Device(80, 98_304, (7, 0)), "capability"),
+        (scan(), Device(40, 65_536, (7, 5)), "capability"),
+        (scan(hidden=20_000), H100, "shared memory"),
+        (scan(hidden=256, element_bytes=4), DEVICES["one processor"], "shared memory"),
+    ],
+)
+def test_where_the_steps_cannot_be_one_launch(it: Scan, device: Device, reason: str) -> None:
+    """Not even where it is forced; and the plan says why."""
+    assert choose(it, device).kernel == "stepwise"
+    for kernel in ("persistent", "cluster"):
+        with forced(kernel):
+            found = choose(it, device)
+        assert found.kernel == "stepwise"
+        assert reason in str(found)
+
+
+def test_each_kernel_is_chosen_somewhere() -> None:
+    """A cluster where it holds the weights, all of the device where that does, neither where products are large."""
+    assert choose(scan(hidden=128, batch=8), H100).kernel == "cluster"
+    assert choose(scan(hidden=128, batch=8), DEVICES["A100"]).kernel == "persistent"
+    assert choose(scan(hidden=1024, batch=8), H100).kernel == "persistent"
+    assert choose(scan(hidden=2048, batch=1000, backward=True), H100).kernel == "stepwise"
+
+
+def test_no_clusters_where_there_are_none() -> None:
+    with forced("cluster"):
+        assert choose(scan(), H100).kernel == "cluster"
+        assert choose(scan(), DEVICES["A100"]).kernel == "stepwise"
+        assert choose(scan(), DEVICES["L4"]).kernel == "stepwise"
+
+
+# Forcing
+
+
+def test_forced_cuts() -> None:
+    """Only plans of so many units and columns; the stepwise kernel where there are none."""
+    it = scan(batch=90)
+    for cut in cuts_of(it, H100):
+        with forced(cut.kernel, units=cut.units, columns=cut.columns):
+            assert choose(it, H100) == cut
+        with forced(cut.kernel, units=7):
+            assert choose(it, H100).kernel == "stepwise"
+
+
+def test_forced_blocks_nest_and_end() -> None:
+    it = scan()
+    free = choose(it, H100)
+    with forced("persistent", units=16):
+        with forced("stepwise"):
+            assert choose(it, H100).kernel == "stepwise"
+        assert choose(it, H100).units == 16
+    with pytest.raises(KeyError), forced("stepwise"):
+        raise KeyError
+    assert choose(it, H100) == free
+
+
+def test_forced_in_one_thread_only() -> None:
+    found = []
+    with forced("stepwise"):
+        thread = threading.Thread(target=lambda: found.append(choose(scan(batch=8), H100)))
+        thread.start()
+        thread.join()
+    assert found == [choose(scan(batch=8), H100)]
+
+
+@pytest.mark.parametrize("kernel", ("Persistent", "", None))
+def test_no_such_kernel(kernel: object) -> None:
+    with (
+        pytest.raises(
+            ValueError, match=f"expected kernel to be one of {', '.join(plan.KERNELS)}, got"
+        ),
+        forced(kernel),  # type: ignore[arg-type]
+    ):
+        pytest.fail("the block was entered")
