@@ -34,7 +34,7 @@ def line(row: Row) -> str:
     """What happened to a task, in a line."""
     case, entries = Case(**row["case"]), row["entries"]
     if row["kind"] == "error":
-        told = [f"{what} {ratio:.2f}" for what, ratio in row["ratios"].items()]
+        told = [f"{what} {times:.2f}" for what, times in row["ratios"].items()]
         parts = [f"{'error ' + name(case):33} over cuDNN's: {', '.join(told) or '–'}"]
     elif row["kind"] == "kernels":
         parts = [f"{'kernels ' + name(case):33}"]
