@@ -275,8 +275,7 @@ def layer_forward(
                 reserve,
             )
         else:
-            for d in range(call.directions):
-                _stepwise_forward(call, gates, d, keep, flat, finals, reserve)
+            _stepwise_forward(call, gates, keep, flat, finals, reserve)
     return output, finals, reserve
 
 
@@ -285,52 +284,54 @@ def _padded(states: Sequence[Tensor]) -> list[Tensor | None]:
     return [*states, None, None][:2]
 
 
+def _stacked(weights: Sequence[Tensor | None]) -> Tensor | None:
+    """[D, ...] of the directions' weights; None if they have none."""
+    found = [w for w in weights if w is not None]
+    if not found:
+        return None
+    return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
+
+
 def _stepwise_forward(
     call: _Call,
     gates: Tensor,
-    d: int,
     keep: int,
     output: Tensor,
     finals: Sequence[Tensor],
     reserve: Tensor,
 ) -> None:
-    new, low, sums = call.input.new_empty, call.input.dtype, call.sum_dtype
-    size = (call.batch, call.hidden)
-    h = (
-        call.states[0][d].clone()
-        if call.states
-        else call.input.new_zeros(call.batch, call.projected)
-    )
-    projects = call.w_hr[d] is not None
+    new, sums = call.input.new_empty, call.sum_dtype
+    size = call.state_shape(1)
+    h = call.states[0].clone() if call.states else new(call.state_shape(0)).zero_()
+    projects = call.w_hr[0] is not None
     h_state = new(size, dtype=sums).zero_() if projects else h.to(sums, copy=True)
     c_state = None
     if call.spec.states > 1:
         c_state = (
-            call.states[1][d].to(sums, copy=True) if call.states else new(size, dtype=sums).zero_()
+            call.states[1].to(sums, copy=True) if call.states else new(size, dtype=sums).zero_()
         )
     torch.ops.rnnkit.stepwise_forward(
         call.cell,
         gates,
-        call.w_hh[d],
-        call.b_ih[d],
-        call.b_hh[d],
-        call.w_hr[d],
-        d,
+        _stacked(call.w_hh),
+        call.b_ih,
+        call.b_hh,
+        _stacked(call.w_hr),
         call.counts,
         not call.states,
         keep,
-        is_precise(low),
+        is_precise(h.dtype),
         h,
         h_state,
         c_state,
-        new(call.batch, call.spec.gates * call.hidden, dtype=low),
+        new(call.directions, call.batch, call.spec.gates * call.hidden),
         new(size) if projects else None,
         output,
-        reserve[d] if keep else None,
+        reserve,
     )
-    finals[0][d].copy_(h if projects else h_state)
+    finals[0].copy_(h if projects else h_state)
     if c_state is not None:
-        finals[1][d].copy_(c_state)
+        finals[1].copy_(c_state)
 
 
 def layer_backward(
@@ -421,8 +422,7 @@ class _Backward:
         if chosen.kernel != "stepwise":
             self._persistent(chosen, initial)
         else:
-            for d in range(call.directions):
-                self._stepwise(d, initial)
+            self._stepwise(initial)
         for k, grad in enumerate(initial):
             if grad is not None:
                 self.found[1 + k] = grad
@@ -453,55 +453,54 @@ class _Backward:
             *[*initial, None][:2],
         )
 
-    def _stepwise(self, d: int, initial: Sequence[Tensor | None]) -> None:
+    def _stepwise(self, initial: Sequence[Tensor | None]) -> None:
         call = self.call
-        new, sums = call.input.new_empty, call.sum_dtype
-        size = (call.batch, call.hidden)
-        projects = call.w_hr[d] is not None
-        grad_output, *of_finals = self.grads
-        finals = [None if g is None else g[d] for g in of_finals]
+        new, low, sums = call.input.new_empty, call.input.dtype, call.sum_dtype
+        projects = call.w_hr[0] is not None
+        grad_output, *finals = self.grads
 
-        def started(grad: Tensor | None, dtype: torch.dtype, width: int) -> Tensor:
+        def started(grad: Tensor | None, index: int, dtype: torch.dtype) -> Tensor:
             if grad is None:
-                return new(call.batch, width, dtype=dtype).zero_()
+                return new(call.state_shape(index), dtype=dtype).zero_()
             return grad.to(dtype, copy=True)
 
-        grad_h = started(None if projects else finals[0], sums, call.hidden)
-        grad_c = started(finals[1], sums, call.hidden) if call.spec.states > 1 else None
-        through = started(finals[0] if projects else None, call.input.dtype, call.projected)
-        grad_projected = new(call.rows, call.projected) if projects else None
+        grad_h = started(None if projects else finals[0], 1, sums)
+        grad_c = started(finals[1], 1, sums) if call.spec.states > 1 else None
+        through = started(finals[0] if projects else None, 0, low)
+        grad_projected = new(call.directions, call.rows, call.projected) if projects else None
         counts = call.counts
         torch.ops.rnnkit.stepwise_backward(
             call.cell,
-            call.w_hh[d],
-            call.w_hr[d],
-            d,
+            _stacked(call.w_hh),
+            _stacked(call.w_hr),
             counts,
-            is_precise(call.input.dtype),
+            is_precise(low),
             self.output,
-            call.states[0][d] if call.states else None,
-            self.reserve[d],
+            call.states[0] if call.states else None,
+            self.reserve,
             None if grad_output is None else grad_output.view(call.rows, -1),
             grad_h,
             grad_c,
             through,
-            new(size) if projects else None,
+            new(call.state_shape(1)) if projects else None,
             grad_projected,
             self.grad_gates,
             self.values,
         )
-        if initial[0] is not None:
-            last = counts[-1] if d else counts[0]
-            if projects:
-                initial[0][d].copy_(through)
-            else:
-                grad_h[:last] += through[:last]
-                initial[0][d].copy_(grad_h)
-        if call.states and grad_c is not None and initial[1] is not None:
-            initial[1][d].copy_(grad_c)
-        place = self._place(d, 4)
-        if grad_projected is not None and self.needs[place]:
-            self.found[place] = grad_projected.t() @ self._unprojected(d)
+        if initial[0] is not None and projects:
+            initial[0].copy_(through)
+        elif initial[0] is not None:
+            for d in range(call.directions):
+                last = counts[-1] if d else counts[0]
+                grad_h[d, :last] += through[d, :last]
+            initial[0].copy_(grad_h)
+        if grad_c is not None and len(initial) > 1 and initial[1] is not None:
+            initial[1].copy_(grad_c)
+        if grad_projected is None:
+            return
+        for d in range(call.directions):
+            if self.needs[self._place(d, 4)]:
+                self.found[self._place(d, 4)] = grad_projected[d].t() @ self._unprojected(d)
 
     def _unprojected(self, d: int) -> Tensor:
         """The LSTM's h before its projection, [rows, H]: o tanh(f c + i g)."""
@@ -569,9 +568,8 @@ class _Backward:
             self.found[self._place(d, 1)] = grad
         if (need[2] and call.b_ih[d] is not None) or (need[3] and call.b_hh[d] is not None):
             sums = of_gates.sum(0)
-            self.found[self._place(d, 2)] = torch.cat(
-                [sums[at * H : (at + end - first) * H] for first, end, at in runs]
-            )
+            inputs = [sums[at * H : (at + end - first) * H] for first, end, at in runs]
+            self.found[self._place(d, 2)] = _joined(inputs)
             self.found[self._place(d, 3)] = sums[: call.spec.gates * H].clone()
 
     def _input(self) -> Tensor:

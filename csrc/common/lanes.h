@@ -132,7 +132,7 @@ struct SplitExp {
   V p, scale;
 };
 
-template <class V, class T = Element<V>>
+template <class V, class T = Element<V> >
 RNNKIT_INLINE SplitExp<V> split_exp(V x, T limit) {
   using F = Format<T>;
   typedef typename F::Bits Bits __attribute__((vector_size(kVectorBytes)));
@@ -166,7 +166,7 @@ RNNKIT_INLINE V sigmoid(V x) {
 
 template <class V>
 RNNKIT_INLINE V tanh(V x) {
-  const auto e = split_exp(x + x, Format<Element<V>>::tanh_limit);
+  const auto e = split_exp(x + x, Format<Element<V> >::tanh_limit);
   const V expm1 = e.scale * e.p + (e.scale - Element<V>(1));
   return expm1 / (expm1 + Element<V>(2));
 }

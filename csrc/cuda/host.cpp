@@ -5,14 +5,14 @@
 
 namespace rnnkit::cuda {
 
-#define RNNKIT_TABLES(S)                                    \
-  const std::vector<Persistent>& forward_kernels(S) {       \
-    static const auto table = forward_kernels<S>();         \
-    return table;                                           \
-  }                                                         \
-  const std::vector<Persistent>& backward_kernels(S) {      \
-    static const auto table = backward_kernels<S>();        \
-    return table;                                           \
+#define RNNKIT_TABLES(S)                               \
+  const std::vector<Persistent>& forward_kernels(S) {  \
+    static const auto table = forward_kernels<S>();    \
+    return table;                                      \
+  }                                                    \
+  const std::vector<Persistent>& backward_kernels(S) { \
+    static const auto table = backward_kernels<S>();   \
+    return table;                                      \
   }
 RNNKIT_TABLES(BFloat16)
 RNNKIT_TABLES(Half)
@@ -23,16 +23,19 @@ std::string launch_persistent(const Persistent& kernel, const Scan& scan, Stream
   return "";
 }
 
-std::string launch_step(std::string_view cell, Type type, bool backward, const Step& step, Stream) {
+std::string launch_step(std::string_view cell, Type type, bool backward, const Steps& steps, Stream) {
   with_type(type, [&](auto element) {
     using S = decltype(element);
-    for (int64_t n = 0; n < (backward ? step.visited() : step.count); ++n)
-      for (int64_t unit = 0; unit < step.hidden; ++unit) {
+    for (int d = 0; d < steps.directions; ++d) {
+      const Step& step = steps.of[d];
+      for (int64_t n = 0; n < (backward ? step.visited() : step.count); ++n)
+        for (int64_t unit = 0; unit < step.hidden; ++unit) {
 #define RNNKIT_LAUNCH(Cell, name) \
   if (cell == name) backward ? backward_element<Cell, S>(step, n, unit) : forward_element<Cell, S>(step, n, unit);
-        RNNKIT_CELLS(RNNKIT_LAUNCH)
+          RNNKIT_CELLS(RNNKIT_LAUNCH)
 #undef RNNKIT_LAUNCH
-      }
+        }
+    }
   });
   return "";
 }
@@ -40,15 +43,17 @@ std::string launch_step(std::string_view cell, Type type, bool backward, const S
 std::string multiply(const Product& product, void*) {
   with_type(product.type, [&](auto element) {
     using S = decltype(element);
-    for (int64_t row = 0; row < product.rows; ++row)
-      for (int64_t column = 0; column < product.columns; ++column) {
-        Sum<S> sum = 0;
-        for (int64_t k = 0; k < product.depth; ++k) {
-          const int64_t at = product.transposed ? column * product.b_stride + k : k * product.b_stride + column;
-          sum += read<S>(product.a, row * product.a_stride + k) * read<S>(product.b, at);
+    for (int n = 0; n < product.count; ++n)
+      for (int64_t row = 0; row < product.rows; ++row)
+        for (int64_t column = 0; column < product.columns; ++column) {
+          Sum<S> sum = 0;
+          for (int64_t k = 0; k < product.depth; ++k) {
+            const int64_t at = product.transposed ? column * product.b_stride + k : k * product.b_stride + column;
+            sum += read<S>(product.a, n * product.next_a + row * product.a_stride + k) *
+                   read<S>(product.b, n * product.next_b + at);
+          }
+          write<S>(product.c, n * product.next_c + row * product.c_stride + column, sum);
         }
-        write<S>(product.c, row * product.c_stride + column, sum);
-      }
   });
   return "";
 }

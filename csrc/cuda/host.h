@@ -58,8 +58,8 @@ struct HostWarp {
         for (int lane = 0; lane < 4; ++lane)
           for (int word = 0; word < 4; ++word)
             sums[row % 8 * 4 + column / 2][row / 8 * 2 + column % 2] +=
-                dot<S>((word < 2 ? a01 : a23).words[row % 8 * 4 + lane][word % 2 * 2 + row / 8], b.words[column * 4 + lane][word],
-                       precise);
+                dot<S>((word < 2 ? a01 : a23).words[row % 8 * 4 + lane][word % 2 * 2 + row / 8],
+                       b.words[column * 4 + lane][word], precise);
   }
 
   void store(const Sums& sums, float* to, int stride, bool both) const {

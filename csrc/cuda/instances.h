@@ -56,10 +56,10 @@ void persistent_kernel(const Scan& scan) {
 template <template <class, class, class, int, int, bool> class Pass, bool kCluster, class Cell, class S, int kUnits,
           int... kTiles>
 void add(std::vector<Persistent>& table, std::string_view cell) {
-  (table.push_back({cell, kCluster, kUnits, kTiles,
-                    reinterpret_cast<const void*>(
-                        &persistent_kernel<Pass<BlockOfBuild, Cell, S, kUnits, kTiles, kCluster>>),
-                    &shared_bytes_of<Pass<BlockOfBuild, Cell, S, kUnits, kTiles, kCluster>>}),
+  (table.push_back(
+       {cell, kCluster, kUnits, kTiles,
+        reinterpret_cast<const void*>(&persistent_kernel<Pass<BlockOfBuild, Cell, S, kUnits, kTiles, kCluster>>),
+        &shared_bytes_of<Pass<BlockOfBuild, Cell, S, kUnits, kTiles, kCluster>>}),
    ...);
 }
 

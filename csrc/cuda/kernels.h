@@ -44,10 +44,10 @@ struct Step {
 
   const void* gates;  // of S, [count, gate_stride]: w_ih x, from the direction's first gate on
   int64_t gate_stride;
-  const void* recurrent;     // of S, [count, G*H]: w_hh h; null for zeros
-  const void *b_ih, *b_hh;   // of S, [G*H] or null
-  void* h;                   // of S, [N, H]: the operand of the next product
-  void* output;              // of S, [count, output_stride] or null; the backward pass reads it
+  const void* recurrent;    // of S, [count, G*H]: w_hh h; null for zeros
+  const void *b_ih, *b_hh;  // of S, [G*H] or null
+  void* h;                  // of S, [N, H]: the operand of the next product
+  void* output;             // of S, [count, output_stride] or null; the backward pass reads it
   int64_t output_stride;
 
   // The backward pass.
@@ -56,19 +56,24 @@ struct Step {
   const void* previous_initial;  // of S, [N, H] or null for zeros
   const void* grad_output;       // of S, [count, grad_output_stride] or null
   int64_t grad_output_stride;
-  const void* grad_recurrent;      // of S, [grad_recurrent_count, H]: what comes through the recurrent weights
-  int64_t grad_recurrent_count;    // may be more than are alive: the others wait in grad_states
-  void* grad_states[2];            // of Sum<S>, [N, H]; in: of t, out: of t - 1 but for what comes through the weights
-  void* grad_gates;                // of S, [count, grad_gate_stride], from the direction's first on
+  const void* grad_recurrent;    // of S, [grad_recurrent_count, H]: what comes through the recurrent weights
+  int64_t grad_recurrent_count;  // may be more than are alive: the others wait in grad_states
+  void* grad_states[2];          // of Sum<S>, [N, H]; in: of t, out: of t - 1 but for what comes through the weights
+  void* grad_gates;              // of S, [count, grad_gate_stride], from the direction's first on
   int64_t grad_gate_stride;
 
   RNNKIT_ANYWHERE int64_t visited() const { return count > grad_recurrent_count ? count : grad_recurrent_count; }
 };
 
-std::string launch_step(std::string_view cell, Type type, bool backward, const Step& step, Stream stream);
+// A step of one direction, or of both at once: as many rows in each.
+struct Steps {
+  Step of[2];
+  int directions;
+};
+std::string launch_step(std::string_view cell, Type type, bool backward, const Steps& steps, Stream stream);
 
 // c [rows, columns] = a [rows, depth] b, all of one type, row by row; b is [depth, columns], or the transpose of
-// `b` [columns, depth].
+// `b` [columns, depth]. `count` of them, each so many elements after the one before.
 struct Product {
   Type type;
   bool transposed, precise;
@@ -76,6 +81,8 @@ struct Product {
   const void *a, *b;
   void* c;
   int64_t a_stride, b_stride, c_stride;
+  int count;
+  int64_t next_a, next_b, next_c;
 };
 
 // blas: torch's handle of cuBLAS for the current stream.

@@ -9,6 +9,11 @@ extern "C" int cublasGemmEx(void* handle, int transpose_a, int transpose_b, int 
                             const void* a, cudaDataType_t a_type, int a_stride, const void* b, cudaDataType_t b_type,
                             int b_stride, const void* beta, void* c, cudaDataType_t c_type, int c_stride,
                             int compute_type, int algorithm);
+extern "C" int cublasGemmStridedBatchedEx(void* handle, int transpose_a, int transpose_b, int m, int n, int k,
+                                          const void* alpha, const void* a, cudaDataType_t a_type, int a_stride,
+                                          long long next_a, const void* b, cudaDataType_t b_type, int b_stride,
+                                          long long next_b, const void* beta, void* c, cudaDataType_t c_type,
+                                          int c_stride, long long next_c, int count, int compute_type, int algorithm);
 
 namespace rnnkit::cuda {
 namespace {
@@ -63,11 +68,16 @@ std::string multiply(const Product& product, void* blas) {
   const void* alpha = wide ? static_cast<const void*>(&wide_one) : &one;
   const void* beta = wide ? static_cast<const void*>(&wide_zero) : &zero;
   // cuBLAS goes column by column: to it every matrix is its transpose.
-  const int status = cublasGemmEx(blas, product.transposed, 0, int(product.columns), int(product.rows),
-                                  int(product.depth), alpha, product.b, type, int(product.b_stride), product.a, type,
-                                  int(product.a_stride), beta, product.c, type, int(product.c_stride), compute,
-                                  kDefaultAlgorithm);
-  return status == 0 ? "" : "cublasGemmEx: status " + std::to_string(status);
+  const int m = int(product.columns), n = int(product.rows), k = int(product.depth);
+  const int a_stride = int(product.b_stride), b_stride = int(product.a_stride), c_stride = int(product.c_stride);
+  const int status =
+      product.count == 1
+          ? cublasGemmEx(blas, product.transposed, 0, m, n, k, alpha, product.b, type, a_stride, product.a, type,
+                         b_stride, beta, product.c, type, c_stride, compute, kDefaultAlgorithm)
+          : cublasGemmStridedBatchedEx(blas, product.transposed, 0, m, n, k, alpha, product.b, type, a_stride,
+                                       product.next_b, product.a, type, b_stride, product.next_a, beta, product.c, type,
+                                       c_stride, product.next_c, product.count, compute, kDefaultAlgorithm);
+  return status == 0 ? "" : "cuBLAS: status " + std::to_string(status);
 }
 
 }  // namespace rnnkit::cuda

@@ -69,7 +69,8 @@ class Recurrence {
   RNNKIT_DEVICE Part part_of(int thread) const {
     const int unit = thread % kUnits, column = thread / kUnits;
     const bool there = first_unit_ + unit < scan_.hidden && column < kColumns;
-    const int given = kCluster ? column * kUnits + unit : int(place_of<S>(first_unit_ + unit, 0, kParts, column, tiles_));
+    const int given =
+        kCluster ? column * kUnits + unit : int(place_of<S>(first_unit_ + unit, 0, kParts, column, tiles_));
     return {unit, there ? column : 1 << 30, given * int(sizeof(S))};
   }
   // Calls body(item, column of the slice) for a thread's items in a group of columns, of which the first `alive` count.
@@ -133,8 +134,9 @@ class Recurrence {
   // words 0 and 1 of both, then the words 2 and 3; for one that is left over its four.
   RNNKIT_DEVICE void store_weights(int row_block, int chunk, int lane, const void* vector) const {
     const uint32_t* words = static_cast<const uint32_t*>(vector);
-    std::byte* const to = weights_ + (row_block / 2 * 2 * chunks_ + chunk * (row_block / 2 < kRowBlocks / 2 ? 2 : 1)) * kPieceBytes +
-                          lane * kVectorBytes;
+    std::byte* const to =
+        weights_ + (row_block / 2 * 2 * chunks_ + chunk * (row_block / 2 < kRowBlocks / 2 ? 2 : 1)) * kPieceBytes +
+        lane * kVectorBytes;
     if (row_block / 2 < kRowBlocks / 2) {
 #pragma unroll
       for (int k = 0; k < 4; ++k)
@@ -160,8 +162,8 @@ class Recurrence {
         warp.wait(flags_, first_unit / kUnits, last_block, exchange + 1);
       }
       const int step = tiles_ * kPieceBytes, tile_step = 2 * chunks_ * kPieceBytes;
-      const std::byte* from = warp.lanes(exchanged_ + (exchange & 1) * exchange_bytes()) +
-                              (first * tiles_ + group * kTiles) * kPieceBytes;
+      const std::byte* from =
+          warp.lanes(exchanged_ + (exchange & 1) * exchange_bytes()) + (first * tiles_ + group * kTiles) * kPieceBytes;
       const std::byte* weights = warp.lanes(weights_) + 2 * first * kPieceBytes;
       const std::byte* odd = warp.lanes(weights_) + (kRowBlocks / 2 * 2 * chunks_ + first) * kPieceBytes;
       constexpr int kAhead = kTiles < 8 ? 4 : kItems < 4 ? 2 : 1;  // chunks whose loads are under way together
@@ -218,7 +220,8 @@ class Recurrence {
   // Writes part `k` of an item into exchange number `exchange`; in a cluster, where share() finds it.
   RNNKIT_DEVICE void give(uint32_t exchange, const Part& part, int k, int item, int group, S value) const {
     if constexpr (kCluster) {
-      std::byte* to = staged_ + part.given + (k * scan_.columns + group * kColumns + item * kStep) * kUnits * int(sizeof(S));
+      std::byte* to =
+          staged_ + part.given + (k * scan_.columns + group * kColumns + item * kStep) * kUnits * int(sizeof(S));
       *reinterpret_cast<S*>(to) = operand(value);
     } else {
       std::byte* to = exchanged_ + (exchange & 1) * exchange_bytes() + part.given;
@@ -332,7 +335,8 @@ class Pass {
     return states_[(k * scan_.columns + column) * kUnits + part.unit];
   }
   RNNKIT_DEVICE int64_t state_at(const Part& part, int column) const {
-    return (direction_ * scan_.batch + exchange_.first_row_ + column) * scan_.hidden + exchange_.first_unit_ + part.unit;
+    return (direction_ * scan_.batch + exchange_.first_row_ + column) * scan_.hidden + exchange_.first_unit_ +
+           part.unit;
   }
 
   const Block block_;
@@ -350,8 +354,8 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
   using Base::block_, Base::scan_, Base::exchange_, Base::direction_, Base::state, Base::state_at, Base::place;
 
  public:
-  using typename Base::Cell, typename Base::S, typename Base::Part, typename Base::Place;
   using Base::kUnits, Base::kGates, Base::kStates, Base::kRows, Base::kItems, Base::kStep, Base::kColumns;
+  using typename Base::Cell, typename Base::S, typename Base::Part, typename Base::Place;
 
   RNNKIT_DEVICE ForwardScan(const Block& block, const Scan& scan, std::byte* shared) : Base(block, scan, shared) {}
 
@@ -518,8 +522,8 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   using Base::block_, Base::scan_, Base::exchange_, Base::direction_, Base::state, Base::state_at, Base::place;
 
  public:
-  using typename Base::Cell, typename Base::S, typename Base::Part, typename Base::Place;
   using Base::kUnits, Base::kGates, Base::kStates, Base::kRows, Base::kItems, Base::kStep, Base::kColumns;
+  using typename Base::Cell, typename Base::S, typename Base::Part, typename Base::Place;
 
   RNNKIT_DEVICE BackwardScan(const Block& block, const Scan& scan, std::byte* shared) : Base(block, scan, shared) {}
 
@@ -614,8 +618,8 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
 #pragma unroll
           for (int k = 0; k < kStates; ++k)
             if (scan_.grad_initial[k])
-              static_cast<S*>(scan_.grad_initial[k])[state_at(r.part, column)] = narrowed<S>(
-                  state(k, r.part, column) + (k == 0 ? exchange_.product_of(r.part, 0, item) : 0));
+              static_cast<S*>(scan_.grad_initial[k])[state_at(r.part, column)] =
+                  narrowed<S>(state(k, r.part, column) + (k == 0 ? exchange_.product_of(r.part, 0, item) : 0));
         });
       });
       block_.sync();

@@ -49,12 +49,12 @@ const std::vector<Persistent>* table_of(Type type, bool backward) {
   }
 }
 
-const Persistent* find_persistent(std::string_view cell, Type type, bool backward, bool cluster, int units,
-                                  int tiles) {
+const Persistent* find_persistent(std::string_view cell, Type type, bool backward, bool cluster, int units, int tiles) {
   const std::vector<Persistent>* table = table_of(type, backward);
   if (table == nullptr) return nullptr;
   for (const Persistent& kernel : *table)
-    if (kernel.cell == cell && kernel.cluster == cluster && kernel.units == units && kernel.tiles == tiles) return &kernel;
+    if (kernel.cell == cell && kernel.cluster == cluster && kernel.units == units && kernel.tiles == tiles)
+      return &kernel;
   return nullptr;
 }
 
@@ -96,12 +96,14 @@ class Products {
 #endif
   }
 
-  // c [rows, .] = a [rows, .] w, or a w^T.
-  void run(const void* a, int64_t a_stride, const Tensor& w, bool transposed, void* c, int64_t c_stride,
-           int64_t rows) const {
-    const int64_t columns = w.size(transposed ? 0 : 1), depth = w.size(transposed ? 1 : 0);
-    check(multiply({type_, transposed, precise_, rows, columns, depth, a, w.const_data_ptr(), c, a_stride,
-                    std::max<int64_t>(w.size(1), 1), c_stride},
+  // c [rows, .] = a [rows, .] w, or a w^T, for `count` matrices of w [D, ., .] from `first` on; those of a and c lie
+  // next_a and next_c elements apart.
+  void run(const void* a, int64_t a_stride, int64_t next_a, const Tensor& w, int first, int count, bool transposed,
+           void* c, int64_t c_stride, int64_t next_c, int64_t rows) const {
+    const int64_t height = w.size(1), width = w.size(2);
+    const void* from = moved(w.const_data_ptr(), first * height * width * bytes_of(type_));
+    check(multiply({type_, transposed, precise_, rows, transposed ? height : width, transposed ? width : height, a,
+                    from, c, a_stride, std::max<int64_t>(width, 1), c_stride, count, next_a, height * width, next_c},
                    blas_));
   }
 
@@ -137,8 +139,8 @@ Scan scan_of(const std::vector<int64_t>& plan, int64_t elements, const std::vect
   const int64_t flags = groups * scan.blocks * kFlagStride * int64_t(sizeof(uint32_t));
   const int64_t chunks = (hidden + 4 * vector - 1) / (4 * vector) * parts;
   const int64_t exchanged = groups * 2 * chunks * scan.tiles() * kPieceBytes;
-  STD_TORCH_CHECK(workspace.numel() >= flags + exchanged, "expected a workspace of ", flags + exchanged,
-                  " bytes, got ", workspace.numel());
+  STD_TORCH_CHECK(workspace.numel() >= flags + exchanged, "expected a workspace of ", flags + exchanged, " bytes, got ",
+                  workspace.numel());
   scan.exchanged = workspace.mutable_data_ptr();
   scan.flags = reinterpret_cast<uint32_t*>(static_cast<std::byte*>(workspace.mutable_data_ptr()) + exchanged);
   return scan;
@@ -197,59 +199,93 @@ void persistent_backward(std::string cell, std::vector<int64_t> plan, std::vecto
   launch(cell, type, true, plan, scan, output);
 }
 
-// A direction's steps: where the rows of step s, in the order of the scan, lie.
-struct Steps {
+// Where the rows of each step lie, and which directions go together: those with as many rows in each step.
+struct Order {
   std::vector<int64_t> counts, offsets;
-  bool backwards;
+  bool dense = true;
 
-  Steps(std::vector<int64_t> of_each, bool reverse) : counts(std::move(of_each)), backwards(reverse) {
+  explicit Order(std::vector<int64_t> of_each) : counts(std::move(of_each)) {
     offsets.push_back(0);
-    for (const int64_t count : counts) offsets.push_back(offsets.back() + count);
+    for (const int64_t count : counts) {
+      dense = dense && count == counts[0];
+      offsets.push_back(offsets.back() + count);
+    }
   }
   int64_t steps() const { return static_cast<int64_t>(counts.size()); }
-  int64_t time(int64_t s) const { return backwards ? steps() - 1 - s : s; }
+  // Calls body(first direction, how many).
+  template <class Body>
+  void each_group(int directions, const Body& body) const {
+    if (dense)
+      body(0, directions);
+    else
+      for (int d = 0; d < directions; ++d) body(d, 1);
+  }
 };
 
-// One direction, a step at a time. h: [N, P] what is multiplied; states: [N, H].
-void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, Optional b_ih, Optional b_hh, Optional w_hr,
-                      int64_t direction, std::vector<int64_t> counts, bool from_zero, int64_t keep, bool precise,
-                      Tensor h, Tensor h_state, Optional c_state, Tensor recurrent, Optional unprojected, Tensor output,
-                      Optional reserve) {
+// A step at a time. w_hh [D, G*H, P], w_hr [D, P, H]; h [D, N, P] is what is multiplied; states [D, N, H]; recurrent
+// [D, N, G*H], unprojected [D, N, H].
+void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, std::vector<Optional> b_ih,
+                      std::vector<Optional> b_hh, Optional w_hr, std::vector<int64_t> counts, bool from_zero,
+                      int64_t keep, bool precise, Tensor h, Tensor h_state, Optional c_state, Tensor recurrent,
+                      Optional unprojected, Tensor output, Tensor reserve) {
   const Type type = type_of(gates);
-  const int64_t bytes = bytes_of(type), hidden = h_state.size(1), width = w_hh.size(0), projected = w_hh.size(1);
+  const int64_t bytes = bytes_of(type), sum_bytes = sum_bytes_of(type), batch = h.size(1), hidden = h_state.size(2);
+  const int64_t width = w_hh.size(1), projected = w_hh.size(2), rows = output.size(0);
+  const int64_t kept = keep == 0 ? 0 : reserve.size(2);
   const Guard guard(gates);
   const Stream stream = stream_of(gates);
   const Products products(type, precise);
-  const Steps steps(std::move(counts), direction == 1);
-  Step step{};
-  step.hidden = hidden;
-  step.states[0] = h_state.mutable_data_ptr();
-  step.states[1] = mutable_data(c_state);
-  step.keep = static_cast<Keep>(keep);
-  step.gate_stride = gates.size(1);
-  step.b_ih = data(b_ih);
-  step.b_hh = data(b_hh);
-  step.h = w_hr ? unprojected->mutable_data_ptr() : h.mutable_data_ptr();
-  step.output_stride = output.size(1);
-  const int64_t kept = keep == 0 ? 0 : reserve->size(1);
-  for (int64_t s = 0; s < steps.steps(); ++s) {
-    const int64_t t = steps.time(s), row = steps.offsets[t];
-    step.count = steps.counts[t];
-    const bool zeros = s == 0 && from_zero;
-    if (!zeros)
-      products.run(h.const_data_ptr(), projected, w_hh, true, recurrent.mutable_data_ptr(), width, step.count);
-    step.recurrent = zeros ? nullptr : recurrent.const_data_ptr();
-    step.gates = moved(gates.const_data_ptr(), (row * step.gate_stride + direction * width) * bytes);
-    void* to = moved(output.mutable_data_ptr(), (row * step.output_stride + direction * projected) * bytes);
-    step.output = w_hr ? nullptr : to;
-    if (kept) step.reserve = moved(reserve->mutable_data_ptr(), row * kept * hidden * sum_bytes_of(type));
-    check(launch_step(cell, type, false, step, stream));
-    if (w_hr) {
-      products.run(step.h, hidden, *w_hr, true, h.mutable_data_ptr(), projected, step.count);
-      const Rows now = {h.const_data_ptr(), projected};
-      check(launch_add(type, {now, {}, to, step.output_stride, step.count, projected}, stream));
+  const Order order(std::move(counts));
+  order.each_group(static_cast<int>(h.size(0)), [&](int first, int count) {
+    const auto of = [&](const Tensor& tensor, int d, int64_t size, int64_t element) {
+      return moved(tensor.mutable_data_ptr(), d * size * element);
+    };
+    Steps steps{};
+    steps.directions = count;
+    for (int j = 0; j < count; ++j) {
+      const int d = first + j;
+      Step& step = steps.of[j];
+      step.hidden = hidden;
+      step.states[0] = of(h_state, d, batch * hidden, sum_bytes);
+      step.states[1] = c_state ? of(*c_state, d, batch * hidden, sum_bytes) : nullptr;
+      step.keep = static_cast<Keep>(keep);
+      step.gate_stride = gates.size(1);
+      step.b_ih = data(b_ih[d]);
+      step.b_hh = data(b_hh[d]);
+      step.h = w_hr ? of(*unprojected, d, batch * hidden, bytes) : of(h, d, batch * projected, bytes);
+      step.output_stride = output.size(1);
     }
-  }
+    void* const operand = of(h, first, batch * projected, bytes);
+    void* const product = of(recurrent, first, batch * width, bytes);
+    for (int64_t s = 0; s < order.steps(); ++s) {
+      const bool zeros = s == 0 && from_zero;
+      const int64_t alive = order.counts[first == 1 ? order.steps() - 1 - s : s];
+      if (!zeros)
+        products.run(operand, projected, batch * projected, w_hh, first, count, true, product, width, batch * width,
+                     alive);
+      for (int j = 0; j < count; ++j) {
+        const int d = first + j;
+        const int64_t row = order.offsets[d == 1 ? order.steps() - 1 - s : s];
+        Step& step = steps.of[j];
+        step.count = alive;
+        step.recurrent = zeros ? nullptr : of(recurrent, d, batch * width, bytes);
+        step.gates = moved(gates.const_data_ptr(), (row * step.gate_stride + d * width) * bytes);
+        if (!w_hr) step.output = of(output, 1, row * step.output_stride + d * projected, bytes);
+        if (kept) step.reserve = of(reserve, 1, (d * rows + row) * kept * hidden, sum_bytes);
+      }
+      check(launch_step(cell, type, false, steps, stream));
+      if (!w_hr) continue;
+      products.run(steps.of[0].h, hidden, batch * hidden, *w_hr, first, count, true, operand, projected,
+                   batch * projected, alive);
+      for (int j = 0; j < count; ++j) {
+        const int d = first + j;
+        const int64_t row = order.offsets[d == 1 ? order.steps() - 1 - s : s];
+        const Rows now = {of(h, d, batch * projected, bytes), projected};
+        void* const to = of(output, 1, row * output.size(1) + d * projected, bytes);
+        check(launch_add(type, {now, {}, to, output.size(1), alive, projected}, stream));
+      }
+    }
+  });
 }
 
 // What Keep::everything keeps, for all rows of one direction at once. recurrent: [rows, G*H]; states: [rows, H], those
@@ -270,62 +306,78 @@ void gates_again(std::string cell, Tensor gates, Tensor recurrent, Optional b_ih
   step.recurrent = recurrent.const_data_ptr();
   step.b_ih = data(b_ih);
   step.b_hh = data(b_hh);
-  check(launch_step(cell, type, false, step, stream_of(gates)));
+  check(launch_step(cell, type, false, Steps{{step}, 1}, stream_of(gates)));
 }
 
-// The same backwards. grad_h: [N, H], of Sum<S>, in: of the final state; out: of the initial state but for what comes
-// through the weights, `grad_recurrent` [N, P], of as many rows as the last step has. With a projection that one is, in
-// and out, all of it.
-void stepwise_backward(std::string cell, Tensor w_hh, Optional w_hr, int64_t direction, std::vector<int64_t> counts,
-                       bool precise, Tensor output, Optional h_0, Tensor reserve, Optional grad_output, Tensor grad_h,
+// The same backwards. grad_h [D, N, H], of Sum<S>, in: of the final state; out: of the initial state but for what comes
+// through the weights, `grad_recurrent` [D, N, P], of as many rows as the last step has. With a projection that one is,
+// in and out, all of it. grad_unprojected [D, N, H], grad_projected [D, rows, P].
+void stepwise_backward(std::string cell, Tensor w_hh, Optional w_hr, std::vector<int64_t> counts, bool precise,
+                       Tensor output, Optional h_0, Tensor reserve, Optional grad_output, Tensor grad_h,
                        Optional grad_c, Tensor grad_recurrent, Optional grad_unprojected, Optional grad_projected,
                        Tensor grad_gates, int64_t grads) {
   const Type type = type_of(output);
-  const int64_t bytes = bytes_of(type), hidden = grad_h.size(1), projected = w_hh.size(1);
+  const int64_t bytes = bytes_of(type), sum_bytes = sum_bytes_of(type), batch = grad_h.size(1), hidden = grad_h.size(2);
+  const int64_t projected = w_hh.size(2), rows = output.size(0), kept = reserve.size(2);
   const Guard guard(output);
   const Stream stream = stream_of(output);
   const Products products(type, precise);
-  const Steps steps(std::move(counts), direction == 0);
-  Step step{};
-  step.hidden = hidden;
-  step.output_stride = step.grad_output_stride = output.size(1);
-  step.grad_states[0] = grad_h.mutable_data_ptr();
-  step.grad_states[1] = mutable_data(grad_c);
-  step.grad_gate_stride = grad_gates.size(1);
-  step.previous_initial = data(h_0);
-  const int64_t kept = reserve.size(1);
-  int64_t count_before = 0;
-  for (int64_t s = 0; s < steps.steps(); ++s) {
-    const int64_t t = steps.time(s), before = direction == 0 ? t - 1 : t + 1, row = steps.offsets[t];
-    const int64_t place = row * step.output_stride + direction * projected;
-    const bool starts = before < 0 || before == steps.steps();
-    step.count = steps.counts[t];
-    step.previous_count = starts ? 0 : steps.counts[before];
-    if (!starts)
-      step.previous_output = moved(output.const_data_ptr(),
-                                   (steps.offsets[before] * step.output_stride + direction * projected) * bytes);
-    step.output = moved(const_cast<void*>(output.const_data_ptr()), place * bytes);
-    step.reserve = moved(const_cast<void*>(reserve.const_data_ptr()), row * kept * hidden * sum_bytes_of(type));
-    step.grad_gates =
-        moved(grad_gates.mutable_data_ptr(), (row * step.grad_gate_stride + direction * grads * hidden) * bytes);
-    const void* incoming = moved(data(grad_output), place * bytes);
-    if (w_hr) {
-      void* of_step = moved(grad_projected->mutable_data_ptr(), row * projected * bytes);
-      const Rows pending = {grad_recurrent.const_data_ptr(), projected}, given = {incoming, step.output_stride};
-      check(launch_add(type, {pending, given, of_step, projected, step.count, projected}, stream));
-      products.run(of_step, projected, *w_hr, false, grad_unprojected->mutable_data_ptr(), hidden, step.count);
-      step.grad_recurrent = grad_unprojected->const_data_ptr();
-      step.grad_recurrent_count = step.count;
-    } else {
-      step.grad_output = incoming;
-      step.grad_recurrent = grad_recurrent.const_data_ptr();
-      step.grad_recurrent_count = count_before;
+  const Order order(std::move(counts));
+  order.each_group(static_cast<int>(grad_h.size(0)), [&](int first, int count) {
+    const auto of = [&](const Tensor& tensor, int d, int64_t size, int64_t element) {
+      return moved(const_cast<void*>(tensor.const_data_ptr()), d * size * element);
+    };
+    Steps steps{};
+    steps.directions = count;
+    for (int j = 0; j < count; ++j) {
+      const int d = first + j;
+      Step& step = steps.of[j];
+      step.hidden = hidden;
+      step.output_stride = step.grad_output_stride = output.size(1);
+      step.grad_states[0] = of(grad_h, d, batch * hidden, sum_bytes);
+      step.grad_states[1] = grad_c ? of(*grad_c, d, batch * hidden, sum_bytes) : nullptr;
+      step.grad_gate_stride = grad_gates.size(1);
+      step.previous_initial = h_0 ? of(*h_0, d, batch * projected, bytes) : nullptr;
     }
-    check(launch_step(cell, type, true, step, stream));
-    products.run(step.grad_gates, step.grad_gate_stride, w_hh, false, grad_recurrent.mutable_data_ptr(), projected,
-                 step.count);
-    count_before = step.count;
-  }
+    int64_t alive_before = 0;
+    for (int64_t s = 0; s < order.steps(); ++s) {
+      const int64_t alive = order.counts[first == 0 ? order.steps() - 1 - s : s];
+      for (int j = 0; j < count; ++j) {
+        const int d = first + j;
+        const int64_t t = d == 0 ? order.steps() - 1 - s : s, before = d == 0 ? t - 1 : t + 1, row = order.offsets[t];
+        const int64_t wide = output.size(1), place = row * wide + d * projected;
+        const bool starts = before < 0 || before == order.steps();
+        Step& step = steps.of[j];
+        step.count = alive;
+        step.previous_count = starts ? 0 : order.counts[before];
+        if (!starts) step.previous_output = of(output, 1, order.offsets[before] * wide + d * projected, bytes);
+        step.output = of(output, 1, place, bytes);
+        step.reserve = of(reserve, 1, (d * rows + row) * kept * hidden, sum_bytes);
+        step.grad_gates = of(grad_gates, 1, row * step.grad_gate_stride + d * grads * hidden, bytes);
+        const void* incoming = moved(data(grad_output), place * bytes);
+        const void* through = of(grad_recurrent, d, batch * projected, bytes);
+        if (w_hr) {
+          void* of_step = of(*grad_projected, 1, (d * rows + row) * projected, bytes);
+          check(
+              launch_add(type, {{through, projected}, {incoming, wide}, of_step, projected, alive, projected}, stream));
+          step.grad_recurrent = of(*grad_unprojected, d, batch * hidden, bytes);
+          step.grad_recurrent_count = alive;
+          products.run(of_step, projected, 0, *w_hr, d, 1, false, const_cast<void*>(step.grad_recurrent), hidden, 0,
+                       alive);
+        } else {
+          step.grad_output = incoming;
+          step.grad_recurrent = through;
+          step.grad_recurrent_count = alive_before;
+        }
+      }
+      check(launch_step(cell, type, true, steps, stream));
+      // The gates' gradients of both directions lie in different rows: each its own product.
+      for (int j = 0; j < count; ++j)
+        products.run(steps.of[j].grad_gates, grad_gates.size(1), 0, w_hh, first + j, 1, false,
+                     of(grad_recurrent, first + j, batch * projected, bytes), projected, 0, alive);
+      alive_before = alive;
+    }
+  });
 }
 
 }  // namespace
@@ -341,15 +393,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
       " Tensor output, Tensor reserve, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, bool precise,"
       " Tensor(a!) workspace, Tensor(b!) grad_gates, Tensor(c!)? grad_h_0, Tensor(d!)? grad_c_0) -> ()");
   m.def(
-      "stepwise_forward(str cell, Tensor gates, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, int direction,"
+      "stepwise_forward(str cell, Tensor gates, Tensor w_hh, Tensor?[] b_ih, Tensor?[] b_hh, Tensor? w_hr,"
       " int[] counts, bool from_zero, int keep, bool precise, Tensor(a!) h, Tensor(b!) h_state, Tensor(c!)? c_state,"
-      " Tensor(d!) recurrent, Tensor(e!)? unprojected, Tensor(f!) output, Tensor(g!)? reserve) -> ()");
+      " Tensor(d!) recurrent, Tensor(e!)? unprojected, Tensor(f!) output, Tensor(g!) reserve) -> ()");
   m.def(
       "gates_again(str cell, Tensor gates, Tensor recurrent, Tensor? b_ih, Tensor? b_hh, int direction,"
       " Tensor(a!) h_state, Tensor(b!)? c_state, Tensor(c!) reserve) -> ()");
   m.def(
-      "stepwise_backward(str cell, Tensor w_hh, Tensor? w_hr, int direction, int[] counts, bool precise, Tensor output,"
-      " Tensor? h_0,"
+      "stepwise_backward(str cell, Tensor w_hh, Tensor? w_hr, int[] counts, bool precise, Tensor output, Tensor? h_0,"
       " Tensor reserve, Tensor? grad_output, Tensor(a!) grad_h, Tensor(b!)? grad_c, Tensor(c!) grad_recurrent,"
       " Tensor(d!)? grad_unprojected, Tensor(e!)? grad_projected, Tensor(f!) grad_gates, int grads) -> ()");
 }

@@ -21,8 +21,8 @@ namespace rnnkit::cuda {
 using namespace rnnkit::RNNKIT_CAPABILITY;
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kFlagStride = 4;     // words between two blocks' flags: few pollers a cache line
-constexpr int kVectorBytes = 16;   // what a lane loads at once
+constexpr int kFlagStride = 4;                  // words between two blocks' flags: few pollers a cache line
+constexpr int kVectorBytes = 16;                // what a lane loads at once
 constexpr int kPieceBytes = 32 * kVectorBytes;  // what a warp loads at once
 
 template <class S>
@@ -89,7 +89,8 @@ template <class S>
 RNNKIT_ANYWHERE int64_t shared_bytes(int64_t hidden, int rows, int parts, int tiles, int states, int units, int columns,
                                      bool cluster) {
   const int64_t chunks = chunks_of<S>(hidden, parts);
-  const int64_t exchanged = 2 * chunks * (columns / 8) * kPieceBytes + int64_t(parts) * columns * units * int64_t(sizeof(S));
+  const int64_t exchanged =
+      2 * chunks * (columns / 8) * kPieceBytes + int64_t(parts) * columns * units * int64_t(sizeof(S));
   const int64_t weights = int64_t(row_blocks(rows)) * chunks * kPieceBytes + (cluster ? exchanged : 0);
   const int64_t sums = int64_t(kWarps) * row_blocks(rows) * 8 * sum_stride(tiles);
   return weights + (sums + int64_t(states) * units * columns) * int64_t(sizeof(float));

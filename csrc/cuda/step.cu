@@ -23,12 +23,14 @@ __device__ __forceinline__ void each_element(int64_t rows, int64_t width, const 
 }
 
 template <class Cell, class S>
-__global__ void __launch_bounds__(kStepThreads) forward_step(const __grid_constant__ Step step) {
+__global__ void __launch_bounds__(kStepThreads) forward_step(const __grid_constant__ Steps steps) {
+  const Step& step = steps.of[blockIdx.z];
   each_element(step.count, step.hidden, [&](int64_t n, int64_t unit) { forward_element<Cell, S>(step, n, unit); });
 }
 
 template <class Cell, class S>
-__global__ void __launch_bounds__(kStepThreads) backward_step(const __grid_constant__ Step step) {
+__global__ void __launch_bounds__(kStepThreads) backward_step(const __grid_constant__ Steps steps) {
+  const Step& step = steps.of[blockIdx.z];
   each_element(step.visited(), step.hidden, [&](int64_t n, int64_t unit) { backward_element<Cell, S>(step, n, unit); });
 }
 
@@ -43,20 +45,22 @@ std::string last_error(const char* what) {
 }
 
 template <class Cell, class S>
-void launch(bool backward, const Step& step, Stream stream) {
-  const dim3 grid = grid_of(backward ? step.visited() : step.count, step.hidden);
+void launch(bool backward, const Steps& steps, Stream stream) {
+  const Step& step = steps.of[0];
+  dim3 grid = grid_of(backward ? step.visited() : step.count, step.hidden);
+  grid.z = static_cast<unsigned>(steps.directions);
   if (backward)
-    backward_step<Cell, S><<<grid, kStepThreads, 0, stream>>>(step);
+    backward_step<Cell, S><<<grid, kStepThreads, 0, stream>>>(steps);
   else
-    forward_step<Cell, S><<<grid, kStepThreads, 0, stream>>>(step);
+    forward_step<Cell, S><<<grid, kStepThreads, 0, stream>>>(steps);
 }
 
 }  // namespace
 
-std::string launch_step(std::string_view cell, Type type, bool backward, const Step& step, Stream stream) {
+std::string launch_step(std::string_view cell, Type type, bool backward, const Steps& steps, Stream stream) {
   with_type(type, [&](auto element) {
 #define RNNKIT_LAUNCH(Cell, name) \
-  if (cell == name) launch<Cell, decltype(element)>(backward, step, stream);
+  if (cell == name) launch<Cell, decltype(element)>(backward, steps, stream);
     RNNKIT_CELLS(RNNKIT_LAUNCH)
 #undef RNNKIT_LAUNCH
   });
