@@ -124,9 +124,9 @@ def gpu(folder: Path, readme: Path) -> list[str]:
     document, _ = load(source, GPU_FORMAT)
     link = Path(os.path.relpath(source.resolve(), readme.parent)).as_posix()
     about = f"{tables.where(document)}, [{source.name}]({link}). {tables.about(document)}"
-    steps = markdown_table(tables.step_table(document), left=1)
+    calls = markdown_table(tables.call_table(document), left=1)
     judged = goal_table({"goals": judge_all(document)})
-    details = ["<details><summary>Every step</summary>", "", *steps, "", "</details>"]
+    details = ["<details><summary>Every call</summary>", "", *calls, "", "</details>"]
     return [about, "", *judged, "", *details]
 
 

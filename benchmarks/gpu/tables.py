@@ -82,13 +82,14 @@ def mean(values: Sequence[float]) -> str:
 
 
 def cell(row: Row | None) -> str:
-    """A step's µs and how much longer torch.nn's takes."""
+    """A long call's milliseconds, and how much longer torch.nn's short and long ones take."""
     if row is None or not right(row):
         return "wrong or failed" if row else "–"
-    return f"{microseconds(row, 'rnnkit')} ({ratio(row, 'step')}×)"
+    milliseconds = row["entries"]["rnnkit"]["us"][str(T_LONG)]["median"] / 1000
+    return f"{milliseconds:.2f} ({ratio(row, str(T_SHORT))}, {ratio(row, str(T_LONG))})"
 
 
-def step_table(document: Document) -> list[Sequence[str]]:
+def call_table(document: Document) -> list[Sequence[str]]:
     """By H and N, in columns by cell, dtype and mode: of the regime in which rnnkit is to win."""
     table: dict[tuple[int, int], dict[str, Row]] = {}
     columns: dict[str, None] = {}
@@ -117,6 +118,6 @@ def where(document: Document) -> str:
 def about(document: Document) -> str:
     """What the README's table shows."""
     return (
-        f"µs of a step, (time at T {T_LONG} − time at T {T_SHORT}) / {T_LONG - T_SHORT}, and torch.nn's (cuDNN's) "
-        f"over it, of one layer in one direction: {REGIME}. {len(document['rows'])} cases are in the file."
+        f"Milliseconds of a call at T {T_LONG}, and torch.nn's (cuDNN's) time over rnnkit's at T {T_SHORT} and "
+        f"T {T_LONG}, of one layer in one direction: {REGIME}. {len(document['rows'])} cases are in the file."
     )

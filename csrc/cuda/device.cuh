@@ -21,16 +21,23 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint4& a, uint32
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// A float as the sum of two that TF32 can hold, but for its last bits. The upper part is cut off, not rounded, so that
-// it does not overflow; an infinity has no lower one.
-__device__ __forceinline__ uint32_t upper(uint32_t word) { return word & 0xffffe000u; }
-__device__ __forceinline__ uint32_t lower(uint32_t word) {
-  const float rest = __uint_as_float(word) - __uint_as_float(upper(word));
-  return rest == rest ? __float_as_uint(rounded_to_tf32(rest)) : 0;
+// A float is the sum of two that TF32 can hold, but for its last bits. An infinity has no second part, and is not
+// multiplied with another's: infinity times a small number of the other sign, or zero, would make its product NaN.
+__device__ __forceinline__ uint32_t finite(float value) {
+  return fabsf(value) < __int_as_float(0x7f800000) ? __float_as_uint(value) : 0;
 }
-
+__device__ __forceinline__ uint32_t upper(uint32_t word) {
+  return __float_as_uint(rounded_to_tf32(__uint_as_float(word)));
+}
+__device__ __forceinline__ uint32_t finite_upper(uint32_t word) { return finite(__uint_as_float(upper(word))); }
+__device__ __forceinline__ uint32_t lower(uint32_t word) {
+  return upper(finite(__uint_as_float(word) - __uint_as_float(upper(word))));
+}
 __device__ __forceinline__ uint4 upper(const uint4& words) {
   return {upper(words.x), upper(words.y), upper(words.z), upper(words.w)};
+}
+__device__ __forceinline__ uint4 finite_upper(const uint4& words) {
+  return {finite_upper(words.x), finite_upper(words.y), finite_upper(words.z), finite_upper(words.w)};
 }
 __device__ __forceinline__ uint4 lower(const uint4& words) {
   return {lower(words.x), lower(words.y), lower(words.z), lower(words.w)};
@@ -66,13 +73,12 @@ struct DeviceWarp {
       // cut off rather than rounded, so they are kept short.
       if (precise) {
         Sums part = {0, 0, 0, 0};
-        const Vector small01 = lower(a01), small23 = lower(a23), large01 = upper(a01), large23 = upper(a23);
-        multiply(part, small01, upper(b.x), upper(b.y), S());
-        multiply(part, large01, lower(b.x), lower(b.y), S());
-        multiply(part, large01, upper(b.x), upper(b.y), S());
-        multiply(part, small23, upper(b.z), upper(b.w), S());
-        multiply(part, large23, lower(b.z), lower(b.w), S());
-        multiply(part, large23, upper(b.z), upper(b.w), S());
+        multiply(part, lower(a01), finite_upper(b.x), finite_upper(b.y), S());
+        multiply(part, finite_upper(a01), lower(b.x), lower(b.y), S());
+        multiply(part, upper(a01), upper(b.x), upper(b.y), S());
+        multiply(part, lower(a23), finite_upper(b.z), finite_upper(b.w), S());
+        multiply(part, finite_upper(a23), lower(b.z), lower(b.w), S());
+        multiply(part, upper(a23), upper(b.z), upper(b.w), S());
 #pragma unroll
         for (int k = 0; k < 4; ++k) sums[k] += part[k];
         return;

@@ -212,10 +212,11 @@ struct Order {
     }
   }
   int64_t steps() const { return static_cast<int64_t>(counts.size()); }
-  // Calls body(first direction, how many).
+  // Calls body(first direction, how many): both together save launches, where a step's product takes no longer than one.
   template <class Body>
-  void each_group(int directions, const Body& body) const {
-    if (dense)
+  void each_group(int directions, const Tensor& w_hh, const Body& body) const {
+    constexpr double kSmall = 1e9;  // floating-point operations
+    if (dense && 2. * counts[0] * w_hh.size(1) * w_hh.size(2) < kSmall)
       body(0, directions);
     else
       for (int d = 0; d < directions; ++d) body(d, 1);
@@ -236,7 +237,7 @@ void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, std::vector<O
   const Stream stream = stream_of(gates);
   const Products products(type, precise);
   const Order order(std::move(counts));
-  order.each_group(static_cast<int>(h.size(0)), [&](int first, int count) {
+  order.each_group(static_cast<int>(h.size(0)), w_hh, [&](int first, int count) {
     const auto of = [&](const Tensor& tensor, int d, int64_t size, int64_t element) {
       return moved(tensor.mutable_data_ptr(), d * size * element);
     };
@@ -257,11 +258,14 @@ void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, std::vector<O
     }
     void* const operand = of(h, first, batch * projected, bytes);
     void* const product = of(recurrent, first, batch * width, bytes);
+    // Where all rows go on, a projection's product is written to the output, and read from there.
+    const bool direct = w_hr && order.dense && count == 1;
+    Rows last = {operand, projected};
     for (int64_t s = 0; s < order.steps(); ++s) {
       const bool zeros = s == 0 && from_zero;
       const int64_t alive = order.counts[first == 1 ? order.steps() - 1 - s : s];
       if (!zeros)
-        products.run(operand, projected, batch * projected, w_hh, first, count, true, product, width, batch * width,
+        products.run(last.data, last.stride, batch * projected, w_hh, first, count, true, product, width, batch * width,
                      alive);
       for (int j = 0; j < count; ++j) {
         const int d = first + j;
@@ -275,6 +279,13 @@ void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, std::vector<O
       }
       check(launch_step(cell, type, false, steps, stream));
       if (!w_hr) continue;
+      if (direct) {
+        const int64_t row = order.offsets[first == 1 ? order.steps() - 1 - s : s];
+        void* const to = of(output, 1, row * output.size(1) + first * projected, bytes);
+        products.run(steps.of[0].h, hidden, 0, *w_hr, first, 1, true, to, output.size(1), 0, alive);
+        last = {to, output.size(1)};
+        continue;
+      }
       products.run(steps.of[0].h, hidden, batch * hidden, *w_hr, first, count, true, operand, projected,
                    batch * projected, alive);
       for (int j = 0; j < count; ++j) {
@@ -285,6 +296,7 @@ void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, std::vector<O
         check(launch_add(type, {now, {}, to, output.size(1), alive, projected}, stream));
       }
     }
+    if (direct) check(launch_add(type, {last, {}, operand, projected, order.counts[0], projected}, stream));
   });
 }
 
@@ -323,7 +335,7 @@ void stepwise_backward(std::string cell, Tensor w_hh, Optional w_hr, std::vector
   const Stream stream = stream_of(output);
   const Products products(type, precise);
   const Order order(std::move(counts));
-  order.each_group(static_cast<int>(grad_h.size(0)), [&](int first, int count) {
+  order.each_group(static_cast<int>(grad_h.size(0)), w_hh, [&](int first, int count) {
     const auto of = [&](const Tensor& tensor, int d, int64_t size, int64_t element) {
       return moved(const_cast<void*>(tensor.const_data_ptr()), d * size * element);
     };
