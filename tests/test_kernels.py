@@ -32,7 +32,8 @@ from rnnkit.ops import Keep
 from rnnkit.reference import CELLS, WEIGHTS
 
 pytestmark = pytest.mark.skipif(
-    backends.EXTENSION is None, reason=f"no C++ kernels: {backends.EXTENSION_REASON}"
+    backends.EXTENSION is None and backends.CUDA_REASON != "",
+    reason=f"no C++ kernels: {backends.EXTENSION_REASON}; no CUDA kernels: {backends.CUDA_REASON}",
 )
 
 on_small_cases = pytest.mark.parametrize("case", on_each_device(small_cases()), ids=str)
