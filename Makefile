@@ -1,6 +1,6 @@
 # From a fresh machine in two commands: `make demo` and `make test`. Each creates the virtual environment,
 # installs torch and rnnkit and builds the kernels where that is not done yet, then does its job. Only `make gpu`
-# takes Python as it is: machines with a GPU are lent, and often have no network.
+# takes Python as it is, and so needs no network.
 
 PYTHON ?= python3
 TORCH ?= torch>=2.10

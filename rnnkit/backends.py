@@ -102,19 +102,43 @@ def serving(device: torch.device) -> str:
 _EXTENSIONS = {"cpu": "C++", "cuda": "CUDA"}
 
 
+def _architectures() -> list[tuple[tuple[int, int], bool]]:
+    """What the CUDA extension was built for: compute capabilities, and whether as PTX; empty if not known."""
+    try:
+        noted = importlib.import_module("rnnkit._build").CUDA_ARCHITECTURES
+    except (ModuleNotFoundError, AttributeError):
+        return []
+    found = []
+    for name in noted:
+        digits = "".join(c for c in name.partition("+")[0] if c.isdigit())
+        found.append(((int(digits[:-1]), int(digits[-1])), "PTX" in name or "compute" in name))
+    return found
+
+
+def newest_architecture() -> tuple[int, int]:
+    """The newest compute capability that the CUDA extension was built for; beyond all if not known."""
+    return max((capability for capability, _ in _architectures()), default=(99, 0))
+
+
 @lru_cache
-def _too_old(index: int | None) -> str:
+def _unusable(index: int | None) -> str:
     """Why the CUDA kernels do not run on GPU `index`; empty if they do."""
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    major, minor = torch.cuda.get_device_capability(index)
-    return "" if major >= 8 else f"they need compute capability 8.0, this GPU has {major}.{minor}"
+    has = torch.cuda.get_device_capability(index)
+    if has < (8, 0):
+        return f"they need compute capability 8.0, this GPU has {has[0]}.{has[1]}"
+    built = _architectures()
+    # A binary runs on later GPUs of its generation, PTX on all later ones.
+    if built and not any(c <= has and (ptx or c[0] == has[0]) for c, ptx in built):
+        return f"they were not built for this GPU's compute capability {has[0]}.{has[1]}"
+    return ""
 
 
 def _no_kernels(device: torch.device) -> str:
     """The reason why 'cpp' cannot serve `device`, in parentheses where there is one to tell; empty if it can."""
     if device.type == "cuda":
-        reason = CUDA_REASON or _too_old(device.index)
+        reason = CUDA_REASON or _unusable(device.index)
         return f" ({reason})" if reason else ""
     if device.type == "cpu":
         return f" ({EXTENSION_REASON})" if EXTENSION is None else ""

@@ -4,6 +4,7 @@
 launch for the whole sequence, or step by step, as `rnnkit.plan` chooses.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -11,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rnnkit import plan
+from rnnkit import backends, plan
 from rnnkit.reference import CELLS, WEIGHTS
 
 _NOTHING, _STATES, _EVERYTHING = range(3)  # as in ops.Keep
@@ -19,12 +20,12 @@ _NOTHING, _STATES, _EVERYTHING = range(3)  # as in ops.Keep
 
 @lru_cache
 def device_of(index: int) -> plan.Device:
-    """What the plan needs to know of CUDA device `index`."""
+    """What the plan needs to know of CUDA device `index`, and of what the extension was built for."""
     facts = torch.cuda.get_device_properties(index)
     return plan.Device(
         facts.multi_processor_count,
         facts.shared_memory_per_block_optin,  # type: ignore[attr-defined]
-        (facts.major, facts.minor),
+        min((facts.major, facts.minor), backends.newest_architecture()),
     )
 
 
@@ -33,20 +34,65 @@ def is_precise(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision != "tf32"  # type: ignore[attr-defined]
 
 
+class _Precision:
+    """torch's switch for its own float32 products, set to that of its RNNs while calls need it so.
+
+    There is one switch for the process: calls that need it alike share it, others wait until it is put back.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._users, self._wanted, self._before = 0, "", ""
+
+    @contextmanager
+    def __call__(self, dtype: torch.dtype) -> Iterator[None]:
+        if dtype != torch.float32:
+            yield
+            return
+        wanted = "ieee" if is_precise(dtype) else "tf32"
+        products = torch.backends.cuda.matmul
+        with self._changed:
+            self._changed.wait_for(lambda: self._users == 0 or self._wanted == wanted)
+            if self._users == 0:
+                self._wanted, self._before = wanted, products.fp32_precision
+                if (self._before == "tf32") != (wanted == "tf32"):
+                    products.fp32_precision = wanted
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._users -= 1
+                if self._users == 0:
+                    if products.fp32_precision != self._before:
+                        products.fp32_precision = self._before
+                    self._changed.notify_all()
+
+
+_precision = _Precision()
+
+
 @contextmanager
-def _products_like_scans(dtype: torch.dtype) -> Iterator[None]:
-    """torch's own matrix products follow the switch of its RNNs, not that of its products."""
-    products = torch.backends.cuda.matmul
-    wanted = "ieee" if is_precise(dtype) else "tf32"
-    before = products.fp32_precision
-    if dtype != torch.float32 or (before == "tf32") == (wanted == "tf32"):
-        yield
-        return
-    products.fp32_precision = wanted
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
+def _products_like_scans(input: Tensor) -> Iterator[None]:
+    """No autograd, no autocast, and torch's own matrix products as precise as the scan's."""
+    kind = input.device.type
+    with torch.no_grad(), _precision(input.dtype):
+        if torch.is_autocast_enabled(kind):  # as in a backward pass under it
+            with torch.autocast(kind, enabled=False):
+                yield
+        else:
+            yield
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that the CPU does not wait for."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    if (
+        torch.cuda.is_current_stream_capturing()
+    ):  # a replay would read memory that is not the call's any more
+        raise RuntimeError("a packed sequence cannot be captured in a CUDA graph")
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _check(tensor: Tensor, name: str, shape: Sequence[int], input: Tensor) -> None:
@@ -196,7 +242,7 @@ class _Call:
             return None
         offsets = torch.zeros(self.steps + 1, dtype=torch.int64)
         torch.cumsum(torch.tensor(self._sizes), 0, out=offsets[1:])
-        return offsets.to(self.input.device)
+        return _sent(offsets, self.input.device)
 
     def launch(self, backward: bool) -> plan.Plan:
         """The kernel for this call's scan."""
@@ -252,7 +298,7 @@ def layer_forward(
     reserve = input.new_empty(shape, dtype=call.sum_dtype)
     if call.empty:
         return output.zero_(), [state.zero_() for state in finals], reserve
-    with torch.no_grad(), _products_like_scans(input.dtype):
+    with _products_like_scans(input):
         gates = call.gates()
         chosen = call.launch(backward=False)
         flat = output.view(call.rows, -1)
@@ -377,7 +423,7 @@ def layer_backward(
             for t, need in zip(wanted, needs, strict=True)
             if need and t is not None
         ]
-    with torch.no_grad(), _products_like_scans(input.dtype):
+    with _products_like_scans(input):
         found = _Backward(call, [_plain(g) for g in grads], output, reserve, needs).run()
     return [
         found[index]
@@ -533,7 +579,7 @@ class _Backward:
         step = torch.arange(call.steps).repeat_interleave(counts)
         n = torch.arange(call.rows) - starts[step]
         row = (starts + counts if d else starts - alive)[step] + n
-        index = torch.where(n < alive[step], row, call.rows + n).to(output.device)
+        index = _sent(torch.where(n < alive[step], row, call.rows + n), output.device)
         return [(slice(0, call.rows), torch.cat([output, initial]).index_select(0, index))]
 
     def _runs(self) -> list[tuple[int, int, int]]:

@@ -121,7 +121,9 @@ def forced(kernel: str, **choice: int) -> Iterator[None]:
 
     Args:
         kernel: a name in `KERNELS`.
-        choice: `units`, `columns`: only persistent plans with these.
+        choice: `units`, `columns`: only plans with these.
+
+    A backward pass that autograd runs is launched by a thread of its own, which this does not reach.
 
     Raises:
         ValueError: there is no such kernel.
@@ -158,9 +160,16 @@ def _choose(
         and all(getattr(plan, name) == value for name, value in choice)
     ]
     if not plans:
-        return replace(stepwise, reason="the weights do not fit in shared memory")
+        what = (
+            f"no {kernel} kernel has such blocks and room in shared memory"
+            if kernel
+            else "the weights do not fit in shared memory"
+        )
+        return replace(stepwise, reason=what)
     best = min(plans, key=lambda plan: plan.microseconds)
-    if not kernel and stepwise.microseconds < best.microseconds:
+    if kernel:
+        return replace(best, reason="forced")
+    if stepwise.microseconds < best.microseconds:
         return replace(stepwise, reason="a matrix product a step is expected to be faster")
     return best
 

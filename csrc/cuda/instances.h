@@ -21,7 +21,10 @@ using BlockOfBuild = DeviceBlock;
 template <class Pass>
 __global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_constant__ Scan scan) {
 #if __CUDA_ARCH__ < 900
-  if (Pass::kCluster) return;  // no such instructions; never launched
+  if (Pass::kCluster) {  // there are no such instructions; the plan and the launch see to it that it is not run
+    __trap();
+    return;
+  }
 #endif
   extern __shared__ uint4 shared[];
   Pass pass(DeviceBlock{int(blockIdx.x)}, scan, reinterpret_cast<std::byte*>(shared));

@@ -29,10 +29,19 @@ std::string error_of(cudaError_t status, const char* what) {
 std::string launch_persistent(const Persistent& kernel, const Scan& scan, Stream stream) {
   const auto bytes = static_cast<int>(kernel.shared_bytes(scan.hidden, scan.columns));
   const auto blocks = static_cast<unsigned>(scan.directions * scan.slices * scan.blocks);
-  cudaError_t status = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  // As much as there is, always: another thread may launch the same kernel for other sizes.
+  int device = 0, most = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess)
+    status = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   if (status != cudaSuccess) return error_of(status, "shared memory of the persistent kernel");
   cudaLaunchAttribute attribute{};
   if (kernel.cluster) {
+    cudaFuncAttributes attributes{};
+    status = cudaFuncGetAttributes(&attributes, kernel.function);
+    if (status != cudaSuccess) return error_of(status, "attributes of the persistent kernel");
+    if (attributes.ptxVersion < 90) return "the kernels were built for GPUs that have no clusters";
     // More than 8 blocks are not portable: the plan asks for them only where there can be so many.
     status = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (status != cudaSuccess) return error_of(status, "cluster of the persistent kernel");
