@@ -106,7 +106,9 @@ def _backends() -> Facts:
         name: f"not available: {reason}" if (reason := backends.unavailable(name)) else "loaded"
         for name in backends.BACKENDS
     }
-    if backends.EXTENSION is not None:
+    if backends.EXTENSION is None:  # on the CPU; the CUDA library has a line of its own
+        facts["cpp"] = f"not available: {backends.EXTENSION_REASON}"
+    else:
         facts["cpp"] = f"loaded: {backends.EXTENSION.capability()} kernels"
     return facts
 

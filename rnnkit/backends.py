@@ -68,7 +68,9 @@ CUDA_REASON = _load_cuda()
 
 def unavailable(name: str) -> str:
     """Why backend `name` cannot be used here; empty when it can."""
-    return EXTENSION_REASON if name == "cpp" and CUDA_REASON else ""
+    if name != "cpp" or EXTENSION is not None or not (CUDA_REASON or _unusable(None)):
+        return ""
+    return EXTENSION_REASON
 
 
 def serving(device: torch.device) -> str:
