@@ -68,7 +68,7 @@ CUDA_REASON = _load_cuda()
 
 def unavailable(name: str) -> str:
     """Why backend `name` cannot be used here; empty when it can."""
-    if name != "cpp" or EXTENSION is not None or not (CUDA_REASON or _unusable(None)):
+    if name != "cpp" or not EXTENSION_REASON or not (CUDA_REASON or _unusable(None)):
         return ""
     return EXTENSION_REASON
 
