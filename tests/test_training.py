@@ -333,7 +333,9 @@ def test_training_loop_with_carried_states(
             losses[-1].append(loss.detach())
     ours, theirs = (torch.stack(loss) for loss in losses)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-    assert (ours != ours[0]).any()
+    assert (
+        ours[-1] < ours[0] if device == "cpu" else (ours != ours[0]).any()
+    )  # other random numbers there
 
 
 @pytest.mark.parametrize("module", MODULES)
