@@ -9,6 +9,10 @@ ARGS ?=
 OUT ?= build/gpu
 SANITIZE_TESTS ?= test_kernels.py test_freezing.py test_inference.py -k 'not test_against_reference or float32 or bfloat16'
 
+# Where no GPU can run them, CUDA kernels are compiled only if asked for: it takes minutes.
+RNNKIT_CUDA ?= $(if $(shell command -v nvidia-smi),,0)
+export RNNKIT_CUDA
+
 switches := cpu=$(RNNKIT_CPU) cuda=$(RNNKIT_CUDA) $(TORCH_CUDA_ARCH_LIST)
 
 python := $(VENV)/bin/python
@@ -41,7 +45,7 @@ help:
 	@echo 'TORCH=torch==2.13.0  the torch to install, now $(TORCH)'
 	@echo 'PYTHON=python3.12    the Python that $(VENV) is made with, now $(PYTHON)'
 	@echo 'RNNKIT_CPU=0         do without the C++ extension; 1: fail if it cannot be built'
-	@echo 'RNNKIT_CUDA=0        likewise for the CUDA library; 1 builds it beside a torch without CUDA, too'
+	@echo 'RNNKIT_CUDA=0        likewise for the CUDA library, by default where there is no GPU; 1 builds it in any case'
 
 demo: $(VENV)/built
 	@$(python) examples/char_rnn.py $(ARGS)
