@@ -115,7 +115,7 @@ class Products {
 
 // What both passes of the persistent scan have in common. `plan`: a block's units, tiles and columns, and whether the
 // blocks of a direction and slice are a cluster.
-Scan scan_of(const std::vector<int64_t>& plan, int64_t elements, const std::vector<Tensor>& weights,
+Scan scan_of(const std::vector<int64_t>& plan, int64_t element_bytes, const std::vector<Tensor>& weights,
              const Optional& offsets, int64_t steps, int64_t batch, int64_t hidden, int64_t rows,
              const Tensor& workspace, bool precise, int parts) {
   STD_TORCH_CHECK(plan.size() == 4, "expected a plan of 4 numbers, got ", plan.size());
@@ -133,12 +133,11 @@ Scan scan_of(const std::vector<int64_t>& plan, int64_t elements, const std::vect
   scan.blocks = static_cast<int>((hidden + scan.units - 1) / scan.units);
   scan.slices = static_cast<int>((batch + scan.columns - 1) / scan.columns);
   for (size_t d = 0; d < weights.size(); ++d) scan.weight[d] = weights[d].const_data_ptr();
-  const int64_t groups = scan.directions * scan.slices, vector = kVectorBytes / elements;
+  const int64_t groups = scan.directions * scan.slices;
   scan.precise = precise;
   if (plan[3]) return scan;
   const int64_t flags = groups * scan.blocks * kFlagStride * int64_t(sizeof(uint32_t));
-  const int64_t chunks = (hidden + 4 * vector - 1) / (4 * vector) * parts;
-  const int64_t exchanged = groups * 2 * chunks * scan.tiles() * kPieceBytes;
+  const int64_t exchanged = groups * 2 * chunks_of(hidden, element_bytes, parts) * scan.tiles() * kPieceBytes;
   STD_TORCH_CHECK(workspace.numel() >= flags + exchanged, "expected a workspace of ", flags + exchanged, " bytes, got ",
                   workspace.numel());
   scan.exchanged = workspace.mutable_data_ptr();
@@ -212,6 +211,9 @@ struct Order {
     }
   }
   int64_t steps() const { return static_cast<int64_t>(counts.size()); }
+  // The time of step s of a scan that begins at the end or not, and the row where it begins.
+  int64_t time(int64_t s, bool from_end) const { return from_end ? steps() - 1 - s : s; }
+  int64_t row(int64_t s, bool from_end) const { return offsets[time(s, from_end)]; }
   // Calls body(first direction, how many): both together save launches, where a step's product takes no longer than one.
   template <class Body>
   void each_group(int directions, const Tensor& w_hh, const Body& body) const {
@@ -263,13 +265,13 @@ void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, std::vector<O
     Rows last = {operand, projected};
     for (int64_t s = 0; s < order.steps(); ++s) {
       const bool zeros = s == 0 && from_zero;
-      const int64_t alive = order.counts[first == 1 ? order.steps() - 1 - s : s];
+      const int64_t alive = order.counts[order.time(s, first == 1)];
       if (!zeros)
         products.run(last.data, last.stride, batch * projected, w_hh, first, count, true, product, width, batch * width,
                      alive);
       for (int j = 0; j < count; ++j) {
         const int d = first + j;
-        const int64_t row = order.offsets[d == 1 ? order.steps() - 1 - s : s];
+        const int64_t row = order.row(s, d == 1);
         Step& step = steps.of[j];
         step.count = alive;
         step.recurrent = zeros ? nullptr : of(recurrent, d, batch * width, bytes);
@@ -280,7 +282,7 @@ void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, std::vector<O
       check(launch_step(cell, type, false, steps, stream));
       if (!w_hr) continue;
       if (direct) {
-        const int64_t row = order.offsets[first == 1 ? order.steps() - 1 - s : s];
+        const int64_t row = order.row(s, first == 1);
         void* const to = of(output, 1, row * output.size(1) + first * projected, bytes);
         products.run(steps.of[0].h, hidden, 0, *w_hr, first, 1, true, to, output.size(1), 0, alive);
         last = {to, output.size(1)};
@@ -290,7 +292,7 @@ void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, std::vector<O
                    batch * projected, alive);
       for (int j = 0; j < count; ++j) {
         const int d = first + j;
-        const int64_t row = order.offsets[d == 1 ? order.steps() - 1 - s : s];
+        const int64_t row = order.row(s, d == 1);
         const Rows now = {of(h, d, batch * projected, bytes), projected};
         void* const to = of(output, 1, row * output.size(1) + d * projected, bytes);
         check(launch_add(type, {now, {}, to, output.size(1), alive, projected}, stream));
@@ -353,10 +355,10 @@ void stepwise_backward(std::string cell, Tensor w_hh, Optional w_hr, std::vector
     }
     int64_t alive_before = 0;
     for (int64_t s = 0; s < order.steps(); ++s) {
-      const int64_t alive = order.counts[first == 0 ? order.steps() - 1 - s : s];
+      const int64_t alive = order.counts[order.time(s, first == 0)];
       for (int j = 0; j < count; ++j) {
         const int d = first + j;
-        const int64_t t = d == 0 ? order.steps() - 1 - s : s, before = d == 0 ? t - 1 : t + 1, row = order.offsets[t];
+        const int64_t t = order.time(s, d == 0), before = d == 0 ? t - 1 : t + 1, row = order.offsets[t];
         const int64_t wide = output.size(1), place = row * wide + d * projected;
         const bool starts = before < 0 || before == order.steps();
         Step& step = steps.of[j];

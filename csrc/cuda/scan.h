@@ -65,9 +65,13 @@ struct Scan {
 };
 
 // Chunks of the exchanged vector: `parts` for each kChunk units, one after the other.
+RNNKIT_ANYWHERE int chunks_of(int64_t hidden, int64_t element_bytes, int parts) {
+  const int64_t units = 4 * kVectorBytes / element_bytes;
+  return int((hidden + units - 1) / units) * parts;
+}
 template <class S>
 RNNKIT_ANYWHERE int chunks_of(int64_t hidden, int parts) {
-  return int((hidden + kChunk<S> - 1) / kChunk<S>) * parts;
+  return chunks_of(hidden, sizeof(S), parts);
 }
 
 // Where part `part` of a unit lies for one row of the slice, in elements.
