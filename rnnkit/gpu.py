@@ -12,10 +12,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rnnkit import backends, plan
+from rnnkit import backends, ops, plan
+from rnnkit.ops import Keep
 from rnnkit.reference import CELLS, WEIGHTS
-
-_NOTHING, _STATES, _EVERYTHING = range(3)  # as in ops.Keep
 
 
 @lru_cache
@@ -229,12 +228,11 @@ class _Call:
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        return torch.float64 if self.input.dtype == torch.float64 else torch.float32
+        return ops.accumulate_dtype(self.input.dtype)
 
     def reserve_shape(self, keep: int) -> tuple[int, ...]:
         """Of what the forward pass keeps."""
-        values = self.spec.saved if keep == _EVERYTHING else self.spec.states - 1
-        return self.directions, self.rows, values, self.hidden
+        return self.directions, self.rows, ops.kept_values(self.cell, keep), self.hidden
 
     def offsets(self) -> Tensor | None:
         """The row where each step begins, on the device; None: every step has as many."""
@@ -289,13 +287,10 @@ def layer_forward(
     keep: int,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """`rnnkit::layer_forward` on CUDA tensors."""
-    if keep not in (_NOTHING, _STATES, _EVERYTHING):
+    if keep not in tuple(Keep):
         raise RuntimeError(f"expected keep to be 0, 1 or 2, got {keep}")
     call = _Call(cell, input, states, weights, batch_sizes)
-    output = input.new_empty([*input.shape[:-1], call.directions * call.projected])
-    finals = [input.new_empty(call.state_shape(k)) for k in range(call.spec.states)]
-    shape = call.reserve_shape(keep) if keep else (0,)
-    reserve = input.new_empty(shape, dtype=call.sum_dtype)
+    output, finals, reserve = ops.empty_results(cell, input, weights, batch_sizes, states, keep)
     if call.empty:
         return output.zero_(), [state.zero_() for state in finals], reserve
     with _products_like_scans(input):
@@ -404,7 +399,7 @@ def layer_backward(
         if grad is not None:
             expected = call.state_shape(index - 1) if index else shape
             _check(grad, f"grads[{index}]", expected, input)
-    everything, only_states = call.reserve_shape(_EVERYTHING), call.reserve_shape(_STATES)
+    everything, only_states = call.reserve_shape(Keep.EVERYTHING), call.reserve_shape(Keep.STATES)
     if (
         tuple(reserve.shape) not in (everything, only_states)
         or reserve.dtype != call.sum_dtype
@@ -451,7 +446,7 @@ class _Backward:
         spec = call.spec
         self.values = max(*spec.input_grads, spec.gates - 1) + 1  # gradients of a unit's gates
         self.first_weight = 1 + len(call.states)
-        if tuple(reserve.shape) != call.reserve_shape(_EVERYTHING):
+        if tuple(reserve.shape) != call.reserve_shape(Keep.EVERYTHING):
             self._gates_again()
 
     def run(self) -> dict[int, Tensor]:
@@ -639,7 +634,7 @@ class _Backward:
         call = self.call
         states, gates = self.reserve, call.gates()
         width = call.spec.gates * call.hidden
-        self.reserve = states.new_empty(call.reserve_shape(_EVERYTHING))
+        self.reserve = states.new_empty(call.reserve_shape(Keep.EVERYTHING))
         for d in range(call.directions):
             w_hh = call.w_hh[d]
             assert w_hh is not None
@@ -659,3 +654,8 @@ class _Backward:
                 c_state,
                 self.reserve[d],
             )
+
+
+if not backends.CUDA_REASON:
+    ops.library.impl("layer_forward", layer_forward, "CUDA")
+    ops.library.impl("layer_backward", layer_backward, "CUDA")

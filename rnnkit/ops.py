@@ -2,7 +2,7 @@
 
 `layer_forward` and `layer_backward` serve every cell, direction, layout and device; `autograd.layer` gives
 them gradients. `packed_forward` runs on weights that `pack_weights` packed ahead.
-Extensions add kernels under their dispatch key (csrc/cpu/register.cpp); where there is none, the
+Extensions add kernels under their dispatch key (csrc/cpu/register.cpp, gpu.py); where there is none, the
 composite below runs.
 """
 
@@ -13,10 +13,10 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from rnnkit import backends, gpu, reference
+from rnnkit import reference
 from rnnkit.reference import CELLS, WEIGHTS
 
-_library = torch.library.Library("rnnkit", "DEF")
+library = torch.library.Library("rnnkit", "DEF")
 
 
 class Keep(IntEnum):
@@ -27,7 +27,7 @@ class Keep(IntEnum):
     EVERYTHING = 2
 
 
-def _kept_values(cell: str, keep: int) -> int:
+def kept_values(cell: str, keep: int) -> int:
     """Values kept for each hidden unit and step."""
     spec = CELLS[cell]
     return spec.saved if keep == Keep.EVERYTHING else spec.states - 1
@@ -36,31 +36,32 @@ def _kept_values(cell: str, keep: int) -> int:
 # states: h [D, N, P] (and c [D, N, H]), or empty for zeros. weights: five for each direction, see WEIGHTS.
 # keep: what the backward pass is to find, see `Keep`. Returns the output, the final states, and what was kept:
 # [D, rows, values of each unit, H].
-_library.define(
+library.define(
     "layer_forward(str cell, Tensor input, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, int keep)"
     " -> (Tensor, Tensor[], Tensor)"
 )
 # grads: of the output, then of each final state; None for zero. needs: for the input, each of `states`, each of
 # `weights`. Returns the gradients that are needed, in that order.
-_library.define(
+library.define(
     "layer_backward(str cell, Tensor?[] grads, Tensor input, Tensor[] states, Tensor?[] weights,"
     " Tensor? batch_sizes, Tensor output, Tensor reserve, bool[] needs) -> Tensor[]"
 )
 
 
 # Weights packed ahead for many calls without gradients; `packed` belongs to just these `weights`.
-_library.define("pack_weights(str cell, Tensor?[] weights) -> Tensor")
-_library.define(
+library.define("pack_weights(str cell, Tensor?[] weights) -> Tensor")
+library.define(
     "packed_forward(str cell, Tensor input, Tensor[] states, Tensor?[] weights, Tensor packed,"
     " Tensor? batch_sizes) -> (Tensor, Tensor[])"
 )
 
 
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What values of `dtype` are added up in, and kept in for the backward pass."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def _empty_results(
+def empty_results(
     cell: str,
     input: Tensor,
     weights: Sequence[Tensor | None],
@@ -68,6 +69,7 @@ def _empty_results(
     states: Sequence[Tensor],
     keep: int,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
+    """What `layer_forward` returns, not written yet; its arguments are."""
     spec = CELLS[cell]
     w_hh = weights[1]
     assert w_hh is not None
@@ -80,11 +82,11 @@ def _empty_results(
         batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
     output = input.new_empty([*rows, directions * projected])
     finals = [input.new_empty(directions, batch, s) for s in [projected, hidden][: spec.states]]
-    shape = [directions, math.prod(rows), _kept_values(cell, keep), hidden] if keep else [0]
-    return output, finals, input.new_empty(shape, dtype=_accumulate_dtype(input.dtype))
+    shape = [directions, math.prod(rows), kept_values(cell, keep), hidden] if keep else [0]
+    return output, finals, input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
 
 
-@torch.library.register_fake("rnnkit::layer_forward", lib=_library)
+@torch.library.register_fake("rnnkit::layer_forward", lib=library)
 def _forward_fake(
     cell: str,
     input: Tensor,
@@ -93,10 +95,10 @@ def _forward_fake(
     batch_sizes: Tensor | None,
     keep: int,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    return _empty_results(cell, input, weights, batch_sizes, states, keep)
+    return empty_results(cell, input, weights, batch_sizes, states, keep)
 
 
-@torch.library.register_fake("rnnkit::packed_forward", lib=_library)
+@torch.library.register_fake("rnnkit::packed_forward", lib=library)
 def _packed_forward_fake(
     cell: str,
     input: Tensor,
@@ -105,10 +107,10 @@ def _packed_forward_fake(
     packed: Tensor,
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    return _empty_results(cell, input, weights, batch_sizes, states, Keep.NOTHING)[:2]
+    return empty_results(cell, input, weights, batch_sizes, states, Keep.NOTHING)[:2]
 
 
-@torch.library.register_fake("rnnkit::layer_backward", lib=_library)
+@torch.library.register_fake("rnnkit::layer_backward", lib=library)
 def _backward_fake(
     cell: str,
     grads: Sequence[Tensor | None],
@@ -128,7 +130,7 @@ def _backward_fake(
     ]
 
 
-@torch.library.impl(_library, "layer_forward", "CompositeExplicitAutograd")
+@torch.library.impl(library, "layer_forward", "CompositeExplicitAutograd")
 def _forward_composite(
     cell: str,
     input: Tensor,
@@ -137,17 +139,17 @@ def _forward_composite(
     batch_sizes: Tensor | None,
     keep: int,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    reserve = _empty_results(cell, input, weights, batch_sizes, states, keep)[2]
+    reserve = empty_results(cell, input, weights, batch_sizes, states, keep)[2]
     output, finals = reference.layer(cell, input, states, weights, batch_sizes)
     return output, finals, reserve.zero_()
 
 
-@torch.library.impl(_library, "pack_weights", "CompositeExplicitAutograd")
+@torch.library.impl(library, "pack_weights", "CompositeExplicitAutograd")
 def _pack_composite(cell: str, weights: Sequence[Tensor | None]) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
-@torch.library.impl(_library, "packed_forward", "CompositeExplicitAutograd")
+@torch.library.impl(library, "packed_forward", "CompositeExplicitAutograd")
 def _packed_forward_composite(
     cell: str,
     input: Tensor,
@@ -156,10 +158,13 @@ def _packed_forward_composite(
     packed: Tensor,
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    return reference.layer(cell, input, states, weights, batch_sizes)
+    output, finals, _ = torch.ops.rnnkit.layer_forward(
+        cell, input, states, weights, batch_sizes, Keep.NOTHING
+    )
+    return output, finals
 
 
-@torch.library.impl(_library, "layer_backward", "CompositeExplicitAutograd")
+@torch.library.impl(library, "layer_backward", "CompositeExplicitAutograd")
 def _backward_composite(
     cell: str,
     grads: Sequence[Tensor | None],
@@ -175,23 +180,6 @@ def _backward_composite(
         cell, grads, input, states, weights, batch_sizes, needs, create_graph=False
     )
     return [grad for grad in found if grad is not None]
-
-
-def _packed_forward_cuda(
-    cell: str,
-    input: Tensor,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    packed: Tensor,
-    batch_sizes: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]:
-    return gpu.layer_forward(cell, input, states, weights, batch_sizes, Keep.NOTHING)[:2]
-
-
-if not backends.CUDA_REASON:
-    _library.impl("layer_forward", gpu.layer_forward, "CUDA")
-    _library.impl("layer_backward", gpu.layer_backward, "CUDA")
-    _library.impl("packed_forward", _packed_forward_cuda, "CUDA")
 
 
 def differentiable_backward(
