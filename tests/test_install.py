@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from importlib.util import find_spec
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -24,8 +24,11 @@ needs_extension = pytest.mark.skipif(
     backends.EXTENSION is None, reason=f"no C++ extension: {backends.EXTENSION_REASON}"
 )
 
+# Not find_spec("pip"): setuptools takes a process that looks for pip's module to be pip itself, and breaks in it.
+INSTALLED = {distribution.name for distribution in metadata.distributions()}
+
 needs_installer = pytest.mark.skipif(
-    not (ROOT / "setup.py").exists() or not find_spec("pip") or not find_spec("setuptools"),
+    not (ROOT / "setup.py").exists() or not {"pip", "setuptools"} <= INSTALLED,
     reason="needs the sources, pip and setuptools",
 )
 
