@@ -74,6 +74,10 @@ def _gpu() -> Facts:
     facts: Facts = {"CUDA in torch": torch.version.cuda or "none"}
     reason = getattr(backends, "CUDA_REASON", "not built")
     facts["CUDA library"] = f"not available: {reason}" if reason else "loaded"
+    facts["Triton kernels"] = (
+        f"not available: {backends.TRITON_REASON}" if backends.TRITON_REASON else "available"
+    )
+    facts["CUDA provider"] = backends.provider()
     facts["driver"] = _driver()
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         gpu = torch.cuda.get_device_properties(index)

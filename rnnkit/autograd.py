@@ -5,6 +5,7 @@ differentiable reference, so that they are correct for every cell without a kern
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -81,6 +82,9 @@ class _Watch:
         return self._counter._version != self._version
 
 
+_AS_IT_IS = nullcontext()
+
+
 class _Layer(torch.autograd.Function):
     """(cell, keep, batch_sizes, number of states, input, *states, *weights) -> (output, *final states)."""
 
@@ -99,6 +103,7 @@ class _Layer(torch.autograd.Function):
             cell, input, states, weights, batch_sizes, keep
         )
         ctx.cell, ctx.n_states = cell, n_states
+        ctx.backend = None if torch.compiler.is_compiling() else backends.forced_backend()
         ctx.set_materialize_grads(False)
         # torch.nn's output may be written to before the backward pass. So may this one: it is saved
         # without autograd's own check, and computed again if it was.
@@ -120,13 +125,15 @@ class _Layer(torch.autograd.Function):
                 ctx.cell, grads, input, states, weights, batch_sizes, needs, create_graph
             )
             return None, None, None, None, *found
-        if ctx.watch is not None and ctx.watch.written():
-            output = torch.ops.rnnkit.layer_forward(
-                ctx.cell, input, states, weights, batch_sizes, Keep.NOTHING
-            )[0]
-        remaining = iter(
-            torch.ops.rnnkit.layer_backward(
-                ctx.cell, grads, input, states, weights, batch_sizes, output, reserve, needs
+        # Autograd runs a GPU's backward passes in a thread of its own.
+        with backends.forcing(ctx.backend) if ctx.backend else _AS_IT_IS:
+            if ctx.watch is not None and ctx.watch.written():
+                output = torch.ops.rnnkit.layer_forward(
+                    ctx.cell, input, states, weights, batch_sizes, Keep.NOTHING
+                )[0]
+            remaining = iter(
+                torch.ops.rnnkit.layer_backward(
+                    ctx.cell, grads, input, states, weights, batch_sizes, output, reserve, needs
+                )
             )
-        )
         return None, None, None, None, *(next(remaining) if need else None for need in needs)

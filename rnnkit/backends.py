@@ -5,6 +5,7 @@ runs. `backend` forces a choice.
 """
 
 import importlib
+import importlib.metadata
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +18,10 @@ from typing import Any
 import torch
 
 #: Backend names, in order of preference.
-BACKENDS = ("cpp", "reference")
+BACKENDS = ("cpp", "triton", "reference")
+
+#: The oldest that the Triton kernels compile with.
+TRITON_VERSION = (3, 6)
 
 _forced = threading.local()
 _warned: set[str] = set()
@@ -60,14 +64,34 @@ def _load_cuda() -> str:
     return ""
 
 
+def _find_triton() -> str:
+    """Why the Triton kernels cannot be there, or empty; they are imported at their first use."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch is built without CUDA and ROCm"
+    for name in ("triton", "pytorch-triton-rocm", "triton-rocm"):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if tuple(int(part) for part in version.split(".")[:2]) >= TRITON_VERSION:
+            return ""
+        return f"needs triton {'.'.join(map(str, TRITON_VERSION))} or later, this is {version}"
+    return "triton is not installed: pip install triton"
+
+
 EXTENSION, EXTENSION_REASON = _load("rnnkit._C")
 
 #: Why there are no CUDA kernels; empty where there are.
 CUDA_REASON = _load_cuda()
 
+#: Why there are no Triton kernels; empty where there are.
+TRITON_REASON = _find_triton()
+
 
 def unavailable(name: str) -> str:
     """Why backend `name` cannot be used here; empty when it can."""
+    if name == "triton":
+        return TRITON_REASON or _too_old(None)
     if name != "cpp" or not EXTENSION_REASON or not (CUDA_REASON or _unusable(None)):
         return ""
     return EXTENSION_REASON
@@ -79,29 +103,35 @@ def serving(device: torch.device) -> str:
     Raises:
         RuntimeError: a backend is forced that has no kernels for `device`.
     """
-    forced: str | None = getattr(_forced, "name", None)
+    forced = forced_backend()
     if forced is not None:
-        if forced == "cpp" and (reason := _no_kernels(device)):
-            raise RuntimeError(f"backend 'cpp' has no kernels for {device.type}{reason}")
+        if reason := _no_kernels(forced, device):
+            raise RuntimeError(f"backend {forced!r} has no kernels for {device.type}{reason}")
         return forced
-    reason = _no_kernels(device)
-    if not reason:
-        return "cpp"
+    reasons = {name: _no_kernels(name, device) for name in BACKENDS}
+    found = next(name for name, reason in reasons.items() if not reason)
     if (
-        device.type in _EXTENSIONS
+        found == "reference"
+        and device.type in _EXTENSIONS
         and not torch.compiler.is_compiling()
         and device.type not in _warned
     ):
         _warned.add(device.type)
+        nor = f", nor are there Triton kernels{reasons['triton']}" if device.type == "cuda" else ""
         warnings.warn(
             f"rnnkit runs on its plain PyTorch reference: the {_EXTENSIONS[device.type]} extension was not loaded"
-            f"{reason}. `python -m rnnkit info` tells more.",
+            f"{reasons['cpp']}{nor}. `python -m rnnkit info` tells more.",
             stacklevel=2,
         )
-    return "reference"
+    return found
 
 
 _EXTENSIONS = {"cpu": "C++", "cuda": "CUDA"}
+
+
+def provider() -> str:
+    """The backend that is there for CUDA tensors, whether or not this machine has a GPU."""
+    return "reference" if CUDA_REASON and TRITON_REASON else "triton" if CUDA_REASON else "cpp"
 
 
 def _architectures() -> list[tuple[tuple[int, int], bool]]:
@@ -123,13 +153,22 @@ def newest_architecture() -> tuple[int, int]:
 
 
 @lru_cache
-def _unusable(index: int | None) -> str:
-    """Why the CUDA kernels do not run on GPU `index`; empty if they do."""
+def _too_old(index: int | None) -> str:
+    """Why no kernels run on GPU `index`; empty if some may."""
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     has = torch.cuda.get_device_capability(index)
-    if has < (8, 0):
+    if torch.version.hip is None and has < (8, 0):
         return f"they need compute capability 8.0, this GPU has {has[0]}.{has[1]}"
+    return ""
+
+
+@lru_cache
+def _unusable(index: int | None) -> str:
+    """Why the CUDA kernels do not run on GPU `index`; empty if they do."""
+    if reason := _too_old(index):
+        return reason
+    has = torch.cuda.get_device_capability(index)
     built = _architectures()
     # A binary runs on later GPUs of its generation, PTX on all later ones.
     if built and not any(c <= has and (ptx or c[0] == has[0]) for c, ptx in built):
@@ -137,19 +176,24 @@ def _unusable(index: int | None) -> str:
     return ""
 
 
-def _no_kernels(device: torch.device) -> str:
-    """The reason why 'cpp' cannot serve `device`, in parentheses where there is one to tell; empty if it can."""
-    if device.type == "cuda":
+def _no_kernels(name: str, device: torch.device) -> str:
+    """The reason why a backend cannot serve `device`, in parentheses; empty if it can."""
+    if name == "reference" or device.type == "meta":
+        return ""
+    if device.type == "cuda" and name == "triton":
+        reason = TRITON_REASON or _too_old(device.index)
+    elif device.type == "cuda":
         reason = CUDA_REASON or _unusable(device.index)
-        return f" ({reason})" if reason else ""
-    if device.type == "cpu":
-        return f" ({EXTENSION_REASON})" if EXTENSION is None else ""
-    return "" if device.type == "meta" else " (there are none)"
+    elif device.type == "cpu" and name == "cpp":
+        reason = EXTENSION_REASON if EXTENSION is None else ""
+    else:
+        reason = "there are none"
+    return f" ({reason})" if reason else ""
 
 
 def short_way(name: str) -> Callable[..., Any] | None:
     """The extension's function `name` for inference, which skips Python where it can; None: do without it."""
-    if EXTENSION is None or getattr(_forced, "name", None) == "reference":
+    if EXTENSION is None or forced_backend() in ("reference", "triton"):
         return None
     return None if torch.compiler.is_compiling() else getattr(EXTENSION, name)
 
@@ -159,7 +203,8 @@ def backend(name: str) -> Iterator[None]:
     """Run every rnnkit layer and cell called in this block, on this thread, on backend `name`.
 
     Args:
-        name: `"cpp"`, the compiled kernels, or `"reference"`, plain PyTorch.
+        name: `"cpp"`, the compiled kernels; `"triton"`, those that Triton compiles for a GPU at their first use;
+            or `"reference"`, plain PyTorch.
 
     Raises:
         ValueError: `name` is not a backend.
@@ -170,7 +215,19 @@ def backend(name: str) -> Iterator[None]:
         raise ValueError(f"expected backend to be one of {', '.join(BACKENDS)}, got {name!r}")
     if unavailable(name):
         raise RuntimeError(f"backend {name!r} is not available: {unavailable(name)}")
-    previous = getattr(_forced, "name", None)
+    with forcing(name):
+        yield
+
+
+def forced_backend() -> str | None:
+    """The backend that this thread is to run on; None: the best."""
+    return getattr(_forced, "name", None)
+
+
+@contextmanager
+def forcing(name: str | None) -> Iterator[None]:
+    """Runs this block on what `forced_backend` told earlier, perhaps in another thread."""
+    previous = forced_backend()
     _forced.name = name
     try:
         yield

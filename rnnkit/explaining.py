@@ -16,17 +16,18 @@ class Explanation:
     """What runs a call.
 
     Attributes:
-        backend: `"cpp"` or `"reference"`, see `rnnkit.backend`.
+        backend: `"cpp"`, `"triton"` or `"reference"`, see `rnnkit.backend`.
         device: the input's kind of device.
-        kernel: on a GPU `"cluster"`, `"persistent"` or `"stepwise"`, for the forward pass; else the backend.
-        forward, backward: on a GPU the plan of each pass: units, tiles, blocks, bytes, and the reason.
+        kernel: on a GPU, for the forward pass, `"cluster"`, `"persistent"` or `"stepwise"`, on Triton `"sequence"` or
+            `"stepwise"`; else the backend.
+        forward, backward: on a GPU how each pass is cut: units, blocks, warps or bytes, and the reason.
     """
 
     backend: str
     device: str
     kernel: str
-    forward: plan.Plan | None = None
-    backward: plan.Plan | None = None
+    forward: gpu.Design | None = None
+    backward: gpu.Design | None = None
 
     def __str__(self) -> str:
         if self.forward is None:
@@ -74,8 +75,10 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
     directions = 2 if layer and module.bidirectional else 1
     assert isinstance(projected, int)
     index = torch.cuda.current_device() if device.index is None else device.index
+    run = gpu.scans(device)
+    assert run is not None
     plans = [
-        plan.choose(
+        run.choose(
             plan.Scan(
                 cell,
                 dtype.itemsize,
@@ -86,7 +89,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
                 directions,
                 gpu.is_precise(dtype),
             ),
-            gpu.device_of(index),
+            torch.device(device.type, index),
         )
         for backward in (False, True)
     ]

@@ -1,13 +1,15 @@
 """The ops on CUDA tensors: one large product for all inputs, a scan, one large product for each gradient.
 
-`layer_forward` and `layer_backward` are those of `rnnkit.ops`. The scan is the CUDA extension's (csrc/cuda/): one
-launch for the whole sequence, or step by step, as `rnnkit.plan` chooses.
+`layer_forward` and `layer_backward` are those of `rnnkit.ops`; the products are torch's. The scan is a backend's
+(`Scans`): the CUDA extension's (cuda.py) or Triton's (triton/scan.py).
 """
 
+import importlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from itertools import accumulate
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -17,15 +19,65 @@ from rnnkit.ops import Keep
 from rnnkit.reference import CELLS, WEIGHTS
 
 
-@lru_cache
-def device_of(index: int) -> plan.Device:
-    """What the plan needs to know of CUDA device `index`, and of what the extension was built for."""
-    facts = torch.cuda.get_device_properties(index)
-    return plan.Device(
-        facts.multi_processor_count,
-        facts.shared_memory_per_block_optin,  # type: ignore[attr-defined]
-        min((facts.major, facts.minor), backends.newest_architecture()),
-    )
+class Design(Protocol):
+    """How a scan runs: the kernel's name, and why this one; `str` tells all."""
+
+    @property
+    def kernel(self) -> str:
+        """Its name."""
+
+    @property
+    def reason(self) -> str:
+        """Why this one."""
+
+
+class Scans(Protocol):
+    """What a backend brings: a module with the scans of one layer, all that is not a product over all rows."""
+
+    def choose(self, scan: plan.Scan, device: torch.device) -> Design:
+        """How a scan would run on a device."""
+
+    def forward(
+        self,
+        call: "Call",
+        gates: Tensor,
+        keep: int,
+        output: Tensor,
+        finals: Sequence[Tensor],
+        reserve: Tensor,
+    ) -> None:
+        """Writes output [rows, D*P], final states and reserve; gates [rows, D*G*H] are the inputs' parts."""
+
+    def backward(self, back: "Backward", initial_grads: Sequence[Tensor | None]) -> Tensor | None:
+        """Writes `back.grad_gates` and those of the initial states, where there are any.
+
+        Returns the gradients of h after its projection, [D, rows, P], with all that reaches it; None without one.
+        """
+
+    def gates_again(
+        self,
+        call: "Call",
+        d: int,
+        gates: Tensor,
+        previous: Sequence[tuple[slice, Tensor | None]],
+        states: Tensor,
+        reserve: Tensor,
+    ) -> None:
+        """Writes a direction's reserve [rows, V, H] as `forward` would keep it.
+
+        previous: h before each step, parts of all rows with a matrix for each, None for zeros; states: those but h
+        before each step, [rows, S - 1, H].
+        """
+
+
+#: Where each backend's scans are; imported at the first use.
+_MODULES = {"cpp": "rnnkit.cuda", "triton": "rnnkit.triton.scan"}
+
+
+def scans(device: torch.device) -> Scans | None:
+    """Those of the backend that serves the device now; None: the reference does."""
+    name = _MODULES.get(backends.serving(device))
+    return None if name is None else cast(Scans, importlib.import_module(name))
 
 
 def is_precise(dtype: torch.dtype) -> bool:
@@ -113,7 +165,7 @@ def _plain(tensor: Tensor | None) -> Tensor | None:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
-class _Call:
+class Call:
     """An op's arguments, checked, with their sizes."""
 
     def __init__(
@@ -166,6 +218,7 @@ class _Call:
                         "expected batch_sizes to be positive and not to increase, got "
                         f"{count} after {before} at step {t}"
                     )
+            self._starts = [0, *accumulate(sizes)]
             self.steps, self.batch, self.rows = len(sizes), sizes[0] if sizes else 0, sum(sizes)
             if self.rows != input.size(0):
                 got = "more" if self.rows > input.size(0) else self.rows
@@ -219,6 +272,7 @@ class _Call:
 
     @property
     def empty(self) -> bool:
+        """Whether there is nothing to compute."""
         return self.rows == 0 or self.hidden == 0
 
     @property
@@ -228,6 +282,7 @@ class _Call:
 
     @property
     def sum_dtype(self) -> torch.dtype:
+        """Of sums, and of what is kept."""
         return ops.accumulate_dtype(self.input.dtype)
 
     def reserve_shape(self, keep: int) -> tuple[int, ...]:
@@ -238,27 +293,49 @@ class _Call:
         """The row where each step begins, on the device; None: every step has as many."""
         if not self.ragged:
             return None
-        offsets = torch.zeros(self.steps + 1, dtype=torch.int64)
-        torch.cumsum(torch.tensor(self._sizes), 0, out=offsets[1:])
-        return _sent(offsets, self.input.device)
+        return _sent(torch.tensor(self._starts), self.input.device)
 
-    def launch(self, backward: bool) -> plan.Plan:
-        """The kernel for this call's scan."""
-        dtype = self.input.dtype
-        scan = plan.Scan(
+    @property
+    def precise(self) -> bool:
+        """Whether float32 is multiplied as such."""
+        return is_precise(self.input.dtype)
+
+    @property
+    def projects(self) -> bool:
+        """Whether h is projected."""
+        return self.w_hr[0] is not None
+
+    def scan(self, backward: bool) -> plan.Scan:
+        """What decides how this call's scan runs."""
+        return plan.Scan(
             self.cell,
-            dtype.itemsize,
+            self.input.dtype.itemsize,
             backward,
             self.hidden,
             self.projected,
             self.batch,
             self.directions,
-            is_precise(dtype),
+            self.precise,
         )
-        return plan.choose(scan, device_of(self.input.device.index))
 
-    def workspace(self, of_plan: plan.Plan) -> Tensor:
-        return torch.zeros(of_plan.workspace_bytes, dtype=torch.uint8, device=self.input.device)
+    def rows_of(self, d: int, step: int) -> slice:
+        """Of the step that direction d processes as number `step`."""
+        t = self.steps - 1 - step if d else step
+        if not self.ragged:
+            return slice(t * self.batch, (t + 1) * self.batch)
+        return slice(self._starts[t], self._starts[t + 1])
+
+    def last_rows(self, output: Tensor, out: Tensor) -> None:
+        """Copies the h [D, N, P] that each sequence ends with from the output [rows, D*P]."""
+        for d in range(self.directions):
+            columns = output[:, d * self.projected : (d + 1) * self.projected]
+            if d or not self.ragged:
+                out[d].copy_(columns[self.rows_of(d, self.steps - 1)])
+                continue
+            counts = torch.tensor(self._sizes)
+            last = (counts[:, None] > torch.arange(self.batch)).sum(0) - 1  # of each sequence
+            places = torch.tensor(self._starts)[last] + torch.arange(self.batch)
+            out[d].copy_(columns.index_select(0, _sent(places, output.device)))
 
     def matrix(self) -> Tensor:
         """The input as [rows, I]."""
@@ -278,6 +355,14 @@ def _joined(weights: Sequence[Tensor | None]) -> Tensor:
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
+def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """[D, ...] of the directions' tensors; None if they have none."""
+    found = [t for t in tensors if t is not None]
+    if not found:
+        return None
+    return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
+
+
 def layer_forward(
     cell: str,
     input: Tensor,
@@ -289,90 +374,17 @@ def layer_forward(
     """`rnnkit::layer_forward` on CUDA tensors."""
     if keep not in tuple(Keep):
         raise RuntimeError(f"expected keep to be 0, 1 or 2, got {keep}")
-    call = _Call(cell, input, states, weights, batch_sizes)
+    run = scans(input.device)
+    if run is None:
+        return ops.forward_composite(cell, input, states, weights, batch_sizes, keep)
+    call = Call(cell, input, states, weights, batch_sizes)
     output, finals, reserve = ops.empty_results(cell, input, weights, batch_sizes, states, keep)
     if call.empty:
         return output.zero_(), [state.zero_() for state in finals], reserve
     with _products_like_scans(input):
         gates = call.gates()
-        chosen = call.launch(backward=False)
-        flat = output.view(call.rows, -1)
-        if chosen.kernel != "stepwise":
-            torch.ops.rnnkit.persistent_forward(
-                cell,
-                chosen.numbers,
-                gates,
-                call.w_hh,
-                call.b_ih,
-                call.b_hh,
-                *_padded(call.states),
-                call.offsets(),
-                call.steps,
-                keep,
-                is_precise(input.dtype),
-                call.workspace(chosen),
-                flat,
-                *_padded(finals),
-                reserve,
-            )
-        else:
-            _stepwise_forward(call, gates, keep, flat, finals, reserve)
+        run.forward(call, gates, keep, output.view(call.rows, -1), finals, reserve)
     return output, finals, reserve
-
-
-def _padded(states: Sequence[Tensor]) -> list[Tensor | None]:
-    """h and c, None for what is not there."""
-    return [*states, None, None][:2]
-
-
-def _stacked(weights: Sequence[Tensor | None]) -> Tensor | None:
-    """[D, ...] of the directions' weights; None if they have none."""
-    found = [w for w in weights if w is not None]
-    if not found:
-        return None
-    return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
-
-
-def _stepwise_forward(
-    call: _Call,
-    gates: Tensor,
-    keep: int,
-    output: Tensor,
-    finals: Sequence[Tensor],
-    reserve: Tensor,
-) -> None:
-    new, sums = call.input.new_empty, call.sum_dtype
-    size = call.state_shape(1)
-    h = call.states[0].clone() if call.states else new(call.state_shape(0)).zero_()
-    projects = call.w_hr[0] is not None
-    h_state = new(size, dtype=sums).zero_() if projects else h.to(sums, copy=True)
-    c_state = None
-    if call.spec.states > 1:
-        c_state = (
-            call.states[1].to(sums, copy=True) if call.states else new(size, dtype=sums).zero_()
-        )
-    torch.ops.rnnkit.stepwise_forward(
-        call.cell,
-        gates,
-        _stacked(call.w_hh),
-        call.b_ih,
-        call.b_hh,
-        _stacked(call.w_hr),
-        call.counts,
-        not call.states,
-        keep,
-        is_precise(h.dtype),
-        h,
-        h_state,
-        c_state,
-        new(call.directions, call.batch, call.spec.gates * call.hidden),
-        new(size) if projects else None,
-        output,
-        reserve,
-    )
-    finals[0].copy_(h if projects else h_state)
-    if c_state is not None:
-        finals[1].copy_(c_state)
 
 
 def layer_backward(
@@ -387,7 +399,12 @@ def layer_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """`rnnkit::layer_backward` on CUDA tensors."""
-    call = _Call(cell, input, states, weights, batch_sizes)
+    run = scans(input.device)
+    if run is None:
+        return ops.backward_composite(
+            cell, grads, input, states, weights, batch_sizes, output, reserve, needs
+        )
+    call = Call(cell, input, states, weights, batch_sizes)
     spec = call.spec
     if len(grads) != 1 + spec.states:
         raise RuntimeError(
@@ -419,7 +436,7 @@ def layer_backward(
             if need and t is not None
         ]
     with _products_like_scans(input):
-        found = _Backward(call, [_plain(g) for g in grads], output, reserve, needs).run()
+        found = Backward(call, run, [_plain(g) for g in grads], output, reserve, needs).run()
     return [
         found[index]
         for index, (t, need) in enumerate(zip(wanted, needs, strict=True))
@@ -427,18 +444,28 @@ def layer_backward(
     ]
 
 
-class _Backward:
-    """The gradients of one call: the scan back through the gates, then products over all rows at once."""
+class Backward:
+    """The gradients of one call: the scan back through the gates, then products over all rows at once.
+
+    Attributes:
+        call: the call.
+        grads: of the output and of each final state.
+        output: [rows, D*P].
+        reserve: [D, rows, V, H].
+        values: W, gradients that a unit's gates have: of the recurrent parts, and of input parts that differ.
+        grad_gates: they, [rows, D*W*H].
+    """
 
     def __init__(
         self,
-        call: _Call,
+        call: Call,
+        run: Scans,
         grads: Sequence[Tensor | None],
         output: Tensor,
         reserve: Tensor,
         needs: Sequence[bool],
     ) -> None:
-        self.call, self.grads, self.needs = call, grads, needs
+        self.call, self.scans, self.grads, self.needs = call, run, grads, needs
         plain = _plain(output)
         assert plain is not None
         self.output = plain.view(call.rows, -1)
@@ -455,93 +482,23 @@ class _Backward:
         width = self.values * call.hidden
         self.grad_gates = call.input.new_empty(call.rows, call.directions * width)
         self.found: dict[int, Tensor] = {}
-        chosen = call.launch(backward=True)
         initial = [
             call.input.new_empty(call.state_shape(k)) if call.states else None
             for k in range(call.spec.states)
         ]
-        if chosen.kernel != "stepwise":
-            self._persistent(chosen, initial)
-        else:
-            self._stepwise(initial)
+        grad_projected = self.scans.backward(self, initial)
         for k, grad in enumerate(initial):
             if grad is not None:
                 self.found[1 + k] = grad
+        if grad_projected is not None:
+            for d in range(call.directions):
+                if self.needs[self._place(d, 4)]:
+                    self.found[self._place(d, 4)] = grad_projected[d].t() @ self._unprojected(d)
         for d in range(call.directions):
             self._weights(d, self.grad_gates[:, d * width : (d + 1) * width])
         if self.needs[0]:
             self.found[0] = self._input()
         return self.found
-
-    def _persistent(self, chosen: plan.Plan, initial: Sequence[Tensor | None]) -> None:
-        call = self.call
-        grad_output, *grad_finals = self.grads
-        torch.ops.rnnkit.persistent_backward(
-            call.cell,
-            chosen.numbers,
-            [w.t().contiguous() for w in call.w_hh if w is not None],
-            call.states[0] if call.states else None,
-            call.offsets(),
-            call.steps,
-            call.batch,
-            self.output,
-            self.reserve,
-            grad_output,
-            *[*grad_finals, None][:2],
-            is_precise(call.input.dtype),
-            call.workspace(chosen),
-            self.grad_gates,
-            *[*initial, None][:2],
-        )
-
-    def _stepwise(self, initial: Sequence[Tensor | None]) -> None:
-        call = self.call
-        new, low, sums = call.input.new_empty, call.input.dtype, call.sum_dtype
-        projects = call.w_hr[0] is not None
-        grad_output, *finals = self.grads
-
-        def started(grad: Tensor | None, index: int, dtype: torch.dtype) -> Tensor:
-            if grad is None:
-                return new(call.state_shape(index), dtype=dtype).zero_()
-            return grad.to(dtype, copy=True)
-
-        grad_h = started(None if projects else finals[0], 1, sums)
-        grad_c = started(finals[1], 1, sums) if call.spec.states > 1 else None
-        through = started(finals[0] if projects else None, 0, low)
-        grad_projected = new(call.directions, call.rows, call.projected) if projects else None
-        counts = call.counts
-        torch.ops.rnnkit.stepwise_backward(
-            call.cell,
-            _stacked(call.w_hh),
-            _stacked(call.w_hr),
-            counts,
-            is_precise(low),
-            self.output,
-            call.states[0] if call.states else None,
-            self.reserve,
-            None if grad_output is None else grad_output.view(call.rows, -1),
-            grad_h,
-            grad_c,
-            through,
-            new(call.state_shape(1)) if projects else None,
-            grad_projected,
-            self.grad_gates,
-            self.values,
-        )
-        if initial[0] is not None and projects:
-            initial[0].copy_(through)
-        elif initial[0] is not None:
-            for d in range(call.directions):
-                last = counts[-1] if d else counts[0]
-                grad_h[d, :last] += through[d, :last]
-            initial[0].copy_(grad_h)
-        if grad_c is not None and len(initial) > 1 and initial[1] is not None:
-            initial[1].copy_(grad_c)
-        if grad_projected is None:
-            return
-        for d in range(call.directions):
-            if self.needs[self._place(d, 4)]:
-                self.found[self._place(d, 4)] = grad_projected[d].t() @ self._unprojected(d)
 
     def _unprojected(self, d: int) -> Tensor:
         """The LSTM's h before its projection, [rows, H]: o tanh(f c + i g)."""
@@ -552,8 +509,8 @@ class _Backward:
         """Of a weight among [input, *states, *weights]."""
         return self.first_weight + d * len(WEIGHTS) + k
 
-    def _previous(self, d: int) -> list[tuple[slice, Tensor]]:
-        """h_{t-1}: parts of the rows, and a matrix for each; zeros are left out."""
+    def _previous(self, d: int) -> list[tuple[slice, Tensor | None]]:
+        """h_{t-1}: parts of the rows, and a matrix for each; None for zeros."""
         call = self.call
         width = call.projected
         output = self.output[:, d * width : (d + 1) * width]
@@ -562,10 +519,10 @@ class _Backward:
             edge, rows = call.batch, call.rows
             inner = (slice(0, rows - edge), slice(edge, rows))
             of, before = inner if d else inner[::-1]
-            parts = [(of, output[before])] if call.steps > 1 else []
-            if initial is not None:
-                parts.append((slice(rows - edge, rows) if d else slice(0, edge), initial))
-            return parts
+            parts: list[tuple[slice, Tensor | None]] = [
+                (slice(rows - edge, rows) if d else slice(0, edge), initial)
+            ]
+            return [(of, output[before]), *parts] if call.steps > 1 else parts
         if initial is None:
             initial = call.input.new_zeros(call.batch, width)
         counts = torch.tensor(call.counts)
@@ -602,6 +559,8 @@ class _Backward:
         if need[1]:
             grad = None
             for rows, h in self._previous(d):
+                if h is None:
+                    continue
                 part = recurrent[rows].t()
                 grad = part @ h if grad is None else torch.addmm(grad, part, h)
             if grad is None:
@@ -633,29 +592,11 @@ class _Backward:
         """Computes what the forward pass did not keep, for all steps at once, since every h is known."""
         call = self.call
         states, gates = self.reserve, call.gates()
-        width = call.spec.gates * call.hidden
         self.reserve = states.new_empty(call.reserve_shape(Keep.EVERYTHING))
         for d in range(call.directions):
-            w_hh = call.w_hh[d]
-            assert w_hh is not None
-            recurrent = call.input.new_zeros(call.rows, width)
-            for rows, h in self._previous(d):
-                torch.mm(h, w_hh.t(), out=recurrent[rows])
-            h_state = states.new_zeros(call.rows, call.hidden)
-            c_state = states[d, :, 0].contiguous().clone() if call.spec.states > 1 else None
-            torch.ops.rnnkit.gates_again(
-                call.cell,
-                gates,
-                recurrent,
-                call.b_ih[d],
-                call.b_hh[d],
-                d,
-                h_state,
-                c_state,
-                self.reserve[d],
-            )
+            self.scans.gates_again(call, d, gates, self._previous(d), states[d], self.reserve[d])
 
 
-if not backends.CUDA_REASON:
+if not (backends.CUDA_REASON and backends.TRITON_REASON):
     ops.library.impl("layer_forward", layer_forward, "CUDA")
     ops.library.impl("layer_backward", layer_backward, "CUDA")

@@ -131,7 +131,7 @@ def _backward_fake(
 
 
 @torch.library.impl(library, "layer_forward", "CompositeExplicitAutograd")
-def _forward_composite(
+def forward_composite(
     cell: str,
     input: Tensor,
     states: Sequence[Tensor],
@@ -139,6 +139,7 @@ def _forward_composite(
     batch_sizes: Tensor | None,
     keep: int,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`layer_forward` by the reference."""
     reserve = empty_results(cell, input, weights, batch_sizes, states, keep)[2]
     output, finals = reference.layer(cell, input, states, weights, batch_sizes)
     return output, finals, reserve.zero_()
@@ -165,7 +166,7 @@ def _packed_forward_composite(
 
 
 @torch.library.impl(library, "layer_backward", "CompositeExplicitAutograd")
-def _backward_composite(
+def backward_composite(
     cell: str,
     grads: Sequence[Tensor | None],
     input: Tensor,
@@ -176,6 +177,7 @@ def _backward_composite(
     reserve: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor]:
+    """`layer_backward` by the reference."""
     found = differentiable_backward(
         cell, grads, input, states, weights, batch_sizes, needs, create_graph=False
     )

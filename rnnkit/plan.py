@@ -15,6 +15,8 @@ from functools import lru_cache
 from rnnkit.reference import CELLS
 
 KERNELS = ("cluster", "persistent", "stepwise")
+#: Those of rnnkit/triton/scan.py.
+TRITON_KERNELS = ("sequence", "stepwise")
 
 WARPS = 8
 #: Bytes that a warp loads at once, in 32 vectors.
@@ -120,7 +122,7 @@ def forced(kernel: str, **choice: int) -> Iterator[None]:
     """Run every scan that this thread launches in this block on `kernel`, wherever it can run there.
 
     Args:
-        kernel: a name in `KERNELS`.
+        kernel: a name in `KERNELS`, or of those that run on Triton in `TRITON_KERNELS`.
         choice: `units`, `columns`: only plans with these.
 
     A backward pass that autograd runs is launched by a thread of its own, which this does not reach.
@@ -128,14 +130,21 @@ def forced(kernel: str, **choice: int) -> Iterator[None]:
     Raises:
         ValueError: there is no such kernel.
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"expected kernel to be one of {', '.join(KERNELS)}, got {kernel!r}")
+    names = dict.fromkeys((*KERNELS, *TRITON_KERNELS))
+    if kernel not in names:
+        raise ValueError(f"expected kernel to be one of {', '.join(names)}, got {kernel!r}")
     previous = getattr(_forced, "choice", None)
     _forced.choice = (kernel, tuple(sorted(choice.items())))
     try:
         yield
     finally:
         _forced.choice = previous
+
+
+def forced_kernel() -> str:
+    """The kernel that `forced` asks for; empty if none."""
+    choice: tuple[str, object] | None = getattr(_forced, "choice", None)
+    return choice[0] if choice else ""
 
 
 def choose(scan: Scan, device: Device) -> Plan:

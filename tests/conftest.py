@@ -15,6 +15,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import hypothesis
 import pytest
 import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which must be known before triton is loaded.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from devices import DEVICES
 
 import rnnkit
@@ -48,17 +53,23 @@ def _no_gpu() -> str:
     """Why tests cannot run on a GPU here; empty when they can."""
     if not torch.cuda.is_available():
         return "needs a CUDA GPU, torch sees none"
-    return f"no CUDA kernels: {backends.CUDA_REASON}" if backends.CUDA_REASON else ""
+    if backends.CUDA_REASON and backends.TRITON_REASON:
+        return f"no CUDA kernels: {backends.CUDA_REASON}; {backends.TRITON_REASON}"
+    return ""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """GPU tests run where there is a GPU, and on rnnkit's kernels alone: the reference is as on the CPU."""
+    """GPU tests run where there is a GPU, and on rnnkit's kernels alone: the reference is as on the CPU.
+
+    Triton's kernels are for a GPU only.
+    """
     gpu = [item for item in items if item.get_closest_marker("gpu")]
-    doubled = {
-        item
-        for item in gpu
-        if hasattr(item, "callspec") and item.callspec.params.get("backend") == "reference"
-    }
+
+    def backend_of(item: pytest.Item) -> str:
+        return item.callspec.params.get("backend", "") if hasattr(item, "callspec") else ""
+
+    doubled = {item for item in gpu if backend_of(item) == "reference"}
+    doubled |= {item for item in items if backend_of(item) == "triton"} - set(gpu)
     if doubled:
         config.hook.pytest_deselected(items=list(doubled))
         items[:] = [item for item in items if item not in doubled]

@@ -1,10 +1,12 @@
-"""The devices that tests run on: the CPU and, marked `gpu`, the current CUDA device."""
+"""The devices that tests run on: the CPU and, marked `gpu`, the current CUDA device; or the CPU in its place."""
 
 import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
+
+from rnnkit import gpu
 
 #: The CPU leaves no trace in a test's name (a pytest before 8.4 knows no nameless parameters).
 DEVICES = (
@@ -25,3 +27,16 @@ def on_gpu(cases: Iterable[Any]) -> list[Any]:
         pytest.param(dataclasses.replace(case, device="cuda"), marks=pytest.mark.gpu)
         for case in cases
     ]
+
+
+class OpsOfGpu:
+    """In the place of `torch.ops.rnnkit`: layers take CPU tensors the way of CUDA tensors, other ops are `others`."""
+
+    layer_forward = staticmethod(gpu.layer_forward)
+    layer_backward = staticmethod(gpu.layer_backward)
+
+    def __init__(self, others: Any) -> None:
+        self._others = others
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._others, name)

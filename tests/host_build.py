@@ -18,13 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import torch
+from devices import OpsOfGpu
 from torch.utils import cpp_extension
 
-from rnnkit import gpu, plan
+from rnnkit import cuda, gpu, plan
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -132,23 +133,14 @@ def _compile(compiler: list[str], target: Path) -> None:
         path.unlink()
 
 
-class _Ops:
-    """`torch.ops.rnnkit`, whose layers take CPU tensors the way of CUDA tensors."""
-
-    layer_forward = staticmethod(gpu.layer_forward)
-    layer_backward = staticmethod(gpu.layer_backward)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(getattr(torch.ops, NAMESPACE), name)
-
-
 @contextmanager
 def ops(device: plan.Device = DEVICE) -> Iterator[None]:
     """In this block `torch.ops.rnnkit` runs on CPU tensors what it would run on `device`."""
     torch.ops.load_library(library())
     with (
-        mock.patch.object(torch.ops, "rnnkit", _Ops()),
-        mock.patch.object(gpu, "device_of", lambda index: device),
+        mock.patch.object(torch.ops, "rnnkit", OpsOfGpu(getattr(torch.ops, NAMESPACE))),
+        mock.patch.object(gpu, "scans", lambda _: cuda),
+        mock.patch.object(cuda, "device_of", lambda index: device),
     ):
         yield
 

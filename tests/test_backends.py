@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 
 import pytest
 import torch
@@ -130,9 +131,12 @@ def test_unavailable_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device without kernels runs on the reference; a shape alone needs no kernel."""
     monkeypatch.setattr(backends, "CUDA_REASON", "no nvcc was found")
+    monkeypatch.setattr(backends, "TRITON_REASON", "triton is not installed: pip install triton")
     monkeypatch.setattr(backends, "_warned", set())
     with pytest.warns(
-        UserWarning, match=r"the CUDA extension was not loaded \(no nvcc was found\)"
+        UserWarning,
+        match=r"the CUDA extension was not loaded \(no nvcc was found\), nor are there Triton kernels "
+        r"\(triton is not installed: pip install triton\)",
     ):
         assert backends.serving(torch.device("cuda")) == "reference"
     output, h_n = rnnkit.GRU(3, 4, device="meta")(torch.empty(2, 5, 3, device="meta"))
@@ -251,3 +255,79 @@ def test_forced_kernels_are_not_exchanged_for_the_reference(
     refused = pytest.raises(RuntimeError, match=r"no kernels for cuda \(no nvcc was found\)")
     with rnnkit.backend("cpp"), refused:
         backends.serving(torch.device("cuda"))
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def gpu_of_any_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with a GPU, a CUDA extension and Triton."""
+    monkeypatch.setattr(backends, "CUDA_REASON", "")
+    monkeypatch.setattr(backends, "TRITON_REASON", "")
+    monkeypatch.setattr(backends, "_unusable", lambda _: "")
+    monkeypatch.setattr(backends, "_too_old", lambda _: "")
+
+
+@pytest.mark.usefixtures("gpu_of_any_kind")
+def test_who_serves_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA extension; without it, or without its kernels for this GPU, Triton; the reference without both."""
+    assert (backends.serving(CUDA), backends.provider()) == ("cpp", "cpp")
+    with rnnkit.backend("triton"):
+        assert backends.serving(CUDA) == "triton"
+    monkeypatch.setattr(backends, "_unusable", lambda _: "they were not built for this GPU's")
+    assert backends.serving(CUDA) == "triton"
+    monkeypatch.setattr(backends, "CUDA_REASON", "it was built with RNNKIT_CUDA=0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (backends.serving(CUDA), backends.provider()) == ("triton", "triton")
+    monkeypatch.setattr(backends, "TRITON_REASON", "triton is not installed: pip install triton")
+    monkeypatch.setattr(backends, "_warned", set())
+    with pytest.warns(UserWarning, match="pip install triton"):
+        assert (backends.serving(CUDA), backends.provider()) == ("reference", "reference")
+    with warnings.catch_warnings():  # told once
+        warnings.simplefilter("error")
+        assert backends.serving(CUDA) == "reference"
+
+
+@pytest.mark.usefixtures("gpu_of_any_kind")
+def test_triton_has_no_kernels_for_the_cpu() -> None:
+    refused = pytest.raises(RuntimeError, match="'triton' has no kernels for cpu")
+    with rnnkit.backend("triton"), refused:
+        rnnkit.GRU(3, 4)(torch.ones(2, 1, 3))
+
+
+def test_triton_unavailable_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "TRITON_REASON", "triton is not installed: pip install triton")
+    refused = pytest.raises(RuntimeError, match="'triton' is not available: triton is not inst")
+    with refused, rnnkit.backend("triton"):
+        pytest.fail("the block was entered")
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "reason"),
+    [
+        ("3.9.0", "13.0", ""),
+        ("3.6.0+git1", "13.0", ""),
+        ("3.5.1", "13.0", "needs triton 3.6 or later, this is 3.5.1"),
+        (None, "13.0", "triton is not installed: pip install triton"),
+        ("3.9.0", None, "this torch is built without CUDA and ROCm"),
+    ],
+)
+def test_why_there_is_no_triton(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, cuda: str | None, reason: str
+) -> None:
+    def of(name: str) -> str:
+        if version is None or name != "triton":
+            raise backends.importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(backends.importlib.metadata, "version", of)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert backends._find_triton() == reason
+
+
+def test_importing_rnnkit_imports_no_triton() -> None:
+    run = python("import sys, rnnkit; print(sorted({'triton', 'rnnkit.cuda'} & set(sys.modules)))")
+    assert run.stdout.strip() == "[]"

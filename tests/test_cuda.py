@@ -18,11 +18,16 @@ from tolerances import FORWARD, GRADIENT, assert_close_to_truth, relative_error
 from torch import Tensor, nn
 
 import rnnkit
-from rnnkit import gpu, plan
+from rnnkit import backends, cuda, plan
 from rnnkit.ops import Keep
 from rnnkit.reference import CELLS
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        bool(backends.CUDA_REASON), reason=f"no CUDA kernels: {backends.CUDA_REASON}"
+    ),
+]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNELS = plan.KERNELS
@@ -124,7 +129,7 @@ def test_every_persistent_kernel(
     passes = [
         plan.Scan(cell, dtype.itemsize, back, precise=True, **sizes) for back in (False, True)
     ]
-    device = gpu.device_of(torch.cuda.current_device())
+    device = cuda.device_of(torch.cuda.current_device())
     with plan.forced("persistent", units=units, columns=columns):
         kernels = [plan.choose(scan, device).kernel for scan in passes]
         assert kernels == [
@@ -161,7 +166,7 @@ def test_explain(module: str) -> None:
     input = torch.randn(20, 8, 64, device="cuda")
     free = rnnkit.explain(layer, input).kernel
     assert free in KERNELS
-    clusters = gpu.device_of(torch.cuda.current_device()).cluster_blocks > 1
+    clusters = cuda.device_of(torch.cuda.current_device()).cluster_blocks > 1
     for kernel in KERNELS if clusters else [k for k in KERNELS if k != "cluster"]:
         with plan.forced(kernel):
             assert rnnkit.explain(layer, input).kernel == kernel

@@ -284,7 +284,8 @@ def test_forced_in_one_thread_only() -> None:
 def test_no_such_kernel(kernel: object) -> None:
     with (
         pytest.raises(
-            ValueError, match=f"expected kernel to be one of {', '.join(plan.KERNELS)}, got"
+            ValueError,
+            match=f"expected kernel to be one of {', '.join(plan.KERNELS)}, sequence, got",
         ),
         forced(kernel),  # type: ignore[arg-type]
     ):

@@ -1,0 +1,114 @@
+"""The cells' mathematics for Triton kernels: the place where a new cell is added.
+
+`forward` gets of each gate the input's part and the recurrent part, and the states before the step; it returns the
+states after it and what `backward` needs. `backward` gets that, h after and before the step, and the gradients of the
+states; it returns those of the states before the step, without what goes through the recurrent weights, and those of
+the gates (`CellSpec.input_grads` tells their order). All are tuples of tiles [rows, units] in the type of sums.
+"""
+
+from typing import NamedTuple
+
+import triton
+from triton import JITFunction
+from triton import language as tl
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)): an exponential that overflows gives 0."""
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    """1 - 2 / (exp(2|x|) + 1) with the sign of x; where that cancels, a continued fraction."""
+    size = tl.abs(x)
+    large = 1 - 2 / (tl.exp(2 * size) + 1)
+    y = tl.minimum(x * x, 1)
+    above = 135135 + y * (17325 + y * (378 + y))
+    below = 135135 + y * (62370 + y * (3150 + y * 28))
+    return tl.where(size < 0.5, x * above / below, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def rnn_tanh_forward(x, h, state):
+    """h' = tanh(x + h)."""
+    return (tanh(x[0] + h[0]),), ()
+
+
+@triton.jit
+def rnn_tanh_backward(save, h, previous_h, grad_state):
+    """The output says everything."""
+    return (tl.zeros_like(h),), (grad_state[0] * (1 - h * h),)
+
+
+@triton.jit
+def rnn_relu_forward(x, h, state):
+    """h' = max(x + h, 0), NaN where that is NaN."""
+    sum = x[0] + h[0]
+    return (tl.where(sum <= 0, tl.zeros_like(sum), sum),), ()
+
+
+@triton.jit
+def rnn_relu_backward(save, h, previous_h, grad_state):
+    """The output says everything."""
+    return (tl.zeros_like(h),), (tl.where(h <= 0, tl.zeros_like(h), grad_state[0]),)
+
+
+@triton.jit
+def lstm_forward(x, h, state):
+    """i, f, o = sigmoid(x + h); g = tanh(x + h); c' = f c + i g; h' = o tanh(c'); gate order i, f, g, o."""
+    i = sigmoid(x[0] + h[0])
+    f = sigmoid(x[1] + h[1])
+    g = tanh(x[2] + h[2])
+    o = sigmoid(x[3] + h[3])
+    c = f * state[1] + i * g
+    return (o * tanh(c), c), (i, f, g, o, state[1])
+
+
+@triton.jit
+def lstm_backward(save, h, previous_h, grad_state):
+    """What is kept: the gates, and c before the step."""
+    i, f, g, o, c = save
+    tanh_c = tanh(f * c + i * g)
+    grad_c = grad_state[1] + grad_state[0] * o * (1 - tanh_c * tanh_c)
+    of_i = grad_c * g * i * (1 - i)
+    of_f = grad_c * c * f * (1 - f)
+    of_g = grad_c * i * (1 - g * g)
+    of_o = grad_state[0] * tanh_c * o * (1 - o)
+    return (tl.zeros_like(h), grad_c * f), (of_i, of_f, of_g, of_o)
+
+
+@triton.jit
+def gru_forward(x, h, state):
+    """r, z = sigmoid(x + h); n = tanh(x + r h); h' = n + z (h - n); gate order r, z, n."""
+    r = sigmoid(x[0] + h[0])
+    z = sigmoid(x[1] + h[1])
+    n = tanh(x[2] + r * h[2])
+    return (n + z * (state[0] - n),), (r, z, n, h[2])
+
+
+@triton.jit
+def gru_backward(save, h, previous_h, grad_state):
+    """What is kept: r, z, n, and the recurrent part of n."""
+    r, z, n, recurrent = save
+    of_n = grad_state[0] * (1 - z) * (1 - n * n)
+    of_r = of_n * recurrent * r * (1 - r)
+    of_z = grad_state[0] * (previous_h - n) * z * (1 - z)
+    return (grad_state[0] * z,), (of_r, of_z, of_n * r, of_n)
+
+
+class Cell(NamedTuple):
+    """A cell's two functions."""
+
+    forward: JITFunction
+    backward: JITFunction
+
+
+#: As in `reference.CELLS`.
+CELLS = {
+    "rnn_tanh": Cell(rnn_tanh_forward, rnn_tanh_backward),
+    "rnn_relu": Cell(rnn_relu_forward, rnn_relu_backward),
+    "lstm": Cell(lstm_forward, lstm_backward),
+    "gru": Cell(gru_forward, gru_backward),
+}

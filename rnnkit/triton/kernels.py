@@ -1,0 +1,280 @@
+"""The scan of one layer as two Triton kernels, forward and backward, for every cell.
+
+A program owns a tile of `ROWS` rows of the batch and `UNITS` hidden units, for one direction, through the steps
+`first` to `first + steps` of the scan, counted as they are processed. One launch runs all steps where a tile has all
+units, since then nothing that a step needs is another program's; else one launch runs one step. The recurrent product
+reads what the steps before wrote to memory, so that a program holds no more than its tile.
+
+Shapes: D directions, R rows of all steps, G gates, V values kept, W gradients of the gates, S states. Neither the
+number of steps nor that of rows is a constant of the compiler, and offsets of rows have 64 bits.
+"""
+
+import triton
+from triton import language as tl
+
+#: Arguments that differ between calls of one model, which are not to cause a compilation.
+SIZES = ["gate_stride", "batch", "total", "last", "first", "steps"]
+
+#: In Triton's interpreter, which multiplies bfloat16 as if its bits were integers.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def products(
+    a, a_mask, b, b_size, b_place, b_mask, b_stride, K,
+    COUNT: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """sum_k a[n, k] b[g, k, u] for each of COUNT matrices, `b_size` values apart.
+
+    `a` points to each row's beginning [ROWS, 1], `b + b_place` to each column's [1, UNITS].
+    """
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums += (tl.zeros((a.shape[0], b_place.shape[1]), dtype=SUM),)
+    k = tl.arange(0, DEPTH)
+    b_places = k[:, None] * b_stride + b_place
+    for at in range(0, K, DEPTH):
+        inside = k < K - at
+        left = tl.load(a + k[None, :], mask=a_mask & inside[None, :], other=0.0)
+        if INTERPRETED:
+            left = left.to(SUM)
+        added = ()
+        for g in tl.static_range(COUNT):
+            right = tl.load(b + g * b_size + b_places, mask=b_mask & inside[:, None], other=0.0)
+            if INTERPRETED:
+                right = right.to(SUM)
+            added += (tl.dot(left, right, sums[g], input_precision=PRECISION, out_dtype=SUM),)
+        sums = added
+        a += DEPTH
+        b += DEPTH * b_stride
+    return sums
+
+
+@triton.jit
+def rows_of(step, last, batch, offsets):
+    """Where the rows of the step processed as number `step` begin, and how many there are; none beyond the ends."""
+    reverse = tl.program_id(2) == 1
+    t = tl.where(reverse, last - step, step)
+    exists = (step >= 0) & (step <= last)
+    if offsets is None:
+        start = t.to(tl.int64) * batch
+        count = tl.where(exists, batch, 0)
+    else:
+        start = tl.load(offsets + t, mask=exists, other=0)
+        count = (tl.load(offsets + t + 1, mask=exists, other=0) - start).to(tl.int32)
+    return start, count
+
+
+@triton.jit
+def aligned(size, ALIGNED: tl.constexpr):
+    """The same size, and the compiler knows that ALIGNED divides it."""
+    return size // ALIGNED * ALIGNED
+
+
+@triton.jit
+def again(u, step):
+    """The same units, of which the compiler does not know it: else it works out all addresses before the first step.
+
+    There are more of them than registers.
+    """
+    return u + tl.multiple_of(tl.minimum(step, 0), 16)
+
+
+@triton.jit
+def tile(batch, hidden, ROWS: tl.constexpr, UNITS: tl.constexpr):
+    """The program's first row, its rows from there on [ROWS, 1], its units [1, UNITS]; which of them exist."""
+    begin = tl.program_id(0) * ROWS
+    i = tl.arange(0, ROWS)[:, None]
+    u = (tl.program_id(1) * UNITS + tl.arange(0, UNITS))[None, :]
+    return begin, i, u, i < batch - begin, u < hidden
+
+
+@triton.jit
+def state_base(states, k, begin, batch, hidden):
+    """Where the program's rows of state k begin in [S, D, N, H]."""
+    d = tl.program_id(2).to(tl.int64)
+    return states + ((k * tl.num_programs(2) + d) * batch + begin) * hidden
+
+
+@triton.jit
+def load_states(states, begin, i, u, mask, batch, hidden, STATES: tl.constexpr):
+    """The tile of each of the states [S, D, N, H]."""
+    found = ()
+    for k in tl.static_range(STATES):
+        base = state_base(states, k, begin, batch, hidden)
+        found = found + (tl.load(base + (i * hidden + u), mask=mask, other=0.0),)
+    return found
+
+
+@triton.jit
+def store_states(states, values, begin, i, u, mask, batch, hidden, STATES: tl.constexpr):
+    """Likewise."""
+    for k in tl.static_range(STATES):
+        base = state_base(states, k, begin, batch, hidden)
+        tl.store(base + (i * hidden + u), values[k], mask=mask)
+
+
+@triton.jit
+def bias(b, place, mask, UNITS: tl.constexpr, SUM: tl.constexpr):
+    """That of the units [1, UNITS]; zeros where there is none."""
+    if b is None:
+        return tl.zeros((1, UNITS), dtype=SUM)
+    else:
+        return tl.load(b + place, mask=mask, other=0.0).to(SUM)
+
+
+@triton.jit
+def previous_rows(step, begin, i, last, batch, offsets, initial, history, width):
+    """Pointers to h before `step`, [ROWS, 1], and which are there: in the output, or given at the beginning."""
+    start, count = rows_of(step - 1, last, batch, offsets)
+    d = tl.program_id(2).to(tl.int64)
+    directions = tl.num_programs(2)
+    found = history + ((start + begin) * directions + d) * width + i * (directions * width)
+    there = i < count - begin
+    if initial is not None:
+        found = tl.where(there, found, initial + (d * batch + begin) * width + i * width)
+        there = i < batch - begin
+    return found, there
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward(
+    gates,  # [R, gate_stride], the input's part of each gate, [D, G*H]
+    b_ih, b_hh,  # [D, G*H] or None
+    w_hh,  # [D, G*H, P]
+    initial,  # h before the first step, [D, N, P] or None for zeros
+    states, new_states,  # before the first step of this launch and after its last, [S, D, N, H]
+    offsets,  # where each step's rows begin, [T + 1], or None: each has `batch`
+    history,  # the output, [R, D*P]
+    output,  # where h goes: the output, or before a projection [D, N, H], or None
+    reserve,  # [D, R, V, H], or the states but h before each step, [D, R, S - 1, H], or None
+    gate_stride, batch, total, last,  # N, R, T - 1
+    first, steps,
+    hidden, projected,  # H, P
+    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, EVERYTHING: tl.constexpr,
+    PROJECTS: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The cell over some steps."""
+    hidden, projected = aligned(hidden, ALIGNED), aligned(projected, ALIGNED)
+    gate_stride = aligned(gate_stride, ALIGNED)
+    d = tl.program_id(2).to(tl.int64)
+    directions = tl.num_programs(2)
+    begin, i, u, i_mask, u_mask = tile(batch, hidden, ROWS, UNITS)
+    state = load_states(states, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
+    for step in tl.range(first, first + steps, num_stages=1):
+        u = again(u, step)
+        start, count = rows_of(step, last, batch, offsets)
+        alive = i < count - begin
+        mask = alive & u_mask
+        row = start + begin
+        loaded = ()
+        for g in tl.static_range(GATES):
+            gate = gates + row * gate_stride + (d * GATES + g) * hidden
+            loaded += (tl.load(gate + (i * gate_stride + u), mask=mask, other=0.0),)
+        before, there = previous_rows(
+            step, begin, i, last, batch, offsets, initial, history, projected
+        )
+        recurrent = products(
+            before, there & alive, w_hh + d * GATES * hidden * projected, hidden * projected, u * projected,
+            u_mask, 1, projected, GATES, DEPTH, PRECISION, SUM,
+        )  # fmt: skip
+        x = ()
+        h = ()
+        for g in tl.static_range(GATES):
+            x += (loaded[g].to(SUM) + bias(b_ih, (d * GATES + g) * hidden + u, u_mask, UNITS, SUM),)
+            h += (recurrent[g] + bias(b_hh, (d * GATES + g) * hidden + u, u_mask, UNITS, SUM),)
+        new, save = CELL(x, h, state)
+        if output is not None:
+            h_stride = hidden if PROJECTS else directions * hidden
+            h_base = output + (d * batch + begin if PROJECTS else row * directions + d) * hidden
+            tl.store(h_base + (i * h_stride + u), new[0].to(output.dtype.element_ty), mask=mask)
+        if reserve is not None:
+            kept = save if EVERYTHING else state[1:]
+            for k in tl.static_range(len(kept)):
+                kept_base = reserve + ((d * total + row) * len(kept) + k) * hidden
+                tl.store(kept_base + (i * (len(kept) * hidden) + u), kept[k], mask=mask)
+        waiting = state
+        state = ()
+        for k in tl.static_range(STATES):
+            state += (tl.where(alive, new[k], waiting[k]),)
+        tl.debug_barrier()  # the next step reads what this one wrote
+    store_states(new_states, state, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward(
+    weights,  # w_hh [D, G*H, H], or w_hr [D, P, H] before a projection
+    initial,  # h before the first step, [D, N, P] or None for zeros
+    grad_states, new_grad_states,  # before the first step of this launch and after its last, [S, D, N, H]
+    offsets,  # where each step's rows begin, [T + 1], or None: each has `batch`
+    history,  # the output, [R, D*P]
+    reserve,  # [D, R, V, H]
+    grad_output,  # [R, D*H], or None for zeros
+    grad_projected,  # of h after its projection, with all that reaches it, [D, R, P], or None
+    grad_gates,  # [R, D*W*H]
+    batch, total, last,  # N, R, T - 1
+    first, steps,
+    hidden, projected,  # H, P
+    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
+    GRADS: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Back through the cell over some steps; step 0 is the last that the forward pass processed.
+
+    A step T, which has no rows, adds to the states' gradients what goes through the recurrent weights of step T - 1.
+    """
+    hidden, projected = aligned(hidden, ALIGNED), aligned(projected, ALIGNED)
+    d = tl.program_id(2).to(tl.int64)
+    directions = tl.num_programs(2)
+    begin, i, u, i_mask, u_mask = tile(batch, hidden, ROWS, UNITS)
+    depth = GATES * hidden if grad_projected is None else projected
+    grad_state = load_states(grad_states, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
+    for step in tl.range(first, first + steps, num_stages=1):
+        u = again(u, step)
+        forward_step = last - step
+        start, count = rows_of(forward_step, last, batch, offsets)
+        alive = i < count - begin
+        mask = alive & u_mask
+        row = start + begin
+        h_base = (row * directions + d) * hidden
+        h_place = i * (directions * hidden) + u
+        if grad_projected is None:
+            later, later_count = rows_of(forward_step + 1, last, batch, offsets)
+            through = grad_gates + ((later + begin) * directions + d) * (GRADS * hidden)
+            through += i * (directions * GRADS * hidden)
+            there = i < later_count - begin
+        else:
+            through = grad_projected + (d * total + row) * projected + i * projected
+            there = alive
+        through_weights = products(
+            through, there, weights + d * depth * hidden, 0, u,
+            u_mask, hidden, depth, 1, DEPTH, PRECISION, SUM,
+        )  # fmt: skip
+        grad_h = grad_state[0] + through_weights[0]
+        save = ()
+        for k in tl.static_range(SAVED):
+            kept_base = reserve + ((d * total + row) * SAVED + k) * hidden
+            save += (tl.load(kept_base + (i * (SAVED * hidden) + u), mask=mask, other=0.0),)
+        h = tl.zeros((ROWS, UNITS), dtype=SUM)
+        previous_h = h
+        if grad_projected is None:  # the compiler drops what the cell does not use
+            h = tl.load(history + h_base + h_place, mask=mask, other=0.0).to(SUM)
+            before, before_there = previous_rows(
+                forward_step, begin, i, last, batch, offsets, initial, history, hidden
+            )
+            previous_h = tl.load(before + u, mask=before_there & mask, other=0.0).to(SUM)
+        total_h = grad_h
+        if grad_output is not None:
+            total_h += tl.load(grad_output + h_base + h_place, mask=mask, other=0.0).to(SUM)
+        grads_before, grads = CELL(save, h, previous_h, (total_h,) + grad_state[1:])
+        for k in tl.static_range(GRADS):
+            grad_base = grad_gates + ((row * directions + d) * GRADS + k) * hidden
+            grad = grads[k].to(grad_gates.dtype.element_ty)
+            tl.store(grad_base + (i * (directions * GRADS * hidden) + u), grad, mask=mask)
+        waiting = (grad_h,) + grad_state[1:]
+        grad_state = ()
+        for k in tl.static_range(STATES):
+            grad_state += (tl.where(alive, grads_before[k], waiting[k]),)
+        tl.debug_barrier()  # the next step reads what this one wrote
+    store_states(new_grad_states, grad_state, begin, i, u, i_mask & u_mask, batch, hidden, STATES)

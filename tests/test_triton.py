@@ -1,0 +1,494 @@
+"""The Triton kernels: every cell, dtype and size in either design, in the interpreter and, compiled, on a GPU."""
+
+import copy
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
+
+import interpreter
+import pytest
+import test_kernels
+import torch
+from configurations import LAYERS, MODULES, compare
+from configurations import Case as ModuleCase
+from devices import on_gpu
+from kernel_cases import (
+    DTYPES,
+    Case,
+    assert_case_matches_reference,
+    assert_matches_reference,
+    assert_same_bits,
+    call,
+    small_cases,
+)
+from tolerances import FORWARD, GRADIENT, assert_close_to_truth, relative_error
+
+import rnnkit
+from rnnkit import backends, plan
+from rnnkit.ops import Keep
+from rnnkit.reference import CELLS
+
+interpreted = pytest.mark.skipif(
+    bool(interpreter.why_not()), reason=interpreter.why_not() or "it can run"
+)
+
+
+def each(cases: list[Case]) -> list:
+    """The cases in the interpreter, and on a GPU."""
+    return [
+        *(pytest.param(case, marks=interpreted) for case in cases),
+        *on_gpu(cases),
+    ]
+
+
+each_cell = pytest.mark.parametrize("cell", CELLS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_design = pytest.mark.parametrize("design", plan.TRITON_KERNELS)
+
+
+@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The test runs in the interpreter, on CPU tensors, and on a GPU."""
+    if request.param == "cuda":
+        return "cuda"
+    if reason := interpreter.why_not():
+        pytest.skip(reason)
+    return "cpu"
+
+
+@pytest.fixture(autouse=True)
+def triton(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test runs on Triton's kernels."""
+    if request.node.get_closest_marker("gpu"):
+        if backends.TRITON_REASON:
+            pytest.skip(backends.TRITON_REASON)
+        with rnnkit.backend("triton"):
+            yield
+    elif interpreter.why_not():
+        yield
+    else:
+        with interpreter.ops():
+            yield
+
+
+# Numbers
+
+#: T, N, I, H: one of everything; more and fewer than a tile's rows and units, and products at a time.
+SIZES = (
+    (1, 1, 2, 1),
+    (2, 18, 3, 17),
+    (3, 3, 1, 40),
+    (4, 2, 5, 16),
+)
+VARIANTS: tuple[dict, ...] = (
+    {},
+    {"lengths": (4, 3, 3, 1)},
+    {"bias": False, "states": False},
+    {"lengths": (3,) * 9 + (1,) * 9, "states": False},
+    {"lengths": (2, 1), "bias": False},
+    {"states": False},
+)
+
+
+def cases() -> Iterator[tuple[Case, str, Keep]]:
+    """Every cell in every dtype at every size in either design; all else is drawn along diagonals."""
+    for at, (cell, dtype) in enumerate(product(CELLS, DTYPES)):
+        for row, (design, sizes) in enumerate(product(plan.TRITON_KERNELS, SIZES)):
+            case = Case(cell, sizes, 1 + (at + row // 2) % 2, dtype=dtype, off_kink=True)
+            variant = VARIANTS[(at + 5 * row) % len(VARIANTS)]
+            keep = Keep.STATES if (at + row) % 3 == 0 else Keep.EVERYTHING
+            yield replace(case, **variant), design, keep
+
+
+@pytest.mark.parametrize(
+    ("case", "design", "keep"),
+    [
+        pytest.param(
+            replace(case, device=device),
+            design,
+            keep,
+            marks=interpreted if device == "cpu" else pytest.mark.gpu,
+            id=f"{replace(case, device=device)}-{design}-{keep.name}",
+        )
+        for device in ("cpu", "cuda")
+        for case, design, keep in cases()
+    ],
+)
+def test_against_reference(case: Case, design: str, keep: Keep) -> None:
+    with plan.forced(design):
+        assert_case_matches_reference(case, keep)
+
+
+@pytest.mark.parametrize(
+    "case",
+    each(
+        [
+            Case(cell, (3, 4, 2, 20), directions, off_kink=True, **variant)
+            for cell in CELLS
+            for directions in (1, 2)
+            for variant in VARIANTS
+        ]
+    ),
+    ids=str,
+)
+@each_design
+def test_every_variant(case: Case, design: str) -> None:
+    with plan.forced(design):
+        assert_case_matches_reference(case)
+
+
+@pytest.mark.parametrize("lengths", ((), (4, 3, 3, 1)), ids=("dense", "ragged"))
+@pytest.mark.parametrize("states", (True, False), ids=("states", "nostates"))
+@each_dtype
+def test_projection(
+    device: str, dtype: torch.dtype, states: bool, lengths: tuple[int, ...]
+) -> None:
+    case = Case("lstm", (2, 3, 4, 17), 2, lengths, projected=5, dtype=dtype, device=device)
+    assert_case_matches_reference(replace(case, states=states))
+
+
+@each_cell
+def test_each_design_finds_what_the_other_kept(device: str, cell: str) -> None:
+    it = call(Case(cell, (3, 2, 3, 17), 2, device=device, off_kink=True))
+    truth, baseline = it.to(torch.float64).reference(), it.reference()
+    for first, second in (("sequence", "stepwise"), ("stepwise", "sequence")):
+        with plan.forced(first):
+            output, finals, reserve = it.forward()
+        with plan.forced(second):
+            results = it.named(output, finals, it.backward(output, reserve))
+        for name, result in results.items():
+            gradient = name.startswith("grad")
+            assert_close_to_truth(
+                result, baseline[name], truth[name], gradient=gradient, name=f"{name}, {first}"
+            )
+
+
+@each_design
+@each_cell
+def test_tf32_is_as_torch_s_switch_says(device: str, cell: str, design: str) -> None:
+    """The interpreter multiplies as exactly in any case."""
+    it = call(Case(cell, (3, 5, 6, 33), 2, device=device, off_kink=True))
+    truth, baseline = it.to(torch.float64).reference(), it.reference()
+    torch.backends.cudnn.allow_tf32 = True
+    with plan.forced(design):
+        for name, result in it.run().items():
+            gradient = name.startswith("grad")
+            assert_close_to_truth(
+                result, baseline[name], truth[name], gradient=gradient, tf32=True, name=name
+            )
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of numpy, in the interpreter
+@each_design
+@each_cell
+def test_saturated(device: str, cell: str, design: str) -> None:
+    """Pre-activations of ±1e4 give neither infinities nor NaN."""
+    it = call(Case(cell, (1, 3, 4, 17), 2, device=device))
+    large = it.input.sign() * (1e4 if cell != "rnn_relu" else 1e2)
+    weights = [None if w is None else w.sign() if w.dim() == 2 else w for w in it.weights]
+    with plan.forced(design):
+        it = replace(it, input=large, weights=weights)
+        results = it.run()
+    assert all(result.isfinite().all() for result in results.values())
+    assert_matches_reference(it, results)
+
+
+@pytest.mark.parametrize("exponent", (-30, -12, -6, -3, -1))
+def test_tanh_of_small_values(device: str, exponent: int) -> None:
+    """Each is as exact as its size asks for, where a formula with exponentials would cancel."""
+    dtype = torch.float32
+    x = torch.linspace(-1, 1, 33, dtype=dtype, device=device).view(1, 1, 33) * 2.0**exponent
+    weights = [torch.eye(33, device=device), torch.zeros(33, 33, device=device), None, None, None]
+    output = torch.ops.rnnkit.layer_forward("rnn_tanh", x, [], weights, None, Keep.NOTHING)[0]
+    torch.testing.assert_close(output, torch.tanh(x.double()).float(), rtol=1e-6, atol=0)
+
+
+@each_design
+@pytest.mark.parametrize("place", ("input", "state", "grad"))
+@pytest.mark.parametrize("cell", ("lstm", "gru"))
+def test_nan_stays_in_its_row(device: str, cell: str, place: str, design: str) -> None:
+    with plan.forced(design):
+        test_kernels.test_special_values_stay_in_their_row(
+            device, cell, (4, 4, 3, 2, 1), place, float("nan"), torch.bfloat16
+        )
+
+
+@pytest.mark.parametrize("cell", ("rnn_tanh", "rnn_relu"))
+def test_nan_is_not_lost(device: str, cell: str) -> None:
+    it = call(Case(cell, (2, 3, 4, 5), device=device))
+    it.input[0, 1, 2] = float("nan")
+    output, (final,), _ = it.forward()
+    assert output[:, 1].isnan().all() and final[:, 1].isnan().all()
+    assert output[:, ::2].isfinite().all()
+
+
+@each_design
+@each_cell
+def test_same_bits_again(device: str, cell: str, design: str) -> None:
+    it = call(Case(cell, (3, 4, 5, 20), 2, device=device))
+    with plan.forced(design):
+        assert_same_bits(it.run(), it.run())
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    "case",
+    each([c for c in small_cases() if c.lengths and (c.projected or c.cell == "gru")]),
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "check",
+    [
+        test_kernels.test_only_needed_gradients,
+        test_kernels.test_missing_incoming_gradients_are_zero,
+        test_kernels.test_expanded_tensors,
+        test_kernels.test_arguments_are_only_read,
+        test_kernels.test_results_have_memory_of_their_own,
+        test_kernels.test_what_is_kept_changes_no_bit,
+    ],
+)
+def test_as_the_other_kernels(check: Callable[[Case], None], case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("missing", ("b_ih", "b_hh"))
+@each_cell
+def test_one_bias_missing(device: str, cell: str, missing: str) -> None:
+    test_kernels.test_one_bias_missing(Case(cell, directions=2, device=device), missing)
+
+
+@pytest.mark.parametrize("sizes", [(3, 2, 5, 0), (3, 0, 5, 4), (3, 2, 0, 4), (1, 0, 0, 0)])
+@each_cell
+def test_empty(device: str, cell: str, sizes: tuple[int, int, int, int]) -> None:
+    test_kernels.test_empty(device, cell, torch.float32, 2, sizes)
+
+
+# Layers
+
+
+def modules() -> Iterator[ModuleCase]:
+    """Every layer stacked, packed and bidirectional, and every cell, with gradients."""
+    for name in MODULES:
+        if name in LAYERS:
+            yield ModuleCase(name, 3, 3, num_layers=2, bidirectional=True, off_kink=True)
+            yield ModuleCase(name, lengths=(2, 3, 1), bidirectional=True, hx=True, off_kink=True)
+        else:
+            yield ModuleCase(name, hx=True, off_kink=True)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case.on(device), marks=interpreted if device == "cpu" else pytest.mark.gpu, id=str(case)
+        )
+        for device in ("cpu", "cuda")
+        for case in modules()
+    ],
+)
+def test_modules(case: ModuleCase) -> None:
+    compare(case)
+
+
+@pytest.mark.parametrize("module", ("LSTM", "GRU"))
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        pytest.param("cpu", torch.bfloat16, marks=interpreted),
+        pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.float16, marks=pytest.mark.gpu),
+    ],
+    ids=str,
+)
+def test_autocast(device: str, dtype: torch.dtype, module: str) -> None:
+    """Computes in the low type, returns what torch.nn returns; weights of float32 get gradients of float32."""
+    layer = getattr(rnnkit, module)(4, 17, device=device)
+    x = torch.randn(3, 2, 4, device=device, requires_grad=True)
+    theirs = getattr(torch.nn, module)(4, 17, device=device)
+    with torch.autocast(device, dtype):
+        output = layer(x)[0]
+        assert output.dtype == theirs(x)[0].dtype
+    output.float().sum().backward()
+    exact = copy.deepcopy(layer).to("cpu", torch.float64)
+    exact.zero_grad()
+    with rnnkit.backend("reference"):
+        expected = exact(x.detach().cpu().double())[0]
+    expected.sum().backward()
+    assert relative_error(output.cpu(), expected) < 2 * FORWARD[dtype]
+    for weight, truth in zip(layer.parameters(), exact.parameters(), strict=True):
+        assert weight.grad is not None and weight.grad.dtype == torch.float32
+        assert relative_error(weight.grad.cpu(), truth.grad) < 2 * GRADIENT[dtype]
+
+
+def test_inference_mode(device: str) -> None:
+    layer = rnnkit.GRU(4, 17, bidirectional=True, device=device)
+    x = torch.randn(3, 2, 4, device=device)
+    with torch.inference_mode():
+        output = layer(x)[0]
+    assert output.is_inference()
+    torch.testing.assert_close(output, layer(x)[0].detach(), rtol=0, atol=0)
+
+
+# What only a GPU has
+
+
+@pytest.mark.gpu
+@each_design
+@each_dtype
+@each_cell
+def test_large_sizes(cell: str, dtype: torch.dtype, design: str) -> None:
+    for sizes in ((5, 40, 33, 200), (4, 100, 64, 256), (3, 7, 20, 650), (3, 130, 8, 512)):
+        with plan.forced(design):
+            assert_case_matches_reference(
+                Case(cell, sizes, 2, dtype=dtype, device="cuda", off_kink=True)
+            )
+
+
+@pytest.mark.gpu
+@each_design
+def test_a_new_length_or_batch_compiles_nothing(design: str) -> None:
+    """But for what the number of rows of a tile is chosen by: up to 16, up to 32, more."""
+    kernels = importlib.import_module("rnnkit.triton.kernels")
+    compiled = lambda: sum(  # noqa: E731
+        len(cache[0])
+        for kernel in (kernels.forward, kernels.backward)
+        for cache in kernel.device_caches.values()
+    )
+    with plan.forced(design):
+        call(Case("lstm", (3, 4, 5, 48), device="cuda")).run()
+        before = compiled()
+        for steps, batch in ((1, 1), (16, 16), (17, 3), (64, 8)):
+            call(Case("lstm", (steps, batch, 5, 48), device="cuda")).run()
+        assert compiled() == before
+
+
+@pytest.mark.gpu
+@each_design
+@pytest.mark.parametrize("module", ("LSTM", "GRU"))
+def test_captured_in_a_graph(module: str, design: str) -> None:
+    layer = getattr(rnnkit, module)(20, 40, device="cuda")
+    x = torch.randn(5, 3, 20, device="cuda")
+    with plan.forced(design), torch.no_grad():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            layer(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = layer(x)[0]
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.testing.assert_close(output, layer(x)[0], rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_compiled_by_torch() -> None:
+    layer = rnnkit.LSTM(8, 24, bidirectional=True, device="cuda")
+    x = torch.randn(4, 3, 8, device="cuda", requires_grad=True)
+    expected = layer(x)[0]
+    found = torch.compile(layer, fullgraph=True)(x)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    (grad,) = torch.autograd.grad(found.sum(), x)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), x)
+    torch.testing.assert_close(grad, expected_grad, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_the_backward_pass_runs_on_the_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where autograd runs it in another thread."""
+    scan = importlib.import_module("rnnkit.triton.scan")
+    ran = []
+    monkeypatch.setattr(scan, "backward", lambda *a, real=scan.backward: ran.append(1) or real(*a))
+    layer = rnnkit.GRU(4, 8, device="cuda")
+    layer(torch.randn(3, 2, 4, device="cuda"))[0].sum().backward()
+    assert ran
+
+
+@pytest.mark.gpu
+@each_design
+def test_tuned(monkeypatch: pytest.MonkeyPatch, design: str) -> None:
+    """Whichever way is fastest, the results are right, also at the call that tries them."""
+    scan = importlib.import_module("rnnkit.triton.scan")
+    monkeypatch.setattr(scan, "AUTOTUNE", True)
+    with plan.forced(design):
+        for _ in range(2):
+            assert_case_matches_reference(Case("lstm", (4, 5, 6, 48), 2, device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_more_than_2_31_values() -> None:
+    """Offsets have 64 bits: the last sequences are as if they were alone."""
+    it = call(Case("rnn_tanh", (2, 3, 4, 1024), dtype=torch.bfloat16, device="cuda"))
+    batch = 2**20 + 40
+    x = it.input[:, :1].expand(-1, batch, -1)
+    weights = it.weights
+    output = torch.ops.rnnkit.layer_forward("rnn_tanh", x, [], weights, None, Keep.NOTHING)[0]
+    assert output.numel() > 2**31
+    few = torch.ops.rnnkit.layer_forward("rnn_tanh", x[:, :64], [], weights, None, Keep.NOTHING)[0]
+    assert_same_bits([output[:, -64:]], [few])
+
+
+# How a scan is cut
+
+
+def scan_of(case: Case, backward: bool = False) -> plan.Scan:
+    batch, hidden = case.sizes[1], case.sizes[3]
+    return plan.Scan(
+        case.cell,
+        case.dtype.itemsize,
+        backward,
+        hidden,
+        case.projected or hidden,
+        batch,
+        case.directions,
+    )
+
+
+@interpreted
+@pytest.mark.parametrize("backward", (False, True))
+@each_dtype
+@each_cell
+def test_tiles(cell: str, dtype: torch.dtype, backward: bool) -> None:
+    """What is loaded ahead fits in every GPU's shared memory; one program has all units, or a step is a launch."""
+    scan = importlib.import_module("rnnkit.triton.scan")
+    for hidden, batch in product((1, 16, 33, 64, 128, 200, 256, 512, 1500, 4096), (1, 17, 64, 500)):
+        sizes = scan_of(Case(cell, (1, batch, 1, hidden), dtype=dtype), backward)
+        chosen = scan.choose(sizes)
+        gates = 1 if backward else CELLS[cell].gates
+        ahead = chosen.depth * (gates * chosen.units + chosen.rows) * dtype.itemsize
+        assert (chosen.stages - 1) * ahead <= 99 * 1024, (sizes, chosen)
+        for cut in [chosen, *scan._others(chosen)]:
+            assert cut.units >= hidden or cut.kernel == "stepwise", (sizes, cut)
+            assert min(cut.rows, cut.units, cut.depth) >= 16
+            assert {n.bit_count() for n in (cut.rows, cut.units, cut.depth)} == {1}
+
+
+@interpreted
+def test_designs_and_reasons() -> None:
+    scan = importlib.import_module("rnnkit.triton.scan")
+    small, large = (scan_of(Case("lstm", (1, 8, 4, hidden))) for hidden in (64, 512))
+    assert scan.choose(small).kernel == "sequence"
+    assert scan.choose(large).kernel == "stepwise"
+    assert "no room for more than 128 units" in str(scan.choose(large))
+    projected = scan_of(Case("lstm", (1, 8, 4, 64), projected=5))
+    assert "projection" in scan.choose(projected).reason
+    with plan.forced("stepwise"):
+        assert scan.choose(small).kernel == "stepwise"
+    with plan.forced("sequence"):
+        assert scan.choose(large).kernel == "stepwise"
+
+
+@interpreted
+def test_sizes_of_a_call_are_no_constants() -> None:
+    """Neither T nor N, nor what follows from them, is compiled in or looked at when a kernel is chosen."""
+    kernels = importlib.import_module("rnnkit.triton.kernels")
+    assert {"batch", "total", "last", "first", "steps"} <= set(kernels.SIZES)
+
+
+def test_cells_are_the_reference_s() -> None:
+    cells = pytest.importorskip("rnnkit.triton.cells", reason="triton is not installed")
+    assert cells.CELLS.keys() == CELLS.keys()

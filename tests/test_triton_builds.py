@@ -1,0 +1,54 @@
+"""What Triton makes of the kernels, without a GPU: that each compiles, its registers, spills and shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from rnnkit.reference import CELLS
+
+HERE = Path(__file__).parent
+INSTALLED = {distribution.name for distribution in metadata.distributions()}
+
+pytestmark = [
+    pytest.mark.skipif("triton" not in INSTALLED, reason="triton is not installed"),
+    pytest.mark.timeout(600),
+]
+
+#: Bytes of registers that a thread of any kernel may have to put aside: a few in the largest tiles.
+SPILLED = 128
+
+
+def builds(target: tuple[str, str]) -> list[dict]:
+    """Every kernel of `triton_builds.cases`."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), *sys.path])
+    run = subprocess.run(
+        [sys.executable, str(HERE / "triton_builds.py"), *target],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [("cuda", "90"), pytest.param(("hip", "gfx942"), marks=pytest.mark.slow)],
+    ids="-".join,
+)
+def test_every_kernel_compiles(target: tuple[str, str]) -> None:
+    """For every cell both passes in both designs, on matrix units, a step waiting for the one before."""
+    built = builds(target)
+    found = {(b["case"].split("-")[0], b["kernel"], b["design"]) for b in built}
+    assert len(found) == 4 * len(CELLS), found
+    assert not [b for b in built if b["products"] == 0 or b["barriers"] == 0]
+    limit = SPILLED if target[0] == "cuda" else 4 * SPILLED
+    assert not [b for b in built if b["spilled"] > limit]
+    # An RTX's programs have 99 KB, an MI300's 64.
+    assert not [b for b in built if b["shared"] > (99 if target[0] == "cuda" else 64) * 1024]
