@@ -68,6 +68,7 @@ def surroundings(kind: str) -> dict[str, Any]:
         "versions": {
             "python": about["versions"]["Python"],
             "torch": about["versions"]["torch"],
+            "triton": about["versions"]["triton"],
             "rnnkit": about["versions"]["rnnkit"],
             "git": revision(),
         },

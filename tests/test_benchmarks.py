@@ -6,7 +6,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,15 @@ from benchmarks.cases import Case, Entry, Line
 from benchmarks.figures import Figure
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import goals as gpu_goals
-from benchmarks.gpu import grid, tables, worker
+from benchmarks.gpu import grid, layers, tables, worker
 from benchmarks.gpu.clock import Protocol, precision
-from benchmarks.gpu.grid import Task
-from benchmarks.gpu.supervisor import Supervisor
+from benchmarks.gpu.contender import inputs
+from benchmarks.gpu.grid import LOOP, TRITON, Task
+from benchmarks.gpu.supervisor import Supervisor, failed
 from benchmarks.pool import Job, Pool
 from benchmarks.progress import Progress
 from benchmarks.providers import Computation
+from rnnkit import plan
 
 TINY = Case("GRU", "training", 3, 2, 5, 5)
 PROTOCOL = measure.Protocol(0.001, line_seconds=0, rest_seconds=0.001, memory_calls=1)
@@ -485,6 +488,90 @@ def test_gpu_precision(bench: worker.Bench) -> None:
     assert not torch.backends.cudnn.allow_tf32
 
 
+def test_gpu_tasks_on_triton(capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [task.case for task in grid.tasks() if task.kind == "triton"]
+    sizes = [(H, N) for H in grid.TRITON_HIDDEN for N in grid.TRITON_BATCHES]
+    assert sorted({(c.H, c.N) for c in cases if c.dtype == "bfloat16"}) == sizes
+    assert {(case.cell, case.dtype, case.mode) for case in cases} == {
+        (cell, dtype, mode) for cell in grid.CELLS for dtype in grid.DTYPES for mode in grid.MODES
+    }
+    for dtype in grid.DTYPES:  # there are two designs
+        of_dtype = {case.H for case in cases if case.dtype == dtype}
+        assert min(of_dtype) <= 128 and max(of_dtype) >= 512
+    assert gpu.main(["--list", "--part", "triton", "--only", "graph LSTM"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "triton    graph LSTM bf16 H512 N16 inference",
+        "triton    graph LSTM bf16 H512 N16 training",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["triton", "graph"])
+def test_gpu_rows_without_triton_say_why(bench: worker.Bench, kind: str) -> None:
+    row = bench.row(as_task(kind))
+    (told,) = row["entries"].values()
+    assert "'triton'" in told["unsupported"] and row["ratios"] == {}
+    assert gpu_goals.right(row)
+    assert tables.line(row).endswith(f"; {TRITON} {told['unsupported']}")
+    document = made_on_gpu(row | {"part": "triton"})
+    judged = gpu_goals.judge_all(document)
+    assert len(judged) == len(gpu_goals.GOALS + gpu_goals.TRITON_GOALS)
+    assert {row["verdict"] for row in judged} == {"not measured"}
+
+
+@pytest.fixture
+def as_if_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is forced on Triton runs on what is there."""
+    monkeypatch.setattr(rnnkit, "backend", lambda name: nullcontext())
+
+
+@pytest.mark.usefixtures("as_if_on_triton")
+@pytest.mark.parametrize("mode", grid.MODES)
+def test_gpu_row_on_triton(bench: worker.Bench, mode: str) -> None:
+    row = bench.row(as_task("triton", mode=mode))
+    assert list(row["entries"]) == ["torch", LOOP, "rnnkit", TRITON]
+    for key, told in row["entries"].items():
+        assert told["us"].keys() == {"64", "512", "step"} and "wrong" not in told
+        assert ("difference" in told) == (key != "torch")
+        assert ("kernel" in told) == key.startswith("rnnkit")
+    assert list(row["ratios"]) == ["torch", LOOP, "rnnkit"]
+    assert all(ratios.keys() >= {"64", "512"} for ratios in row["ratios"].values())
+    assert f"; {LOOP} " in tables.line(row)
+
+
+@pytest.mark.usefixtures("as_if_on_triton")
+@pytest.mark.parametrize("mode", grid.MODES)
+def test_gpu_row_of_a_graph(
+    bench: worker.Bench, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    forced = []
+
+    def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+        forced.append(plan.forced_kernel())
+        return call
+
+    monkeypatch.setattr("benchmarks.gpu.contender.captured", captured)
+    row = bench.row(as_task("graph", mode=mode))
+    assert forced == ["stepwise", "stepwise"] and not plan.forced_kernel()
+    (told,) = row["entries"].values()
+    assert told.keys() == {"difference", "kernel", "us"} and gpu_goals.step(row, TRITON)
+    assert " µs/step; " in tables.line(row)
+
+
+def test_gpu_loop_is_torch_without_cudnn() -> None:
+    """And no less precise for it."""
+    provider = layers.Layers(LOOP, torch.get_num_threads(), "cpu")
+    tensors, before = inputs(TINY, provider.device), torch.backends.cudnn.enabled
+    with precision("tf32"):
+        for mode in grid.MODES:
+            case = replace(TINY, mode=mode)
+            module = provider.module(case, tensors)
+            with provider.computation(case, module, tensors).around():
+                assert not torch.backends.cudnn.enabled and torch.backends.cudnn.allow_tf32
+                assert torch.is_inference_mode_enabled() == (mode == "inference")
+            assert torch.backends.cudnn.enabled == before
+    assert isinstance(module, torch.nn.GRU)
+
+
 def test_gpu_time_limit() -> None:
     done: list[dict[str, Any]] = []
 
@@ -521,6 +608,14 @@ def test_gpu_process_that_hangs_or_ends(monkeypatch: pytest.MonkeyPatch) -> None
             assert row["entries"]["rnnkit"] == {"failed": f"{told}, in rnnkit"}
             assert "failed" not in row["entries"]["torch"]
             assert supervisor.row(as_task(H=3), 10) == {"H": 3}
+
+
+def test_gpu_process_lost_with_others_to_judge() -> None:
+    entries = failed(as_task("triton"), "no answer", LOOP)["entries"]
+    told = {"failed": "no answer"}
+    lost = {key: {"lost": "no answer"} for key in ("torch", "rnnkit", TRITON)}
+    assert entries == lost | {LOOP: told}
+    assert failed(as_task("graph"), "no answer", "")["entries"] == {TRITON: told}
 
 
 def on_gpu(case: Case, value: float, kind: str = "time") -> dict[str, Any]:
@@ -568,6 +663,64 @@ def test_gpu_goals() -> None:
     assert gpu_goals.judge_all(made_on_gpu(*failed))[0]["verdict"] == "missed"
 
 
+def on_triton(case: Case, cudnn: float, loop: float) -> dict[str, Any]:
+    """A row in which torch.nn takes so many times as long as the Triton kernels, with cuDNN and without."""
+    peers = {"torch": cudnn, LOOP: loop, "rnnkit": 0.5}
+    ratios = {
+        peer: {what: figure(value) for what in ("64", "512", "step")}
+        for peer, value in peers.items()
+    }
+    entries = {key: {"us": {"step": figure(2.0)}} for key in (*peers, TRITON)}
+    row = {"part": "triton", "kind": "triton", "case": case.document()}
+    return row | {"ratios": ratios, "entries": entries}
+
+
+def in_graph(case: Case, microseconds: float) -> dict[str, Any]:
+    entries = {TRITON: {"us": {"step": figure(microseconds)}}}
+    row = {"part": "triton", "kind": "graph", "case": case.document()}
+    return row | {"ratios": {}, "entries": entries}
+
+
+def triton_rows() -> list[dict[str, Any]]:
+    small = Case("LSTM", "inference", 512, 16, 256, 256, dtype="bfloat16")
+    large = replace(small, H=512, I=512)
+    rows = [on_triton(small, 0.8, 2.0), on_triton(large, 0.4, 8.0)]
+    rows += [on_triton(replace(small, dtype="float16"), 0.1, 4.0), in_graph(large, 9.0)]
+    return [*rows, in_graph(replace(large, mode="training"), 20.0)]
+
+
+def test_gpu_goals_of_triton() -> None:
+    assert len(gpu_goals.judge_all(made_on_gpu(*gpu_rows()))) == len(gpu_goals.GOALS)
+    told = gpu_goals.judge_all(made_on_gpu(*triton_rows()))
+    assert all(row["verdict"] == "not measured" for row in told[: len(gpu_goals.GOALS)])
+    judged = told[len(gpu_goals.GOALS) :]
+    assert [(row["verdict"], row["cases"]) for row in judged] == [
+        ("met", 6),  # 4× in the mean, each at both T
+        ("met", 2),  # bf16 of H 256 alone
+        ("met", 1),
+        ("missed", 1),  # backward takes 20 - 9 µs
+    ]
+    assert [row["figure"] for row in judged] == [
+        "geometric mean 4.00×; worst 2.00×: LSTM bf16 H256 N16 inference T64",
+        "worst 1.25×: LSTM bf16 H256 N16 inference T64",
+        "worst 9 µs: LSTM bf16 H512 N16 inference",
+        "worst 11 µs: LSTM bf16 H512 N16 training",
+    ]
+
+
+@pytest.mark.parametrize("refused", ["wrong", "failed"])
+def test_gpu_goals_without_a_result_on_triton(refused: str) -> None:
+    rows = triton_rows()
+    for row in rows:
+        row["entries"][TRITON] = {refused: "so"}
+        assert not gpu_goals.right(row)
+    judged = gpu_goals.judge_all(made_on_gpu(*rows))[len(gpu_goals.GOALS) :]
+    assert {row["verdict"] for row in judged} == {"missed"}
+    others = triton_rows()
+    others[0]["entries"]["rnnkit"] = others[0]["entries"][LOOP] = {refused: "so"}
+    assert gpu_goals.right(others[0]) and not gpu_goals.right(others[0], "rnnkit")
+
+
 def test_gpu_parts_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     rows = gpu_rows()
@@ -583,6 +736,21 @@ def test_gpu_parts_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     output = capsys.readouterr().out
     assert re.search("LSTM bf16 H512 N16 inference +2.00 +8.00 +4.00 ", output)
     assert re.search("main +LSTM bfloat16 +inference +4.00 +4.00 +4.00", output)
+    assert TRITON not in output
+
+
+def test_gpu_rows_on_triton_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "triton.json"
+    results.write(made_on_gpu(*triton_rows()), path)
+    assert gpu.main(["--show", str(path)]) == 0
+    output = capsys.readouterr().out
+    for found in (
+        "triton LSTM bf16 H256 N16 inference +2.00 µs/step; torch 0.80× 0.80× 0.80×; torch.loop. 2.00×",
+        "graph LSTM bf16 H512 N16 inference +9.00 µs/step",
+        r"torch\[loop\] LSTM bfloat16 +inference +4.00 +4.00 +4.00",
+        "Triton over ATen's loop .*met",
+    ):
+        assert re.search(found, output), found
 
 
 def test_gpu_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -592,14 +760,24 @@ def test_gpu_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     document, _ = results.load(path, results.GPU_FORMAT)
     assert document["versions"]["git"] == {"revision": "abc", "dirty": True}
     assert len(document["rows"]) == 1 and not document["complete"]
+    assert document["versions"]["triton"]
     assert "error against float64" in capsys.readouterr().out
 
 
 def test_report_tells_of_the_gpu(folder: Path) -> None:
+    def told(*rows: dict[str, Any]) -> str:
+        results.write(made_on_gpu(*rows), folder / "results" / "gpu.json")
+        return "\n".join(report.gpu(folder / "results", folder / "README.md"))
+
     lines = report.gpu(folder / "results", folder / "README.md")
     assert lines == ["GPU: not yet run on one (`python -m benchmarks.gpu`)."]
-    results.write(made_on_gpu(*gpu_rows()), folder / "results" / "gpu.json")
-    text = "\n".join(report.gpu(folder / "results", folder / "README.md"))
+    text = told(*gpu_rows())
+    assert "Triton" not in text
     assert "A GPU (132 SMs)" in text and "[gpu.json](results/gpu.json)" in text
     assert "| H, N | GRU bf16 inference | LSTM bf16 inference |" in text
     assert "| 512, 16 | – | – (4.00, 4.00) |" in text and "| N 256, H ≥ 1024 | ≥ 1× |" in text
+    both = told(*gpu_rows(), *triton_rows())
+    assert "| Triton over ATen's loop (torch.nn without cuDNN) | geometric mean ≥ 3×" in both
+    assert [line for line in both.splitlines() if line.startswith("| 512, 16")] == [
+        line for line in text.splitlines() if line.startswith("| 512, 16")
+    ]

@@ -1,8 +1,8 @@
-"""One of the two libraries, ready to compute a case on the device, and what both are given."""
+"""A provider, ready to compute a case on the device, and what all are given."""
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +16,9 @@ from benchmarks.cases import Case
 from benchmarks.gpu import kernels
 from benchmarks.gpu.clock import Protocol, seconds
 from benchmarks.gpu.grid import T_SHORT, name
+from benchmarks.gpu.layers import Layers
 from benchmarks.providers import Computation
-from benchmarks.providers.torch_layers import (
-    Tensors,
-    TorchLayers,
-    computation,
-    dtype_of,
-    input_of,
-)
+from benchmarks.providers.torch_layers import Tensors, dtype_of, input_of
 
 WARM_CALLS = 2
 
@@ -61,15 +56,21 @@ def beginning(case: Case, tensors: Tensors) -> Tensors:
 class Contender:
     """A provider on one case, at every T that is timed."""
 
-    def __init__(self, provider: TorchLayers, case: Case, tensors: Tensors) -> None:
+    def __init__(self, provider: Layers, case: Case, tensors: Tensors) -> None:
         self.device, self.case = provider.device, case
         self.module = provider.module(case, tensors)
         self.tensors = {T: beginning(replace(case, T=T), tensors) for T in (T_SHORT, case.T)}
         self.computations: dict[int, Computation] = {
-            T: computation(case, self.module, given) for T, given in self.tensors.items()
+            T: provider.computation(case, self.module, given) for T, given in self.tensors.items()
         }
         self.repetitions: dict[int, int] = {}
         self.leads: dict[int, bool] = {}
+
+    def capture(self) -> None:
+        """Each call becomes a CUDA graph's replay."""
+        for T, (call, results, around) in self.computations.items():
+            with around():
+                self.computations[T] = Computation(captured(call, self.device), results, around)
 
     def results(self, T: int) -> list[Tensor]:
         call, _, around = self.computations[T]
@@ -109,6 +110,25 @@ class Contender:
         with around():
             given = repetitions or self.repetitions[T], self.device, self.leads.get(T, False)
             return seconds(call, *given)
+
+
+def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """Replays a graph of what `call` queues; after a few calls of it, so that all that it needs is there."""
+    current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_CALLS):
+            call()
+    current.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return results
+
+    return replay
 
 
 def leaves(results: Any) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.cases import Case
 from benchmarks.figures import TRUSTED_ROUNDS, Figure
 from benchmarks.goals import Document, Figures, Goal, judge
-from benchmarks.gpu.grid import T_LONG, T_SHORT, name
+from benchmarks.gpu.grid import GRAPH, LOOP, PROVIDERS, T_LONG, T_SHORT, TRITON, name
 
 Row = dict[str, Any]
 Wanted = Callable[[Case], bool]
@@ -33,28 +33,76 @@ def rows(document: Document, kind: str) -> Iterator[tuple[Case, Row]]:
             yield Case(**row["case"]), row
 
 
-def right(row: Row) -> bool:
-    """Whether rnnkit has a result, or no room for one where torch.nn has none either."""
-    own, peer = row["entries"]["rnnkit"], row["entries"]["torch"]
+def right(row: Row, provider: str = "") -> bool:
+    """Whether rnnkit has a result, or no room for one where torch.nn has none either, or does not run here.
+
+    provider: which rnnkit, if not the one that rows of this kind judge.
+    """
+    own = row["entries"][provider or PROVIDERS[row["kind"]][-1]]
+    peer = row["entries"].get("torch", {})
     return "wrong" not in own and "failed" not in own and ("memory" not in own or "memory" in peer)
 
 
-def speedups(wanted: Wanted) -> Callable[[Document], Figures]:
-    """torch.nn's whole time over rnnkit's, at either T; nothing where memory or torch.nn itself fails."""
+def speedups(wanted: Wanted, peer: str = "") -> Callable[[Document], Figures]:
+    """torch.nn's whole time over rnnkit's, at either T; nothing where memory or torch.nn itself fails.
+
+    peer: in its place one of those timed beside rnnkit's Triton kernels, over these.
+    """
 
     def figures(document: Document) -> Figures:
         found: Figures = {}
-        for case, row in rows(document, "time"):
+        for case, row in rows(document, "triton" if peer else "time"):
             if not wanted(case):
                 continue
+            ratios = row["ratios"].get(peer, {}) if peer else row["ratios"]
             for T in (T_SHORT, T_LONG):
                 if not right(row):
                     found[f"{name(case)} T{T}"] = None
-                elif figure := row["ratios"].get(str(T)):
+                elif figure := ratios.get(str(T)):
                     found[f"{name(case)} T{T}"] = Figure.read(figure)
         return found
 
     return figures
+
+
+def slowdowns(wanted: Wanted, peer: str) -> Callable[[Document], Figures]:
+    """The Triton kernels' time over a peer's."""
+
+    def figures(document: Document) -> Figures:
+        found = speedups(wanted, peer)(document)
+        return {case: figure and figure.inverse() for case, figure in found.items()}
+
+    return figures
+
+
+def replays(backward: bool) -> Callable[[Document], Figures]:
+    """µs of a step in a CUDA graph; backward is what training takes beyond inference."""
+
+    def figures(document: Document) -> Figures:
+        found: Figures = {}
+        graphs = dict(rows(document, "graph"))
+        for case, row in graphs.items():
+            if case.mode != ("training" if backward else "inference"):
+                continue
+            parts = [row]
+            if backward:
+                parts += [graphs.get(replace(case, mode="inference"), row)]
+            taken = [step(part, TRITON) for part in parts]
+            if not all(map(right, parts)):
+                found[name(case)] = None
+            elif (figure := difference(taken)) and figure.median > 0:
+                found[name(case)] = figure
+        return found
+
+    return figures
+
+
+def difference(figures: list[Figure | None]) -> Figure | None:
+    """The first figure less the others; None where one is not there."""
+    first, *others = figures
+    for other in others:
+        first = first and other and first.less(other)
+    return first
 
 
 def step_goal(case: Case, backward: bool) -> float | None:
@@ -152,6 +200,15 @@ def large(case: Case) -> bool:
     return case.N >= 256 and case.H >= 1024
 
 
+def every(case: Case) -> bool:
+    return True
+
+
+def small(case: Case) -> bool:
+    """What cuDNN runs step by step, of the sizes that one Triton program can run."""
+    return case.dtype == "bfloat16" and case.H <= 256
+
+
 REGIME = "192 < H ≤ 1024, N ≤ 64"
 GOALS = (
     Goal(f"bf16 and TF32, {REGIME}, forward", speedups(of_mode("inference")), 1, 2, noise=NOISE),
@@ -177,5 +234,28 @@ GOALS = (
 )
 
 
+GRAPHED = f"Triton step by step in a CUDA graph, bf16, H {GRAPH[0]}, N {GRAPH[1]}, a step"
+TRITON_GOALS = (
+    Goal(
+        "Triton over ATen's loop (torch.nn without cuDNN)",
+        speedups(every, LOOP),
+        1.5,
+        3,
+        noise=NOISE,
+    ),
+    Goal(
+        "Triton's time over cuDNN's, bf16, H ≤ 256",
+        slowdowns(small, "torch"),
+        1.5,
+        at_most=True,
+        noise=NOISE,
+    ),
+    Goal(f"{GRAPHED} forward", replays(backward=False), 10, at_most=True, unit=" µs"),
+    Goal(f"{GRAPHED} backward", replays(backward=True), 10, at_most=True, unit=" µs"),
+)
+
+
 def judge_all(document: Document) -> list[Row]:
-    return [judge(goal, document) for goal in GOALS]
+    """Those of Triton only where the document has its rows: older ones have not."""
+    has_triton = any(row["part"] == "triton" for row in document["rows"])
+    return [judge(goal, document) for goal in GOALS + (TRITON_GOALS if has_triton else ())]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from benchmarks.cases import GATES, Case
 
 T_SHORT, T_LONG = 64, 512  # the times of both give that of a step
-PARTS = ("main", "extra", "accuracy", "kernels", "odd", "half", "rnn", "large", "rest")
+PARTS = ("main", "extra", "accuracy", "kernels", "triton", "odd", "half", "rnn", "large", "rest")
 #: In this order a beginning of a part has every cell, dtype and mode, at sizes far apart.
 DTYPES = ("bfloat16", "tf32", "float16", "float32")
 HIDDEN = (512, 1024, 256, 650, 128, 2048)
@@ -16,6 +16,18 @@ LAYOUTS = ((1, 1), (2, 2))  # layers, directions
 MODES = ("inference", "training")
 ACCURACY = ((256, 650, 1024), 64, 16)  # H, T, N
 QUICK = 24  # tasks
+TRITON_HIDDEN = (64, 128, 256, 512, 1024)
+TRITON_BATCHES = (1, 16, 64)
+GRAPH = (512, 16)  # H, N
+
+LOOP, TRITON = "torch[loop]", "rnnkit[triton]"  # torch.nn without cuDNN; rnnkit forced on Triton
+#: Who takes turns in a row of each kind; the last is judged, torch.nn's results are what all are compared with.
+PROVIDERS = {
+    **dict.fromkeys(("time", "error", "kernels"), ("torch", "rnnkit")),
+    "triton": ("torch", LOOP, "rnnkit", TRITON),
+    "graph": (TRITON,),
+}
+TIMED = ("time", "triton", "graph")
 
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -23,12 +35,17 @@ SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 class Task(NamedTuple):
     """What makes a row.
 
-    kind: `time` and `kernels` are at both T, of which the case has the longer; `error` at the case's.
+    kind: `error` is at the case's T, all others are at both, of which the case has the longer; `triton` are times
+        beside rnnkit's Triton kernels, `graph` those of their stepwise design in a CUDA graph.
     """
 
     part: str
     kind: str
     case: Case
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        return PROVIDERS[self.kind]
 
     def __str__(self) -> str:
         return name(self.case) if self.kind == "time" else f"{self.kind} {name(self.case)}"
@@ -94,10 +111,31 @@ def kernels() -> Iterator[Case]:
                     yield Case("LSTM", mode, T_LONG, N, H, H, dtype=dtype)
 
 
+def triton() -> Iterator[Case]:
+    """Every size in bfloat16, every other one in one more dtype: each dtype is a compilation of its own."""
+    for shift, other in enumerate(("tf32", "float16", "float32")):
+        for place, H in enumerate(TRITON_HIDDEN):
+            N = TRITON_BATCHES[(place + shift) % len(TRITON_BATCHES)]
+            for dtype in ("bfloat16", other)[: 2 - (place + shift) % 2]:
+                for cell in CELLS:
+                    for mode in MODES:
+                        yield Case(cell, mode, T_LONG, N, H, H, dtype=dtype)
+
+
+def graphs() -> Iterator[Case]:
+    """Where the launches of a step are to cost little."""
+    H, N = GRAPH
+    for cell in CELLS:
+        for mode in MODES:
+            yield Case(cell, mode, T_LONG, N, H, H, dtype="bfloat16")
+
+
 def tasks() -> list[Task]:
     """All, by importance."""
     found = [Task(part(case), "time", case) for case in grid()]
     found += [Task("extra", "time", case) for case in extra()]
     found += [Task("accuracy", "error", case) for case in accuracy()]
     found += [Task("kernels", "kernels", case) for case in kernels()]
+    found += [Task("triton", "graph", case) for case in graphs()]
+    found += [Task("triton", "triton", case) for case in triton()]
     return sorted(found, key=lambda task: PARTS.index(task.part))

@@ -5,8 +5,8 @@ import time
 from typing import Any
 
 from benchmarks.gpu.clock import Protocol
-from benchmarks.gpu.grid import Task
-from benchmarks.gpu.worker import PROVIDERS, Row, serve
+from benchmarks.gpu.grid import TIMED, Task
+from benchmarks.gpu.worker import Row, serve
 
 START_SECONDS = 180  # imports and the CUDA context, from a slow disk
 END_SECONDS = 20  # for the driver to end what a killed process has on the device
@@ -71,7 +71,7 @@ class Supervisor:
 
     def row(self, task: Task, seconds: float) -> Row:
         """The task's row; a failed one, and a new process, where none came within `seconds`."""
-        if self.profiled and task.kind == "time":
+        if self.profiled and task.kind in TIMED:
             self.restart()  # the profiler slows its process down for good
         self.profiled = self.profiled or task.kind == "kernels"
         doing, until = "", time.monotonic() + seconds
@@ -90,7 +90,9 @@ class Supervisor:
 
 
 def failed(task: Task, reason: str, doing: str) -> Row:
-    """The row of a task whose process was lost while `doing` was at work; the other is not to blame."""
-    entries: Row = {key: {"failed" if doing in (key, "") else "lost": reason} for key in PROVIDERS}
+    """The row of a task whose process was lost while `doing` was at work; the others are not to blame."""
+    entries: Row = {
+        key: {"failed" if doing in (key, "") else "lost": reason} for key in task.providers
+    }
     base = {"part": task.part, "kind": task.kind, "case": task.case.document()}
     return base | {"ratios": {}, "entries": entries}

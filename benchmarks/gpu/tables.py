@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.cases import Case
 from benchmarks.figures import Figure
 from benchmarks.gpu.goals import REGIME, low, persistent, plain, right, rows, step
-from benchmarks.gpu.grid import T_LONG, T_SHORT, name
+from benchmarks.gpu.grid import T_LONG, T_SHORT, TRITON, name
 from benchmarks.results import own_version
 
 Document = dict[str, Any]
@@ -15,19 +15,24 @@ Row = dict[str, Any]
 
 HEAD = f"{'':33} {'rnnkit':>7} {'torch':>7}  µs/step   ratio   T{T_SHORT}  T{T_LONG}  ~: noisy"
 KERNEL_WIDTH = 48
-REFUSED = ("wrong", "failed", "memory", "lost")
+WHAT = ("step", str(T_SHORT), str(T_LONG))  # has a ratio
+REFUSED = ("wrong", "failed", "memory", "lost", "unsupported")
 
 
-def ratio(row: Row, what: str) -> str:
-    if what not in row["ratios"]:
+def ratio(ratios: Row, what: str) -> str:
+    if what not in ratios:
         return "–"
-    figure = Figure.read(row["ratios"][what])
+    figure = Figure.read(ratios[what])
     return f"{'~' if figure.noisy else ''}{figure.median:.2f}"
 
 
 def microseconds(row: Row, provider: str) -> str:
     figure = step(row, provider)
     return f"{figure.median:.2f}" if figure else "–"
+
+
+def kernel(row: Row, provider: str) -> str:
+    return " ".join(row["entries"][provider].get("kernel", "").split())[:KERNEL_WIDTH]
 
 
 def line(row: Row) -> str:
@@ -43,11 +48,17 @@ def line(row: Row) -> str:
                 first = next((k["kernel"] for k in told["longest"]), "")[:KERNEL_WIDTH]
                 count = told["launches"][str(T_LONG)]
                 parts.append(f"{provider} {told['recurrent_us']:.2f} µs, {count} launches, {first}")
+    elif row["kind"] in ("triton", "graph"):
+        parts = [f"{row['kind'] + ' ' + name(case):33} {microseconds(row, TRITON):>7} µs/step"]
+        for peer, ratios in row["ratios"].items():
+            parts.append(f"{peer} {' '.join(f'{ratio(ratios, what)}×' for what in WHAT)}")
+        parts += [told for told in [kernel(row, TRITON)] if told]
     else:
         times = [f"{microseconds(row, provider):>7}" for provider in ("rnnkit", "torch")]
-        ratios = [f"{ratio(row, what):>6}" for what in ("step", str(T_SHORT), str(T_LONG))]
-        kernel = " ".join(entries["rnnkit"].get("kernel", "").split())[:KERNEL_WIDTH]
-        parts = [" ".join([f"{name(case):33}", *times, *ratios, "", kernel]).rstrip()]
+        ratios = [f"{ratio(row['ratios'], what):>6}" for what in WHAT]
+        parts = [
+            " ".join([f"{name(case):33}", *times, *ratios, "", kernel(row, "rnnkit")]).rstrip()
+        ]
     for provider, told in entries.items():
         parts += [f"{provider} {told[why]}" for why in REFUSED if why in told]
     return "; ".join(parts)
@@ -58,22 +69,33 @@ def show(document: Document) -> str:
 
 
 def summary(document: Document) -> str:
-    """Geometric means of the ratios, of a step and at each T, by part, cell and dtype."""
+    """Geometric means of the ratios, of a step and at each T, by part, cell and dtype; on Triton by the peer, too."""
     groups: dict[str, dict[str, list[Row]]] = {}
     for case, row in rows(document, "time"):
         key = f"{row['part']:6} {case.cell:4} {case.dtype}"
-        groups.setdefault(key, {}).setdefault(case.mode, []).append(row)
-    lines = []
+        groups.setdefault(key, {}).setdefault(case.mode, []).append(row["ratios"])
+    head = f"Geometric means of torch.nn's time over rnnkit's: a step, T {T_SHORT}, T {T_LONG}"
+    lines = [head, *mean_lines(groups)]
+    groups = {}
+    for case, row in rows(document, "triton"):
+        for peer, ratios in row["ratios"].items():
+            key = f"{peer:11} {case.cell:4} {case.dtype}"
+            groups.setdefault(key, {}).setdefault(case.mode, []).append(ratios)
+    return "\n".join(
+        [*lines, *([f"Of these over {TRITON}'s:"] if groups else []), *mean_lines(groups)]
+    )
+
+
+def mean_lines(groups: dict[str, dict[str, list[Row]]]) -> Iterator[str]:
+    """By group, and in it by mode, of the ratios of its rows."""
     for key, modes in groups.items():
         told = [f"{mode} {' '.join(map(mean, means(of_mode)))}" for mode, of_mode in modes.items()]
-        lines.append(f"{key:21} {'  '.join(told)}")
-    head = f"Geometric means of torch.nn's time over rnnkit's: a step, T {T_SHORT}, T {T_LONG}"
-    return "\n".join([head, *lines])
+        yield f"{key:21} {'  '.join(told)}"
 
 
 def means(of_mode: Sequence[Row]) -> Iterator[list[float]]:
-    for what in ("step", str(T_SHORT), str(T_LONG)):
-        told = [row["ratios"][what]["median"] for row in of_mode if what in row["ratios"]]
+    for what in WHAT:
+        told = [ratios[what]["median"] for ratios in of_mode if what in ratios]
         yield [value for value in told if value > 0]
 
 
@@ -87,7 +109,7 @@ def cell(row: Row | None) -> str:
         return "wrong or failed" if row else "–"
     long = row["entries"]["rnnkit"]["us"].get(str(T_LONG))
     milliseconds = f"{long['median'] / 1000:.2f}" if long else "–"
-    return f"{milliseconds} ({ratio(row, str(T_SHORT))}, {ratio(row, str(T_LONG))})"
+    return f"{milliseconds} ({ratio(row['ratios'], str(T_SHORT))}, {ratio(row['ratios'], str(T_LONG))})"
 
 
 def call_table(document: Document) -> list[Sequence[str]]:
