@@ -6,6 +6,7 @@ runs. `backend` forces a choice.
 
 import importlib
 import importlib.metadata
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -68,12 +69,13 @@ def _find_triton() -> str:
     """Why the Triton kernels cannot be there, or empty; they are imported at their first use."""
     if torch.version.cuda is None and torch.version.hip is None:
         return "this torch is built without CUDA and ROCm"
-    for name in ("triton", "pytorch-triton-rocm", "triton-rocm"):
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        if tuple(int(part) for part in version.split(".")[:2]) >= TRITON_VERSION:
+        numbers = re.match(r"(\d+)\.(\d+)", version)
+        if numbers is None or (int(numbers[1]), int(numbers[2])) >= TRITON_VERSION:
             return ""
         return f"needs triton {'.'.join(map(str, TRITON_VERSION))} or later, this is {version}"
     return "triton is not installed: pip install triton"
@@ -108,8 +110,7 @@ def serving(device: torch.device) -> str:
         if reason := _no_kernels(forced, device):
             raise RuntimeError(f"backend {forced!r} has no kernels for {device.type}{reason}")
         return forced
-    reasons = {name: _no_kernels(name, device) for name in BACKENDS}
-    found = next(name for name, reason in reasons.items() if not reason)
+    found = _best(device)
     if (
         found == "reference"
         and device.type in _EXTENSIONS
@@ -117,10 +118,11 @@ def serving(device: torch.device) -> str:
         and device.type not in _warned
     ):
         _warned.add(device.type)
-        nor = f", nor are there Triton kernels{reasons['triton']}" if device.type == "cuda" else ""
+        no_cpp, no_triton = (_no_kernels(name, device) for name in ("cpp", "triton"))
+        nor = f", nor are there Triton kernels{no_triton}" if device.type == "cuda" else ""
         warnings.warn(
             f"rnnkit runs on its plain PyTorch reference: the {_EXTENSIONS[device.type]} extension was not loaded"
-            f"{reasons['cpp']}{nor}. `python -m rnnkit info` tells more.",
+            f"{no_cpp}{nor}. `python -m rnnkit info` tells more.",
             stacklevel=2,
         )
     return found
@@ -129,8 +131,14 @@ def serving(device: torch.device) -> str:
 _EXTENSIONS = {"cpu": "C++", "cuda": "CUDA"}
 
 
+def _best(device: torch.device) -> str:
+    return next(name for name in BACKENDS if not _no_kernels(name, device))
+
+
 def provider() -> str:
-    """The backend that is there for CUDA tensors, whether or not this machine has a GPU."""
+    """The backend for CUDA tensors: for this machine's GPU, or, without one, for those that it was built for."""
+    if torch.cuda.is_available():
+        return _best(torch.device("cuda", torch.cuda.current_device()))
     return "reference" if CUDA_REASON and TRITON_REASON else "triton" if CUDA_REASON else "cpp"
 
 

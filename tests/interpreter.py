@@ -1,13 +1,19 @@
-"""Triton's interpreter: runs the Triton kernels on CPU tensors, in the place of the ops."""
+"""Triton's interpreter: runs the Triton kernels on CPU tensors, in the place of the ops.
 
+Every address that a kernel reads or writes must be one of the launch's tensors.
+"""
+
+import importlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
+from typing import Any
 from unittest import mock
 
 import torch
 from devices import OpsOfGpu
+from torch import Tensor
 
 from rnnkit import backends
 
@@ -30,5 +36,44 @@ def ops() -> Iterator[None]:
         mock.patch.object(torch.ops, "rnnkit", OpsOfGpu(_OPS)),
         mock.patch.object(backends, "serving", lambda _: "triton"),
         mock.patch.object(backends, "short_way", lambda _: None),
+        _inside_tensors(),
     ):
         yield
+
+
+@contextmanager
+def _inside_tensors() -> Iterator[None]:
+    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+    launcher = importlib.import_module("rnnkit.triton.scan")._Launcher
+    memory: list[tuple[int, int]] = []
+
+    def checked(access: Callable, place_of_mask: int) -> Callable:
+        def check(pointers: Any, *arguments: Any) -> Any:
+            wanted = pointers.data[arguments[place_of_mask].data]
+            inside = wanted != wanted
+            for begin, end in memory:
+                inside |= (wanted >= begin) & (wanted < end)
+            assert inside.all(), f"{(~inside).sum()} of {inside.size} addresses are in no tensor"
+            return access(pointers, *arguments)
+
+        return check
+
+    def launch(
+        self: Any, *arguments: Any, real: Callable = launcher.__call__, **given: Any
+    ) -> None:
+        memory[:] = [_span(tensor) for tensor in arguments if isinstance(tensor, Tensor)]
+        real(self, *arguments, **given)
+
+    with ExitStack() as stack:
+        for name, place_of_mask in (("create_masked_load", 0), ("create_masked_store", 1)):
+            access = checked(getattr(builder, name), place_of_mask)
+            stack.enter_context(mock.patch.object(builder, name, access))
+        stack.enter_context(mock.patch.object(launcher, "__call__", launch))
+        yield
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of its first value and after its last."""
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = tensor.data_ptr()
+    return begin, begin + (last + 1) * tensor.itemsize if tensor.numel() else begin

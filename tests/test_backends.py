@@ -257,6 +257,28 @@ def test_forced_kernels_are_not_exchanged_for_the_reference(
         backends.serving(torch.device("cuda"))
 
 
+@needs_cpp
+def test_the_backward_pass_is_forced_as_the_forward_pass_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In whichever thread autograd runs it, and in that thread nothing stays forced."""
+    seen = []
+    inner = autograd.backends.forcing
+    monkeypatch.setattr(autograd.backends, "forcing", lambda name: seen.append(name) or inner(name))
+    with rnnkit.backend("cpp"):
+        seen.clear()
+        output = rnnkit.GRU(3, 4)(torch.ones(2, 1, 3))[0]
+
+    def backward() -> None:
+        output.sum().backward()
+        seen.append(backends.forced_backend())
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    assert seen == ["cpp", None]
+
+
 CUDA = torch.device("cuda")
 
 
@@ -309,6 +331,8 @@ def test_triton_unavailable_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("3.9.0", "13.0", ""),
         ("3.6.0+git1", "13.0", ""),
+        ("3.7+git", "13.0", ""),
+        ("unknown", "13.0", ""),
         ("3.5.1", "13.0", "needs triton 3.6 or later, this is 3.5.1"),
         (None, "13.0", "triton is not installed: pip install triton"),
         ("3.9.0", None, "this torch is built without CUDA and ROCm"),

@@ -482,13 +482,6 @@ def test_designs_and_reasons() -> None:
         assert scan.choose(large).kernel == "stepwise"
 
 
-@interpreted
-def test_sizes_of_a_call_are_no_constants() -> None:
-    """Neither T nor N, nor what follows from them, is compiled in or looked at when a kernel is chosen."""
-    kernels = importlib.import_module("rnnkit.triton.kernels")
-    assert {"batch", "total", "last", "first", "steps"} <= set(kernels.SIZES)
-
-
 def test_cells_are_the_reference_s() -> None:
     cells = pytest.importorskip("rnnkit.triton.cells", reason="triton is not installed")
     assert cells.CELLS.keys() == CELLS.keys()

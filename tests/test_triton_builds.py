@@ -20,10 +20,10 @@ pytestmark = [
 ]
 
 #: Bytes of registers that a thread of any kernel may have to put aside: a few in the largest tiles.
-SPILLED = 128
+SPILLED = 144
 
 
-def builds(target: tuple[str, str]) -> list[dict]:
+def builds(target: tuple[str, ...]) -> list[dict]:
     """Every kernel of `triton_builds.cases`."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), *sys.path])
@@ -38,17 +38,18 @@ def builds(target: tuple[str, str]) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "target",
-    [("cuda", "90"), pytest.param(("hip", "gfx942"), marks=pytest.mark.slow)],
-    ids="-".join,
+    "target", [("cuda", "90"), ("hip", "gfx942", "4"), ("hip", "gfx90a", "4")], ids="-".join
 )
-def test_every_kernel_compiles(target: tuple[str, str]) -> None:
-    """For every cell both passes in both designs, on matrix units, a step waiting for the one before."""
+def test_every_kernel_compiles(target: tuple[str, ...]) -> None:
+    """For every cell both passes in both designs, on matrix units, a step waiting for the one before.
+
+    No integer argument but the model's sizes is looked at, so that a new T or N compiles nothing.
+    """
     built = builds(target)
     found = {(b["case"].split("-")[0], b["kernel"], b["design"]) for b in built}
     assert len(found) == 4 * len(CELLS), found
-    assert not [b for b in built if b["products"] == 0 or b["barriers"] == 0]
-    limit = SPILLED if target[0] == "cuda" else 4 * SPILLED
-    assert not [b for b in built if b["spilled"] > limit]
+    assert not [b for b in built if b["products"] == 0 or b["barriers"] != 1]
+    cuda = target[0] == "cuda"
+    assert not [b for b in built if b["spilled"] > (SPILLED if cuda else 4 * SPILLED)]
     # An RTX's programs have 99 KB, an MI300's 64.
-    assert not [b for b in built if b["shared"] > (99 if target[0] == "cuda" else 64) * 1024]
+    assert not [b for b in built if b["shared"] > (99 if cuda else 64) * 1024]

@@ -1,7 +1,7 @@
 """Compiles the Triton kernels without a GPU, as they would be launched, and prints what became of them.
 
 A program of its own, since Triton's interpreter, which tests run on where there is no GPU, takes the compiler's place
-in its process: `python triton_builds.py cuda 90` prints a line of JSON for each kernel.
+in its process: `python triton_builds.py cuda 90` prints a line of JSON for each kernel; `cuda 90 4` for every fourth.
 """
 
 import json
@@ -34,17 +34,23 @@ TYPES = {
     torch.int64: "*i64",
 }
 
-#: Hidden sizes, batches and dtypes: in whole vectors and odd, of one program and of several.
+#: Hidden sizes, batches, dtypes and whether float32 is multiplied as TF32: in whole vectors and odd, of one program
+#: and of several.
 SIZES = (
-    (40, 3, torch.float32),
-    (256, 16, torch.bfloat16),
-    (100, 5, torch.float16),
-    (512, 16, torch.float32),
-    (650, 40, torch.bfloat16),
-    (512, 256, torch.float16),
-    (33, 5, torch.float64),
-    (512, 64, torch.float64),
+    (40, 3, torch.float32, False),
+    (256, 16, torch.bfloat16, True),
+    (100, 5, torch.float16, True),
+    (512, 64, torch.float32, False),
+    (650, 40, torch.bfloat16, True),
+    (512, 256, torch.float16, True),
+    (33, 5, torch.float64, True),
+    (512, 64, torch.float64, True),
+    (128, 16, torch.float32, True),
+    (650, 64, torch.float32, True),
 )
+
+#: The integers that a kernel may be compiled for: another value of the others compiles nothing.
+OF_THE_MODEL = ("hidden", "projected")
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Build:
         registers: of a thread.
         spilled, shared: bytes, of a thread and of a program.
         products: instructions for the matrix units.
-        barriers: those of a program's threads.
+        barriers: between the last of a step's stores and the next step.
     """
 
     case: str
@@ -83,6 +89,9 @@ class Recorder:
     def launch(self, *arguments: Any, **given: Any) -> None:
         names = self.kernel.arg_names
         bound = dict(zip(names, arguments, strict=False))
+        for parameter in self.kernel.params:
+            if isinstance(bound.get(parameter.name), int) and parameter.name not in OF_THE_MODEL:
+                assert parameter.do_not_specialize, f"{parameter.name} may cause a compilation"
         constants = {name: given.pop(name) for name in names[len(arguments) :]}
         constants |= {name: value for name, value in bound.items() if value is None}
         signature = dict.fromkeys(constants, "constexpr")
@@ -101,6 +110,15 @@ class Recorder:
             {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
         )
         self.done(triton.compile(source, target=self.target, options=given), given)
+
+
+def barriers(ttgir: str) -> int:
+    """How many barriers of a program's threads stand at the end of the loop over steps, where products' are not yet."""
+    last = ttgir.split("scf.yield")
+    found = [part for part in last[:-1] if "tt.store" in part]
+    return len(
+        re.findall(r"\b(?:gpu|ttg)\.(?:local_)?barrier\b", found[0].rsplit("tt.store", 1)[1])
+    )
 
 
 def resources(built: Any) -> tuple[int, int]:
@@ -134,8 +152,8 @@ def builds(case: Case, target: GPUTarget, keep: Keep = Keep.EVERYTHING) -> Itera
                 registers,
                 spilled,
                 built.metadata.shared,
-                len(re.findall(r"\b(mma\.sync|wgmma|v_mfma)", text)),
-                len(re.findall(r"\b(bar\.sync|barrier\.sync|s_barrier)\b", text)),
+                len(re.findall(r"\b(mma\.sync|wgmma|tcgen05\.mma|v_mfma|v_wmma)", text)),
+                barriers(built.asm["ttgir"]),
             )
 
         return Recorder(getattr(kernels, name), target, done)
@@ -155,23 +173,24 @@ def builds(case: Case, target: GPUTarget, keep: Keep = Keep.EVERYTHING) -> Itera
     yield from found.values()
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[tuple[Case, bool]]:
     """Every cell and dtype in either design, dense and ragged, projected, and without this and that."""
     for cell in CELLS:
-        for at, (hidden, batch, dtype) in enumerate(SIZES):
+        for at, (hidden, batch, dtype, tf32) in enumerate(SIZES):
             case = Case(cell, (2, batch, 4, hidden), 1 + at % 2, dtype=dtype)
             if at % 2:
                 case = replace(case, lengths=tuple(2 if n < 2 else 1 for n in range(batch)))
-            yield replace(case, states=at % 3 != 0, bias=at % 3 != 1)
+            yield replace(case, states=at % 3 != 0, bias=at % 3 != 1), tf32
         if CELLS[cell].states > 1:
-            yield Case(cell, (2, 3, 4, 100), projected=33)
+            yield Case(cell, (2, 3, 4, 100), projected=33), True
 
 
-def main(backend: str, architecture: str) -> None:
+def main(backend: str, architecture: str, every: str = "1") -> None:
     scan.TARGET = backend
     arch = int(architecture) if backend == "cuda" else architecture
     target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
-    for case in cases():
+    for case, tf32 in [*cases()][:: int(every)]:
+        torch.backends.cudnn.allow_tf32 = tf32
         for build in builds(case, target):
             print(json.dumps(asdict(build)), flush=True)
 

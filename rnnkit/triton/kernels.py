@@ -161,6 +161,8 @@ def forward(
     d = tl.program_id(2).to(tl.int64)
     directions = tl.num_programs(2)
     begin, i, u, i_mask, u_mask = tile(batch, hidden, ROWS, UNITS)
+    first_unit = tl.program_id(1) * UNITS
+    w = w_hh + (d * GATES * hidden + first_unit) * projected
     state = load_states(states, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
     for step in tl.range(first, first + steps, num_stages=1):
         u = again(u, step)
@@ -176,7 +178,7 @@ def forward(
             step, begin, i, last, batch, offsets, initial, history, projected
         )
         recurrent = products(
-            before, there & alive, w_hh + d * GATES * hidden * projected, hidden * projected, u * projected,
+            before, there & alive, w, hidden.to(tl.int64) * projected, (u - first_unit) * projected,
             u_mask, 1, projected, GATES, DEPTH, PRECISION, SUM,
         )  # fmt: skip
         x = ()

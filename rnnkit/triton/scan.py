@@ -92,7 +92,8 @@ def _choose(scan: plan.Scan, forced: str) -> Plan:
         design = "sequence"
     if design == "stepwise":
         units = min(units, _UNITS[scan.element_bytes])
-        rows = 16 if scan.batch <= 16 else 32 if scan.batch <= 32 or scan.element_bytes > 2 else 64
+        most_rows = 64 if scan.element_bytes == 2 else 16 if scan.precise else 32
+        rows = min(most_rows, 16 if scan.batch <= 16 else 32 if scan.batch <= 32 else 64)
     warps = 4 if units * rows < 1024 else 8
     depth = _depth(scan, units, warps)
     together = 1 if scan.backward else SPECS[scan.cell].gates
@@ -122,7 +123,7 @@ def _others(cut: Plan) -> list[Plan]:
     if cut.kernel == "stepwise":
         changes.append({"units": 16} if cut.units > 16 else {"units": 32})
         changes.append({"depth": 2 * cut.depth, "stages": 2})
-    return [cut, *(replace(cut, **change) for change in changes)]
+    return [*dict.fromkeys([cut, *(replace(cut, **change) for change in changes)])]
 
 
 @lru_cache
@@ -134,7 +135,7 @@ def _tuned(kernel: Any, cut: Plan) -> Any:
         )
         for way in _others(cut)
     ]
-    key = ["hidden", "projected", "GATES", "PRECISION"]
+    key = ["hidden", "projected", "GATES", "ROWS", "PRECISION"]
     return triton.autotune(configs=configs, key=key, cache_results=True)(kernel)
 
 
@@ -144,13 +145,16 @@ def _power_of_2_in(*sizes: int) -> int:
     return together & -together
 
 
+#: What was launched tuned, and so is loaded: while a graph is captured, nothing can be timed or loaded.
+_launched: set[tuple[Any, ...]] = set()
+
+
 class _Launcher:
     """Launches one pass's kernel for a call, on its device."""
 
     def __init__(self, kernel: Any, call: Call, cut: Plan, rows: int, directions: int) -> None:
         self.kernel, self.cut = kernel, cut
         self.device = call.input.device
-        self.tuning = AUTOTUNE and not kernels.INTERPRETED and not self._capturing()
         tiles = triton.cdiv(rows, cut.rows)
         self.grid = lambda meta: (tiles, triton.cdiv(call.hidden, meta["UNITS"]), directions)
         self.constants = {
@@ -160,27 +164,42 @@ class _Launcher:
             "SUM": tl.float64 if call.sum_dtype == torch.float64 else tl.float32,
             "ROWS": cut.rows,
             "ALIGNED": _power_of_2_in(call.hidden, call.projected),
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": True,  # Triton 3.9 warns where its default is relied on
         }
-        if not self.tuning:
-            self.constants |= {"UNITS": cut.units, "DEPTH": cut.depth}
-            self.constants |= {"num_warps": cut.warps, "num_stages": cut.stages}
 
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     @staticmethod
     def _precision(call: Call) -> str:
-        """Of float32's products; three in TF32 are as exact as one in float32."""
-        if call.input.dtype == torch.float32 and not call.precise:
-            return "tf32"
-        return "ieee" if TARGET == "hip" or call.input.dtype != torch.float32 else "tf32x3"
+        """Of float32's products; three in TF32 are as exact as one in float32. AMD's GPUs have no TF32, but for one."""
+        if TARGET == "hip" or call.input.dtype != torch.float32:
+            return "ieee"
+        return "tf32x3" if call.precise else "tf32"
 
     def __call__(self, *arguments: Any, **constants: Any) -> None:
-        run = _tuned(self.kernel, self.cut) if self.tuning else self.kernel
+        cut, constants = self.cut, self.constants | constants
+        if self._is_tuned(arguments, constants):
+            run = _tuned(self.kernel, cut)
+        else:
+            run = self.kernel
+            constants |= {"UNITS": cut.units, "DEPTH": cut.depth}
+            constants |= {"num_warps": cut.warps, "num_stages": cut.stages}
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with on_device:
-            run[self.grid](*arguments, **self.constants, **constants)
+            run[self.grid](*arguments, **constants)
+
+    def _is_tuned(self, arguments: Sequence[Any], constants: dict[str, Any]) -> bool:
+        """Whether to launch what is fastest; in a captured graph only if it was launched before."""
+        if not AUTOTUNE or kernels.INTERPRETED:
+            return False
+        *others, hidden, projected = arguments
+        types = [getattr(argument, "dtype", None) for argument in others]
+        kind = (self.kernel, self.cut, self.device, hidden, projected, *types, *constants.values())
+        if kind not in _launched and self._capturing():
+            return False
+        _launched.add(kind)
+        return True
 
     def all_steps(
         self, steps: int, states: Tensor, launch: Callable[[Tensor, Tensor, int, int], None]
