@@ -2,10 +2,24 @@
 
 from rnnkit.backends import backend
 from rnnkit.cells import GRUCell, LSTMCell, RNNCell
+from rnnkit.converting import convert, patch, revert
 from rnnkit.explaining import explain
 from rnnkit.freezing import freeze
 from rnnkit.layers import GRU, LSTM, RNN
 
 __version__ = "0.1.0"
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "backend", "explain", "freeze"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "backend",
+    "convert",
+    "explain",
+    "freeze",
+    "patch",
+    "revert",
+]
