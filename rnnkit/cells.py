@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from rnnkit import backends, stack
 
@@ -100,6 +101,8 @@ class RNNCell(nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; see the class."""
+        if isinstance(input, Proxy):
+            return stack.traced(self, input, hx)
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         cell, weights = f"rnn_{self.nonlinearity}", _weights(self)
@@ -136,6 +139,8 @@ class LSTMCell(nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Take one step; see the class."""
+        if isinstance(input, Proxy):
+            return stack.traced(self, input, hx)
         weights = _weights(self)
         found: tuple[Tensor, Tensor] | None = _infer("lstm", input, hx, weights)
         if found is not None:
@@ -169,6 +174,8 @@ class GRUCell(nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; see the class."""
+        if isinstance(input, Proxy):
+            return stack.traced(self, input, hx)
         weights = _weights(self)
         found: Tensor | None = _infer("gru", input, hx, weights)
         if found is not None:

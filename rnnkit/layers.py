@@ -9,6 +9,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkit import backends, stack
@@ -115,6 +116,8 @@ class _Layers(nn.RNNBase):
         raise RuntimeError(message)
 
     def _forward(self, input: Tensor | PackedSequence, hx: Any) -> Any:
+        if isinstance(input, Proxy):
+            return stack.traced(self, input, hx)
         weights = self._weights()
         infer = backends.short_way("infer_layers")
         if infer is not None and not (self.training and self.dropout > 0):

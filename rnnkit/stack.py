@@ -1,9 +1,12 @@
 """Layers × directions × dropout × packed sequences × autocast, written once for every cell."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy, Tracer
+from torch.nn import Module
 from torch.nn.functional import dropout as drop
 
 from rnnkit import autograd
@@ -85,6 +88,14 @@ def pack(
             torch.ops.rnnkit.pack_weights(cell, flat[start : start + size])
             for start in range(0, len(flat), size)
         )
+
+
+def traced(module: Module, input: Proxy, hx: Any) -> Any:
+    """A call of `module` in a graph that torch.fx traces: one node, as torch.fx makes of torch.nn's own layers."""
+    tracer = input.tracer
+    arguments = (input,) if hx is None else (input, hx)
+    assert isinstance(tracer, Tracer)
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
 
 
 def as_states(hx: Tensor | None) -> tuple[Tensor, ...]:

@@ -320,3 +320,32 @@ def test_weights_shared_with_a_spawned_process(backend: str) -> None:
     _optimizer_step(ours)
     assert not torch.equal(after, before)
     assert not torch.equal(run(case, ours, case.leaves())["output"], after)
+
+
+# torch.fx
+
+
+class Tagger(torch.nn.Module):
+    """A layer with and without states, and a cell."""
+
+    def __init__(self, package: Any) -> None:
+        super().__init__()
+        self.layer, self.cell = package.LSTM(3, 4), package.GRUCell(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, states = self.layer(x)
+        again, _ = self.layer(x, states)
+        return self.cell(output[-1] + again[0])
+
+
+def test_traced_by_fx_as_torch_s_layers_are() -> None:
+    graphs = []
+    for package in (torch.nn, rnnkit):
+        torch.manual_seed(0)
+        model = Tagger(package)
+        traced = torch.fx.symbolic_trace(model)
+        graphs.append([(node.op, node.target) for node in traced.graph.nodes])
+        x = torch.randn(5, 2, 3)
+        torch.testing.assert_close(traced(x), model(x), rtol=0, atol=0)
+    assert graphs[0] == graphs[1]
+    assert ("call_module", "layer") in graphs[1] and ("call_module", "cell") in graphs[1]
