@@ -12,6 +12,7 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rnnkit import reference
 from rnnkit.reference import CELLS, WEIGHTS
@@ -76,10 +77,15 @@ def empty_results(
     directions = len(weights) // len(WEIGHTS)
     hidden, projected = w_hh.size(0) // spec.gates, w_hh.size(1)
     rows = input.shape[:-1]
+    batch: int | torch.SymInt
     if states:
         batch = states[0].size(1)
+    elif batch_sizes is None:
+        batch = input.size(1)
+    elif isinstance(batch_sizes, FakeTensor):  # in a compiled graph it is known only as it runs
+        batch = torch.library.get_ctx().new_dynamic_size()
     else:
-        batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
+        batch = int(batch_sizes[0])
     output = input.new_empty([*rows, directions * projected])
     finals = [input.new_empty(directions, batch, s) for s in [projected, hidden][: spec.states]]
     shape = [directions, math.prod(rows), kept_values(cell, keep), hidden] if keep else [0]

@@ -8,7 +8,7 @@ from functorch.compile import make_boxed_func
 from kernel_cases import assert_same_bits
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import rnnkit
 from rnnkit import backends
@@ -181,3 +181,31 @@ def test_changed_weight_is_used_by_the_next_call() -> None:
         parameter.data.mul_(2)
     assert not torch.equal(faster(x)[0], before)
     torch.testing.assert_close(faster(x)[0], own(x)[0])
+
+
+@needs_cpp
+@pytest.mark.parametrize("training", (False, True))
+@pytest.mark.parametrize("name", ("RNN", "LSTM", "GRU"))
+def test_packed_sequences_in_one_graph(name: str, training: bool) -> None:
+    """The batch is known only as the graph runs; other lengths and batches compile nothing anew."""
+    torch.manual_seed(0)
+    own = getattr(rnnkit, name)(3, 4, num_layers=2, bidirectional=True)
+    one_graph = torch.compile(own, fullgraph=True, backend="aot_eager", dynamic=True)
+
+    def results(call: Any, packed: PackedSequence) -> list[Tensor]:
+        with torch.set_grad_enabled(training):
+            output, *states = call(packed)
+            found = [output.data, *flat(states)]
+            if training:
+                own.zero_grad()
+                sum(result.square().sum() for result in found).backward()
+                found += [weight.grad.clone() for weight in own.parameters()]
+        return found
+
+    for index, lengths in enumerate(((4, 2, 1), (2, 5, 3, 1), (6, 1))):
+        sequences = [torch.randn(length, 3) for length in lengths]
+        packed = pack_sequence(sequences, enforce_sorted=False)
+        stance = "fail_on_recompile" if index == 2 else "default"
+        with torch.compiler.set_stance(stance):
+            found = results(one_graph, packed)
+        torch.testing.assert_close(found, results(own, packed))
