@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rnnkit import backends, ops, reference
+from rnnkit import backends, exporting, ops, reference
 from rnnkit.ops import Keep
 
 
@@ -30,6 +30,8 @@ def layer(
 
     `keep` holds where gradients are needed; `packed`, of frozen weights, where they are not.
     """
+    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+        return exporting.layer(cell, input, states, weights, batch_sizes)
     tensors = [input, *states, *(w for w in weights if w is not None)]
     if backends.serving(input.device) == "reference" or _transformed(tensors):
         return reference.layer(cell, input, states, weights, batch_sizes)
