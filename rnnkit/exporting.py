@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rnnkit import reference
 from rnnkit.reference import CELLS, WEIGHTS
 
 #: Of each cell: ONNX's name, its order of the gates as places in torch's, and attributes of its own.
@@ -26,17 +27,13 @@ def layer(
 ) -> tuple[Tensor, list[Tensor]]:
     """`reference.layer` as one node of an ONNX graph.
 
-    Raises:
-        RuntimeError: ONNX's operators have no projection, and no packed sequences.
+    ONNX's operators have no projection and take no packed sequences; there the reference is exported, step by step,
+    for the T of the export.
 
     Source: https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and onnx__RNN.html.
     """
-    if cell not in OPERATORS:
-        raise RuntimeError(f"expected a cell that ONNX has an operator for, got {cell}")
-    if weights[4] is not None:
-        raise RuntimeError("expected proj_size to be 0: ONNX's LSTM has no projection")
-    if batch_sizes is not None:
-        raise RuntimeError("expected input to be a tensor: ONNX's operators take no PackedSequence")
+    if cell not in OPERATORS or weights[4] is not None or batch_sizes is not None:
+        return reference.layer(cell, input, states, weights, batch_sizes)
     name, order, attributes = OPERATORS[cell]
     steps, batch, _ = input.shape
     w_hh = weights[1]
