@@ -8,7 +8,7 @@ import torch
 from tolerances import assert_close_to_truth
 from torch import Tensor
 
-from rnnkit import ops, reference
+from rnnkit import ops, plan, reference
 from rnnkit.ops import Keep
 from rnnkit.reference import CELLS, WEIGHTS
 
@@ -41,6 +41,20 @@ class Case:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     off_kink: bool = False
+
+    def scan(self, backward: bool, precise: bool = True) -> plan.Scan:
+        """What decides how its scan runs."""
+        hidden = self.sizes[3]
+        return plan.Scan(
+            self.cell,
+            self.dtype.itemsize,
+            backward,
+            hidden,
+            self.projected or hidden,
+            len(self.lengths) or self.sizes[1],
+            self.directions,
+            precise and self.dtype == torch.float32,
+        )
 
     def __str__(self) -> str:
         steps, batch, inputs, hidden = self.sizes

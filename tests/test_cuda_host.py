@@ -54,22 +54,8 @@ on_host = pytest.mark.usefixtures("ops")
 
 def kernels_of(case: Case, precise: bool = True) -> list[plan.Plan]:
     """The plans of both passes."""
-    batch, hidden = len(case.lengths) or case.sizes[1], case.sizes[3]
-    sizes = {"hidden": hidden, "projected": case.projected or hidden, "batch": batch}
-    return [
-        plan.choose(
-            plan.Scan(
-                case.cell,
-                case.dtype.itemsize,
-                backward,
-                directions=case.directions,
-                precise=precise and case.dtype == torch.float32,
-                **sizes,
-            ),
-            host_build.DEVICE,
-        )
-        for backward in (False, True)
-    ]
+    scans = (case.scan(backward, precise) for backward in (False, True))
+    return [plan.choose(scan, host_build.DEVICE) for scan in scans]
 
 
 # Numbers

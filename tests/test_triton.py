@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import interpreter
 import pytest
@@ -166,17 +167,34 @@ def test_each_design_finds_what_the_other_kept(device: str, cell: str) -> None:
 
 @each_design
 @each_cell
-def test_tf32_is_as_torch_s_switch_says(device: str, cell: str, design: str) -> None:
-    """The interpreter multiplies as exactly in any case."""
+def test_tf32_is_as_torch_s_switch_says(
+    device: str, cell: str, design: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen in what is launched and, where products are rounded to it, in the results."""
+    scan = importlib.import_module("rnnkit.triton.scan")
+    launched, launch = [], scan._Launcher.__call__
+
+    def seen(self: Any, *arguments: Any, **constants: Any) -> None:
+        launched.append(self.constants["PRECISION"])
+        launch(self, *arguments, **constants)
+
+    monkeypatch.setattr(scan._Launcher, "__call__", seen)
     it = call(Case(cell, (3, 5, 6, 33), 2, device=device, off_kink=True))
     truth, baseline = it.to(torch.float64).reference(), it.reference()
-    torch.backends.cudnn.allow_tf32 = True
     with plan.forced(design):
-        for name, result in it.run().items():
-            gradient = name.startswith("grad")
-            assert_close_to_truth(
-                result, baseline[name], truth[name], gradient=gradient, tf32=True, name=name
-            )
+        exact = it.run()
+        in_full, launched[:] = set(launched), []
+        torch.backends.cudnn.allow_tf32 = True
+        rounded = it.run()
+    nvidia = scan.TARGET == "cuda"
+    assert in_full == {"tf32x3" if nvidia else "ieee"}
+    assert set(launched) == {"tf32" if nvidia else "ieee"}
+    for name, result in rounded.items():
+        assert torch.equal(result, exact[name]) == (device == "cpu" or not nvidia), name
+        gradient = name.startswith("grad")
+        assert_close_to_truth(
+            result, baseline[name], truth[name], gradient=gradient, tf32=True, name=name
+        )
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of numpy, in the interpreter
@@ -435,19 +453,6 @@ def test_more_than_2_31_values() -> None:
 # How a scan is cut
 
 
-def scan_of(case: Case, backward: bool = False) -> plan.Scan:
-    batch, hidden = case.sizes[1], case.sizes[3]
-    return plan.Scan(
-        case.cell,
-        case.dtype.itemsize,
-        backward,
-        hidden,
-        case.projected or hidden,
-        batch,
-        case.directions,
-    )
-
-
 @interpreted
 @pytest.mark.parametrize("backward", (False, True))
 @each_dtype
@@ -456,7 +461,7 @@ def test_tiles(cell: str, dtype: torch.dtype, backward: bool) -> None:
     """What is loaded ahead fits in every GPU's shared memory; one program has all units, or a step is a launch."""
     scan = importlib.import_module("rnnkit.triton.scan")
     for hidden, batch in product((1, 16, 33, 64, 128, 200, 256, 512, 1500, 4096), (1, 17, 64, 500)):
-        sizes = scan_of(Case(cell, (1, batch, 1, hidden), dtype=dtype), backward)
+        sizes = Case(cell, (1, batch, 1, hidden), dtype=dtype).scan(backward)
         chosen = scan.choose(sizes)
         gates = 1 if backward else CELLS[cell].gates
         ahead = chosen.depth * (gates * chosen.units + chosen.rows) * dtype.itemsize
@@ -470,11 +475,11 @@ def test_tiles(cell: str, dtype: torch.dtype, backward: bool) -> None:
 @interpreted
 def test_designs_and_reasons() -> None:
     scan = importlib.import_module("rnnkit.triton.scan")
-    small, large = (scan_of(Case("lstm", (1, 8, 4, hidden))) for hidden in (64, 512))
+    small, large = (Case("lstm", (1, 8, 4, hidden)).scan(False) for hidden in (64, 512))
     assert scan.choose(small).kernel == "sequence"
     assert scan.choose(large).kernel == "stepwise"
     assert "no room for more than 128 units" in str(scan.choose(large))
-    projected = scan_of(Case("lstm", (1, 8, 4, 64), projected=5))
+    projected = Case("lstm", (1, 8, 4, 64), projected=5).scan(False)
     assert "projection" in scan.choose(projected).reason
     with plan.forced("stepwise"):
         assert scan.choose(small).kernel == "stepwise"

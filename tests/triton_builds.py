@@ -137,7 +137,7 @@ def resources(built: Any) -> tuple[int, int]:
     return int(used["REG"]), int(used["STACK"]) + int(used["LOCAL"])
 
 
-def builds(case: Case, target: GPUTarget, keep: Keep = Keep.EVERYTHING) -> Iterator[Build]:
+def builds(case: Case, target: GPUTarget) -> Iterator[Build]:
     """Every kernel that a call's forward and backward pass launch."""
     found: dict[str, Build] = {}
 
@@ -148,7 +148,7 @@ def builds(case: Case, target: GPUTarget, keep: Keep = Keep.EVERYTHING) -> Itera
             found[name] = Build(
                 str(case),
                 name,
-                scan.choose(it.scan(name == "backward")).kernel,
+                scan.choose(case.scan(name == "backward")).kernel,
                 registers,
                 spilled,
                 built.metadata.shared,
@@ -159,16 +159,13 @@ def builds(case: Case, target: GPUTarget, keep: Keep = Keep.EVERYTHING) -> Itera
         return Recorder(getattr(kernels, name), target, done)
 
     arguments = call(case)
-    it = gpu.Call(
-        case.cell, arguments.input, arguments.states, arguments.weights, arguments.batch_sizes
-    )
+    given = (arguments.input, arguments.states, arguments.weights, arguments.batch_sizes)
     with (
         mock.patch.object(gpu, "scans", lambda _: scan),
         mock.patch.object(kernels, "forward", recorder("forward")),
         mock.patch.object(kernels, "backward", recorder("backward")),
     ):
-        given = (arguments.input, arguments.states, arguments.weights, arguments.batch_sizes)
-        output, _, reserve = gpu.layer_forward(case.cell, *given, keep)
+        output, _, reserve = gpu.layer_forward(case.cell, *given, Keep.EVERYTHING)
         gpu.layer_backward(case.cell, arguments.grads, *given, output, reserve, arguments.all_needs)
     yield from found.values()
 

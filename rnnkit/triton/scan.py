@@ -95,24 +95,23 @@ def _choose(scan: plan.Scan, forced: str) -> Plan:
         most_rows = 64 if scan.element_bytes == 2 else 16 if scan.precise else 32
         rows = min(most_rows, 16 if scan.batch <= 16 else 32 if scan.batch <= 32 else 64)
     warps = 4 if units * rows < 1024 else 8
-    depth = _depth(scan, units, warps)
-    together = 1 if scan.backward else SPECS[scan.cell].gates
-    stage = (together * units + rows) * scan.element_bytes
-    while depth > 16 and depth * stage > _SHARED[TARGET]:
-        depth //= 2
-    stages = 3 if 3 * depth * stage < _SHARED[TARGET] else 2
+    depth, stages = _pipeline(scan, rows, units, warps)
     return Plan(design, reason, rows, units, depth, warps, stages)
 
 
-def _depth(scan: plan.Scan, units: int, warps: int) -> int:
-    """As deep as the registers for the weights allow, and no deeper than what is to be added up."""
-    together = 1 if scan.backward else SPECS[scan.cell].gates
+def _pipeline(scan: plan.Scan, rows: int, units: int, warps: int) -> tuple[int, int]:
+    """Depth, as registers and shared memory allow, and no deeper than what is to be added up; and stages."""
+    gates = SPECS[scan.cell].gates
+    together, summed = (1, gates * scan.hidden) if scan.backward else (gates, scan.projected)
     loads = _LOADS[scan.element_bytes]
     if _power_of_2_in(scan.hidden, scan.projected) * scan.element_bytes < 8:
         loads //= 4  # they are loaded one by one
-    summed = SPECS[scan.cell].gates * scan.hidden if scan.backward else scan.projected
     deepest = min(loads * 32 * warps // (units * together), 64)
-    return max(16, min(1 << (deepest.bit_length() - 1), int(triton.next_power_of_2(summed))))
+    depth = max(16, min(1 << (deepest.bit_length() - 1), int(triton.next_power_of_2(summed))))
+    stage, shared = (together * units + rows) * scan.element_bytes, _SHARED[TARGET]
+    while depth > 16 and depth * stage > shared:
+        depth //= 2
+    return depth, 3 if 3 * depth * stage < shared else 2
 
 
 def _others(cut: Plan) -> list[Plan]:
