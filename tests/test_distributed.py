@@ -1,0 +1,338 @@
+"""Training on several processes: PyTorch's own engines, and accelerate and Lightning, with rnnkit's layers."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, multiprocessing, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+
+import rnnkit
+from rnnkit import backends
+
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("this torch has no gloo", allow_module_level=True)
+
+PROGRAM = Path(__file__).parents[1] / "examples" / "train_ddp.py"
+PROCESSES = 2
+BACKENDS = [name for name in ("cpp", "reference") if not backends.unavailable(name)]
+
+
+# Gradients of two processes are those of one
+
+
+class Model(nn.Module):
+    """Layers of every kind, and a cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = rnnkit.LSTM(5, 7, num_layers=2, bidirectional=True, proj_size=3)
+        self.gru = rnnkit.GRU(6, 9, batch_first=True, recompute=True)
+        self.rnn = rnnkit.RNN(5, 3, nonlinearity="relu", bias=False)
+        self.cell = rnnkit.LSTMCell(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, T, 5] -> the batch's mean of sums of squares."""
+        first = self.lstm(x.transpose(0, 1))[0]
+        results = (
+            first,
+            self.gru(first.transpose(0, 1))[0],
+            self.rnn(x.transpose(0, 1))[1],
+            self.cell(x[:, -1], (x[:, 0, :4], x[:, 1, :4]))[0],
+        )
+        return sum(result.square().sum() for result in results) / len(x)
+
+
+def in_ddp(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def in_fsdp2(model: nn.Module) -> nn.Module:
+    for layer in model.children():
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def gradients(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
+    """Of the batches' mean, whole, under the names of the model without a wrapper."""
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+        elif isinstance(model, DistributedDataParallel):
+            model.require_backward_grad_sync = last
+        (model(batch) / len(batches)).backward()
+    found = {}
+    for name, weight in model.named_parameters():
+        grad = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
+        found[name.removeprefix("module.")] = grad
+    return found
+
+
+def compare_with_one_process(rank: int, place: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=PROCESSES)
+    try:
+        for backend in BACKENDS:
+            for wrap in (in_ddp, in_fsdp2):
+                for accumulated in (1, 3):
+                    with rnnkit.backend(backend):
+                        torch.manual_seed(0)
+                        alone, shared = Model(), Model()
+                        shared.load_state_dict(alone.state_dict())
+                        batch = torch.randn(accumulated, PROCESSES, 4, 6, 5)
+                        expected = gradients(alone, list(batch.flatten(1, 2)))
+                        found = gradients(wrap(shared), list(batch[:, rank]))
+                    where = f"{backend}, {wrap.__name__}, {accumulated} batches"
+                    torch.testing.assert_close(
+                        found, expected, rtol=0, atol=1e-6, msg=lambda m, w=where: f"{w}: {m}"
+                    )
+                    assert all(grad.abs().max() > 1e-3 for grad in found.values()), where
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ddp_and_fsdp2_gradients_are_those_of_one_process(tmp_path: Path) -> None:
+    multiprocessing.spawn(compare_with_one_process, (str(tmp_path / "store"),), PROCESSES)
+
+
+# examples/train_ddp.py
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"{n * n % 31} {n * n % 7}" for n in range(900)))
+    return path
+
+
+def command(text: Path, *arguments: object, processes: int = PROCESSES) -> list[str]:
+    """train_ddp.py of a small model; alone, or under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    sizes = "--size 12 --layers 1 --bptt 5 --batch 8 --words 40 --save-every 3 --workers 1"
+    return [
+        sys.executable,
+        *(launcher if processes > 1 else []),
+        *(str(PROGRAM), "--text", str(text), *sizes.split(), *map(str, arguments)),
+    ]
+
+
+def losses(output: str) -> dict[int, float]:
+    """Of each step that was printed."""
+    return {int(n): float(x) for n, x in re.findall(r"step (\d+)  loss (\S+)", output)}
+
+
+def trained(text: Path, *arguments: object, processes: int = PROCESSES) -> dict[int, float]:
+    given = command(text, *arguments, processes=processes)
+    done = subprocess.run(given, capture_output=True, text=True, timeout=300, env=environment())
+    assert done.returncode == 0, done.stderr
+    return losses(done.stdout)
+
+
+def environment() -> dict[str, str]:
+    """One thread each, and none of a group that this process may be in."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "PYTEST"))}
+    return {**own, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_as_many_processes_as_there_are(text: Path, tmp_path: Path) -> None:
+    """One, or two that share weights and optimizer, have the same losses, and go on from each other's checkpoint."""
+    alone = trained(text, "--steps", 7, processes=1)
+    assert list(alone) == list(range(1, 8))
+    assert alone[7] < alone[1]
+    shared = ["--parallel", "fsdp", "--accumulate", 2, "--checkpoint", tmp_path / "checkpoints"]
+    first = trained(text, "--steps", 4, *shared)
+    rest = trained(text, "--steps", 7, *shared[2:], processes=1)
+    assert (list(first), list(rest)) == ([1, 2, 3, 4], [5, 6, 7])
+    assert {**first, **rest} == pytest.approx(alone, rel=1e-6, abs=1e-5)
+
+
+def workers_of(launcher: int) -> list[int]:
+    """The processes of train_ddp.py that a torchrun started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == launcher:
+            found.append(int(path.parent.name))
+    return sorted(found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in Linux's /proc")
+def test_a_killed_worker_is_a_clear_failure_and_the_next_run_goes_on(
+    text: Path, tmp_path: Path
+) -> None:
+    given = command(text, "--steps", 1_000_000, "--checkpoint", tmp_path / "cut off")
+    with subprocess.Popen(
+        given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as run:
+        try:
+            assert run.stdout is not None and run.stderr is not None
+            for line in run.stdout:
+                if "step 5 " in line:
+                    os.kill(workers_of(run.pid)[-1], signal.SIGKILL)
+                    break
+            begin = time.monotonic()
+            _, error = run.communicate(timeout=120)
+        finally:
+            run.kill()
+    assert run.returncode != 0
+    assert time.monotonic() - begin < 60
+    assert "Signal 9 (SIGKILL)" in error and "rank" in error
+    # The other one may have come to the next checkpoint in the meantime.
+    saved = max(int(p.parent.name[5:]) for p in (tmp_path / "cut off").glob("step_*/.metadata"))
+    assert saved >= 3
+    rest = trained(text, "--steps", max(10, saved + 4), "--checkpoint", tmp_path / "cut off")
+    assert next(iter(rest)) == saved + 1
+    expected = trained(text, "--steps", max(rest))
+    assert rest == {step: expected[step] for step in rest}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--batch", "9", "--accumulate", "2"],
+            "multiple of processes x --accumulate = 1 x 2, got 9",
+        ),
+        (["--batch", "4000"], "expected a text of 4000 windows or more"),
+    ],
+)
+def test_wrong_arguments(text: Path, arguments: list[str], message: str) -> None:
+    given = command(text, *arguments, processes=1)
+    done = subprocess.run(given, capture_output=True, text=True, timeout=120, env=environment())
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+# Other people's engines
+
+
+def tagger(package: Any) -> nn.Module:
+    torch.manual_seed(0)
+
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = package.GRU(4, 6, num_layers=2, bidirectional=True, batch_first=True)
+            self.head = nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(x)[0])
+
+    return Tagger()
+
+
+def data() -> DataLoader:
+    """Eight of [2, 5, 4] and their tags [2, 5]."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 5, 4, generator=random)
+    return DataLoader(TensorDataset(x, (x.sum(-1) > 0).long()), batch_size=2)
+
+
+def loss_of(scores: Tensor, tags: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(scores.flatten(0, 1).float(), tags.flatten())
+
+
+def assert_same_losses(train: Callable[[Any], list[float]], tolerance: float) -> None:
+    ours, theirs = train(rnnkit), train(nn)
+    assert len(ours) == 8
+    assert ours == pytest.approx(theirs, abs=tolerance)
+
+
+@pytest.fixture
+def no_group() -> Iterator[None]:
+    """accelerate keeps its state for the process."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.usefixtures("no_group")
+def test_accelerate(precision: str, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+    def train(package: Any) -> list[float]:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        engine = accelerate.Accelerator(
+            cpu=True, mixed_precision=precision, gradient_accumulation_steps=2
+        )
+        model = tagger(package)
+        model, optimizer, loader = engine.prepare(
+            model, torch.optim.AdamW(model.parameters(), lr=0.01), data()
+        )
+        found = []
+        for x, tags in loader:
+            with engine.accumulate(model):
+                loss = loss_of(model(x), tags)
+                engine.backward(loss)
+                engine.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                found.append(loss.item())
+        engine.save_state(str(tmp_path))
+        saved = {name: weight.clone() for name, weight in model.state_dict().items()}
+        torch.nn.init.zeros_(engine.unwrap_model(model).layer.weight_hh_l0)
+        engine.load_state(str(tmp_path))
+        torch.testing.assert_close(dict(model.state_dict()), saved, rtol=0, atol=0)
+        return found
+
+    assert_same_losses(train, 1e-5 if precision == "no" else 1e-2)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.filterwarnings("ignore")
+def test_lightning(precision: str, tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed")
+
+    class Training(lightning.LightningModule):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model, self.losses = model, []
+
+        def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+            loss = loss_of(self.model(batch[0]), batch[1])
+            self.losses.append(loss.item())
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+    def train(package: Any) -> list[float]:
+        engine = lightning.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            devices=1,
+            precision=precision,
+            accumulate_grad_batches=2,
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=True,
+            default_root_dir=tmp_path,
+        )
+        training = Training(tagger(package))
+        engine.fit(training, data())
+        path = tmp_path / "model.ckpt"
+        engine.save_checkpoint(path)
+        loaded = Training.load_from_checkpoint(path, model=tagger(package), weights_only=True)
+        for weight, expected in zip(loaded.parameters(), training.parameters(), strict=True):
+            assert torch.equal(weight, expected)
+        return training.losses
+
+    assert_same_losses(train, 1e-5 if precision == "32-true" else 1e-2)
