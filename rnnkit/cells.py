@@ -4,7 +4,7 @@ They subclass torch's own cells, which bring parameters, initial values, state_d
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -111,6 +111,9 @@ class RNNCell(nn.RNNCell):
             return found
         return _step("RNNCell", cell, self, input, stack.as_states(hx), weights)[0]
 
+    if TYPE_CHECKING:  # to nn.Module a call returns Any
+        __call__ = forward
+
 
 class LSTMCell(nn.LSTMCell):
     r"""One step of an LSTM, `torch.nn.LSTMCell` on rnnkit's kernels.
@@ -149,6 +152,9 @@ class LSTMCell(nn.LSTMCell):
         h, c = _step("LSTMCell", "lstm", self, input, states, weights)
         return h, c
 
+    if TYPE_CHECKING:  # to nn.Module a call returns Any
+        __call__ = forward
+
 
 class GRUCell(nn.GRUCell):
     r"""One step of a GRU, `torch.nn.GRUCell` on rnnkit's kernels.
@@ -181,3 +187,6 @@ class GRUCell(nn.GRUCell):
         if found is not None:
             return found
         return _step("GRUCell", "gru", self, input, stack.as_states(hx), weights)[0]
+
+    if TYPE_CHECKING:  # to nn.Module a call returns Any
+        __call__ = forward

@@ -5,7 +5,7 @@ messages; not `nn.LSTM` and the like, on which torch.compile breaks the graph.
 """
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnkit import backends, stack
 
+Device = torch.device | str | int | None
 States = tuple[Tensor, Tensor]
 Weights = list[list[Tensor | None]]
 
@@ -24,7 +25,11 @@ class _Layers(nn.RNNBase):
     recompute = frozen = False  # of modules that were pickled before there were such choices
     _packed: tuple[Tensor, ...] = ()
 
-    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, device: Device = None, recompute: bool = False, **kwargs: Any
+    ) -> None:
+        if device is not None:  # it may be among args
+            kwargs["device"] = device
         super().__init__(*args, **kwargs)
         self.recompute = recompute
 
@@ -210,7 +215,25 @@ class RNN(_Layers):
     Source: Elman 1990, "Finding structure in time"; parameters and messages as in `torch.nn.RNN`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        recompute: bool = False,
+    ) -> None: ...
+    @overload
+    def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         if len(args) > 3:
@@ -223,7 +246,7 @@ class RNN(_Layers):
                 f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
             )
         self.nonlinearity = nonlinearity
-        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args, device=device, **kwargs)
 
     @overload
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
@@ -234,6 +257,9 @@ class RNN(_Layers):
     def forward(self, input: Any, hx: Tensor | None = None) -> Any:
         """Run the layer; see the class."""
         return self._forward(input, hx)
+
+    if TYPE_CHECKING:  # to nn.Module a call returns Any
+        __call__ = forward
 
 
 class LSTM(_Layers):
@@ -275,8 +301,26 @@ class LSTM(_Layers):
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__("LSTM", *args, **kwargs)
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        recompute: bool = False,
+    ) -> None: ...
+    @overload
+    def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, device=device, **kwargs)
 
     def _returned(self, finals: tuple[Tensor, ...]) -> Any:
         return finals
@@ -290,6 +334,9 @@ class LSTM(_Layers):
     def forward(self, input: Any, hx: States | None = None) -> Any:
         """Run the layer; see the class."""
         return self._forward(input, hx)
+
+    if TYPE_CHECKING:  # to nn.Module a call returns Any
+        __call__ = forward
 
 
 class GRU(_Layers):
@@ -325,10 +372,27 @@ class GRU(_Layers):
     recurrent part after its bias; parameters and messages as in `torch.nn.GRU`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        recompute: bool = False,
+    ) -> None: ...
+    @overload
+    def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__("GRU", *args, **kwargs)
+        super().__init__("GRU", *args, device=device, **kwargs)
 
     @overload
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
@@ -339,3 +403,6 @@ class GRU(_Layers):
     def forward(self, input: Any, hx: Tensor | None = None) -> Any:
         """Run the layer; see the class."""
         return self._forward(input, hx)
+
+    if TYPE_CHECKING:  # to nn.Module a call returns Any
+        __call__ = forward
