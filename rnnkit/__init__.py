@@ -6,6 +6,7 @@ from rnnkit.converting import convert, patch, revert
 from rnnkit.explaining import explain
 from rnnkit.freezing import freeze
 from rnnkit.layers import GRU, LSTM, RNN
+from rnnkit.packing import pack_padded_sequence, pad_packed_sequence
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,8 @@ __all__ = [
     "convert",
     "explain",
     "freeze",
+    "pack_padded_sequence",
+    "pad_packed_sequence",
     "patch",
     "revert",
 ]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rnnkit import reference
+from rnnkit.packing import padded_with
 from rnnkit.reference import CELLS, WEIGHTS
 
 #: Of each cell: ONNX's name, its order of the gates as places in torch's, and attributes of its own.
@@ -27,14 +28,18 @@ def layer(
 ) -> tuple[Tensor, list[Tensor]]:
     """`reference.layer` as one node of an ONNX graph.
 
-    ONNX's operators have no projection and take no packed sequences; there the reference is exported, step by step,
-    for the T of the export.
+    ONNX's operators take padded sequences and their lengths. They have no projection; there the reference is exported,
+    step by step, for the T of the export.
 
     Source: https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and onnx__RNN.html.
     """
-    if cell not in OPERATORS or weights[4] is not None or batch_sizes is not None:
+    if cell not in OPERATORS or weights[4] is not None:
         return reference.layer(cell, input, states, weights, batch_sizes)
     name, order, attributes = OPERATORS[cell]
+    there = lengths = None
+    if batch_sizes is not None:
+        input, there = padded_with(input, batch_sizes, 0.0)
+        lengths = there.sum(0, dtype=torch.int32)
     steps, batch, _ = input.shape
     w_hh = weights[1]
     assert w_hh is not None
@@ -51,7 +56,14 @@ def layer(
         return torch.stack(found)
 
     biases = [b for b in (stacked(2), stacked(3)) if b is not None]
-    given = (input, stacked(0), stacked(1), torch.cat(biases, 1) if biases else None, None, *states)
+    given = (
+        input,
+        stacked(0),
+        stacked(1),
+        torch.cat(biases, 1) if biases else None,
+        lengths,
+        *states,
+    )
     if cell in _ACTIVATIONS:
         activations = {"activations": [_ACTIVATIONS[cell]] * directions}
     else:
@@ -69,5 +81,5 @@ def layer(
         dtypes=[input.dtype] * (1 + CELLS[cell].states),
         shapes=[[steps, directions, batch, hidden], *[final] * CELLS[cell].states],
     )
-    # [T, D, N, H] to [T, N, D*H]
-    return output.transpose(1, 2).reshape(steps, batch, directions * hidden), list(finals)
+    output = output.transpose(1, 2).reshape(steps, batch, directions * hidden)  # of [T, D, N, H]
+    return output if there is None else output[there], list(finals)

@@ -101,7 +101,8 @@ class _Layers(nn.RNNBase):
     def _check_states(self, input: Tensor, states: Sequence[Tensor], packed: Tensor | None) -> None:
         """torch.nn's checks of input and states, which compare with states that may not be there."""
         self.check_input(input, packed)
-        if states:
+        known = packed is None or not torch.compiler.is_exporting()  # the batch's size
+        if states and known:
             self.check_forward_args(input, states if len(states) > 1 else states[0], packed)  # type: ignore[arg-type]
 
     def _check_rank(self, states: Sequence[Tensor], batched: bool) -> None:

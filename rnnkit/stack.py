@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Proxy, Tracer
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.nn import Module
 from torch.nn.functional import dropout as drop
 
@@ -47,7 +48,8 @@ def run(
     Raises:
         RuntimeError: no time step, or a tensor of another dtype or device than the input.
     """
-    if (input.size(0) if batch_sizes is None else batch_sizes.numel()) == 0:
+    steps = input.size(0) if batch_sizes is None else batch_sizes.numel()
+    if guard_or_false(steps == 0):  # of a graph T may be known only as it runs
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     fused_in_torch = (
         cell == "lstm" and not step and batch_sizes is None and weights[0][-1] is None

@@ -83,6 +83,51 @@ def test_initial_states(what: str, tmp_path: Path) -> None:
     assert_computes(path, layer, x, hx)
 
 
+class Encoder(nn.Module):
+    """Padded sequences and their lengths -> padded outputs and final states."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, lengths: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        first = self.layer.batch_first
+        packed = rnnkit.pack_padded_sequence(x, lengths, first, enforce_sorted=False)
+        output, final = self.layer(packed, hx)
+        return rnnkit.pad_packed_sequence(output, first)[0], final
+
+
+@pytest.mark.parametrize(
+    ("what", "states"),
+    [
+        ("lstm", False),
+        ("lstm bidirectional, two layers", True),
+        ("gru bidirectional, batch_first", True),
+        ("rnn_relu bidirectional", False),
+    ],
+)
+def test_lengths(what: str, states: bool, tmp_path: Path) -> None:
+    """They become the operator's `sequence_lens`, for any lengths, T and N."""
+    model, path = Encoder(layer_of(what)).eval(), tmp_path / "encoder.onnx"
+    layer = model.layer
+    count = layer.num_layers * (2 if layer.bidirectional else 1)
+
+    def arguments(steps: int, lengths: list[int]) -> tuple[Any, ...]:
+        x = torch.randn(steps, len(lengths), 3)
+        given = (x.transpose(0, 1) if layer.batch_first else x, torch.tensor(lengths))
+        h, c = torch.randn(2, count, len(lengths), 5)
+        return (*given, (h, c) if layer.mode == "LSTM" else h) if states else given
+
+    steps, batch = (torch.export.Dim(name, min=2, max=64) for name in ("steps", "batch"))
+    of_x = {0: batch, 1: steps} if layer.batch_first else {0: steps, 1: batch}
+    of_states = ({1: batch}, {1: batch}) if layer.mode == "LSTM" else {1: batch}
+    shapes = (of_x, {0: batch}, *([of_states] if states else []))
+    operators = exported(model, arguments(5, [5, 2, 4]), path, dynamic_shapes=shapes)
+    assert operators.count(exporting.OPERATORS[layer.mode.lower()][0]) == layer.num_layers
+    for given in (arguments(5, [5, 2, 4]), arguments(7, [3, 6, 1, 2]), arguments(4, [4, 4])):
+        assert_computes(path, model, *given)
+
+
 @pytest.mark.parametrize("cell", CELL_MODULES)
 def test_cells(cell: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
