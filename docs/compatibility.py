@@ -16,14 +16,20 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from types import ModuleType
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.func import (
     functional_call,
     grad,
@@ -32,9 +38,11 @@ from torch.func import (
     jacrev,
     jvp,
     stack_module_state,
+    vjp,
     vmap,
 )
-from torch.nn.utils import parametrizations, prune
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations, prune, rnn
 from torch.nn.utils.rnn import pack_sequence
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -65,7 +73,21 @@ def lstm(package: ModuleType, device: str) -> nn.Module:
     return package.LSTM(3, 4, device=device)
 
 
+class Encoder(nn.Module):
+    """Packs sequences, runs them, and pads what comes out."""
+
+    def __init__(self, package: ModuleType) -> None:
+        super().__init__()
+        self.packing = rnnkit if package is rnnkit else rnn
+        self.layer = lstm(package, "cpu")
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = self.packing.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        return self.packing.pad_packed_sequence(self.layer(packed)[0])[0]
+
+
 def x(device: str, T: int = 5, N: int = 2) -> Tensor:
+    torch.manual_seed(T * N)
     return torch.randn(T, N, 3, device=device, requires_grad=True)
 
 
@@ -101,6 +123,45 @@ def _(package: ModuleType, device: str) -> None:
     assert_close(one_graph(layer)(packed)[0].data, layer(packed)[0].data)
 
 
+@probe("torch.compile", "one graph that packs sequences of any lengths")
+def _(package: ModuleType, device: str) -> None:
+    model = Encoder(package).to(device)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = one_graph(model, dynamic=True)
+        for lengths in ([4, 2, 1], [1, 3], [5, 5, 3, 2]):
+            i = torch.randn(max(lengths), len(lengths), 3, device=device)
+            assert_close(compiled(i, torch.tensor(lengths)), model(i, torch.tensor(lengths)))
+
+
+@probe("torch.compile", "cells in one graph")
+def _(package: ModuleType, device: str) -> None:
+    for name in ("RNNCell", "LSTMCell", "GRUCell"):
+        cell, i = getattr(package, name)(3, 4, device=device), x(device)[0]
+        assert_close(one_graph(cell)(i), cell(i))
+
+
+@probe(
+    "torch.compile", "a model in one graph, from embedding to loss, on inductor, and its training"
+)
+def _(package: ModuleType, device: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.layer = nn.Embedding(9, 3), lstm(package, "cpu")
+            self.head = nn.Linear(4, 9)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            scores = self.head(self.layer(self.embedding(tokens))[0])
+            return nn.functional.cross_entropy(scores.flatten(0, 1), tokens.flatten())
+
+    model, tokens = Model().to(device), torch.arange(8, device=device).view(4, 2)
+    found = []
+    for call in (model, torch.compile(model, fullgraph=True)):
+        loss = call(tokens)
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert_close(*found)
+
+
 @probe("torch.compile", "one graph with a parametrized weight")
 def _(package: ModuleType, device: str) -> None:
     layer, i = parametrizations.weight_norm(lstm(package, device), "weight_hh_l0"), x(device)
@@ -127,11 +188,41 @@ def _(package: ModuleType, device: str) -> None:
     assert_close(torch.export.load(file).module()(i := x(device))[0], layer(i)[0])
 
 
+@probe("export", "`torch.export` of a model that packs sequences, for any lengths")
+def _(package: ModuleType, device: str) -> None:
+    model = Encoder(package).to(device)
+    T, N = (torch.export.Dim(name, min=2, max=4096) for name in "TN")
+    given = x(device).detach(), torch.tensor([3, 5])
+    shapes = {"x": {0: T, 1: N}, "lengths": {0: N}}
+    call = torch.export.export(model, given, dynamic_shapes=shapes, strict=False).module()
+    other = x(device, 7, 4), torch.tensor([1, 7, 4, 2])
+    assert_close(call(*other), model(*other))
+
+
+@probe("export", "an AOTInductor package, for any T and N")
+def _(package: ModuleType, device: str) -> None:
+    layer = lstm(package, device).eval()
+    T, N = (torch.export.Dim(name, min=2, max=4096) for name in "TN")
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        program = torch.export.export(layer, (x(device),), dynamic_shapes=({0: T, 1: N},))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/model.pt2")
+        run = torch._inductor.aoti_load_package(path)
+        assert_close(run(i := x(device, 9, 6))[0], layer(i)[0])
+
+
 @probe("export", "`torch.onnx.export(dynamo=True)`")
 def _(package: ModuleType, device: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
         torch.onnx.export(lstm(package, device), (x(device),), path, dynamo=True, verbose=False)
+
+
+@probe("export", "`torch.onnx.export(dynamo=True)` of a model that packs sequences")
+def _(package: ModuleType, device: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model, path = Encoder(package).to(device), f"{folder}/model.onnx"
+        given = x(device).detach(), torch.tensor([3, 5])
+        torch.onnx.export(model, given, path, dynamo=True, verbose=False)
 
 
 @probe("export", "`torch.fx.symbolic_trace` makes a node of the layer")
@@ -153,6 +244,13 @@ def _(package: ModuleType, device: str) -> None:
     torch.jit.script(Model())(x(device))
 
 
+@probe("export", "dynamic quantization")
+def _(package: ModuleType, device: str) -> None:
+    model = nn.Sequential(lstm(package, device))
+    quantized = torch.ao.quantization.quantize_dynamic(model, {type(model[0])})
+    assert "quantized" in type(quantized[0]).__module__, "left as it was"
+
+
 # Autocast, functional transforms, higher order
 
 
@@ -163,6 +261,31 @@ def _(package: ModuleType, device: str) -> None:
         output = layer(x(device))[0]
     output.float().sum().backward()
     assert layer.weight_hh_l0.grad.dtype == torch.float32
+
+
+@probe("autocast", "float16 with `GradScaler`")
+def _(package: ModuleType, device: str) -> None:
+    layer = lstm(package, device)
+    before = layer.weight_hh_l0.detach().clone()
+    optimizer, scaler = torch.optim.SGD(layer.parameters(), 0.1), torch.amp.GradScaler(device)
+    with torch.autocast(device, torch.float16):
+        loss = layer(x(device))[0].float().square().sum()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    assert layer.weight_hh_l0.grad.dtype == torch.float32
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(layer.weight_hh_l0, before)
+
+
+@probe("autocast", "without it, another dtype of the input is an error")
+def _(package: ModuleType, device: str) -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        try:
+            lstm(package, device)(x(device).to(dtype))
+        except (RuntimeError, ValueError):
+            continue
+        raise AssertionError("none was raised")
 
 
 def loss_of(layer: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
@@ -179,6 +302,14 @@ def _(package: ModuleType, device: str) -> None:
     found = grad(loss_of(layer))(weights_of(layer), i)
     layer(i)[0].square().sum().backward()
     assert_close(found["weight_hh_l0"], layer.weight_hh_l0.grad)
+
+
+@probe("functional", "`vjp`")
+def _(package: ModuleType, device: str) -> None:
+    layer, i = lstm(package, device), x(device)
+    output, pull = vjp(lambda i: layer(i)[0], i.detach())
+    expected = torch.autograd.grad(layer(i)[0], i, torch.ones_like(output))
+    assert_close(pull(torch.ones_like(output)), expected)
 
 
 @probe("functional", "`jvp`, forward-mode AD")
@@ -233,6 +364,75 @@ def _(package: ModuleType, device: str) -> None:
     assert layer.weight_hh_l0.grad is not None
 
 
+@probe("functional", "`torch.autograd.functional`: jacobian, hessian, jvp, vjp, hvp")
+def _(package: ModuleType, device: str) -> None:
+    layer, i = lstm(package, device), x(device).detach()
+    functional = torch.autograd.functional
+
+    def loss(i: Tensor) -> Tensor:
+        return layer(i)[0].square().sum()
+
+    of_loss = functional.jacobian(loss, i)
+    assert_close(functional.vjp(loss, i, torch.ones((), device=device))[1], of_loss)
+    assert_close(functional.jvp(loss, i, i)[1], (of_loss * i).sum())
+    second = functional.hessian(loss, i).flatten(3).flatten(0, 2)
+    assert_close(functional.hvp(loss, i, i)[1].flatten(), second @ i.flatten())
+
+
+@probe("functional", "MAML: a step of SGD inside, differentiated")
+def _(package: ModuleType, device: str) -> None:
+    layer, i = lstm(package, device).double(), x(device).double().detach()
+    weights = {name: weight.detach().requires_grad_() for name, weight in layer.named_parameters()}
+
+    def after_a_step(weights: dict[str, Tensor]) -> Tensor:
+        inner = loss_of(layer)(weights, i)
+        grads = torch.autograd.grad(inner, list(weights.values()), create_graph=True)
+        moved = [w - 0.1 * g for w, g in zip(weights.values(), grads, strict=True)]
+        return loss_of(layer)(dict(zip(weights, moved, strict=True)), i + 1)
+
+    found = torch.autograd.grad(after_a_step(weights), list(weights.values()))
+    ways = [torch.randn_like(w) for w in found]
+    near = [
+        after_a_step({n: (w + sign * d).detach().requires_grad_() for (n, w), d in pairs})
+        for sign in (1e-6, -1e-6)
+        for pairs in [list(zip(weights.items(), ways, strict=True))]
+    ]
+    along = sum((g * d).sum() for g, d in zip(found, ways, strict=True))
+    assert_close(along, (near[0] - near[1]).detach() / 2e-6, rtol=1e-5, atol=1e-6)
+
+
+@probe("functional", "hooks of saved tensors: `save_on_cpu`")
+def _(package: ModuleType, device: str) -> None:
+    layer, i = lstm(package, device), x(device)
+    with torch.autograd.graph.save_on_cpu():
+        output = layer(i)[0]
+    (found,) = torch.autograd.grad(output.sum(), i)
+    assert_close(found, torch.autograd.grad(layer(i)[0].sum(), i)[0])
+
+
+@probe("functional", "`detect_anomaly`")
+def _(package: ModuleType, device: str) -> None:
+    with torch.autograd.detect_anomaly(check_nan=True):
+        lstm(package, device)(x(device))[0].sum().backward()
+
+
+@probe("functional", "a graph used twice: `retain_graph`")
+def _(package: ModuleType, device: str) -> None:
+    layer, i = lstm(package, device), x(device)
+    output = layer(i)[0].sum()
+    first = torch.autograd.grad(output, i, retain_graph=True)
+    assert_close(torch.autograd.grad(output, i), first)
+
+
+@probe("functional", "some parameters without gradients")
+def _(package: ModuleType, device: str) -> None:
+    for name in ("weight_ih_l0", "weight_hh_l0", "bias_hh_l0"):
+        layer = lstm(package, device)
+        getattr(layer, name).requires_grad_(False)
+        layer(x(device).detach())[0].sum().backward()
+        assert [n for n, w in layer.named_parameters() if w.grad is None] == [name]
+
+
 @probe("functional", "the backward pass in evaluation mode")
 def _(package: ModuleType, device: str) -> None:
     lstm(package, device).eval()(x(device))[0].sum().backward()
@@ -253,6 +453,48 @@ def _(package: ModuleType, device: str) -> None:
         assert layer.weight_hh_l0.grad is not None
 
 
+# Training at scale. One process is a group here; tests/test_distributed.py has two.
+
+
+@contextmanager
+def group(device: str) -> Iterator[None]:
+    store = dist.HashStore()
+    kind = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(kind, store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def gradient(model: nn.Module, i: Tensor) -> Tensor:
+    model(i)[0].square().sum().backward()
+    found = next(weight.grad for name, weight in model.named_parameters() if "weight_hh" in name)
+    return found.full_tensor() if isinstance(found, DTensor) else found
+
+
+@probe("scale", "`DistributedDataParallel`")
+def _(package: ModuleType, device: str) -> None:
+    with group(device):
+        expected = gradient(lstm(package, device), x(device))
+        found = DistributedDataParallel(lstm(package, device))
+        assert_close(gradient(found, x(device)), expected)
+
+
+@probe("scale", "FSDP2: `fully_shard`, and `torch.distributed.checkpoint`")
+def _(package: ModuleType, device: str) -> None:
+    with group(device), tempfile.TemporaryDirectory() as folder:
+        layer, i = lstm(package, device), x(device)
+        expected = layer(i)[0]
+        assert_close(fully_shard(layer)(i)[0], expected)
+        dcp.save(get_model_state_dict(layer), checkpoint_id=folder)
+        other = fully_shard(package.LSTM(3, 4, device=device))
+        state = get_model_state_dict(other)
+        dcp.load(state, checkpoint_id=folder)
+        set_model_state_dict(other, state)
+        assert_close(other(i)[0], expected)
+
+
 # Modules
 
 
@@ -261,6 +503,59 @@ def _(package: ModuleType, device: str) -> None:
     layer, i = lstm(package, device), x(device)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert_close(other(i)[0], layer(i)[0])
+
+
+@probe("modules", "`torch.save` of the model; of its `state_dict`, with `weights_only=True`")
+def _(package: ModuleType, device: str) -> None:
+    layer, i = lstm(package, device), x(device)
+    for saved, only in ((layer, False), (layer.state_dict(), True)):
+        file = io.BytesIO()
+        torch.save(saved, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=only)
+        if only:
+            state, loaded = loaded, package.LSTM(3, 4, device=device)
+            loaded.load_state_dict(state, strict=True)
+        assert_close(loaded(i)[0], layer(i)[0])
+
+
+@probe("modules", "safetensors")
+def _(package: ModuleType, device: str) -> None:
+    from safetensors.torch import load_model, save_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        layer, other, i = lstm(package, device), package.LSTM(3, 4, device=device), x(device)
+        save_model(layer, f"{folder}/model.safetensors")
+        load_model(other, f"{folder}/model.safetensors", strict=True)
+        assert_close(other(i)[0], layer(i)[0])
+
+
+@probe("modules", "`share_memory`: another process's write is seen")
+def _(package: ModuleType, device: str) -> None:
+    layer, i = lstm(package, device).share_memory(), x(device)
+    before = layer(i)[0]
+    child = torch.multiprocessing.get_context("spawn").Process(
+        target=nn.init.zeros_, args=(layer.weight_hh_l0,)
+    )
+    child.start()
+    child.join()
+    assert not torch.allclose(layer(i)[0], before)
+
+
+@probe("modules", "forward and backward hooks")
+def _(package: ModuleType, device: str) -> None:
+    layer, called = lstm(package, device), []
+    layer.register_forward_pre_hook(lambda *_: called.append("before"))
+    layer.register_forward_hook(lambda *_: called.append("after"))
+    layer.register_full_backward_hook(lambda *_: called.append("backward"))
+    layer(x(device))[0].sum().backward()
+    assert called == ["before", "after", "backward"]
+
+
+@probe("modules", "`skip_init`")
+def _(package: ModuleType, device: str) -> None:
+    layer = nn.utils.skip_init(package.LSTM, 3, 4, device=device)
+    assert layer.weight_hh_l0.device.type == device
 
 
 @probe("modules", "`to_empty` from meta")
@@ -340,8 +635,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="tries what docs/compatibility.md tells")
     parser.add_argument("--show", action="store_true", help="print the page, write nothing")
     options = parser.parse_args()
-    if importlib.util.find_spec("onnxscript") is None:
-        parser.error("needs onnxscript: pip install onnxscript onnx")
+    for needed in ("onnxscript", "safetensors"):
+        if importlib.util.find_spec(needed) is None:
+            parser.error(f"needs {needed}: pip install onnx onnxscript safetensors")
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     text = page()

@@ -32,8 +32,10 @@ def layer(
     """
     if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
         return exporting.layer(cell, input, states, weights, batch_sizes)
+    if torch.compiler.is_exporting() and not states:
+        states = exporting.zeros(cell, input, weights, batch_sizes)
     tensors = [input, *states, *(w for w in weights if w is not None)]
-    if backends.serving(input.device) == "reference" or _transformed(tensors):
+    if _on_reference(input.device) or _transformed(tensors):
         return reference.layer(cell, input, states, weights, batch_sizes)
     if torch.is_grad_enabled() and _need_grad(tensors):
         output, *finals = _Layer.apply(
@@ -50,6 +52,14 @@ def layer(
             cell, input, states, weights, batch_sizes, Keep.NOTHING
         )
     return output, finals
+
+
+def _on_reference(device: torch.device) -> bool:
+    """Whether the reference is to be seen by autograd and compilers; else it may be what the ops run."""
+    if backends.serving(device) != "reference":
+        return False
+    # A graph holds the op rather than T steps, unless the reference was asked for.
+    return not torch.compiler.is_compiling() or backends.forced_backend() is not None
 
 
 def _need_grad(tensors: Sequence[Tensor]) -> bool:

@@ -100,11 +100,12 @@ def _why_left(module: nn.Module, given: type, to: dict[type[nn.Module], type[nn.
         return "it is scripted" if getattr(module, "original_name", "") in names else ""
     if given in to.values():
         return ""
-    bases = [cls.__name__ for cls in to if issubclass(given, cls)]
+    package = "torch.nn" if to is OURS else "rnnkit"
+    bases = [f"{package}.{cls.__name__}" for cls in to if issubclass(given, cls)]
     # rnnkit's cells are subclasses of torch.nn's.
     if not bases or (to is OURS and issubclass(given, tuple(OURS.values()))):
         return ""
-    return f"{given.__qualname__} is a subclass of {bases[0]}"
+    return f"{given.__module__}.{given.__qualname__} is a subclass of {bases[0]}"
 
 
 def _become(module: nn.Module, cls: type[nn.Module]) -> None:

@@ -11,7 +11,6 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import rnnkit
-from rnnkit import backends
 
 LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "rnn_tanh": (rnnkit.RNN, {}),
@@ -28,9 +27,6 @@ CELLS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 }
 
 each_module = pytest.mark.parametrize("name", LAYERS | CELLS)
-needs_cpp = pytest.mark.skipif(
-    bool(backends.unavailable("cpp")), reason=f"no C++ kernels: {backends.EXTENSION_REASON}"
-)
 
 
 def compiled(own: nn.Module, compiler: Any = "aot_eager") -> Any:
@@ -66,7 +62,6 @@ def run(call: Any, own: nn.Module, x: Tensor) -> list[Tensor]:
     return [*results, *torch.autograd.grad(total, wanted)]
 
 
-@needs_cpp
 @each_module
 def test_training(device: str, name: str) -> None:
     own = module(name).to(device)
@@ -74,7 +69,6 @@ def test_training(device: str, name: str) -> None:
     torch.testing.assert_close(run(compiled(own), own, x), run(own, own, x))
 
 
-@needs_cpp
 @each_module
 def test_inference(device: str, name: str) -> None:
     own = module(name).eval().to(device)
@@ -91,7 +85,6 @@ def test_on_each_backend(name: str, backend: str) -> None:
         torch.testing.assert_close(run(compiled(own, compiler), own, x), run(own, own, x))
 
 
-@needs_cpp
 @pytest.mark.parametrize("name", ("lstm", "gru-batch_first"))
 def test_initial_states(name: str) -> None:
     own = module(name)
@@ -101,7 +94,6 @@ def test_initial_states(name: str) -> None:
     torch.testing.assert_close(flat(compiled(own)(x, hx)), flat(own(x, hx)))
 
 
-@needs_cpp
 @pytest.mark.parametrize("training", (False, True))
 @pytest.mark.parametrize("name", ("rnn_tanh", "lstm-deep"))
 def test_any_length_in_one_graph(name: str, training: bool) -> None:
@@ -127,7 +119,6 @@ def test_any_length_in_one_graph(name: str, training: bool) -> None:
     assert sum(target.startswith(op) for target in last) == own.num_layers
 
 
-@needs_cpp
 @pytest.mark.parametrize("name", ("lstm", "gru"))
 def test_packed_sequence(name: str) -> None:
     own = module(name)
@@ -140,7 +131,6 @@ def test_packed_sequence(name: str) -> None:
     torch.testing.assert_close(found, output(packed))
 
 
-@needs_cpp
 @each_module
 def test_export(name: str) -> None:
     own = module(name).eval()
@@ -149,7 +139,6 @@ def test_export(name: str) -> None:
     torch.testing.assert_close(flat(program.module()(x)), flat(own(x)))
 
 
-@needs_cpp
 def test_exported_layer_takes_any_length() -> None:
     own = module("lstm").eval()
     length = torch.export.Dim("length", min=2, max=100)
@@ -161,7 +150,6 @@ def test_exported_layer_takes_any_length() -> None:
         assert_same_bits(flat(program.module()(x)), flat(own(x)))
 
 
-@needs_cpp
 def test_autocast() -> None:
     own = module("gru")
     x = input_of("gru").detach()
@@ -171,7 +159,6 @@ def test_autocast() -> None:
     torch.testing.assert_close(found, expected)
 
 
-@needs_cpp
 def test_changed_weight_is_used_by_the_next_call() -> None:
     own = module("lstm")
     x = input_of("lstm").detach()
@@ -183,7 +170,6 @@ def test_changed_weight_is_used_by_the_next_call() -> None:
     torch.testing.assert_close(faster(x)[0], own(x)[0])
 
 
-@needs_cpp
 @pytest.mark.parametrize("training", (False, True))
 @pytest.mark.parametrize("name", ("RNN", "LSTM", "GRU"))
 def test_packed_sequences_in_one_graph(name: str, training: bool) -> None:

@@ -72,8 +72,8 @@ def test_there_and_back() -> None:
     theirs, keys = classes(model), model.state_dict().keys()
     report = rnnkit.convert(model)
     assert report.exchanged == {name: f"rnnkit.{cls}" for name, cls in EXCHANGED.items()}
-    assert report.left == {"rest.2": "Own is a subclass of LSTM"}
-    assert "rest.2: left, Own is a subclass of LSTM" in str(report)
+    assert report.left == {"rest.2": f"{__name__}.Own is a subclass of torch.nn.LSTM"}
+    assert f"rest.2: left, {__name__}.Own is a subclass of torch.nn.LSTM" in str(report)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
     assert model.state_dict().keys() == keys

@@ -10,11 +10,7 @@ from torch.nn.utils import rnn
 from torch.testing import assert_close
 
 import rnnkit
-from rnnkit import backends
 
-needs_cpp = pytest.mark.skipif(
-    bool(backends.unavailable("cpp")), reason=f"no C++ kernels: {backends.EXTENSION_REASON}"
-)
 Inputs = tuple[Tensor, Tensor]
 
 
@@ -64,7 +60,6 @@ def inputs_of(lengths: list[int], steps: int, batch_first: bool = False) -> Inpu
     return x.transpose(0, 1) if batch_first else x, torch.tensor(lengths)
 
 
-@needs_cpp
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize(
     ("layer", "options"),
@@ -88,7 +83,6 @@ def test_one_graph_for_all_lengths(layer: str, options: dict[str, Any], graph: s
         assert_close(model(*given), expected(*given), rtol=0, atol=0)
 
 
-@needs_cpp
 def test_sequences_in_any_order() -> None:
     model, expected = (Encoder(package, rnnkit.GRU(11, 4)) for package in (rnnkit, rnn))
     expected.layer = model.layer
@@ -97,7 +91,6 @@ def test_sequences_in_any_order() -> None:
         assert_close(one_graph(model, given)(*given), expected(*given))
 
 
-@needs_cpp
 def test_gradients_in_one_graph() -> None:
     model = Encoder(rnnkit, rnnkit.LSTM(11, 4))
     found = []
@@ -111,7 +104,6 @@ def test_gradients_in_one_graph() -> None:
     assert_close(*found)
 
 
-@needs_cpp
 @pytest.mark.parametrize(
     ("options", "lengths", "message"),
     [

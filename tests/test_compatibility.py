@@ -1,0 +1,45 @@
+"""Everything that docs/compatibility.md says rnnkit does: the page's own probes."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rnnkit
+
+PROGRAM = Path(__file__).parents[1] / "docs" / "compatibility.py"
+specification = importlib.util.spec_from_file_location("compatibility", PROGRAM)
+assert specification is not None and specification.loader is not None
+compatibility = sys.modules["compatibility"] = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(compatibility)
+
+#: What rnnkit does not do, see "What is not there yet" in the README.
+MISSING = {"`torch.jit.script`", "dynamic quantization"}
+
+NEEDED = {"onnx": "onnxscript", "safetensors": "safetensors"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("feature", [feature for _, feature in compatibility.PROBES])
+def test_feature(feature: str, device: str) -> None:
+    for part, package in NEEDED.items():
+        if part in feature:
+            pytest.importorskip(package, reason=f"{package} is not installed")
+    run = next(run for (_, name), run in compatibility.PROBES.items() if name == feature)
+    torch.compiler.reset()
+    if feature in MISSING:
+        with pytest.raises(Exception, match=r"import statements|left as it was"):
+            run(rnnkit, device)
+    else:
+        run(rnnkit, device)
+
+
+def test_the_page_has_every_feature() -> None:
+    page = PROGRAM.with_suffix(".md").read_text()
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    answers = {row[0].removeprefix("| "): row[2] for row in rows if len(row) == 5}
+    for _, feature in compatibility.PROBES:
+        expected = "no: " if feature in MISSING else "yes"
+        assert answers[feature].startswith(expected), feature
