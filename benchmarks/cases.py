@@ -19,6 +19,7 @@ class Case:
         weights; `streaming` one step that carries the state from call to call; `cell` the same with LSTMCell.
     ragged: a PackedSequence that fills half of the T × N rows, longest first.
     recompute: rnnkit's option that keeps less for the backward pass.
+    compiled: called through torch.compile, in one graph.
     """
 
     cell: str
@@ -33,6 +34,7 @@ class Case:
     dtype: str = "float32"
     ragged: bool = False
     recompute: bool = False
+    compiled: bool = False
 
     @property
     def lengths(self) -> list[int]:
@@ -124,6 +126,7 @@ PROJECTED = (SHAPES[3],)
 HIDDEN_SIZES = (32, 64, 128, 256, 512, 1024)  # at T 50, N 16
 TIME_STEPS = (100, 1000, 10_000)  # at N 4, H 128
 MEMORY_SHAPES = ((100, 64, 512, 512), (200, 32, 256, 256))
+COMPILED_SHAPES = (SHAPES[7], SHAPES[1], SHAPES[5])
 QUICK_SHAPES = (SHAPES[7], SHAPES[1], SHAPES[3])
 
 
@@ -181,6 +184,12 @@ def recomputing(case: Case) -> Line:
     return Line("memory", case, entries)
 
 
+def compiling(case: Case) -> Line:
+    compiled = dataclasses.replace(case, compiled=True)
+    entries = {"rnnkit": Entry("rnnkit", case), "rnnkit compiled": Entry("rnnkit", compiled)}
+    return Line("compiled", case, entries)
+
+
 def lines(quick: bool = False) -> Iterator[Line]:
     """Everything `make bench` measures, or `make bench-quick`."""
     yield from map(compared, table(quick))
@@ -191,6 +200,10 @@ def lines(quick: bool = False) -> Iterator[Line]:
             yield recomputing(Case(cell, "training", *shape))
     if quick:
         return
+    for shape in COMPILED_SHAPES:
+        for cell in GATES:
+            for mode in ("inference", "training"):
+                yield compiling(Case(cell, mode, *shape))
     for cell in ("LSTM", "GRU"):
         for mode in ("inference", "training"):
             yield over_time(cell, mode)

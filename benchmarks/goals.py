@@ -200,6 +200,12 @@ GOALS = (
     Goal("time of a step, T 1 000 and 10 000 over 100", linearity, 1.1, at_most=True),
     Goal("peak memory of a training step over torch.nn's", memory("rnnkit"), 0.7, at_most=True),
     Goal("the same with recompute", memory("rnnkit recompute"), 0.3, at_most=True),
+    Goal(
+        "compiled call over the eager one",
+        ratios("rnnkit compiled", "compiled"),
+        1.05,
+        at_most=True,
+    ),
     Goal("time with recompute", ratios("rnnkit recompute", "memory"), 1.5, at_most=True),
 )
 

@@ -94,7 +94,7 @@ class Meter:
     @staticmethod
     def _kept(case: Case) -> Case:
         """What has the same inputs and results as `case`."""
-        return dataclasses.replace(case, recompute=False)
+        return dataclasses.replace(case, recompute=False, compiled=False)
 
     def _truths(self, entries: dict[str, Entry]) -> Iterator[tuple[Case, Path]]:
         for case in dict.fromkeys(self._kept(entry.case) for entry in entries.values()):

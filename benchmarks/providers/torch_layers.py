@@ -67,6 +67,8 @@ class TorchLayers:
             module = self._layer(case, options)
         module.load_state_dict(weights)
         module.train(case.mode == "training")
+        if case.compiled:
+            module.compile(fullgraph=True)
         return module
 
     def _layer(self, case: Case, options: dict[str, Any]) -> nn.Module:
