@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,6 +204,43 @@ def test_checkpoints_both_ways() -> None:
     other.load_state_dict(model.state_dict(), strict=True)
     model.load_state_dict(other.state_dict(), strict=True)
     torch.testing.assert_close(results(model), results(other))
+
+
+@pytest.mark.parametrize("ours_first", [True, False], ids=["to torch.nn", "from torch.nn"])
+def test_checkpoint_files_both_ways(ours_first: bool, tmp_path: Path) -> None:
+    """As safetensors, and as torch saves them, loaded with weights_only."""
+    saved, loaded = Model(), Model()
+    rnnkit.convert(saved if ours_first else loaded)
+    torch.save(saved.state_dict(), tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    loaded.load_state_dict(state, strict=True)
+    torch.testing.assert_close(results(saved), results(loaded))
+
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    other = Model()
+    if not ours_first:
+        rnnkit.convert(other)
+    safetensors.save_model(saved, tmp_path / "model.safetensors")
+    safetensors.load_model(other, tmp_path / "model.safetensors", strict=True)
+    torch.testing.assert_close(results(saved), results(other))
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_old_pickles_of_torch_s_layers_after_convert(name: str) -> None:
+    """State as torch pickled it before there were projections, set before or after convert."""
+    layer = getattr(nn, name)(3, 4, bidirectional=True)
+    state = layer.__getstate__()
+    del state["proj_size"]
+    state["all_weights"] = state.pop("_all_weights")
+    x = torch.ones(2, 1, 3)
+    before, after = getattr(nn, name)(3, 4), getattr(nn, name)(3, 4)
+    before.__setstate__(dict(state))
+    rnnkit.convert(before)
+    rnnkit.convert(after)
+    after.__setstate__(dict(state))
+    for revived in (before, after):
+        assert type(revived) is getattr(rnnkit, name)
+        torch.testing.assert_close(revived(x), layer(x))
 
 
 # patch
