@@ -62,17 +62,14 @@ class Windows(Dataset[Tensor]):
 
 def start() -> torch.device:
     """Joins the processes that torchrun started, or makes a group of this one alone; the device to train on."""
-    gpu = torch.cuda.is_available()
+    gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
     )
     if gpu:
         torch.cuda.set_device(device)
-    alone = (
-        {}
-        if dist.is_torchelastic_launched()
-        else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    )
+    launched = {"RANK", "WORLD_SIZE"} <= os.environ.keys()  # by torchrun, or another launcher
+    alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None, **alone)
     return device
 
@@ -124,14 +121,15 @@ def newest(folder: Path) -> Path | None:
 
 
 def batches(
-    loader: DataLoader[Tensor], sampler: DistributedSampler[Tensor], skip: int
+    loader: DataLoader[Tensor], sampler: DistributedSampler[Tensor], parts: int, done: int
 ) -> Iterator[Tensor]:
-    """This process's part of one batch after another, without end, after the first `skip`; [N, T + 1]."""
-    epoch, skip = divmod(skip, len(loader))
+    """This process's batches, `parts` for each step, without end, after the first `done` steps; [N, T + 1]."""
+    steps = len(loader) // parts  # of an epoch
+    epoch, done = divmod(done, steps)
     while True:
         sampler.set_epoch(epoch)  # another order each time
-        yield from islice(loader, skip, None)
-        epoch, skip = epoch + 1, 0
+        yield from islice(loader, done * parts, steps * parts)
+        epoch, done = epoch + 1, 0
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
@@ -146,14 +144,20 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     tokens, words = read_tokens(args.text, args.words)
     texts = Windows(tokens, args.bptt)
     sampler: DistributedSampler[Tensor] = DistributedSampler(texts, seed=args.seed, drop_last=True)
-    loader = DataLoader(texts, share, sampler=sampler, num_workers=args.workers, drop_last=True)
-    if not len(loader):
+    loader = DataLoader(
+        texts,
+        share,
+        sampler=sampler,
+        num_workers=args.workers,
+        drop_last=True,
+        generator=torch.Generator(),  # so that to begin reading changes no dropout
+    )
+    if len(loader) < args.accumulate:
         raise SystemExit(f"expected a text of {args.batch} windows or more, got {len(texts)}")
 
     torch.manual_seed(args.seed)  # the same weights in every process
     model = LanguageModel(rnnkit, args.model, words, args.size, args.layers, args.dropout)
     model = distributed(Objective(model).to(device), args.parallel, device)
-    torch.manual_seed(args.seed + rank)  # and a dropout of its own
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     state = State(model, optimizer)
     if args.checkpoint and (found := newest(args.checkpoint)):
@@ -161,8 +165,10 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         if rank == 0:
             print(f"goes on after step {state.done}", flush=True)
 
-    parts = batches(loader, sampler, state.done * args.accumulate)
+    parts = batches(loader, sampler, args.accumulate, state.done)
     while state.done < args.steps:
+        # A dropout of this process's own, the same whether a run went on from a checkpoint or not.
+        torch.manual_seed((args.seed * 1_000_003 + state.done) * 1000 + rank)
         total = torch.zeros((), device=device)
         for part in range(args.accumulate):
             windows = next(parts).to(device)

@@ -85,7 +85,9 @@ def _exchange(model: nn.Module, to: dict[type[nn.Module], type[nn.Module]]) -> R
     package = "rnnkit" if to is OURS else "torch.nn"
     for name, module in model.named_modules():
         given = parametrize.type_before_parametrizations(module)
-        if given in to:
+        if given in to and "forward" in vars(module):
+            report.left[name] = "its forward was replaced by another"
+        elif given in to:
             _become(module, to[given])
             report.exchanged[name] = f"{package}.{to[given].__name__}"
         elif why := _why_left(module, given, to):
@@ -126,8 +128,9 @@ class patch:
     """torch.nn's RNN, LSTM, GRU and cells are rnnkit's: in a `with` block, or, without one, from now on.
 
     Code that says `torch.nn.LSTM(...)`, or imports it from there, in this time builds rnnkit's layers; what it got
-    hold of before stays torch.nn's, and so do modules that are there already (`convert` exchanges these). Not for
-    one thread alone: the whole process sees it.
+    hold of before stays torch.nn's, and so do modules that are there already: these can neither be pickled meanwhile,
+    as their class goes by another's name, nor are they a `torch.nn.LSTM` to `isinstance`, until `convert` exchanges
+    them. Not for one thread alone: the whole process sees it. Patches are undone in the reverse of their order.
 
         with rnnkit.patch():
             model = package.Model()

@@ -101,9 +101,18 @@ class _Layers(nn.RNNBase):
     def _check_states(self, input: Tensor, states: Sequence[Tensor], packed: Tensor | None) -> None:
         """torch.nn's checks of input and states, which compare with states that may not be there."""
         self.check_input(input, packed)
-        known = packed is None or not torch.compiler.is_exporting()  # the batch's size
-        if states and known:
+        if packed is not None and torch.compiler.is_exporting():
+            self._check_exported_states(states, packed)
+        elif states:
             self.check_forward_args(input, states if len(states) > 1 else states[0], packed)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _check_exported_states(states: Sequence[Tensor], batch_sizes: Tensor) -> None:
+        """As the program runs, since it knows the batch only then; ONNX has no such check."""
+        if states and not torch.onnx.is_in_onnx_export():
+            batch = batch_sizes[0].item()
+            for state in states:
+                torch._check(state.size(1) == batch)
 
     def _check_rank(self, states: Sequence[Tensor], batched: bool) -> None:
         expected = 3 if batched else 2
@@ -216,38 +225,40 @@ class RNN(_Layers):
     Source: Elman 1990, "Finding structure in time"; parameters and messages as in `torch.nn.RNN`.
     """
 
-    @overload
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        nonlinearity: str = "tanh",
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        *,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-        recompute: bool = False,
-    ) -> None: ...
-    @overload
-    def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None: ...
-    def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        if len(args) > 3:
-            nonlinearity = args[3]
-            args = args[:3] + args[4:]
-        else:
-            nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(
-                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
-            )
-        self.nonlinearity = nonlinearity
-        super().__init__(f"RNN_{nonlinearity.upper()}", *args, device=device, **kwargs)
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            nonlinearity: str = "tanh",
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            *,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            recompute: bool = False,
+        ) -> None: ...
+
+    else:  # torch's base class takes the same arguments, and tells what is wrong with them
+
+        def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
+            if "proj_size" in kwargs:
+                raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+            if len(args) > 3:
+                nonlinearity = args[3]
+                args = args[:3] + args[4:]
+            else:
+                nonlinearity = kwargs.pop("nonlinearity", "tanh")
+            if nonlinearity not in ("tanh", "relu"):
+                raise ValueError(
+                    f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+                )
+            self.nonlinearity = nonlinearity
+            super().__init__(f"RNN_{nonlinearity.upper()}", *args, device=device, **kwargs)
 
     @overload
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
@@ -302,26 +313,28 @@ class LSTM(_Layers):
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
-    @overload
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        proj_size: int = 0,
-        *,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-        recompute: bool = False,
-    ) -> None: ...
-    @overload
-    def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None: ...
-    def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
-        super().__init__("LSTM", *args, device=device, **kwargs)
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            proj_size: int = 0,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            recompute: bool = False,
+        ) -> None: ...
+
+    else:  # torch's base class takes the same arguments, and tells what is wrong with them
+
+        def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
+            super().__init__("LSTM", *args, device=device, **kwargs)
 
     def _returned(self, finals: tuple[Tensor, ...]) -> Any:
         return finals
@@ -373,27 +386,29 @@ class GRU(_Layers):
     recurrent part after its bias; parameters and messages as in `torch.nn.GRU`.
     """
 
-    @overload
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        *,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-        recompute: bool = False,
-    ) -> None: ...
-    @overload
-    def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None: ...
-    def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__("GRU", *args, device=device, **kwargs)
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            *,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            recompute: bool = False,
+        ) -> None: ...
+
+    else:  # torch's base class takes the same arguments, and tells what is wrong with them
+
+        def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
+            if "proj_size" in kwargs:
+                raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+            super().__init__("GRU", *args, device=device, **kwargs)
 
     @overload
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...

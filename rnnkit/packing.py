@@ -30,6 +30,8 @@ def pack_padded_sequence(
     if not torch.compiler.is_compiling():
         return rnn.pack_padded_sequence(input, lengths, batch_first, enforce_sorted)
     lengths = torch.as_tensor(lengths, dtype=torch.int64)
+    if lengths.dim() != 1:
+        raise RuntimeError(f"expected lengths of shape [N], got {tuple(lengths.shape)}")
     sorted_indices = unsorted_indices = None
     if batch_first:
         input = input.transpose(0, 1)
@@ -38,6 +40,7 @@ def pack_padded_sequence(
         unsorted_indices = torch.argsort(sorted_indices)
         input = input.index_select(1, sorted_indices)
     else:
+        torch._check(lengths.size(0) == input.size(1))
         in_order = torch.sort(lengths, descending=True).values
         _check((lengths == in_order).all(), "expected lengths to be sorted in decreasing order")
     steps = input.size(0)
@@ -97,4 +100,4 @@ def padded_with(data: Tensor, batch_sizes: Tensor, value: float) -> tuple[Tensor
     start = batch_sizes.cumsum(0) - batch_sizes
     row = torch.where(there, start.unsqueeze(1) + batch, 0)
     keep = there.view(*there.shape, *[1] * (data.dim() - 1)).to(data.device)
-    return torch.where(keep, data[row], value), there
+    return data[row].masked_fill(~keep, value), there

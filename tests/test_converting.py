@@ -243,6 +243,16 @@ def test_old_pickles_of_torch_s_layers_after_convert(name: str) -> None:
         torch.testing.assert_close(revived(x), layer(x))
 
 
+def test_a_replaced_forward_is_left() -> None:
+    """As accelerate replaces it, with one that calls the forward that was there."""
+    model = nn.Sequential(nn.LSTM(3, 4))
+    before = model[0].forward
+    model[0].forward = lambda *arguments: before(*arguments)
+    report = rnnkit.convert(model)
+    assert report.left == {"0": "its forward was replaced by another"}
+    assert type(model[0]) is nn.LSTM and not report.exchanged
+
+
 # patch
 
 

@@ -130,3 +130,36 @@ def test_lengths_as_a_list() -> None:
     )
     for own, other in zip(ours, theirs, strict=True):
         assert torch.equal(own, other)
+
+
+def test_whole_numbers_stay_whole_numbers() -> None:
+    def there_and_back(x: Tensor, lengths: Tensor) -> Tensor:
+        packed = rnnkit.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        return rnnkit.pad_packed_sequence(packed, padding_value=-1)[0]
+
+    tokens, lengths = torch.arange(10).view(5, 2), torch.tensor([3, 5])
+    found = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")(tokens, lengths)
+    assert_close(found, there_and_back(tokens, lengths))
+    for wrong in (lengths[None], torch.tensor([5, 3, 1])):
+        with pytest.raises((RuntimeError, torch._dynamo.exc.TorchRuntimeError)):
+            torch.compile(rnnkit.pack_padded_sequence, fullgraph=True, backend="aot_eager")(
+                tokens, wrong
+            )
+
+
+def test_states_of_another_batch_are_told_by_an_exported_program() -> None:
+    class WithStates(Encoder):
+        def forward(self, x: Tensor, lengths: Tensor, hx: Tensor) -> Tensor:
+            packed = rnnkit.pack_padded_sequence(x, lengths, enforce_sorted=False)
+            return rnnkit.pad_packed_sequence(self.layer(packed, hx)[0])[0]
+
+    model = WithStates(rnnkit, rnnkit.GRU(11, 4, bidirectional=True)).eval()
+    steps, batch, other = (torch.export.Dim(n, min=2, max=64) for n in ("steps", "batch", "other"))
+    given = (*inputs_of([2, 5, 3], 5), torch.randn(2, 3, 4))
+    program = torch.export.export(
+        model, given, dynamic_shapes=({0: steps, 1: batch}, {0: batch}, {1: other}), strict=False
+    ).module()
+    assert_close(program(*given), model(*given))
+    for wrong in (2, 6):
+        with pytest.raises(RuntimeError):
+            program(*given[:2], torch.randn(2, wrong, 4))

@@ -43,6 +43,8 @@ WRONG = """import rnnkit
 rnnkit.GRU(3, 4)("x")
 rnnkit.LSTMCell(3, 4)([1.0])
 rnnkit.convert(rnnkit.GRU(3, 4)).swapped
+rnnkit.GRU(3, 4, bidirectionl=True)
+rnnkit.LSTM("x", 4)
 """
 
 
@@ -63,10 +65,12 @@ def test_a_script_is_checked_as_it_runs(tmp_path: Path) -> None:
     errors = [
         line.partition("wrong.py:")[2] for line in done.stdout.splitlines() if "error:" in line
     ]
-    assert [error[0] for error in errors] == ["2", "3", "4"], done.stdout + done.stderr
+    assert [error[0] for error in errors] == ["2", "3", "4", "5", "6"], done.stdout + done.stderr
     assert "No overload variant" in errors[0]
     assert "Argument 1" in errors[1]
     assert "has no attribute" in errors[2]
+    assert "Unexpected keyword" in errors[3]
+    assert "Argument 1" in errors[4]
 
 
 def test_the_package_says_that_it_is_typed() -> None:
