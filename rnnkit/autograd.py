@@ -30,10 +30,12 @@ def layer(
 
     `keep` holds where gradients are needed; `packed`, of frozen weights, where they are not.
     """
-    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
-        return exporting.layer(cell, input, states, weights, batch_sizes)
-    if torch.compiler.is_exporting() and not states:
-        states = exporting.zeros(cell, input, weights, batch_sizes)
+    if torch.compiler.is_compiling():
+        if torch.onnx.is_in_onnx_export():
+            return exporting.layer(cell, input, states, weights, batch_sizes)
+        if torch.compiler.is_exporting() and not states:  # AOTInductor gives ops no empty lists
+            batch: Any = input.size(1) if batch_sizes is None else batch_sizes[0].item()
+            states = reference.initial_states(cell, input, batch, weights)
     tensors = [input, *states, *(w for w in weights if w is not None)]
     if _on_reference(input.device) or _transformed(tensors):
         return reference.layer(cell, input, states, weights, batch_sizes)

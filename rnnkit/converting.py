@@ -85,21 +85,21 @@ def _exchange(model: nn.Module, to: dict[type[nn.Module], type[nn.Module]]) -> R
     package = "rnnkit" if to is OURS else "torch.nn"
     for name, module in model.named_modules():
         given = parametrize.type_before_parametrizations(module)
-        if given in to and "forward" in vars(module):
-            report.left[name] = "its forward was replaced by another"
+        if why := _why_left(module, given, to):
+            report.left[name] = why
         elif given in to:
             _become(module, to[given])
             report.exchanged[name] = f"{package}.{to[given].__name__}"
-        elif why := _why_left(module, given, to):
-            report.left[name] = why
     return report
 
 
 def _why_left(module: nn.Module, given: type, to: dict[type[nn.Module], type[nn.Module]]) -> str:
-    """Empty for what has nothing to do with these classes, or is what it is to be."""
+    """Empty for what is to be exchanged, has nothing to do with these classes, or is what it is to be."""
     if isinstance(module, torch.jit.ScriptModule):
         names = [cls.__name__ for cls in OURS]
         return "it is scripted" if getattr(module, "original_name", "") in names else ""
+    if given in to:
+        return "its forward was replaced by another" if "forward" in vars(module) else ""
     if given in to.values():
         return ""
     package = "torch.nn" if to is OURS else "rnnkit"

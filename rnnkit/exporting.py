@@ -1,7 +1,6 @@
 """One layer as an operator of ONNX, where torch.onnx exports a model: the standard `RNN`, `LSTM` and `GRU`."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,16 +83,3 @@ def layer(
     )
     output = output.transpose(1, 2).reshape(steps, batch, directions * hidden)  # of [T, D, N, H]
     return output if there is None else output[there], list(finals)
-
-
-def zeros(
-    cell: str, input: Tensor, weights: Sequence[Tensor | None], batch_sizes: Tensor | None
-) -> list[Tensor]:
-    """Initial states for a graph that torch.export makes: AOTInductor gives ops no empty lists."""
-    w_hh = weights[1]
-    assert w_hh is not None
-    hidden, projected = w_hh.size(0) // CELLS[cell].gates, w_hh.size(1)
-    batch: Any = input.size(1) if batch_sizes is None else batch_sizes[0].item()
-    directions = len(weights) // len(WEIGHTS)
-    sizes = [projected, hidden][: CELLS[cell].states]
-    return [input.new_zeros(directions, batch, size) for size in sizes]
