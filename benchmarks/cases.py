@@ -37,6 +37,11 @@ class Case:
     compiled: bool = False
 
     @property
+    def plain(self) -> "Case":
+        """The same inputs and results, without a choice of how they are computed."""
+        return dataclasses.replace(self, recompute=False, compiled=False)
+
+    @property
     def lengths(self) -> list[int]:
         """Of the N sequences, longest first."""
         T, N = self.T, self.N

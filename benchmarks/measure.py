@@ -1,6 +1,5 @@
 """One line: its entries are checked against the truth, then timed in turns."""
 
-import dataclasses
 import shutil
 import time
 from collections.abc import Iterator
@@ -78,7 +77,7 @@ class Meter:
         row: Row = {"entries": {}}
         seconds: dict[str, float] = {}
         for name, entry in entries.items():
-            answer = self._ready(name, entry, folders[self._kept(entry.case)])
+            answer = self._ready(name, entry, folders[entry.case.plain])
             if refused := refusal(answer):
                 row["entries"][name] = refused
             else:
@@ -91,13 +90,8 @@ class Meter:
             row["memory"] = self._memory(line, folders)
         return row
 
-    @staticmethod
-    def _kept(case: Case) -> Case:
-        """What has the same inputs and results as `case`."""
-        return dataclasses.replace(case, recompute=False, compiled=False)
-
     def _truths(self, entries: dict[str, Entry]) -> Iterator[tuple[Case, Path]]:
-        for case in dict.fromkeys(self._kept(entry.case) for entry in entries.values()):
+        for case in dict.fromkeys(entry.case.plain for entry in entries.values()):
             folder = self.folder / str(case)
             folder.mkdir(parents=True)
             answer = self.pool.ask(TRUTH, "truth", case=case.document(), folder=str(folder))

@@ -25,13 +25,32 @@ class _Layers(nn.RNNBase):
     recompute = frozen = False  # of modules that were pickled before there were such choices
     _packed: tuple[Tensor, ...] = ()
 
-    def __init__(
-        self, *args: Any, device: Device = None, recompute: bool = False, **kwargs: Any
-    ) -> None:
-        if device is not None:  # it may be among args
-            kwargs["device"] = device
-        super().__init__(*args, **kwargs)
-        self.recompute = recompute
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            *,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            recompute: bool = False,
+        ) -> None: ...
+
+    else:  # torch's base class takes the same arguments, and tells what is wrong with them
+
+        def __init__(
+            self, *args: Any, device: Device = None, recompute: bool = False, **kwargs: Any
+        ) -> None:
+            if device is not None:  # it may be among args
+                kwargs["device"] = device
+            super().__init__(*args, **kwargs)
+            self.recompute = recompute
 
     def extra_repr(self) -> str:
         """torch.nn's, and what rnnkit adds."""
@@ -243,7 +262,7 @@ class RNN(_Layers):
             recompute: bool = False,
         ) -> None: ...
 
-    else:  # torch's base class takes the same arguments, and tells what is wrong with them
+    else:
 
         def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
             if "proj_size" in kwargs:
@@ -331,7 +350,7 @@ class LSTM(_Layers):
             recompute: bool = False,
         ) -> None: ...
 
-    else:  # torch's base class takes the same arguments, and tells what is wrong with them
+    else:
 
         def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
             super().__init__("LSTM", *args, device=device, **kwargs)
@@ -386,24 +405,7 @@ class GRU(_Layers):
     recurrent part after its bias; parameters and messages as in `torch.nn.GRU`.
     """
 
-    if TYPE_CHECKING:
-
-        def __init__(
-            self,
-            input_size: int,
-            hidden_size: int,
-            num_layers: int = 1,
-            bias: bool = True,
-            batch_first: bool = False,
-            dropout: float = 0.0,
-            bidirectional: bool = False,
-            *,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
-            recompute: bool = False,
-        ) -> None: ...
-
-    else:  # torch's base class takes the same arguments, and tells what is wrong with them
+    if not TYPE_CHECKING:  # its arguments are those of all
 
         def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
             if "proj_size" in kwargs:
