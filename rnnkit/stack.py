@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Proxy, Tracer
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.nn import Module
 from torch.nn.functional import dropout as drop
 
@@ -48,8 +47,7 @@ def run(
     Raises:
         RuntimeError: no time step, or a tensor of another dtype or device than the input.
     """
-    steps = input.size(0) if batch_sizes is None else batch_sizes.numel()
-    if guard_or_false(steps == 0):  # of a graph T may be known only as it runs
+    if _is_zero(input.size(0) if batch_sizes is None else batch_sizes.numel()):
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     fused_in_torch = (
         cell == "lstm" and not step and batch_sizes is None and weights[0][-1] is None
@@ -124,6 +122,16 @@ def as_state_pair(
         wrong_number = too_few if len(hx) < 2 else RuntimeError
         raise wrong_number(f"lstm expects two hidden states: {expected}, got {len(hx)} of them")
     return tuple(hx)
+
+
+def _is_zero(steps: int) -> bool:
+    """Whether there is no time step; False in a graph that knows T only as it runs."""
+    if not torch.compiler.is_compiling():
+        return steps == 0
+    # Not above: it imports sympy, which is there where graphs are made.
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return bool(guard_or_false(steps == 0))
 
 
 def _check_like(
