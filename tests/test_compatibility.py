@@ -1,19 +1,13 @@
 """Everything that docs/compatibility.md says rnnkit does: the page's own probes."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from programs import ROOT, load
 
 import rnnkit
 
-PROGRAM = Path(__file__).parents[1] / "docs" / "compatibility.py"
-specification = importlib.util.spec_from_file_location("compatibility", PROGRAM)
-assert specification is not None and specification.loader is not None
-compatibility = sys.modules["compatibility"] = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(compatibility)
+PROGRAM = ROOT / "docs" / "compatibility.py"
+compatibility = load(PROGRAM)
 
 #: What rnnkit does not do, see "What is not there yet" in the README.
 MISSING = {"`torch.jit.script`", "dynamic quantization"}

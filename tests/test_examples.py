@@ -1,6 +1,5 @@
 """The examples, a few steps at a time: agreement, checkpoints, Ctrl-C, wrong arguments."""
 
-import importlib.util
 import os
 import random
 import signal
@@ -14,18 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from programs import load
 
 PROGRAM = Path(__file__).parents[1] / "examples" / "char_rnn.py"
 STEPS = 14
 TINY = ["--hidden", "12", "--bptt", "6", "--batch", "3", "--threads", "1"]
-
-
-def load(program: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(program.stem, program)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[program.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -272,3 +272,12 @@ def test_dropout_with_one_layer_warns_as_in_torch() -> None:
             texts.append([(w.category, str(w.message)) for w in caught])
         assert texts[0] == texts[1]
         assert len(texts[0]) == 1
+
+
+def test_import_brings_no_compiler() -> None:
+    """What torch imports only when it compiles takes longer to import than rnnkit."""
+    code = "import sys, torch; before = set(sys.modules); import rnnkit; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = {name.partition(".")[0] for name in done.stdout.split()}
+    assert not imported & {"sympy", "triton", "onnx", "onnxscript"}
+    assert "torch._dynamo.convert_frame" not in done.stdout.split()
