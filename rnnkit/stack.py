@@ -1,5 +1,6 @@
 """Layers × directions × dropout × packed sequences × autocast, written once for every cell."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.fx import Proxy, Tracer
 from torch.nn import Module
 from torch.nn.functional import dropout as drop
+from torch.utils._python_dispatch import _disable_current_modes
 
 from rnnkit import autograd
 from rnnkit.ops import Keep
@@ -49,10 +51,8 @@ def run(
     """
     if _is_zero(input.size(0) if batch_sizes is None else batch_sizes.numel()):
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    fused_in_torch = (
-        cell == "lstm" and not step and batch_sizes is None and weights[0][-1] is None
-    )  # on oneDNN, if the dtype is one of its own
-    input, states, weights, result_dtypes = _autocast(cell, input, states, weights, fused_in_torch)
+    plain_lstm = cell == "lstm" and not step and batch_sizes is None and weights[0][-1] is None
+    input, states, weights, result_dtypes = _autocast(cell, input, states, weights, plain_lstm)
     _check_like(input, states, weights)
     layers = len(weights) // directions
     output, finals = input, []
@@ -160,17 +160,51 @@ def _check_alike(what: str, input: Tensor, tensors: Sequence[Tensor | None]) -> 
             )
 
 
+@functools.cache
+def _onednn_dtypes() -> frozenset[torch.dtype]:
+    """In which torch has oneDNN run an LSTM on this machine; ONEDNN_MAX_CPU_ISA counts."""
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()
+    of_onednn = torch.ops.mkldnn
+    with _disable_current_modes():  # torch.export's would make nodes of the questions
+        supported = {
+            torch.float32: True,
+            torch.bfloat16: of_onednn._is_mkldnn_bf16_supported(),  # AVX-512
+            torch.float16: of_onednn._is_mkldnn_fp16_supported(),  # AVX512-FP16
+        }
+    return frozenset(dtype for dtype, is_supported in supported.items() if is_supported)
+
+
+def _onednn_takes(dtype: torch.dtype, gradients: bool) -> bool:
+    """Whether torch.nn has oneDNN run a plain LSTM on an input of `dtype` on the CPU: ATen's `use_mkldnn`.
+
+    torch.nn asks before autocast makes the input the low dtype, and gives oneDNN no float16 where `gradients`
+    are recorded.
+    """
+    # torch.export switches oneDNN off while it traces; the programs that it makes of torch.nn run on it.
+    switched_on = torch.backends.mkldnn.enabled or torch.compiler.is_exporting()
+    return switched_on and dtype in _onednn_dtypes() and not (gradients and dtype == torch.float16)
+
+
+# To torch.compile the answer is a constant, for it cannot trace the question. This is all that
+# `torch.compiler.assume_constant_result` does, but that imports the compiler.
+_onednn_takes._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _autocast(
     cell: str,
     input: Tensor,
     states: Sequence[Tensor],
     weights: Sequence[Sequence[Tensor | None]],
-    fused_in_torch: bool,
+    plain_lstm: bool,
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Sequence[Tensor | None]], list[torch.dtype] | None]:
     """Under autocast: everything in the low dtype, and the dtypes torch.nn returns for output and states.
 
     torch.nn multiplies in the low dtype; where its cell is made of pointwise ops (all but the RNN's, and
-    the LSTM's on oneDNN) these promote to the incoming state's dtype, so that the new state has it too.
+    the LSTM's in oneDNN) these promote to the incoming state's dtype, so that the new state has it too.
+    oneDNN's LSTM has results in the low dtype, or raises where it has none in it: they have it here as well.
+
+    `plain_lstm` is a layer of LSTMs, not packed and without projections, the only kind that oneDNN runs.
     """
     kind = input.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind) or input.dtype == torch.float64:
@@ -179,8 +213,13 @@ def _autocast(
     carried = states[-1].dtype if states else input.dtype
     state = torch.promote_types(carried, low)
     projected = weights[0][-1] is not None
-    fused = fused_in_torch and low == torch.bfloat16 and input.dtype != torch.float16
-    if cell.startswith("rnn") or fused or kind != "cpu":
+    in_onednn = (
+        plain_lstm
+        and kind == "cpu"
+        and _onednn_takes(input.dtype, torch.is_grad_enabled())
+        and not _is_zero(input.numel())
+    )
+    if cell.startswith("rnn") or in_onednn or kind != "cpu":
         state = low
 
     def cast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
