@@ -53,7 +53,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ]
     CAPABILITIES["avx512_bf16"] = [*CAPABILITIES["avx512"], "-mavx512bf16"]
 
-FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fwrapv", "-Wall", "-Wextra"]
 LINK_FLAGS = ["-fopenmp"]
 if SANITIZE:
     # vptr needs the type information of classes that torch does not export.
@@ -71,8 +71,9 @@ def sources(directory: str) -> list[str]:
 
 def kernels(capability: str, files: list[str]) -> list[str]:
     """Those of `files` that are compiled for it: bfloat16's own instructions serve bfloat16 alone."""
-    only_bfloat16 = capability.endswith("_bf16")
-    return [file for file in files if file.endswith("/bfloat16.cpp") == only_bfloat16]
+    if capability.endswith("_bf16"):
+        return [file for file in files if file.endswith(("/bfloat16.cpp", "/peak.cpp"))]
+    return [file for file in files if not file.endswith("/bfloat16.cpp")]
 
 
 def extension() -> Extension:

@@ -19,7 +19,7 @@
 
 #include "common/dtypes.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -28,6 +28,7 @@
 #endif
 
 #define RNNKIT_INLINE inline __attribute__((always_inline))
+#define RNNKIT_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace rnnkit::RNNKIT_CAPABILITY {
 
@@ -75,7 +76,7 @@ struct Format<double> {
 
 template <class T>
 RNNKIT_INLINE Vector<T> splat(T value) {
-  return Vector<T>{} + value;
+  return value - Vector<T>{};
 }
 
 template <class T>
@@ -105,6 +106,27 @@ RNNKIT_INLINE void store(T* to, Vector<T> value, int64_t count) {
     std::memcpy(to, &value, count * sizeof(T));
 }
 
+// Stands for a count of all lanes, known to the compiler.
+struct AllLanes {};
+
+template <class T>
+RNNKIT_INLINE Vector<T> load(const T* from, AllLanes) {
+  return load(from);
+}
+
+template <class T>
+RNNKIT_INLINE void store(T* to, Vector<T> value, AllLanes) {
+  store(to, value);
+}
+
+// Calls body(first lane, count) for `count` values, a vector at a time; the count is AllLanes but for the last few.
+template <class T, class Body>
+RNNKIT_INLINE void for_vectors(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) body(i, AllLanes{});
+  if (i < count) body(i, count - i);
+}
+
 #if defined(__AVX512BF16__)
 // bfloat16 in memory, float in the register; rounded to nearest, ties to even.
 RNNKIT_INLINE Vector<float> load(const BFloat16* from, int64_t count) {
@@ -119,11 +141,40 @@ RNNKIT_INLINE void store(BFloat16* to, Vector<float> value, int64_t count) {
   const __m256bh bits = _mm512_cvtneps_pbh((__m512)value);
   std::memcpy(to, &bits, (count < kLanes<float> ? count : kLanes<float>)*sizeof(BFloat16));
 }
+
+RNNKIT_INLINE Vector<float> load(const BFloat16* from, AllLanes) { return load(from, kLanes<float>); }
+RNNKIT_INLINE void store(BFloat16* to, Vector<float> value, AllLanes) { store(to, value, kLanes<float>); }
 #endif
 
 // The element type of a lane type.
 template <class V>
 using Element = std::remove_cvref_t<decltype(std::declval<V>()[0])>;
+
+// x between -limit and limit, else the nearer of these; NaN stays NaN. Written out for x86, whose minimum and maximum
+// give the second operand where either is NaN; the compiler makes a comparison and a blend of the general form.
+template <class V, class T = Element<V> >
+RNNKIT_INLINE V clamp(V x, T limit) {
+  const V low = splat(-limit), high = splat(limit);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return (V)_mm512_maskz_max_ps(-1, (__m512)low, _mm512_maskz_min_ps(-1, (__m512)high, (__m512)x));
+  else
+    return (V)_mm512_maskz_max_pd(-1, (__m512d)low, _mm512_maskz_min_pd(-1, (__m512d)high, (__m512d)x));
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>)
+    return (V)_mm256_max_ps((__m256)low, _mm256_min_ps((__m256)high, (__m256)x));
+  else
+    return (V)_mm256_max_pd((__m256d)low, _mm256_min_pd((__m256d)high, (__m256d)x));
+#elif defined(__x86_64__)
+  if constexpr (std::is_same_v<T, float>)
+    return (V)_mm_max_ps((__m128)low, _mm_min_ps((__m128)high, (__m128)x));
+  else
+    return (V)_mm_max_pd((__m128d)low, _mm_min_pd((__m128d)high, (__m128d)x));
+#else
+  x = x > high ? high : x;
+  return x < low ? low : x;
+#endif
+}
 
 // exp(x) = scale * (1 + p), with scale a power of two and p = exp(r) - 1 for |r| <= ln(2)/2, so that p keeps
 // its relative precision as x goes to 0. `limit` bounds |x|; NaN stays NaN.
@@ -136,8 +187,7 @@ template <class V, class T = Element<V> >
 RNNKIT_INLINE SplitExp<V> split_exp(V x, T limit) {
   using F = Format<T>;
   typedef typename F::Bits Bits __attribute__((vector_size(kVectorBytes)));
-  x = x > limit ? splat(limit) : x;
-  x = x < -limit ? splat(-limit) : x;
+  x = clamp(x, limit);
   const V rounded = x * T(1.44269504088896340736) + F::round;
   const V n = rounded - F::round;
   const V r = (x - n * F::ln2_high) - n * F::ln2_low;
@@ -160,8 +210,8 @@ template <class V>
 RNNKIT_INLINE V sigmoid(V x) {
   using T = Element<V>;
   const auto e = split_exp(-x, Format<T>::exp_limit);
-  const V exp = x < -Format<T>::exp_limit ? V{} + T(__builtin_huge_val()) : e.scale * e.p + e.scale;
-  return T(1) / (exp + T(1));
+  const V near = T(1) / (e.scale * e.p + e.scale + T(1));
+  return x < -Format<T>::exp_limit ? V{} : near;
 }
 
 template <class V>

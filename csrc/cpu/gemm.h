@@ -1,7 +1,7 @@
 // The one micro-kernel under every matrix product, and the packing of its operands.
 //
-// Each element of C is summed over k in order, one fused multiply-add at a time, however the rows and columns are
-// tiled: the same bits for every split of them over threads. Operands of type bfloat16 are multiplied two k at a time,
+// Each element of C is summed over k in order, one fused multiply-add at a time in blocks of kDepthInL1, whose sums are
+// added in order, however the rows and columns are tiled: the same bits for every split of them over threads. Operands of type bfloat16 are multiplied two k at a time,
 // so that these lie side by side: an operand [K, N] is packed as [K/2, N, 2].
 #pragma once
 
@@ -72,22 +72,72 @@ MatrixA<S> rows_of(const S* a, int64_t lda) {
   return {a, lda, Operand<S>::pair};
 }
 
+// A tile of C is kept in registers: so many vectors of columns, so many rows.
 #if defined(__AVX512F__)
 constexpr int kVectorsInTile = 4;
+constexpr int64_t kDepthInL1 = 512;
 constexpr int rows_in_tile(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 12; }
 #elif defined(__AVX2__)
 constexpr int kVectorsInTile = 2;
+constexpr int64_t kDepthInL1 = 256;
 constexpr int rows_in_tile(int vectors) { return vectors == 2 ? 6 : 8; }
 #else
 constexpr int kVectorsInTile = 2;
+constexpr int64_t kDepthInL1 = 512;
 constexpr int rows_in_tile(int vectors) { return vectors == 2 ? 4 : 6; }
 #endif
 
-// C[kRows, kVectors * lanes] (+)= A B, all of C in registers. For each k, meanwhile, kFetch bytes from `ahead` on are
-// fetched into L2.
-template <class S, int kRows, int kVectors, int kFetch>
+// Columns of B that one tile multiplies.
+template <class S>
+constexpr int64_t kStrip = kVectorsInTile * Operand<S>::lanes;
+
+// Operand B [K, N]. Packed, it is strips of kStrip columns, the last one perhaps narrower, each row-major by itself, so
+// that a tile reads consecutive memory. Or it is row-major as a whole.
+template <class S>
+class MatrixB {
+ public:
+  // [depth, width], packed by pack_rows or pack_transposed.
+  static MatrixB packed(const S* b, int64_t depth, int64_t width) { return {b, 0, depth, width}; }
+  // Row-major with `row` elements from row to row. A row is read up to the next multiple of the lanes.
+  static MatrixB lying(const S* b, int64_t row) { return {b, row, 0, 0}; }
+
+  // The part that begins at row k and column n.
+  MatrixB from(int64_t k, int64_t n) const { return {b_, row_, depth_, width_, k_ + k, n_ + n}; }
+
+  // Column n of row 0, and the distance to it in the next pair of rows.
+  struct Column {
+    const S* b;
+    int64_t row;
+  };
+  Column column(int64_t n) const {
+    constexpr int64_t pair = Operand<S>::pair;
+    n += n_;
+    if (row_ > 0) return {b_ + k_ * row_ + n * pair, row_ * pair};
+    const int64_t first = n / kStrip<S> * kStrip<S>;
+    const int64_t columns = kStrip<S> < width_ - first ? kStrip<S> : width_ - first;
+    return {b_ + first * depth_ + k_ * columns + (n - first) * pair, columns * pair};
+  }
+  // Columns from n to the end of its strip.
+  int64_t left_in_strip(int64_t n) const { return kStrip<S> - (row_ > 0 ? 0 : (n_ + n) % kStrip<S>); }
+
+ private:
+  MatrixB(const S* b, int64_t row, int64_t depth, int64_t width, int64_t k = 0, int64_t n = 0)
+      : b_(b), row_(row), depth_(depth), width_(width), k_(k), n_(n) {}
+
+  const S* b_;
+  int64_t row_, depth_, width_, k_, n_;
+};
+
+// What a product fetches into L2 meanwhile: bytes from `from` on, `stride` of them for each step in k; null: nothing.
+struct Ahead {
+  const char* from;
+  int64_t stride;
+};
+
+// C[kRows, kVectors * lanes] (+)= A B, all of C in registers. kLines: cache lines that are fetched for each step in k.
+template <class S, int kRows, int kVectors, int kLines>
 RNNKIT_INLINE void tile(int64_t K, MatrixA<S> A, const S* b, int64_t ldb, Sum<S>* c, int64_t ldc, bool add,
-                        const char* ahead) {
+                        Ahead ahead) {
   using Op = Operand<S>;
   Vector<Sum<S>> sums[kRows][kVectors];
 #pragma GCC unroll 16
@@ -96,10 +146,10 @@ RNNKIT_INLINE void tile(int64_t K, MatrixA<S> A, const S* b, int64_t ldb, Sum<S>
     for (int v = 0; v < kVectors; ++v) sums[m][v] = Vector<Sum<S>>{};
   for (int64_t q = 0; q < K / Op::pair; ++q) {
 #pragma GCC unroll 4
-    for (int line = 0; line < kFetch; line += 64) __builtin_prefetch(ahead + q * kFetch + line, 0, 2);
+    for (int line = 0; line < kLines; ++line) __builtin_prefetch(ahead.from + q * ahead.stride + line * 64, 0, 2);
     typename Op::Values columns[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) columns[v] = Op::load_pairs(b + (q * ldb + v * Op::lanes) * Op::pair);
+    for (int v = 0; v < kVectors; ++v) columns[v] = Op::load_pairs(b + q * ldb + v * Op::lanes * Op::pair);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
       const typename Op::Values a = Op::splat_pair(A.a + m * A.row + q * A.column);
@@ -116,66 +166,81 @@ RNNKIT_INLINE void tile(int64_t K, MatrixA<S> A, const S* b, int64_t ldb, Sum<S>
     }
 }
 
-template <class S, int kVectors, int kFetch = 0, int kRows = rows_in_tile(kVectors)>
+template <class S, int kVectors, int kLines = 0, int kRows = rows_in_tile(kVectors)>
 inline void tile_of(int64_t rows, int64_t K, MatrixA<S> A, const S* b, int64_t ldb, Sum<S>* c, int64_t ldc, bool add,
-                    const char* ahead = nullptr) {
+                    Ahead ahead = {}) {
   if (rows == kRows)
-    tile<S, kRows, kVectors, kFetch>(K, A, b, ldb, c, ldc, add, ahead);
+    tile<S, kRows, kVectors, kLines>(K, A, b, ldb, c, ldc, add, ahead);
   else if constexpr (kRows > 1)
-    tile_of<S, kVectors, kFetch, kRows - 1>(rows, K, A, b, ldb, c, ldc, add, ahead);
+    tile_of<S, kVectors, kLines, kRows - 1>(rows, K, A, b, ldb, c, ldc, add, ahead);
 }
 
-// C[M, kVectors * lanes] (+)= A B, in tiles of nearly equal height. `ahead`: the B of a later product, equally large,
-// which the first tiles fetch: B comes from L3 once, then from L2.
+// C[M, kVectors * lanes] (+)= A B, in tiles of nearly equal height, and so many k at a time that B's stay in L1 from
+// tile to tile. `ahead`: memory as large as B, which the first tiles fetch: B comes from L3 once, then from L2.
 template <class S, int kVectors>
-void strip(int64_t M, int64_t K, MatrixA<S> A, const S* b, int64_t ldb, Sum<S>* c, int64_t ldc, bool add,
+void strip(int64_t M, int64_t K, MatrixA<S> A, typename MatrixB<S>::Column B, Sum<S>* c, int64_t ldc, bool add,
            const S* ahead = nullptr) {
-  constexpr int64_t most = rows_in_tile(kVectors);
-  constexpr int fetch = kVectors < 3 ? 0 : kVectors * kVectorBytes / 2;
-  const int64_t tiles = (M + most - 1) / most;
-  for (int64_t i = 0, m = 0; i < tiles; ++i) {
-    const int64_t rows = (M - m) / (tiles - i);
-    const MatrixA<S> own = {A.a + m * A.row, A.row, A.column};
-    if (fetch > 0 && ahead != nullptr && i < 2)
-      tile_of<S, kVectors, fetch>(rows, K, own, b, ldb, c + m * ldc, ldc, add,
-                                  reinterpret_cast<const char*>(ahead) + i * (K / Operand<S>::pair) * fetch);
-    else
-      tile_of<S, kVectors>(rows, K, own, b, ldb, c + m * ldc, ldc, add);
-    m += rows;
-  }
-}
-
-// C[M, N] (+)= A[M, K] B[K, N]; K is even where pairs are multiplied. B is row-major or, for pairs, [K/2, ldb, 2]; where
-// N is not a multiple of the lanes, each of its rows must be readable up to the next multiple. C is written in its N
-// columns only. `ahead`: see strip.
-template <class S>
-void gemm(int64_t M, int64_t N, int64_t K, MatrixA<S> A, const S* b, int64_t ldb, Sum<S>* c, int64_t ldc, bool add,
-          const S* ahead = nullptr) {
-  constexpr int64_t lanes = Operand<S>::lanes, pair = Operand<S>::pair;
-  int64_t n = 0;
-  for (; n + kVectorsInTile * lanes <= N; n += kVectorsInTile * lanes)
-    strip<S, kVectorsInTile>(M, K, A, b + n * pair, ldb, c + n, ldc, add, ahead);
-  if constexpr (kVectorsInTile == 4) {
-    if (n + 3 * lanes <= N) {
-      strip<S, 3>(M, K, A, b + n * pair, ldb, c + n, ldc, add, ahead);
-      n += 3 * lanes;
-    } else if (n + 2 * lanes <= N) {
-      strip<S, 2>(M, K, A, b + n * pair, ldb, c + n, ldc, add);
-      n += 2 * lanes;
+  constexpr int64_t most = rows_in_tile(kVectors), bytes = kVectors * kVectorBytes, spread = 4;
+  constexpr int lines = bytes <= 128 ? 1 : bytes / 128;
+  const int64_t tiles = (M + most - 1) / most, fetching = tiles < spread ? tiles : spread;
+  for (int64_t k = 0; k < K; k += kDepthInL1) {
+    const int64_t depth = K - k < kDepthInL1 ? K - k : kDepthInL1, q = k / Operand<S>::pair;
+    const S* b = B.b + q * B.row;
+    for (int64_t i = 0, m = 0; i < tiles; ++i) {
+      const int64_t rows = (M - m) / (tiles - i);
+      const MatrixA<S> own = {A.a + m * A.row + q * A.column, A.row, A.column};
+      if (ahead != nullptr && i < fetching) {
+        const int64_t stride = bytes / fetching;
+        const char* from = reinterpret_cast<const char*>(ahead) + q * bytes + i * (depth / Operand<S>::pair) * stride;
+        tile_of<S, kVectors, lines>(rows, depth, own, b, B.row, c + m * ldc, ldc, add || k > 0, {from, stride});
+      } else {
+        tile_of<S, kVectors>(rows, depth, own, b, B.row, c + m * ldc, ldc, add || k > 0);
+      }
+      m += rows;
     }
   }
-  if (n + lanes <= N) {
-    strip<S, 1>(M, K, A, b + n * pair, ldb, c + n, ldc, add);
-    n += lanes;
-  }
-  if (n == N) return;
-  constexpr int64_t block = 16;
-  alignas(64) Sum<S> edge[block * lanes];
+}
+
+// The same for fewer columns than lanes.
+template <class S>
+void edge(int64_t M, int64_t columns, int64_t K, MatrixA<S> A, typename MatrixB<S>::Column B, Sum<S>* c, int64_t ldc,
+          bool add) {
+  constexpr int64_t lanes = Operand<S>::lanes, block = 16;
+  alignas(64) Sum<S> whole[block * lanes];
   for (int64_t m = 0; m < M; m += block) {
     const int64_t rows = M - m < block ? M - m : block;
-    for (int64_t i = 0; add && i < rows; ++i) store(edge + i * lanes, load(c + (m + i) * ldc + n, N - n));
-    strip<S, 1>(rows, K, {A.a + m * A.row, A.row, A.column}, b + n * pair, ldb, edge, lanes, add);
-    for (int64_t i = 0; i < rows; ++i) store(c + (m + i) * ldc + n, load(edge + i * lanes), N - n);
+    for (int64_t i = 0; add && i < rows; ++i) store(whole + i * lanes, load(c + (m + i) * ldc, columns));
+    strip<S, 1>(rows, K, {A.a + m * A.row, A.row, A.column}, B, whole, lanes, add);
+    for (int64_t i = 0; i < rows; ++i) store(c + (m + i) * ldc, load(whole + i * lanes), columns);
+  }
+}
+
+// C[M, N] (+)= A[M, K] B[K, N]; K is even where pairs are multiplied. C is written in its N columns only. `ahead`: packed
+// memory that is multiplied next and is to be fetched meanwhile, as much as is read of B; null: nothing is fetched.
+template <class S>
+void gemm(int64_t M, int64_t N, int64_t K, MatrixA<S> A, MatrixB<S> B, Sum<S>* c, int64_t ldc, bool add,
+          const S* ahead = nullptr) {
+  constexpr int64_t lanes = Operand<S>::lanes;
+  for (int64_t n = 0; n < N;) {
+    const int64_t in_strip = B.left_in_strip(n), columns = N - n < in_strip ? N - n : in_strip;
+    const auto b = B.column(n);
+    const S* next = ahead == nullptr ? nullptr : n + columns < N ? B.column(n + columns).b : ahead;
+    if (columns >= 4 * lanes && kVectorsInTile == 4) {
+      if constexpr (kVectorsInTile == 4) strip<S, 4>(M, K, A, b, c + n, ldc, add, next);
+      n += 4 * lanes;
+    } else if (columns >= 3 * lanes) {
+      if constexpr (kVectorsInTile == 4) strip<S, 3>(M, K, A, b, c + n, ldc, add, next);
+      n += 3 * lanes;
+    } else if (columns >= 2 * lanes) {
+      strip<S, 2>(M, K, A, b, c + n, ldc, add, next);
+      n += 2 * lanes;
+    } else if (columns >= lanes) {
+      strip<S, 1>(M, K, A, b, c + n, ldc, add, next);
+      n += lanes;
+    } else {
+      edge(M, columns, K, A, b, c + n, ldc, add);
+      n += columns;
+    }
   }
 }
 
@@ -256,15 +321,19 @@ void dot(int64_t M, int64_t rows, int64_t K, const S* a, int64_t lda, const S* w
   if (M == 1) dot_rows<S, 1>(rows, K, a, lda, w, ldw, c, ldc);
 }
 
-// panel[k * width + j] = w[j * ldw + k] for j < rows, k < K, in pairs of k where these are multiplied; up to the next
-// multiple of the lanes, j >= rows give 0.
+// The packed B [K, width] (MatrixB) of column n + j from row j of w: w[j * ldw + k] for j < rows, k < K. Up to the next
+// multiple of the lanes, j >= rows give 0. n is a multiple of the lanes.
 template <class S>
-void pack_transposed(int64_t rows, int64_t K, const S* w, int64_t ldw, S* panel, int64_t width) {
+void pack_transposed(int64_t rows, int64_t K, const S* w, int64_t ldw, S* packed, int64_t width, int64_t n) {
   if constexpr (Operand<S>::pair == 2) {  // a pair is as wide as a float, and moves as one
-    pack_transposed(rows, K / 2, reinterpret_cast<const float*>(w), ldw / 2, reinterpret_cast<float*>(panel), width);
+    pack_transposed(rows, K / 2, reinterpret_cast<const float*>(w), ldw / 2, reinterpret_cast<float*>(packed), width,
+                    n);
   } else {
     constexpr int64_t lanes = kLanes<S>;
-    for (int64_t j = 0; j < rows; j += lanes)
+    for (int64_t j = 0; j < rows; j += lanes) {
+      const int64_t first = (n + j) / kStrip<S> * kStrip<S>;
+      const int64_t row = kStrip<S> < width - first ? kStrip<S> : width - first;
+      S* to = packed + first * K + (n + j - first);
       for (int64_t k = 0; k < K; k += lanes) {
         Vector<S> block[lanes];
 #pragma GCC unroll 16
@@ -272,8 +341,9 @@ void pack_transposed(int64_t rows, int64_t K, const S* w, int64_t ldw, S* panel,
         transpose<S>(block);
 #pragma GCC unroll 16
         for (int64_t i = 0; i < lanes; ++i)
-          if (k + i < K) store(panel + (k + i) * width + j, block[i]);
+          if (k + i < K) store(to + (k + i) * row, block[i]);
       }
+    }
   }
 }
 
@@ -294,18 +364,35 @@ inline void interleave(const BFloat16* even, const BFloat16* odd, int64_t count,
 }
 #endif
 
-// panel[k * width + j] = row(k)[j] for k < K, j < columns, in pairs of k where these are multiplied; all else 0.
+// to[k * width + j] = row(k)[j] for k < K, j < columns, in pairs of k where these are multiplied; all else 0.
 template <class S, class Row>
-void pack_rows(int64_t K, int64_t columns, const Row& row, S* panel, int64_t width) {
-  for (int64_t k = 0; k < K; k += Operand<S>::pair) {
-    S* to = panel + k * width;
+void copy_rows(int64_t K, int64_t columns, const Row& row, S* to, int64_t width) {
+  for (int64_t k = 0; k < K; k += Operand<S>::pair, to += Operand<S>::pair * width) {
     if constexpr (Operand<S>::pair == 2) {
       const S* even = row(k);  // in this order: a row may be found from the one before
       interleave(even, k + 1 < K ? row(k + 1) : nullptr, columns, to);
     } else {
-      std::memcpy(to, row(k), columns * sizeof(S));
+      const S* from = row(k);
+      for (int64_t j = 0; j < columns; j += kLanes<S>) {
+        const int64_t lanes = columns - j < kLanes<S> ? columns - j : kLanes<S>;
+        store(to + j, load(from + j, lanes), lanes);
+      }
     }
-    std::memset(to + columns * Operand<S>::pair, 0, (width - columns) * Operand<S>::pair * sizeof(S));
+    if (columns < width)
+      std::memset(to + columns * Operand<S>::pair, 0, (width - columns) * Operand<S>::pair * sizeof(S));
+  }
+}
+
+// Columns n to n + columns of the packed B [K, width] (MatrixB) from row(k)[j]; columns beyond, up to a whole strip, 0.
+// n is a multiple of kStrip.
+template <class S, class Row>
+void pack_rows(int64_t K, int64_t columns, const Row& row, S* packed, int64_t width, int64_t n) {
+  const int64_t depth = (K + Operand<S>::pair - 1) / Operand<S>::pair * Operand<S>::pair;
+  for (int64_t j = 0; j < columns; j += kStrip<S>, n += kStrip<S>) {
+    const int64_t in_strip = kStrip<S> < width - n ? kStrip<S> : width - n;
+    copy_rows<S>(
+        K, columns - j < in_strip ? columns - j : in_strip, [&](int64_t k) { return row(k) + j; }, packed + n * depth,
+        in_strip);
   }
 }
 

@@ -1,47 +1,56 @@
-// What this machine's matrix multiplication can reach: ATen's brgemm, that is oneDNN's micro-kernel, on operands that
-// stay in L2. Benchmarks state rnnkit's speed as a share of it; no layer uses it.
+// Threads and clock around the loops of kernels/peak.cpp; benchmarks state rnnkit's speed as a share of what they give.
 #include "cpu/peak.h"
 
-#include <ATen/ATen.h>
-#include <ATen/native/CPUBlas.h>
 #include <omp.h>
 
+#include <algorithm>
 #include <chrono>
+#include <cstring>
+#include <new>
 
 namespace rnnkit {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int64_t kRows = 64, kColumns = 64, kDepth = 256;
-constexpr double kFlops = 2.0 * kRows * kColumns * kDepth;
+constexpr int64_t kRepetitions = 2000;     // of multiplying and adding, between two looks at the clock
+constexpr int64_t kBytesAtOnce = 4 << 20;  // likewise, of reading
 
-template <class S>
-double of_one_thread(double seconds) {
-  const auto type = c10::CppTypeToScalarType<S>::value;
-  const at::Tensor a = at::ones({kRows, kDepth}, type), b = at::ones({kDepth, kColumns}, type);
-  const at::Tensor c = at::zeros({kRows, kColumns}, at::kFloat);
-  const bool in_pairs = type != at::kFloat;
-  int64_t products = 0;
-  double passed = 0;
-  for (const auto start = Clock::now(); passed < seconds;
-       passed = std::chrono::duration<double>(Clock::now() - start).count())
-    for (int i = 0; i < 64; ++i, ++products)
-      at::native::cpublas::brgemm(kRows, kColumns, kDepth, kDepth, kColumns, kColumns, false, a.const_data_ptr<S>(),
-                                  b.const_data_ptr<S>(), c.mutable_data_ptr<float>(), in_pairs);
-  at::native::cpublas::brgemm_release(in_pairs);
-  return products * kFlops / passed / 1e9;
+double since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+// What work() does a second, in its own unit, when it is repeated for `seconds`.
+template <class Work>
+double rate(double seconds, const Work& work) {
+  double done = 0, passed = 0;
+  for (const auto start = Clock::now(); passed < seconds; passed = since(start)) done += work();
+  return done / passed;
 }
 
 }  // namespace
 
-double peak_gflops(at::ScalarType type, int threads, double seconds) {
-  TORCH_CHECK(type == at::kFloat || (type == at::kBFloat16 && at::native::cpublas::could_pack(type)),
-              "expected dtype to be one that brgemm multiplies on this CPU, got ", type);
-  TORCH_CHECK(threads > 0, "expected threads to be positive, got ", threads);
+double gflops(MultiplyAdd loop, int threads, double seconds) {
   double total = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
-  total += type == at::kFloat ? of_one_thread<float>(seconds) : of_one_thread<at::BFloat16>(seconds);
+  total += rate(seconds, [&] { return static_cast<double>(loop(kRepetitions)); });
+  return total / 1e9;
+}
+
+double bytes_per_second(Read loop, int64_t bytes, int threads, double seconds) {
+  bytes = std::max(bytes / kReadGrain, int64_t{1}) * kReadGrain;
+  const int64_t passes = std::max(kBytesAtOnce / bytes, int64_t{1});
+  double total = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total)
+  {
+    constexpr std::align_val_t aligned{4096};
+    auto* const buffer = static_cast<std::byte*>(::operator new(bytes, aligned));
+    std::memset(buffer, 1, bytes);
+#pragma omp barrier
+    total += rate(seconds, [&] {
+      loop(buffer, bytes, passes);
+      return static_cast<double>(bytes * passes);
+    });
+    ::operator delete(buffer, aligned);
+  }
   return total;
 }
 

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/caches.h"
 #include "cpu/direct.h"
 #include "cpu/layer.h"
 #include "cpu/peak.h"
@@ -34,18 +35,19 @@ std::atomic<bool> forked{false};
 struct Capability {
   std::string name;
   CellTable cells;
+  PeakLoops peak;
 };
 
 // The best kernels that were built and that this CPU runs, as torch sees it (ATEN_CPU_CAPABILITY can lower it).
 Capability choose_capability() {
   [[maybe_unused]] const std::string name = at::get_cpu_capability();
 #ifdef RNNKIT_HAS_AVX512
-  if (name == "AVX512") return {"avx512", avx512::cells()};
+  if (name == "AVX512") return {"avx512", avx512::cells(), avx512::peak_loops()};
 #endif
 #ifdef RNNKIT_HAS_AVX2
-  if (name == "AVX512" || name == "AVX2") return {"avx2", avx2::cells()};
+  if (name == "AVX512" || name == "AVX2") return {"avx2", avx2::cells(), avx2::peak_loops()};
 #endif
-  return {"baseline", baseline::cells()};
+  return {"baseline", baseline::cells(), baseline::peak_loops()};
 }
 
 const Capability& capability() {
@@ -66,6 +68,25 @@ const Kernels<BFloat16>* bfloat16_kernels() {
   if (can) return avx512_bf16::bfloat16_cells();
 #endif
   return nullptr;
+}
+
+// What the CPU's units can do at most with this capability; benchmarks state speed as a share of it.
+double peak_gflops(at::ScalarType type, int threads, double seconds) {
+  MultiplyAdd loop = nullptr;
+  if (type == at::kFloat) loop = capability().peak.f32;
+  if (type == at::kDouble) loop = capability().peak.f64;
+#ifdef RNNKIT_HAS_AVX512_BF16
+  if (type == at::kBFloat16 && bfloat16_kernels()) loop = avx512_bf16::bfloat16_peak();
+#endif
+  TORCH_CHECK(loop, "expected dtype to be one that these kernels multiply, got ", type);
+  TORCH_CHECK(threads > 0, "expected threads to be positive, got ", threads);
+  return gflops(loop, threads, seconds);
+}
+
+double read_bandwidth(int64_t bytes, int threads, double seconds) {
+  TORCH_CHECK(bytes > 0, "expected bytes to be positive, got ", bytes);
+  TORCH_CHECK(threads > 0, "expected threads to be positive, got ", threads);
+  return bytes_per_second(capability().peak.read, bytes, threads, seconds);
 }
 
 template <class S>
@@ -458,7 +479,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("infer_cell", infer_cell, "The same for a cell's one step.");
   m.def("peak_gflops", peak_gflops, py::arg("dtype"), py::arg("threads"), py::arg("seconds"),
         py::call_guard<py::gil_scoped_release>(),
-        "GFLOP/s that ATen's brgemm reaches on this machine now, float32 or bfloat16.");
+        "GFLOP/s that these threads reach now where they only multiply and add in registers.");
+  m.def("read_bandwidth", read_bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("seconds"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Bytes a second that these threads read together now, each from so many bytes of its own.");
+  m.def(
+      "cache_sizes", [] { return std::make_tuple(cache_sizes().l1, cache_sizes().l2, cache_sizes().l3); },
+      "Bytes of L1 (for data), L2 and L3; 0 where the system does not tell.");
   m.def("cells", list_cells, "(name, gates, states, saved) of each cell, as in rnnkit.reference.CELLS.");
 }
 

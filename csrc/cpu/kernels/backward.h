@@ -98,23 +98,21 @@ class Backward {
     return Shares<S>(layer_, Cell::gates, Cell::units, chunk.begin, chunk.end, thread, threads);
   }
 
-  // A weight matrix [K, columns], row-major, in panels of kPanel columns; or as it lies, if it is not packed.
-  struct Panels {
-    const S* b;
-    int64_t ld;
-  };
-  static Panels panel(const S* packed, const S* w, int64_t K, int64_t columns, int64_t d, int64_t first) {
-    if (packed == nullptr) return {w + first, columns};
-    return {packed + d * K * round_up(columns, kPanel) + first / kPanel * K * kPanel + first % kPanel * kPair, kPanel};
+  // A weight matrix [K, columns] of direction d, packed or as it lies.
+  static MatrixB<S> matrix(const S* packed, const S* w, int64_t K, int64_t columns, int64_t d) {
+    if (packed == nullptr) return MatrixB<S>::lying(w, columns);
+    const int64_t width = round_up(columns, kPanel);
+    return MatrixB<S>::packed(packed + d * K * width, K, width);
   }
 
   void pack(S* packed, const S* w, int64_t K, int64_t columns, int64_t d, int thread, int threads) {
     if (packed == nullptr) return;
-    const Range panels = share((columns + kPanel - 1) / kPanel, thread, threads);
+    const int64_t width = round_up(columns, kPanel);
+    const Range panels = share(width / kPanel, thread, threads);
     for (int64_t p = panels.begin; p < panels.end; ++p)
-      pack_rows(
+      pack_rows<S>(
           K, least(kPanel, columns - p * kPanel), [&](int64_t k) { return w + k * columns + p * kPanel; },
-          packed + d * K * round_up(columns, kPanel) + p * K * kPanel, kPanel);
+          packed + d * K * width, width, p * kPanel);
   }
 
   void prepare(int thread, int threads) {
@@ -169,13 +167,13 @@ class Backward {
     const int64_t H = layer_.hidden, P = layer_.projected, row = chunk.rows[d].begin + first;
     const S* h = previous_h_ + (d * most_rows_ + first) * P;
     alignas(64) T gates[2][kRowBlock * width];
-    recomputed_.input(count, layer_.x + row * layer_.input, d, p, gates[0]);
-    recomputed_.recurrent(count, h, d, p, gates[1]);
+    recomputed_.input(count, layer_.x + row * layer_.input, d, p, p, gates[0]);
+    recomputed_.recurrent(count, h, d, p, p, gates[1]);
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t u = 0; u < recomputed_.units_in(p); u += kLanes<T>) {
-        const int64_t unit = p * units + u, lanes = least(kLanes<T>, H - unit);
+      for_vectors<T>(recomputed_.units_in(p), [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
+        const int64_t unit = p * units + u;
         Vector<T> x[Cell::gates], from_h[Cell::gates], state[Cell::states], save[Cell::saved + 1];
-        recomputed_.parts(gates[0] + i * width, gates[1] + i * width, d, p, u, lanes, x, from_h);
+        recomputed_.parts(gates[0] + i * width, gates[1] + i * width, recomputed_.bias(d, p), u, lanes, x, from_h);
         state[0] = Cell::uses_previous_h ? load(h + i * P + unit, lanes) : Vector<T>{};
         if constexpr (Cell::states > 1)
           state[1] = load(layer_.reserve + (d * layer_.rows() + row + i) * H + unit, lanes);
@@ -183,7 +181,7 @@ class Backward {
         T* to = saved_ + (d * most_rows_ + first + i) * Cell::saved * H + unit;
 #pragma GCC unroll 8
         for (int64_t k = 0; k < Cell::saved; ++k) store(to + k * H, save[k], lanes);
-      }
+      });
   }
 
   // Columns of h in one product: narrow enough that each member of a team has some.
@@ -228,9 +226,9 @@ class Backward {
     const int64_t d = rows.direction, H = layer_.hidden, P = layer_.projected;
     const int64_t alive = rows.alive(s), alive_after = rows.alive(s + 1);
     const int64_t K = Cell::gates * H, lda = Cell::grads * H;
-    const Panels w = panel(w_hh_, layer_.direction[d].w_hh, K, P, d, first);
-    const bool fetch = w_hh_ != nullptr && width == kPanel && K * P * int64_t(sizeof(S)) > kFetchBeyond;
-    const S* next = fetch ? panel(w_hh_, nullptr, K, P, d, first + kPanel < P ? first + kPanel : 0).b : nullptr;
+    const MatrixB<S> w = matrix(w_hh_, layer_.direction[d].w_hh, K, P, d);
+    const bool fetch = w_hh_ != nullptr && width == kPanel && K * P * int64_t(sizeof(S)) > cache_sizes().l2 / 2;
+    const S* next = fetch ? w.column(first + kPanel < P ? first + kPanel : 0).b : nullptr;
     const Chunk& after = s + 1 < chunk.end ? chunk : chunks_[most(0, chunk.index - 1)];
     alignas(64) T recurrent[kRowBlock * kPanel];
     for (int64_t m = 0; m < most(alive, alive_after); m += kRowBlock) {
@@ -238,38 +236,46 @@ class Backward {
       const int64_t from_after = most(0, least(count, alive_after - m));
       if (from_after > 0)
         gemm<S>(from_after, round_up(width, kLanes<T>), K, rows_of(gate_grads(after, d, rows.first(s + 1) + m), lda),
-                w.b, w.ld, recurrent, kPanel, false, next);
+                w.from(0, first), recurrent, kPanel, false, next);
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t n = rows.range.begin + m + i;
-        const bool is_alive = m + i < alive;
-        const int64_t row = is_alive ? rows.first(s) + m + i : 0;
-        for (int64_t u = 0; u < width; u += kLanes<T>) {
-          const int64_t unit = first + u, lanes = least(kLanes<T>, width - u);
-          const int64_t state = (d * layer_.batch + n) * P + unit;
-          Vector<T> grad = load(grad_h_ + state, lanes);
-          if (i < from_after) grad += load(recurrent + i * kPanel + u, lanes);
-          if (!is_alive) {
-            finish(state, unit, d, n, grad, lanes);
-            continue;
-          }
-          if (layer_.grad_y != nullptr) grad += load(layer_.grad_y + (row * layer_.directions + d) * P + unit, lanes);
-          if (projects_) {
-            store(in_chunk(grad_projected_, chunk, d, row, P) + unit, grad, lanes);
-            store(grad_h_ + state, Vector<T>{}, lanes);
-          } else {
-            store(grad_h_ + state, cell(chunk, rows, s, row, n, unit, lanes, grad), lanes);
-          }
+        const int64_t n = rows.range.begin + m + i, state = (d * layer_.batch + n) * P + first;
+        const T* from_product = i < from_after ? recurrent + i * kPanel : nullptr;
+        T* grad_h = grad_h_ + state;
+        if (m + i >= alive) {
+          for_vectors<T>(width, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
+            Vector<T> grad = load(grad_h + u, lanes);
+            if (from_product != nullptr) grad += load(from_product + u);
+            finish(state + u, first + u, d, n, grad, lanes);
+          });
+          continue;
         }
+        const int64_t row = rows.first(s) + m + i;
+        const T* grad_y = at(layer_.grad_y, (row * layer_.directions + d) * P + first);
+        S* grad_projected = projects_ ? in_chunk(grad_projected_, chunk, d, row, P) + first : nullptr;
+        const RowOfCell of = projects_ ? RowOfCell{} : row_of_cell(chunk, rows, s, row, n);
+        for_vectors<T>(width, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
+          Vector<T> grad = load(grad_h + u, lanes);
+          if (from_product != nullptr) grad += load(from_product + u);
+          if (grad_y != nullptr) grad += load(grad_y + u, lanes);
+          if (projects_) {
+            store(grad_projected + u, grad, lanes);
+            store(grad_h + u, Vector<T>{}, lanes);
+          } else {
+            store(grad_h + u, cell(of, first + u, lanes, grad), lanes);
+          }
+        });
       }
     }
   }
 
   // A row's gradients of its initial states.
-  void finish(int64_t state, int64_t unit, int64_t d, int64_t n, Vector<T> grad_h, int64_t lanes) {
+  template <class Count>
+  RNNKIT_INLINE void finish(int64_t state, int64_t unit, int64_t d, int64_t n, Vector<T> grad_h, Count lanes) {
     if (layer_.grad_initial[0] != nullptr) store(layer_.grad_initial[0] + state, grad_h, lanes);
     if (!projects_) finish_c(d, n, unit, lanes);
   }
-  void finish_c(int64_t d, int64_t n, int64_t unit, int64_t lanes) {
+  template <class Count>
+  RNNKIT_INLINE void finish_c(int64_t d, int64_t n, int64_t unit, Count lanes) {
     if (layer_.grad_initial[1] == nullptr) return;
     const int64_t state = (d * layer_.batch + n) * layer_.hidden + unit;
     store(layer_.grad_initial[1] + state, load(grad_c_ + state, lanes), lanes);
@@ -279,41 +285,58 @@ class Backward {
   void step_behind_projection(const Chunk& chunk, const Rows<S>& rows, int64_t s, int64_t first, int64_t width) {
     const int64_t d = rows.direction, H = layer_.hidden, P = layer_.projected;
     const int64_t alive = rows.alive(s), alive_after = rows.alive(s + 1);
-    const Panels w = panel(w_hr_, nullptr, P, H, d, first);
+    const MatrixB<S> w = matrix(w_hr_, nullptr, P, H, d).from(0, first);
     alignas(64) T grads[kRowBlock * kPanel];
     for (int64_t m = 0; m < alive; m += kRowBlock) {
       const int64_t count = least(kRowBlock, alive - m);
       gemm<S>(count, round_up(width, kLanes<T>), P,
-              rows_of(in_chunk(grad_projected_, chunk, d, rows.first(s) + m, P), P), w.b, w.ld, grads, kPanel, false);
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t u = 0; u < width; u += kLanes<T>)
-          cell(chunk, rows, s, rows.first(s) + m + i, rows.range.begin + m + i, first + u, least(kLanes<T>, width - u),
-               load(grads + i * kPanel + u));
+              rows_of(in_chunk(grad_projected_, chunk, d, rows.first(s) + m, P), P), w, grads, kPanel, false);
+      for (int64_t i = 0; i < count; ++i) {
+        const RowOfCell of = row_of_cell(chunk, rows, s, rows.first(s) + m + i, rows.range.begin + m + i);
+        for_vectors<T>(width, [&](int64_t u, auto lanes)
+                                  RNNKIT_INLINE_LAMBDA { cell(of, first + u, lanes, load(grads + i * kPanel + u)); });
+      }
     }
     for (int64_t m = alive; m < alive_after; ++m)
-      for (int64_t u = 0; u < width; u += kLanes<T>)
-        finish_c(d, rows.range.begin + m, first + u, least(kLanes<T>, width - u));
+      for_vectors<T>(width, [&](int64_t u, auto lanes) { finish_c(d, rows.range.begin + m, first + u, lanes); });
+  }
+
+  // What the cell's backward reads and writes of one row, each from unit 0 on; null: not there.
+  struct RowOfCell {
+    const T* saved;       // [Cell::saved, H]
+    const S *h, *before;  // h after the step, and before it
+    T* grad_c;
+    S *grads, *unprojected;  // grads: [Cell::grads, H]
+  };
+  RowOfCell row_of_cell(const Chunk& chunk, const Rows<S>& rows, int64_t s, int64_t row, int64_t n) const {
+    const int64_t d = rows.direction, H = layer_.hidden;
+    RowOfCell of{};
+    of.saved = recomputes_ ? saved_ + (d * most_rows_ + row - chunk.rows[d].begin) * Cell::saved * H
+                           : layer_.reserve + (d * layer_.rows() + row) * Cell::saved * H;
+    if (Cell::uses_h) of.h = layer_.y + (row * layer_.directions + d) * H;
+    if (Cell::uses_previous_h) of.before = previous_h(rows, rows.step(s), n);
+    if (Cell::states > 1) of.grad_c = grad_c_ + (d * layer_.batch + n) * H;
+    of.grads = gate_grads(chunk, d, row);
+    if (projects_) of.unprojected = in_chunk(unprojected_, chunk, d, row, H);
+    return of;
   }
 
   // The cell's backward for some units of a row; returns what it carries to the previous h besides the gates.
-  RNNKIT_INLINE Vector<T> cell(const Chunk& chunk, const Rows<S>& rows, int64_t s, int64_t row, int64_t n, int64_t unit,
-                               int64_t lanes, Vector<T> grad_h) {
+  template <class Count>
+  RNNKIT_INLINE Vector<T> cell(const RowOfCell& of, int64_t unit, Count lanes, Vector<T> grad_h) const {
     using V = Vector<T>;
-    const int64_t d = rows.direction, H = layer_.hidden, state = (d * layer_.batch + n) * H + unit;
+    const int64_t H = layer_.hidden;
     V save[Cell::saved + 1], grad_state[Cell::states] = {grad_h}, grad[Cell::grads], h{}, before{};
-    const T* saved = recomputes_ ? saved_ + (d * most_rows_ + row - chunk.rows[d].begin) * Cell::saved * H
-                                 : layer_.reserve + (d * layer_.rows() + row) * Cell::saved * H;
 #pragma GCC unroll 8
-    for (int64_t k = 0; k < Cell::saved; ++k) save[k] = load(saved + k * H + unit, lanes);
-    if constexpr (Cell::uses_h) h = load(layer_.y + (row * layer_.directions + d) * H + unit, lanes);
-    if constexpr (Cell::uses_previous_h) before = load(previous_h(rows, rows.step(s), n) + unit, lanes);
-    if constexpr (Cell::states > 1) grad_state[1] = load(grad_c_ + state, lanes);
+    for (int64_t k = 0; k < Cell::saved; ++k) save[k] = load(of.saved + k * H + unit, lanes);
+    if constexpr (Cell::uses_h) h = load(of.h + unit, lanes);
+    if constexpr (Cell::uses_previous_h) before = load(of.before + unit, lanes);
+    if constexpr (Cell::states > 1) grad_state[1] = load(of.grad_c + unit, lanes);
     Cell::backward(save, h, before, grad_state, grad);
-    S* grads = gate_grads(chunk, d, row) + unit;
 #pragma GCC unroll 8
-    for (int64_t k = 0; k < Cell::grads; ++k) store(grads + k * H, grad[k], lanes);
-    if constexpr (Cell::states > 1) store(grad_c_ + state, grad_state[1], lanes);
-    if (projects_) store(in_chunk(unprojected_, chunk, d, row, H) + unit, Cell::output(save), lanes);
+    for (int64_t k = 0; k < Cell::grads; ++k) store(of.grads + k * H + unit, grad[k], lanes);
+    if constexpr (Cell::states > 1) store(of.grad_c + unit, grad_state[1], lanes);
+    if (of.unprojected != nullptr) store(of.unprojected + unit, Cell::output(save), lanes);
     return grad_state[0];
   }
 
@@ -338,9 +361,9 @@ class Backward {
       const int64_t row = chunk.rows[d].begin + task % blocks * kProductRows, first = task / blocks * kPanel;
       bool add = layer_.directions > 1;
       for_input_gates([&](int64_t gate, int64_t gates, int64_t column) {
-        const Panels w = panel(w_ih_, layer_.direction[d].w_ih, K, I, d, first);
+        const MatrixB<S> w = matrix(w_ih_, layer_.direction[d].w_ih, K, I, d);
         gemm<S>(least(kProductRows, chunk.rows[d].end - row), least(kPanel, I - first), gates * H,
-                rows_of(gate_grads(chunk, d, row) + column * H, lda), w.b + gate * H * w.ld, w.ld,
+                rows_of(gate_grads(chunk, d, row) + column * H, lda), w.from(gate * H, first),
                 layer_.grad_x + row * I + first, I, add);
         add = true;
       });
@@ -361,8 +384,6 @@ class Backward {
       product(of, in_chunk(grad_projected_, chunk, d, first, P), P, P,
               RowsOf{in_chunk(unprojected_, chunk, d, first, H), H}, H, weights.grad_w_hr, nullptr);
   }
-
-  static T* at(T* base, int64_t offset) { return base == nullptr ? nullptr : base + offset; }
 
   // B operands of the weight gradients: row(r) of the chunk, and the distance between rows r to r + depth, or 0 if they
   // do not lie evenly.
@@ -420,20 +441,22 @@ class Backward {
       const int64_t distance = b.distance(r, depth);
       const bool b_lies_well = is_near(distance) && N % kLanes<T> == 0;
       for (int64_t n = 0; c != nullptr && !b_lies_well && n < N; n += kPanel)
-        pack_rows(depth, least(kPanel, N - n), [&](int64_t k) { return b.row(r + k) + n; }, space + n * K, kPanel);
+        pack_rows<S>(
+            depth, least(kPanel, N - n), [&](int64_t k) { return b.row(r + k) + n; }, space + n * K, kPanel, 0);
       const S* lying = b_lies_well ? b.row(r) : nullptr;
       for (int64_t m = own.begin; m < own.end; m += kProductRows) {
         const int64_t rows = least(kProductRows, own.end - m);
         MatrixA<S> of_a{a + r * lda + m, kPair, lda};
         if (!is_near(lda)) {
           S* packed = space + product_size_ - kProductRows * kDepth;
-          pack_rows(depth, rows, [&](int64_t k) { return a + (r + k) * lda + m; }, packed, kProductRows);
+          copy_rows<S>(depth, rows, [&](int64_t k) { return a + (r + k) * lda + m; }, packed, kProductRows);
           of_a = {packed, kPair, kProductRows * kPair};
         }
         if (sums != nullptr) add_rows(of_a, K / kPair, rows, sums + m);
         for (int64_t n = 0; c != nullptr && n < N; n += kPanel) {
-          const Panels w = b_lies_well ? Panels{lying + n, distance} : Panels{space + n * K, kPanel};
-          gemm<S>(rows, least(kPanel, N - n), K, of_a, w.b, w.ld, c + m * N + n, N, of.add || r > 0);
+          const MatrixB<S> w =
+              b_lies_well ? MatrixB<S>::lying(lying + n, distance) : MatrixB<S>::packed(space + n * K, K, kPanel);
+          gemm<S>(rows, least(kPanel, N - n), K, of_a, w, c + m * N + n, N, of.add || r > 0);
         }
       }
     }
@@ -454,8 +477,6 @@ class Backward {
       store(sums + m, load(sums + m, lanes) + ((part[0] + part[1]) + (part[2] + part[3])), lanes);
     }
   }
-
-  static constexpr int64_t kFetchBeyond = Gates<Cell, S>::kFetchBeyond;
 
   const Layer<S>& layer_;
   const bool projects_, recomputes_, pack_recurrent_, pack_input_;

@@ -24,7 +24,8 @@ class Forward {
     h_ = arena_.take<S>(D * 2 * N * P);
     c_ = arena_.take<T>(D * (Cell::states - 1) * N * layer.hidden);
     unprojected_ = arena_.take<S>(projects(layer) ? D * N * layer.hidden : 0);
-    gates_size_ = most(kAhead, N * gate_products_.panels() * kWidth);
+    const int64_t row_size = gate_products_.panels() * kWidth;
+    gates_size_ = most(least(ahead_, layer.rows() * row_size), N * row_size);
     gathered_size_ = round_up(kRowsAhead * layer.input, 64);
     gates_ = arena_.take<T>(layer.threads * (gates_size_ + gathered_size_));
   }
@@ -57,8 +58,7 @@ class Forward {
 
  private:
   static constexpr int64_t kUnits = GatesOf::kUnits, kWidth = GatesOf::kWidth;
-  static constexpr int64_t kAhead = 64 * 1024;  // elements of projected input that a thread keeps: within its L2
-  static constexpr int64_t kRowsAhead = 256;    // at most, if of more than one step
+  static constexpr int64_t kRowsAhead = 256;  // of projected input that a thread keeps at most, if of several steps
 
   // Packs the weights and lays out the initial states, this thread's part of them.
   void prepare(int thread, int threads) {
@@ -67,8 +67,8 @@ class Forward {
     const Range states = share(layer_.directions * layer_.batch, thread, threads);
     for (int64_t i = states.begin; i < states.end; ++i) {
       for (int64_t buffer = 0; buffer < 2; ++buffer)
-        copy_row(row_of(layer_.initial[0], i * P), P, h(i / layer_.batch, buffer) + i % layer_.batch * P);
-      if (Cell::states > 1) copy_row(row_of(layer_.initial[1], i * H), H, c_ + i * H);
+        copy_row(at(layer_.initial[0], i * P), P, h(i / layer_.batch, buffer) + i % layer_.batch * P);
+      if (Cell::states > 1) copy_row(at(layer_.initial[1], i * H), H, c_ + i * H);
     }
   }
 
@@ -79,23 +79,21 @@ class Forward {
     return layer.packed != nullptr || times * ((rows + kDotRows - 1) / kDotRows) > kFewSteps;
   }
 
-  static const T* row_of(const T* base, int64_t offset) { return base == nullptr ? nullptr : base + offset; }
-
   S* h(int64_t d, int64_t buffer) const { return h_ + (d * 2 + buffer) * layer_.batch * layer_.projected; }
 
   void scan(const Share<S>& share_of, T* gates, Barrier& meet) {
     const Rows<S>& rows = share_of.rows;
     const Range own = share(gate_products_.panels(), share_of.member, share_of.members);
-    const int64_t rows_ahead = least(kRowsAhead, kAhead / most(1, own.size() * kWidth));
+    const int64_t rows_ahead = least(kRowsAhead, ahead_ / most(1, own.size() * kWidth));
     for (int64_t s = 0; s < layer_.steps;) {
       int64_t end = s, ahead = 0;
       while (end < layer_.steps && (end == s || ahead + rows.alive(end) <= rows_ahead)) ahead += rows.alive(end++);
       const S* x = gather_input(rows, s, end, reinterpret_cast<S*>(gates + gates_size_));
       for (int64_t p = own.begin; p < own.end; ++p)
-        gate_products_.input(ahead, x, rows.direction, p, gates + (p - own.begin) * ahead * kWidth);
+        gate_products_.input(ahead, x, rows.direction, p, after(p, own), gates + (p - own.begin) * ahead * kWidth);
       for (int64_t done = 0; s < end; ++s) {
         for (int64_t p = own.begin; p < own.end; ++p)
-          step(rows, s, p, gates + ((p - own.begin) * ahead + done) * kWidth);
+          step(rows, s, p, after(p, own), gates + ((p - own.begin) * ahead + done) * kWidth);
         done += rows.alive(s);
         meet.wait();
         if (layer_.direction[0].w_hr == nullptr) continue;
@@ -104,6 +102,9 @@ class Forward {
       }
     }
   }
+
+  // The panel that a thread comes to after p, if it goes round those in `own`.
+  static int64_t after(int64_t p, Range own) { return p + 1 < own.end ? p + 1 : own.begin; }
 
   // The rows of x for visits s to end, one visit after the other. Those of one visit lie together in x; so do those of
   // all, if all of the batch is ours and time goes forward. Else they are gathered, for products of many rows.
@@ -121,7 +122,7 @@ class Forward {
   }
 
   // One step of one panel's units, for all rows alive.
-  void step(const Rows<S>& rows, int64_t s, int64_t p, const T* gates) {
+  void step(const Rows<S>& rows, int64_t s, int64_t p, int64_t next, const T* gates) {
     const int64_t d = rows.direction, P = layer_.projected, alive = rows.alive(s);
     const S* h_before = h(d, s % 2) + rows.range.begin * P;
     const bool from_zero = s == 0 && layer_.initial[0] == nullptr;
@@ -131,7 +132,7 @@ class Forward {
       if (from_zero)
         std::memset(recurrent, 0, count * kWidth * sizeof(T));
       else
-        gate_products_.recurrent(count, h_before + m * P, d, p, recurrent);
+        gate_products_.recurrent(count, h_before + m * P, d, p, next, recurrent);
       cell(rows, s, p, m, count, gates + m * kWidth, recurrent);
     }
   }
@@ -140,38 +141,49 @@ class Forward {
   void cell(const Rows<S>& rows, int64_t s, int64_t p, int64_t m, int64_t count, const T* gates, const T* recurrent) {
     using V = Vector<T>;
     const int64_t d = rows.direction, H = layer_.hidden, P = layer_.projected, width = layer_.directions * P;
-    const int64_t ending = rows.alive(s + 1);  // rows from here on are in their last step
+    const int64_t units = gate_products_.units_in(p), unit = p * kUnits;
+    const int64_t n = rows.range.begin + m, row = rows.first(s) + m, state_row = d * layer_.batch + n;
+    const int64_t ending = rows.alive(s + 1) - m;  // rows from here on are in their last step
+    const bool keeps_states = Cell::states > 1 && layer_.keep == Keep::states;
+    const bool keeps_all = Cell::saved > 0 && layer_.keep == Keep::everything;
+    const int64_t kept_row = keeps_states ? H : Cell::saved * H;
+    // Each of these goes on by a row at the end of the loop.
+    const T* bias = gate_products_.bias(d, p);
+    const S* h_before = h(d, s % 2) + n * P + unit;
+    S* h_after = h(d, (s + 1) % 2) + n * P + unit;
+    S* y = layer_.y + row * width + d * P + unit;
+    S* unprojected = at(unprojected_, state_row * H + unit);
+    T* c = at(c_, state_row * H + unit);
+    T* kept = keeps_states || keeps_all ? layer_.reserve + (d * layer_.rows() + row) * kept_row + unit : nullptr;
+    T *final_h = layer_.final[0] + state_row * P + unit, *final_c = at(layer_.final[1], state_row * H + unit);
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t n = rows.range.begin + m + i, row = rows.first(s) + m + i;
-      for (int64_t u = 0; u < gate_products_.units_in(p); u += kLanes<T>) {
-        const int64_t unit = p * kUnits + u, lanes = least(kLanes<T>, H - unit);
+      for_vectors<T>(units, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
         V input[Cell::gates], from_h[Cell::gates], state[Cell::states], save[Cell::saved + 1];
-        gate_products_.parts(gates + i * kWidth, recurrent + i * kWidth, d, p, u, lanes, input, from_h);
-        state[0] = Cell::uses_previous_h ? load(h(d, s % 2) + n * P + unit, lanes) : V{};
-        const int64_t c = (d * layer_.batch + n) * H + unit;
+        GatesOf::parts(gates, recurrent, bias, u, lanes, input, from_h);
+        state[0] = Cell::uses_previous_h ? load(h_before + u, lanes) : V{};
         if constexpr (Cell::states > 1) {
-          state[1] = load(c_ + c, lanes);
-          if (layer_.keep == Keep::states)
-            store(layer_.reserve + (d * layer_.rows() + row) * H + unit, state[1], lanes);
+          state[1] = load(c + u, lanes);
+          if (keeps_states) store(kept + u, state[1], lanes);
         }
         Cell::forward(input, from_h, state, save);
-        if (Cell::saved > 0 && layer_.keep == Keep::everything) {
-          T* to = layer_.reserve + (d * layer_.rows() + row) * Cell::saved * H + unit;
+        if (keeps_all) {
 #pragma GCC unroll 8
-          for (int64_t k = 0; k < Cell::saved; ++k) store(to + k * H, save[k], lanes);
+          for (int64_t k = 0; k < Cell::saved; ++k) store(kept + k * H + u, save[k], lanes);
         }
         if constexpr (Cell::states > 1) {
-          store(c_ + c, state[1], lanes);
-          if (m + i >= ending) store(layer_.final[1] + c, state[1], lanes);
+          store(c + u, state[1], lanes);
+          if (i >= ending) store(final_c + u, state[1], lanes);
         }
-        if (unprojected_ != nullptr) {
-          store(unprojected_ + c, state[0], lanes);
-          continue;
+        if (unprojected != nullptr) {
+          store(unprojected + u, state[0], lanes);
+        } else {
+          store(h_after + u, state[0], lanes);
+          store(y + u, state[0], lanes);
+          if (i >= ending) store(final_h + u, state[0], lanes);
         }
-        store(h(d, (s + 1) % 2) + n * P + unit, state[0], lanes);
-        store(layer_.y + row * width + d * P + unit, state[0], lanes);
-        if (m + i >= ending) store(layer_.final[0] + (d * layer_.batch + n) * P + unit, state[0], lanes);
-      }
+      });
+      gates += kWidth, recurrent += kWidth, h_before += P, h_after += P, y += width, final_h += P;
+      unprojected = at(unprojected, H), c = at(c, H), kept = at(kept, kept_row), final_c = at(final_c, H);
     }
   }
 
@@ -197,6 +209,7 @@ class Forward {
   }
 
   const Layer<S>& layer_;
+  const int64_t ahead_ = cache_sizes().l2 / 4 / int64_t(sizeof(T));  // elements of projected input that a thread keeps
   Arena arena_, packed_;
   GatesOf gate_products_;
   S* h_;            // [D, 2, N, P]: read from one, written to the other

@@ -12,7 +12,6 @@ class Gates {
  public:
   using T = Sum<S>;
   static constexpr int64_t kUnits = Cell::units, kWidth = Cell::gates * kUnits;
-  static constexpr int64_t kFetchBeyond = 512 * 1024;  // bytes of a matrix that stay in L2 anyhow
 
   // A matrix that is not packed is read as it lies.
   Gates(const Layer<S>& layer, bool pack_input, bool pack_recurrent, bool pack_projection, Arena& arena)
@@ -47,11 +46,12 @@ class Gates {
   }
 
   // to[M, G*units] = the panel's part of x W_ih^T and of h W_hh^T.
-  void input(int64_t M, const S* x, int64_t d, int64_t p, T* to) const {
-    multiply(M, layer_.input, x, w_ih_, layer_.direction[d].w_ih, d, p, to);
+  // `next` is the panel that is multiplied after this one.
+  void input(int64_t M, const S* x, int64_t d, int64_t p, int64_t next, T* to) const {
+    multiply(M, layer_.input, x, w_ih_, layer_.direction[d].w_ih, d, p, next, to);
   }
-  void recurrent(int64_t M, const S* h, int64_t d, int64_t p, T* to) const {
-    multiply(M, layer_.projected, h, w_hh_, layer_.direction[d].w_hh, d, p, to);
+  void recurrent(int64_t M, const S* h, int64_t d, int64_t p, int64_t next, T* to) const {
+    multiply(M, layer_.projected, h, w_hh_, layer_.direction[d].w_hh, d, p, next, to);
   }
 
   // to[M, kPanel] = columns first to first + columns of h W_hr^T, for h before the projection.
@@ -59,17 +59,20 @@ class Gates {
     const int64_t H = layer_.hidden;
     if (w_hr_ == nullptr) return dot(M, columns, H, h, H, layer_.direction[d].w_hr + first * H, H, to, kPanel);
     const S* panel = w_hr_ + (d * round_up(layer_.projected, kPanel) + first) * H;
-    gemm<S>(M, kPanel, H, rows_of(h, H), panel, kPanel, to, kPanel, false);
+    gemm<S>(M, kPanel, H, rows_of(h, H), MatrixB<S>::packed(panel, H, kPanel), to, kPanel, false);
   }
 
+  // A panel's biases [2, G*units].
+  const T* bias(int64_t d, int64_t p) const { return bias_ + (d * panels_ + p) * 2 * kWidth; }
+
   // Both parts of each gate for the units from u on, with their biases; `input` and `recurrent` are rows of the above.
-  RNNKIT_INLINE void parts(const T* input, const T* recurrent, int64_t d, int64_t p, int64_t u, int64_t lanes,
-                           Vector<T>* x, Vector<T>* h) const {
-    const T* bias = bias_ + (d * panels_ + p) * 2 * kWidth + u;
+  template <class Count>
+  static RNNKIT_INLINE void parts(const T* input, const T* recurrent, const T* bias, int64_t u, Count lanes,
+                                  Vector<T>* x, Vector<T>* h) {
 #pragma GCC unroll 4
     for (int64_t g = 0; g < Cell::gates; ++g) {
-      x[g] = load(input + g * kUnits + u, lanes) + load(bias + g * kUnits);
-      h[g] = load(recurrent + g * kUnits + u, lanes) + load(bias + kWidth + g * kUnits);
+      x[g] = load(input + g * kUnits + u, lanes) + load(bias + g * kUnits + u);
+      h[g] = load(recurrent + g * kUnits + u, lanes) + load(bias + kWidth + g * kUnits + u);
     }
   }
 
@@ -80,8 +83,7 @@ class Gates {
     S* panel = packed + (d * panels_ + p) * K * kWidth;
     if (units_in(p) < kUnits) std::memset(panel, 0, K * kWidth * sizeof(S));
     for (int64_t g = 0; g < Cell::gates; ++g)
-      pack_transposed(units_in(p), K, w + (g * layer_.hidden + p * kUnits) * K, K,
-                      panel + g * kUnits * Operand<S>::pair, kWidth);
+      pack_transposed(units_in(p), K, w + (g * layer_.hidden + p * kUnits) * K, K, panel, kWidth, g * kUnits);
   }
 
   void pack_projection(int thread, int threads) const {
@@ -92,20 +94,21 @@ class Gates {
       const int64_t columns = least(kPanel, layer_.projected - first);
       S* panel = w_hr_ + task * H * kPanel;
       if (columns < kPanel) std::memset(panel, 0, H * kPanel * sizeof(S));
-      pack_transposed(columns, H, layer_.direction[d].w_hr + first * H, H, panel, kPanel);
+      pack_transposed(columns, H, layer_.direction[d].w_hr + first * H, H, panel, kPanel, 0);
     }
   }
 
-  void multiply(int64_t M, int64_t K, const S* a, const S* packed, const S* w, int64_t d, int64_t p, T* to) const {
+  void multiply(int64_t M, int64_t K, const S* a, const S* packed, const S* w, int64_t d, int64_t p, int64_t next,
+                T* to) const {
     if (packed == nullptr) {
       for (int64_t g = 0; g < Cell::gates; ++g)
         dot(M, units_in(p), K, a, K, w + (g * layer_.hidden + p * kUnits) * K, K, to + g * kUnits, kWidth);
       return;
     }
     const S* panels = packed + d * panels_ * K * kWidth;
-    const bool fetch = panels_ * K * kWidth * int64_t(sizeof(S)) > kFetchBeyond;
-    gemm<S>(M, kWidth, K, rows_of(a, K), panels + p * K * kWidth, kWidth, to, kWidth, false,
-            fetch ? panels + (p + 1) % panels_ * K * kWidth : nullptr);
+    const bool fetch = panels_ * K * kWidth * int64_t(sizeof(S)) > cache_sizes().l2 / 2;
+    gemm<S>(M, kWidth, K, rows_of(a, K), MatrixB<S>::packed(panels + p * K * kWidth, K, kWidth), to, kWidth, false,
+            fetch ? panels + next * K * kWidth : nullptr);
   }
 
   const Layer<S>& layer_;

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "cpu/caches.h"
 #include "cpu/gemm.h"
 #include "cpu/layer.h"
 #include "cpu/team.h"
@@ -29,18 +30,20 @@ struct Split {
     const int64_t share_of = (threads + layer.directions - 1) / layer.directions;
     if (share_of <= 1) return;
     const int64_t rows = layer.batch / share_of, weights = gates * layer.hidden * layer.projected;
-    const bool in_cache = weights * int64_t(sizeof(S)) <= kWeightsInCache;
-    if (rows >= (in_cache ? kRowsOfTile : kRowsWorthReading))
+    const int64_t bytes = weights * int64_t(sizeof(S)), l2 = cache_sizes().l2;
+    const bool can_share = layer.batch * weights >= kStepWorthSharing && layer.hidden >= most(32, units) * share_of;
+    const bool shared_in_cache = can_share && bytes > l2 / 2 && bytes <= l2 * share_of;
+    if (rows >= (bytes <= l2 / 2 ? kRowsOfTile : shared_in_cache ? kRowsWorthReadingAlone : kRowsWorthReading))
       blocks = share_of;
-    else if (layer.batch * weights >= kStepWorthSharing && layer.hidden >= most(32, units) * share_of)
+    else if (can_share)
       members = share_of;
     else if (rows >= 2)
       blocks = share_of;
   }
 
   // Each thread that owns rows reads all weights: from its own cache they keep up with few rows, from a shared one not.
-  static constexpr int64_t kWeightsInCache = 512 * 1024;  // bytes
-  static constexpr int64_t kRowsOfTile = 4, kRowsWorthReading = 8;
+  // Where the threads' shares of the units fit in their own caches, and all weights do not, only many rows are worth it.
+  static constexpr int64_t kRowsOfTile = 4, kRowsWorthReading = 8, kRowsWorthReadingAlone = 32;
   static constexpr int64_t kStepWorthSharing = 30'000;  // multiply-adds
 };
 
@@ -144,6 +147,12 @@ class Arena {
   std::byte* base_;
   int64_t used_ = 0;
 };
+
+// base + offset; null stays null.
+template <class E>
+E* at(E* base, int64_t offset) {
+  return base == nullptr ? nullptr : base + offset;
+}
 
 // Copies values of one row between types, zeros if `from` is null.
 template <class From, class To>
