@@ -53,7 +53,16 @@ if platform.machine() in ("x86_64", "AMD64"):
     ]
     CAPABILITIES["avx512_bf16"] = [*CAPABILITIES["avx512"], "-mavx512bf16"]
 
-FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fwrapv", "-Wall", "-Wextra"]
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-g0",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-fwrapv",
+    "-Wall",
+    "-Wextra",
+]
 LINK_FLAGS = ["-fopenmp"]
 if SANITIZE:
     # vptr needs the type information of classes that torch does not export.

@@ -1,7 +1,20 @@
-"""`python -m benchmarks`: the command line of run.py."""
+"""`python -m benchmarks`: the command line of run.py, held to an ISA before any library is loaded."""
 
 import sys
 
-from benchmarks.run import main
+from benchmarks import isa
 
-sys.exit(main())
+
+def main() -> int:
+    try:
+        isa.from_command_line(sys.argv[1:])
+    except isa.IsaError as error:
+        print(error, file=sys.stderr)
+        return 2
+    from benchmarks import run  # imports torch
+
+    return run.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,9 +6,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
-MODES = ("inference", "training", "streaming", "cell")
+MODES = (
+    *("inference", "training", "streaming", "recording"),
+    *("cell", "cell recording", "cell training"),
+)
 PEERS = ("torch", "jax", "onnxruntime", "openvino")
 ONE_THREAD = "rnnkit 1 thread"
+FROZEN = "rnnkit frozen"
+PACKING = ("onnxruntime", "openvino")  # these pack weights ahead, as FROZEN does
 
 
 @dataclass(frozen=True)
@@ -16,10 +21,13 @@ class Case:
     """A computation.
 
     mode: `inference` is a forward pass; `training` forward and backward, with gradients of the input and all
-        weights; `streaming` one step that carries the state from call to call; `cell` the same with LSTMCell.
+        weights; `recording` a forward pass that records what gradients need; `streaming` one step that carries the
+        state from call to call. `cell` is streaming with LSTMCell and its like, `cell recording` and `cell training`
+        as said.
     ragged: a PackedSequence that fills half of the T × N rows, longest first.
     recompute: rnnkit's option that keeps less for the backward pass.
     compiled: called through torch.compile, in one graph.
+    frozen: weights packed ahead by rnnkit.freeze.
     """
 
     cell: str
@@ -35,11 +43,26 @@ class Case:
     ragged: bool = False
     recompute: bool = False
     compiled: bool = False
+    frozen: bool = False
 
     @property
     def plain(self) -> "Case":
         """The same inputs and results, without a choice of how they are computed."""
-        return dataclasses.replace(self, recompute=False, compiled=False)
+        return dataclasses.replace(self, recompute=False, compiled=False, frozen=False)
+
+    @property
+    def of_cell(self) -> bool:
+        """Whether RNNCell, LSTMCell or GRUCell computes it, not a layer."""
+        return self.mode.startswith("cell")
+
+    @property
+    def trains(self) -> bool:
+        return self.mode.endswith("training")
+
+    @property
+    def records(self) -> bool:
+        """Whether it keeps what gradients need."""
+        return self.trains or self.mode.endswith("recording")
 
     @property
     def lengths(self) -> list[int]:
@@ -77,7 +100,7 @@ class Case:
             GATES[self.cell] * self.H * (size + self.output_size) + self.H * self.projection
             for _, size in self.suffixes()
         )
-        return 2 * self.rows * products * (3 if self.mode == "training" else 1)
+        return 2 * self.rows * products * (3 if self.trains else 1)
 
     def sizes(self, form: str = "T{} N{} {}H{}") -> str:
         """The sizes and what is not ordinary; I only where it is not H."""
@@ -122,6 +145,11 @@ SHAPES = (
     (1000, 4, 256, 256),
     (1, 1, 128, 128),
     (100, 64, 512, 512),
+    (30, 128, 512, 512),
+    (64, 24, 96, 192),
+    (150, 10, 300, 384),
+    (400, 2, 40, 320),
+    (77, 13, 65, 130),
 )
 #: Shapes beside the ordinary: in other dtypes, ragged, with a projection.
 BFLOAT16 = (SHAPES[1], SHAPES[2], SHAPES[3], SHAPES[5])
@@ -135,7 +163,7 @@ COMPILED_SHAPES = (SHAPES[7], SHAPES[1], SHAPES[5])
 QUICK_SHAPES = (SHAPES[7], SHAPES[1], SHAPES[3])
 
 
-def table(quick: bool = False) -> Iterator[Case]:
+def table(quick: bool = False, bfloat16: bool = True) -> Iterator[Case]:
     """The cases that all providers are compared on; `quick` is the part for a first look."""
     for cell in GATES:
         for mode in ("inference", "training"):
@@ -148,7 +176,7 @@ def table(quick: bool = False) -> Iterator[Case]:
                 yield Case(cell, mode, *shape, dtype="float64")
     for cell in ("LSTM",) if quick else GATES:
         for mode in ("inference", "training"):
-            for shape in BFLOAT16[2:3] if quick else BFLOAT16:
+            for shape in (BFLOAT16[2:3] if quick else BFLOAT16) if bfloat16 else ():
                 yield Case(cell, mode, *shape, dtype="bfloat16")
             for shape in RAGGED[:1] if quick else RAGGED:
                 yield Case(cell, mode, *shape, ragged=True)
@@ -158,8 +186,13 @@ def table(quick: bool = False) -> Iterator[Case]:
 
 
 def compared(case: Case) -> Line:
-    """All providers on `case`, and rnnkit on one thread, on the dense batch or in float32 where that tells."""
+    """All providers on `case`, and rnnkit in other ways where that tells.
+
+    That is with weights packed ahead, as inference engines have them, on one thread, on the dense batch, in float32.
+    """
     entries = {name: Entry(name, case) for name in ("rnnkit", *PEERS)}
+    if case.mode == "inference" and not (case.ragged or case.projection or case.dtype == "float64"):
+        entries[FROZEN] = Entry("rnnkit", dataclasses.replace(case, frozen=True))
     if case.ragged:
         entries["rnnkit dense"] = Entry("rnnkit", dataclasses.replace(case, ragged=False))
     elif case.dtype == "float32":
@@ -195,11 +228,23 @@ def compiling(case: Case) -> Line:
     return Line("compiled", case, entries)
 
 
-def lines(quick: bool = False) -> Iterator[Line]:
-    """Everything `make bench` measures, or `make bench-quick`."""
-    yield from map(compared, table(quick))
-    for mode in ("streaming", "cell"):
-        yield beside_torch("streaming", Case("LSTM", mode, 1, 1, 128, 128))
+def single_steps() -> Iterator[Line]:
+    """Of every layer and cell, without gradients and with them; layers' training is among the cases."""
+    for cell in GATES:
+        for mode in MODES[2:]:
+            yield beside_torch("streaming", Case(cell, mode, 1, 1, 128, 128))
+
+
+def lines(quick: bool = False, lower: bool = False) -> Iterator[Line]:
+    """Everything `make bench` measures, or `make bench-quick`.
+
+    lower: the run is held to an ISA below the CPU's best. What is not a comparison with others is then left out,
+        and bfloat16, whose instructions come with the best.
+    """
+    yield from map(compared, table(quick, bfloat16=not lower))
+    yield from single_steps()
+    if lower:
+        return
     for cell in ("GRU",) if quick else GATES:
         for shape in MEMORY_SHAPES[1:] if quick else MEMORY_SHAPES:
             yield recomputing(Case(cell, "training", *shape))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.cases import Case, Entry, Line
+from benchmarks import roofline
+from benchmarks.cases import FROZEN, PACKING, Case, Entry, Line
 from benchmarks.figures import TRUSTED_ROUNDS, Figure, significant
 from benchmarks.pool import Pool
 
@@ -29,16 +30,18 @@ class Protocol:
     again_seconds: for all lines together that are timed once more since they were noisy.
     rest_seconds: the threads of one must have slept as long before the next has its turn.
     peak_seconds: of the machine's peak in each round.
+    bandwidth_seconds: of reading from each cache, once a run.
     memory_calls: of each entry, for its peak memory.
     """
 
     sample_seconds: float = 0.03
-    line_seconds: float = 2.0
+    line_seconds: float = 1.2
     least_rounds: int = TRUSTED_ROUNDS
     most_rounds: int = 15
     again_seconds: float = 100.0
     rest_seconds: float = 0.008  # two ticks of the kernel, which counts CPU time by them
     peak_seconds: float = 0.02
+    bandwidth_seconds: float = 0.5
     memory_calls: int = TRUSTED_ROUNDS
 
 
@@ -60,6 +63,14 @@ class Meter:
     def __init__(self, pool: Pool, protocol: Protocol, folder: Path) -> None:
         self.pool, self.protocol, self.folder = pool, protocol, folder
         self.again_seconds = protocol.again_seconds
+        self.bandwidth: roofline.Bandwidth | None = None
+
+    def measure_bandwidth(self) -> None:
+        """Of this machine's caches, which rooflines need; None where rnnkit has no extension to measure it."""
+        if self.pool.has(BASELINE):
+            seconds = self.protocol.bandwidth_seconds
+            answer = self._turn(BASELINE, "bandwidth", seconds=seconds)
+            self.bandwidth = answer.get("bandwidth")
 
     def row(self, line: Line) -> Row:
         """A line of the results file."""
@@ -140,7 +151,14 @@ class Meter:
             entries[name]["gflops"] = significant(gflops)
         for name in ready.keys() - times.keys():
             entries[name] = {"failed": "its process ended while it was timed"}
-        return {"attempts": attempts, **compared.document()}
+        return {"attempts": attempts, **compared.document(), **self._roofline(line, compared)}
+
+    def _roofline(self, line: Line, compared: "Comparison") -> Row:
+        if not (compared.peak and self.bandwidth):
+            return {}
+        threads = self.pool.jobs[BASELINE].threads
+        peak = compared.peak.median
+        return {"roofline": roofline.bounds(line.case, threads, peak, self.bandwidth)}
 
     def _alternate(
         self, line: Line, ready: dict[str, Entry], rounds: int
@@ -181,9 +199,14 @@ class Meter:
 
 
 class Comparison(NamedTuple):
-    """What a line is for: every entry's time over rnnkit's, rnnkit's own, the machine's peak and the share of it."""
+    """What a line is for.
+
+    ratios: every entry's time over rnnkit's; frozen: of those that pack weights ahead over rnnkit's that does so, too.
+    seconds, peak, share: rnnkit's own time, the machine's GFLOP/s, and what share of them rnnkit reaches.
+    """
 
     ratios: dict[str, Figure]
+    frozen: dict[str, Figure]
     seconds: Figure | None = None
     peak: Figure | None = None
     share: Figure | None = None
@@ -192,20 +215,27 @@ class Comparison(NamedTuple):
     def of(cls, case: Case, times: Times, peaks: list[float]) -> "Comparison":
         own = times.get(BASELINE)
         if own is None:
-            return cls({})
+            return cls({}, {})
         others = {name: values for name, values in times.items() if name != BASELINE}
         ratios = {name: Figure.ratio(values, own) for name, values in others.items()}
+        frozen = {}
+        if FROZEN in times:
+            packing = [name for name in PACKING if name in times]
+            frozen = {name: Figure.ratio(times[name], times[FROZEN]) for name in packing}
         if not peaks:
-            return cls(ratios, Figure.of(own))
+            return cls(ratios, frozen, Figure.of(own))
         gflops = [case.flops / value / 1e9 for value in own]
-        return cls(ratios, Figure.of(own), Figure.of(peaks), Figure.ratio(gflops, peaks))
+        return cls(ratios, frozen, Figure.of(own), Figure.of(peaks), Figure.ratio(gflops, peaks))
 
     @property
     def noisy(self) -> bool:
-        return any(figure.noisy for figure in (*self.ratios.values(), *self[1:]) if figure)
+        ratios = (*self.ratios.values(), *self.frozen.values())
+        return any(f.noisy for f in (*ratios, self.seconds, self.peak, self.share) if f)
 
     def document(self) -> Row:
         row: Row = {"ratios": {name: figure.document() for name, figure in self.ratios.items()}}
+        if self.frozen:
+            row["frozen"] = {name: figure.document() for name, figure in self.frozen.items()}
         return row | {
             name: figure.document()
             for name, figure in (("peak", self.peak), ("share", self.share))

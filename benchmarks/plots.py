@@ -1,31 +1,26 @@
-"""The pictures of a results file: speed-up of each case, share of the peak, time against T and H."""
+"""The pictures of results files: speed-up by cell and ISA, share of the peak, time against T and H."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import GATES, HIDDEN_SIZES, TIME_STEPS, Case
 from benchmarks.figures import Figure
-from benchmarks.goals import ENGINES
+from benchmarks.results import isa_of
+from benchmarks.summary import CELLS, latest, over
+from benchmarks.tables import Document, Row, isa_title, machine, where
 
-Document = dict[str, Any]
-Row = dict[str, Any]
 #: Values of a colour's bars, by case.
 Series = dict[str, dict[Case, Figure]]
 
 MODES = {"inference": "inference", "training": "training step"}
-COLORS = {
-    "inference of torch.nn": "#7fb2d9",
-    "training step of torch.nn": "#1f5a8c",
-    "inference of the fastest other": "#f0b77d",
-    "training step of the fastest other": "#b3631a",
-    "inference": "#7fb2d9",
-    "training step": "#1f5a8c",
-}
+COLORS = {"inference": "#7fb2d9", "training step": "#1f5a8c"}
+ISA_COLORS = {"avx512": "#1f5a8c", "avx2": "#7fb2d9", "baseline": "#f0b77d"}
 AXES = {"T": "T, steps (N 4, H 128)", "H": "H, hidden units (T 50, N 16)"}
 CELL_COLORS = {"RNN": "#5b8c3a", "LSTM": "#1f5a8c", "GRU": "#b3631a"}
-REFERENCES = ("as fast as rnnkit", "the machine's peak")
-TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+RANGE = "worst to best case"
+REFERENCES = (RANGE, "as fast as torch.nn", "the machine's peak")
+TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100)
 GREY, RED = "#555555", "#b03030"
 
 
@@ -38,25 +33,10 @@ def ordinary(document: Document) -> Iterator[tuple[Case, Row]]:
             yield case, row
 
 
-def speedups(document: Document, cell: str) -> Series:
-    series: Series = {name: {} for name in COLORS if " of " in name}
-    for case, row in ordinary(document):
-        if case.cell != cell:
-            continue
-        title, ratios = MODES[case.mode], row["ratios"]
-        if "torch" in ratios:
-            series[f"{title} of torch.nn"][case] = Figure.read(ratios["torch"])
-        others = [Figure.read(ratios[name]) for name in ENGINES if name in ratios]
-        if others:
-            best = min(others, key=lambda figure: figure.median)
-            series[f"{title} of the fastest other"][case] = best
-    return series
-
-
 def shares(document: Document, cell: str) -> Series:
     series: Series = {title: {} for title in MODES.values()}
     for case, row in ordinary(document):
-        if case.cell == cell and "share" in row:
+        if case.cell == cell and "roofline" in row:
             series[MODES[case.mode]][case] = Figure.read(row["share"]).scaled(100)
     return series
 
@@ -83,7 +63,7 @@ def bars(panel: Any, series: Series, form: str, base: float) -> None:
             if figure.noisy:
                 panel.annotate("noisy", (places[case], base), rotation=90, **above)
     panel.set_xticks(range(len(labels)), labels, fontsize=8)
-    panel.margins(x=0.01)
+    panel.set_xlim(-0.5, len(labels) - 0.5)
     panel.spines[["top", "right"]].set_visible(False)
 
 
@@ -105,29 +85,65 @@ def by_cell(
     return picture, panels
 
 
-def legend(picture: Any, panel: Any) -> None:
-    """Above all panels, bars before lines."""
-    handles, labels = panel.get_legend_handles_labels()
+def legend(picture: Any, panels: Sequence[Any]) -> None:
+    """Of all panels, above them, bars before lines."""
+    named: dict[str, Any] = {}
+    for panel in panels:
+        named |= dict(zip(*panel.get_legend_handles_labels()[::-1], strict=True))
+    labels, handles = list(named), list(named.values())
     order = sorted(range(len(labels)), key=lambda index: labels[index] in REFERENCES)
     handles, labels = [handles[i] for i in order], [labels[i] for i in order]
     columns = min(len(labels), 3)
     picture.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
 
 
-def speed(document: Document) -> Any:
-    picture, panels = by_cell(document, speedups, "{:.1f}", 1)
-    for panel in panels:
+def machine_bars(panel: Any, documents: Sequence[Document]) -> None:
+    """A bar for each cell and ISA of one machine: the geometric mean, and a line from the worst case to the best."""
+    width = 0.8 / len(documents)
+    for index, document in enumerate(documents):
+        shift = (index - (len(documents) - 1) / 2) * width
+        label, color = isa_title(document), ISA_COLORS[isa_of(document)]
+        for place, cell in enumerate(CELLS):
+            if spread := over(document, "torch", cell, "training"):
+                at = place + shift
+                panel.bar(at, spread.mean - 1, 0.9 * width, 1, color=color, label=label)
+                ends = [spread.worst, spread.best]
+                panel.plot([at, at], ends, color="#222222", linewidth=1, label=RANGE)
+                panel.annotate(
+                    f"{spread.mean:.1f}×",
+                    (at, max(spread.mean, 1)),
+                    xytext=(-4, 3),
+                    textcoords="offset points",
+                    ha="right",
+                )
+                label = ""
+    panel.set_xticks(range(len(CELLS)), CELLS)
+    panel.set_title(machine(documents[0]), fontsize=10, loc="left")
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def speed(documents: Sequence[Document]) -> Any:
+    """The training step over torch.nn's, of the CPU measured last."""
+    from matplotlib.figure import Figure as Picture
+
+    machines: dict[str, list[Document]] = {}
+    for document in latest(documents):
+        machines.setdefault(machine(document), []).append(document)
+    picture = Picture(figsize=(max(6.5, 5 * len(machines)), 3.6), dpi=120, layout="constrained")
+    panels = list(picture.subplots(1, len(machines), sharey=True, squeeze=False)[0])
+    for panel, of_machine in zip(panels, machines.values(), strict=True):
+        machine_bars(panel, of_machine)
         panel.set_yscale("log")
+        panel.axhline(1, color=RED, linewidth=1.2, linestyle="--", label=REFERENCES[1])
     low, high = panels[0].get_ylim()
-    low, high = low / 1.1, high * 1.15
+    low, high = low / 1.05, high * 1.2
     ticks = [tick for tick in TICKS if low <= tick <= high]
     for panel in panels:
         panel.set_ylim(low, high)
-        panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.set_yticks(ticks, [f"{tick:g}×" for tick in ticks])
         panel.minorticks_off()
-        panel.set_ylabel("time over rnnkit's")
-        panel.axhline(1, color=RED, linewidth=1.2, linestyle="--", label=REFERENCES[0])
-    legend(picture, panels[0])
+    panels[0].set_ylabel("torch.nn's training step over rnnkit's")
+    legend(picture, panels)
     return picture
 
 
@@ -135,9 +151,9 @@ def peak(document: Document) -> Any:
     picture, panels = by_cell(document, shares, "{:.0f}", 0)
     for panel in panels:
         panel.set_ylim(0, 112)
-        panel.set_ylabel("% of the brgemm peak")
-        panel.axhline(100, color=RED, linewidth=1.2, linestyle="--", label=REFERENCES[1])
-    legend(picture, panels[0])
+        panel.set_ylabel("% of the FMA peak")
+        panel.axhline(100, color=RED, linewidth=1.2, linestyle="--", label=REFERENCES[2])
+    legend(picture, panels)
     return picture
 
 
@@ -182,28 +198,30 @@ def scaling(document: Document) -> Any:
     for line, mode in zip(grid, MODES, strict=True):
         for panel, group in zip(line, AXES, strict=True):
             curves(panel, document, group, mode)
-    legend(picture, max(grid.flat, key=lambda panel: len(panel.lines)))
+    legend(picture, list(grid.flat))
     return picture
 
 
-def pictures(document: Document) -> dict[str, Callable[[Document], Any]]:
-    """By file name, those that the document has figures for."""
-    rows = [row for _, row in ordinary(document)]
-    found: dict[str, Callable[[Document], Any]] = {}
-    if any(row["ratios"] for row in rows):
-        found["speed.png"] = speed
-    if any("share" in row for row in rows):
-        found["peak.png"] = peak
-    if any(row["group"] in ("T", "H") for row in document["lines"]):
-        found["scaling.png"] = scaling
+def pictures(documents: Sequence[Document]) -> dict[str, Callable[[], Any]]:
+    """By file name, those that there are figures for; the first document has the pictures of one run alone."""
+    first = documents[0]
+    found: dict[str, Callable[[], Any]] = {"speed.png": lambda: speed(documents)}
+    if any("roofline" in row for _, row in ordinary(first)):
+        found["peak.png"] = lambda: captioned(peak(first), first)
+    if any(row["group"] in ("T", "H") for row in first["lines"]):
+        found["scaling.png"] = lambda: captioned(scaling(first), first)
     return found
 
 
-def draw(document: Document, digest: str, folder: Path, caption: str) -> list[Path]:
-    """Writes the pictures, `caption` below; `digest` goes into the files, for --check."""
+def captioned(picture: Any, document: Document) -> Any:
+    picture.supxlabel(where(document).replace("; ", "\n"), fontsize=7.5, color=GREY)
+    return picture
+
+
+def draw(documents: Sequence[Document], digest: str, folder: Path) -> list[Path]:
+    """Writes the pictures; `digest` goes into the files, for --check."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, make in pictures(document).items():
-        picture = make(document)
-        picture.supxlabel(caption.replace("; ", "\n"), fontsize=7.5, color=GREY)
-        picture.savefig(folder / name, metadata={"Source": digest})
-    return [folder / name for name in pictures(document)]
+    made = pictures(documents)
+    for name, picture in made.items():
+        picture().savefig(folder / name, metadata={"Source": digest})
+    return [folder / name for name in made]

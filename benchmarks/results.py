@@ -1,4 +1,4 @@
-"""Results files: one a run under benchmarks/results/, named for device, threads and date."""
+"""Results files: one a run under benchmarks/results/, named for device, threads, ISA and date."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.base import ROOT
+from benchmarks.isa import ISAS, of_torch
 
 FORMAT = "rnnkit benchmarks 1"
 GPU_FORMAT = "rnnkit gpu benchmarks 1"  # of `python -m benchmarks.gpu`
@@ -30,7 +31,14 @@ def default_path(document: Document) -> Path:
     part = "" if document["complete"] else "-part"
     threads, day = document["threads"], document["date"][:10]
     kind, name = document["device"]["kind"], slug(document["device"]["name"])
-    return FOLDER / f"{kind}-{name}-{threads}-threads-{day}{part}.json"
+    isa = f"-{document['isa']}" if kind == "cpu" else ""
+    return FOLDER / f"{kind}-{name}-{threads}-threads{isa}-{day}{part}.json"
+
+
+def isa_of(document: Document) -> str:
+    """The ISA that the run used; files that do not say it tell what torch saw."""
+    told: str = document.get("isa") or of_torch(document["device"]["capability"])
+    return told
 
 
 def own_version(document: Document) -> str:
@@ -60,6 +68,31 @@ def newest(folder: Path, expected: str = FORMAT, parts: bool = False) -> Path:
             f"no {'' if parts else 'complete '}results in {folder}: run `make bench`"
         )
     return max(dates, key=dates.__getitem__)
+
+
+def newest_of_each(folder: Path) -> list[Path]:
+    """The latest complete results of each CPU, number of threads and ISA; the CPU measured last comes first."""
+    found: dict[tuple[str, int, str], tuple[str, Path]] = {}
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text("utf-8"))
+        if document.get("format") != FORMAT or not document["complete"]:
+            continue
+        if document["device"]["kind"] != "cpu":
+            continue
+        key = (document["device"]["name"], document["threads"], isa_of(document))
+        found[key] = max(found.get(key, ("", path)), (document["date"], path))
+    if not found:
+        raise ResultsError(f"no complete results in {folder}: run `make bench`")
+    order = list(ISAS)
+    dates: dict[tuple[str, int], str] = {}
+    for (name, threads, _), (date, _) in found.items():
+        dates[name, threads] = max(dates.get((name, threads), ""), date)
+
+    def place(key: tuple[str, int, str]) -> tuple[str, str, int, int]:
+        name, threads, isa = key
+        return dates[name, threads], name, threads, order.index(isa)
+
+    return [found[key][1] for key in sorted(found, key=place, reverse=True)]
 
 
 def load(path: Path, expected: str = FORMAT) -> tuple[Document, str]:

@@ -2,6 +2,7 @@
 
     python -m benchmarks                                  everything: under 20 minutes on two cores
     python -m benchmarks --quick                          a part, in under 2
+    python -m benchmarks --isa avx2                       every provider held to an older CPU's instructions
     python -m benchmarks --cells gru --mode train         some lines
     python -m benchmarks --case 50,4,256 --base HEAD~1    sizes of one's own, beside another revision
 
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 import rnnkit
-from benchmarks import goals, results
+from benchmarks import goals, isa, results
 from benchmarks.base import built
 from benchmarks.cases import GATES, MODES, ONE_THREAD, PEERS, Entry, Line, lines, of_sizes
 from benchmarks.figures import Figure
@@ -31,7 +32,7 @@ from benchmarks.measure import BASELINE, MEMORY, QUICK, REFUSALS, TRUTH, Meter, 
 from benchmarks.memory import ENVIRONMENT
 from benchmarks.pool import Job, Pool
 from benchmarks.progress import Progress
-from benchmarks.surroundings import surroundings
+from benchmarks.surroundings import capability, surroundings
 
 ASSUMED_GFLOPS = 50  # for the estimate of time alone
 
@@ -93,6 +94,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--providers", nargs="+", metavar="NAME", help=f"of {', '.join(PEERS)}, beside rnnkit")
     add("--base", metavar="REV", help="also time rnnkit at this revision")
     add("--threads", type=positive, default=torch.get_num_threads(), help="default: %(default)s")
+    add("--isa", choices=isa.ISAS, help="default: the CPU's best, and nothing is held")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: rnnkit and torch.nn only")
     add("--rounds", type=positive, help="as many, whatever time they take")
     add("--output", type=Path, help="results file; default: by device, threads and date")
@@ -101,7 +103,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def wanted(options: argparse.Namespace) -> Iterator[Line]:
     """The lines that the options leave, with their providers."""
-    for line in of_sizes(options.case) if options.case else lines(options.quick):
+    lower = options.device == "cpu" and capability() != isa.best()
+    for line in of_sizes(options.case) if options.case else lines(options.quick, lower):
         case = line.case
         if options.cells and case.cell not in options.cells:
             continue
@@ -132,8 +135,16 @@ def entry_text(name: str, row: Row) -> str:
     if name == BASELINE:
         return f"{name} {Figure.read(told['ms']).text('{:.3g} ms')}"
     if name in row.get("ratios", {}):
-        return f"{name} {Figure.read(row['ratios'][name]).text('{:.2f}×')}"
+        over = f"{name} {Figure.read(row['ratios'][name]).text('{:.2f}×')}"
+        frozen = row.get("frozen", {}).get(name)
+        return over + (f" (frozen {Figure.read(frozen).text('{:.2f}×')})" if frozen else "")
     return f"{name} {Figure.read(told['ms']).text('{:.3g} ms')}"
+
+
+def bound(row: Row) -> str:
+    """What the roofline of the case allows."""
+    roofline = row["roofline"]
+    return f"{100 * roofline[roofline['level']]:.0f} %"
 
 
 def text(line: Line, row: Row) -> str:
@@ -143,7 +154,8 @@ def text(line: Line, row: Row) -> str:
         if "bytes" in told:
             parts.append(f"{name} {Figure.read(told['bytes']).scaled(2**-20).text('{:.1f} MiB')}")
     if "share" in row:
-        parts.append(Figure.read(row["share"]).scaled(100).text("{:.0f} % of peak"))
+        share = Figure.read(row["share"]).scaled(100).text("{:.0f} % of peak")
+        parts.append(share + (f", {bound(row)} allowed" if "roofline" in row else ""))
     return f"{line.case!s:42}  {', '.join(parts)}"
 
 
@@ -165,13 +177,26 @@ def measure(todo: Sequence[Line], started: dict[str, Job], protocol: Protocol) -
             if not pool.has(name):
                 print(f"{name} is not there: {told}", file=sys.stderr)
         meter = Meter(pool, protocol, Path(folder) / "line")
+        meter.measure_bandwidth()
         progress = Progress([cost(line, protocol) for line in todo])
         for line in todo:
             progress.step(str(line.case))
             rows.append(meter.row(line))
             progress.clear()
             print(text(line, rows[-1]), flush=True)
-        return {"providers": pool.providers, "lines": rows}
+        return {"providers": pool.providers, "bandwidth": meter.bandwidth, "lines": rows}
+
+
+def instructions(options: argparse.Namespace) -> dict[str, Any]:
+    """What the results file says of the ISA; raises isa.IsaError if the run is not held to the one asked for."""
+    if options.device != "cpu":
+        return {}
+    if options.isa is None:
+        return {"isa": capability(), "held": None}
+    isa.require_held(options.isa)
+    if capability() != options.isa:
+        raise isa.IsaError(f"--isa {options.isa}: rnnkit was built without kernels for it")
+    return {"isa": options.isa, "held": isa.document(options.isa)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -180,7 +205,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.rounds:
         protocol = replace(protocol, least_rounds=options.rounds, most_rounds=options.rounds)
     filters = (options.cells, options.modes, options.only, options.case, options.providers)
-    document: dict[str, Any] = {"format": results.FORMAT, **surroundings(options.device)}
+    try:
+        document: dict[str, Any] = {"format": results.FORMAT, **instructions(options)}
+    except isa.IsaError as error:
+        print(error, file=sys.stderr)
+        return 2
+    document |= surroundings(options.device)
     document |= {
         "complete": not any((*filters, options.quick, options.rounds)),
         "threads": options.threads,

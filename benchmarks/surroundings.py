@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 import rnnkit
+from benchmarks import isa
 from benchmarks.base import ROOT, git
 from rnnkit import __main__ as command
+from rnnkit import backends
 
 SOURCES = ("rnnkit", "csrc", "*.py", "benchmarks/*.py", "benchmarks/providers", "benchmarks/gpu")
 
@@ -56,6 +58,13 @@ def device(kind: str, about: dict[str, Any]) -> dict[str, Any]:
         "features": about["cpu"]["features"],
         "cores": about["cpu"]["logical cores"],
     }
+
+
+def capability() -> str:
+    """The ISA of rnnkit's kernels in use, as isa.ISAS has it; without kernels torch's."""
+    if backends.EXTENSION is not None:
+        return str(backends.EXTENSION.capability())
+    return isa.of_torch(torch.backends.cpu.get_cpu_capability())
 
 
 def surroundings(kind: str) -> dict[str, Any]:

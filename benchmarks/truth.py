@@ -51,7 +51,7 @@ def inputs(case: Case) -> Arrays:
     arrays = {name: numbers.uniform(-bound, bound, shape) for name, shape in shapes(case).items()}
     outer = (case.rows,) if case.ragged else (case.T, case.N)
     arrays["x"] = numbers.standard_normal((*outer, case.I))
-    if case.mode == "training":
+    if case.trains:
         size = case.directions * case.output_size
         arrays["grad_output"] = numbers.standard_normal((*outer, size))
     arrays = {name: representable(array, case.dtype) for name, array in arrays.items()}

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import memory, truth
+from benchmarks import memory, roofline, truth
 from benchmarks.cases import Case
 from benchmarks.providers import Computation, Provider, Unsupported, load
 
@@ -81,15 +81,25 @@ class Server:
         return {"seconds": statistics.median(self.seconds(entry, each) for _ in range(parts))}
 
     def peak(self, dtype: str, seconds: float) -> Answer:
-        """GFLOP/s of ATen's brgemm, the most that matrix products reach here."""
+        """GFLOP/s of multiplying and adding in registers, the most that matrix products can reach here."""
         import torch
 
+        measure = self.extension("peak_gflops").peak_gflops
+        return {"gflops": measure(getattr(torch, dtype), self.threads, seconds)}
+
+    def bandwidth(self, seconds: float) -> Answer:
+        """Bytes a second from each cache, measured for `seconds` each."""
+        extension = self.extension("read_bandwidth")
+        return {"bandwidth": roofline.measure(extension, self.threads, seconds)}
+
+    @staticmethod
+    def extension(needed: str) -> Any:
+        """rnnkit's compiled extension, which has `needed`."""
         from rnnkit import backends
 
-        measure = getattr(backends.EXTENSION, "peak_gflops", None)
-        if measure is None:
-            raise Unsupported("rnnkit was built without peak_gflops")
-        return {"gflops": measure(getattr(torch, dtype), self.threads, seconds)}
+        if not hasattr(backends.EXTENSION, needed):
+            raise Unsupported(f"rnnkit was built without {needed}")
+        return backends.EXTENSION
 
     def memory(self, case: Answer, folder: str, calls: int) -> Answer:
         with np.load(Path(folder) / "inputs.npz") as arrays:

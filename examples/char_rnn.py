@@ -75,7 +75,7 @@ class Options:
     seed: int = 0
     dtype: str = "float32"
     only: str | None = None
-    steps: int = 600
+    steps: int = 500
     text: str | None = None
     device: str = "cpu"
     threads: int | None = None
@@ -424,11 +424,31 @@ def print_agreement(trainings: Sequence[Training], dtype: str) -> bool:
     return agree
 
 
-def print_speeds(trainings: Sequence[Training]) -> None:
-    print()
+def machine(device: str) -> str:
+    """What computes: the GPU's name, or the CPU's with the instruction sets that torch and rnnkit use."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    of_torch = torch.backends.cpu.get_cpu_capability()
+    try:
+        from rnnkit.__main__ import info
+    except ImportError:
+        return f"{platform.processor() or platform.machine()}: torch.nn on {of_torch}"
+    about = info()
+    kernels = str(about["backends"]["cpp"])
+    loaded = kernels.startswith("loaded: ")
+    own = kernels.removeprefix("loaded: ") if loaded else f"its reference, C++ {kernels}"
+    return f"{about['cpu']['name']}: torch.nn on {of_torch}, rnnkit on {own}"
+
+
+def print_speeds(trainings: Sequence[Training], device: str) -> None:
+    print(f"\nOn {machine(device)}")
     for training in trainings:
         speed = training.characters_per_second()
-        print(f"{IMPLEMENTATIONS[training.name]:>8}: {speed:10,.0f} characters/s in training")
+        milliseconds = 1e3 * training.seconds / max(training.timed_steps, 1)
+        print(
+            f"{IMPLEMENTATIONS[training.name]:>8}: {speed:10,.0f} characters/s in training, "
+            f"{milliseconds:.1f} ms a step"
+        )
     if len(trainings) == 2:
         torch_speed, rnnkit_speed = (training.characters_per_second() for training in trainings)
         print(f"Speed-up of rnnkit over torch.nn: {rnnkit_speed / torch_speed:.2f} times")
@@ -479,7 +499,7 @@ def report(trainings: Sequence[Training], text: Text, options: Options, title: s
         f"Unigram entropy of the text: {entropy:.3f} nats per character; "
         f"mean loss of the last {len(losses)} steps: {sum(losses) / len(losses):.3f}"
     )
-    print_speeds(trainings)
+    print_speeds(trainings, options.device)
     drawn = plot(trainings, entropy, title, options.plot)
     sample = trainings[-1].sample(400, options.seed)
     encoding = sys.stdout.encoding or "utf-8"
@@ -620,7 +640,8 @@ def run(options: Options, checkpoint: dict[str, Any] | None) -> int:
         f"batch {options.batch}, bptt {options.bptt}, {options.dtype}, {options.device}"
     )
     print(
-        f"{title}\ntorch {torch.__version__}, Python {platform.python_version()}, "
+        f"{title}\n"
+        f"torch {torch.__version__}, Python {platform.python_version()}, "
         f"{torch.get_num_threads()} CPU threads\n"
         f"{len(text.codes):,} characters of {options.text or 'the standard library of Python'}, "
         f"{len(text.symbols)} symbols",

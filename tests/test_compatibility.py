@@ -9,7 +9,7 @@ import rnnkit
 PROGRAM = ROOT / "docs" / "compatibility.py"
 compatibility = load(PROGRAM)
 
-#: What rnnkit does not do, see "What is not there yet" in the README.
+#: What rnnkit does not do, see "What is not there yet" in docs/guide.md.
 MISSING = {"`torch.jit.script`", "dynamic quantization"}
 
 NEEDED = {"onnx": "onnxscript", "safetensors": "safetensors"}

@@ -15,6 +15,8 @@ import pytest
 import torch
 from programs import load
 
+from rnnkit.__main__ import info
+
 PROGRAM = Path(__file__).parents[1] / "examples" / "char_rnn.py"
 STEPS = 14
 TINY = ["--hidden", "12", "--bptt", "6", "--batch", "3", "--threads", "1"]
@@ -79,7 +81,9 @@ def test_curves_agree(
     output = capsys.readouterr().out
     assert "The curves agree" in output
     assert "Unigram entropy of the text: 2." in output
-    assert "Speed-up of rnnkit over torch.nn:" in output
+    assert "Speed-up of rnnkit over torch.nn:" in output and "ms a step" in output
+    about = info()
+    assert f"On {about['cpu']['name']}: torch.nn on {about['cpu']['capability in torch']}" in output
     assert "Text from the rnnkit model:" in output
 
 

@@ -57,7 +57,7 @@ class TorchLayers:
         """The layer or cell of `case` with the weights among `tensors`."""
         options: dict[str, Any] = {"device": self.device, "dtype": dtype_of(case)}
         weights = {name: t for name, t in tensors.items() if name.startswith(("weight", "bias"))}
-        if case.mode == "cell":
+        if case.of_cell:
             weights = {name.removesuffix("_l0"): tensor for name, tensor in weights.items()}
             module: nn.Module = getattr(self.package, f"{case.cell}Cell")(case.I, case.H, **options)
         else:
@@ -66,10 +66,17 @@ class TorchLayers:
             options |= {"recompute": True} if case.recompute else {}
             module = self._layer(case, options)
         module.load_state_dict(weights)
-        module.train(case.mode == "training")
+        module.train(case.records)
+        if case.frozen:
+            self._freeze(module)
         if case.compiled:
             module.compile(fullgraph=True)
         return module
+
+    def _freeze(self, module: nn.Module) -> None:
+        if not hasattr(self.package, "freeze"):
+            raise Unsupported("no `freeze`")
+        self.package.freeze(module)
 
     def _layer(self, case: Case, options: dict[str, Any]) -> nn.Module:
         try:
@@ -114,6 +121,12 @@ def _streaming(layer: nn.Module, tensors: Tensors) -> Computation:
     return Computation(call, lambda raw: _arrays(_named(*raw)), torch.inference_mode)
 
 
+def _recording(layer: nn.Module, tensors: Tensors) -> Computation:
+    tensors["x"].requires_grad_()
+    x = input_of(tensors)
+    return Computation(lambda: layer(x), lambda raw: _arrays(_named(*raw)))
+
+
 def _cell(cell: nn.Module, tensors: Tensors) -> Computation:
     x, states = tensors["x"][0], None
 
@@ -122,7 +135,28 @@ def _cell(cell: nn.Module, tensors: Tensors) -> Computation:
         states = cell(x, states)
         return states
 
-    return Computation(call, lambda raw: _arrays(_named(raw[0], raw)), torch.inference_mode)
+    return Computation(call, lambda raw: _arrays(_named_of_cell(raw)), torch.inference_mode)
+
+
+def _cell_recording(cell: nn.Module, tensors: Tensors) -> Computation:
+    x = tensors["x"][0].requires_grad_()
+    return Computation(lambda: cell(x), lambda raw: _arrays(_named_of_cell(raw)))
+
+
+def _cell_training(cell: nn.Module, tensors: Tensors) -> Computation:
+    x, grad_output = tensors["x"][0].requires_grad_(), tensors["grad_output"][0]
+    names, parameters = zip(*cell.named_parameters(), strict=True)
+
+    def call() -> Any:
+        states = cell(x)
+        h = states[0] if isinstance(states, tuple) else states
+        return states, torch.autograd.grad(h, (x, *parameters), grad_output)
+
+    def results(raw: Any) -> Arrays:
+        gradients = dict(zip([f"grad_{name}" for name in ("x", *names)], raw[1], strict=True))
+        return _arrays(_named_of_cell(raw[0]) | gradients)
+
+    return Computation(call, results)
 
 
 def input_of(tensors: Tensors) -> Any:
@@ -138,6 +172,11 @@ def _named(output: Any, states: Any) -> Tensors:
     return {"output": output, **dict(zip(("h_n", "c_n"), states, strict=False))}
 
 
+def _named_of_cell(states: Any) -> Tensors:
+    """The output of a cell is its first state."""
+    return _named(states[0] if isinstance(states, tuple) else states, states)
+
+
 def _arrays(results: Tensors) -> Arrays:
     return {
         name: (t.float() if t.dtype == torch.bfloat16 else t).detach().cpu().numpy()
@@ -145,4 +184,12 @@ def _arrays(results: Tensors) -> Arrays:
     }
 
 
-_MODES = {"inference": _inference, "training": _training, "streaming": _streaming, "cell": _cell}
+_MODES = {
+    "inference": _inference,
+    "training": _training,
+    "streaming": _streaming,
+    "recording": _recording,
+    "cell": _cell,
+    "cell recording": _cell_recording,
+    "cell training": _cell_training,
+}
