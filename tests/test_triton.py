@@ -328,7 +328,12 @@ def test_autocast(device: str, dtype: torch.dtype, module: str) -> None:
     theirs = getattr(torch.nn, module)(4, 17, device=device)
     with torch.autocast(device, dtype):
         output = layer(x)[0]
-        assert output.dtype == theirs(x)[0].dtype
+        try:
+            expected_dtype = theirs(x)[0].dtype
+        except RuntimeError as error:  # oneDNN has no LSTM in bfloat16 on this CPU
+            assert "could not create a primitive" in str(error)
+            expected_dtype = dtype
+        assert output.dtype == expected_dtype
     output.float().sum().backward()
     exact = copy.deepcopy(layer).to("cpu", torch.float64)
     exact.zero_grad()
