@@ -38,7 +38,7 @@ class Protocol:
     line_seconds: float = 1.2
     least_rounds: int = TRUSTED_ROUNDS
     most_rounds: int = 15
-    again_seconds: float = 100.0
+    again_seconds: float = 40.0
     rest_seconds: float = 0.008  # two ticks of the kernel, which counts CPU time by them
     peak_seconds: float = 0.02
     bandwidth_seconds: float = 0.5
