@@ -59,7 +59,7 @@ FLAGS = [
     "-g0",
     "-fopenmp",
     "-fvisibility=hidden",
-    "-fwrapv",
+    "-fwrapv",  # Python's own flags have it on some systems; the kernels are measured with it
     "-Wall",
     "-Wextra",
 ]
@@ -69,7 +69,7 @@ if SANITIZE:
     sanitize = [f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
     # Contracting a * b + c as in the ordinary build, for the tests' tolerances hold for that one.
     FLAGS += ["-O1", "-fexpensive-optimizations", "-g1", "-fno-omit-frame-pointer", *sanitize]
-    FLAGS += ["-fno-wrapv"]  # Python's own flags define signed overflow, so that it went unreported
+    FLAGS += ["-fno-wrapv"]  # it defines signed overflow, which then goes unreported
     LINK_FLAGS += sanitize
 
 

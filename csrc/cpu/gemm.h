@@ -1,8 +1,9 @@
 // The one micro-kernel under every matrix product, and the packing of its operands.
 //
-// Each element of C is summed over k in order, one fused multiply-add at a time in blocks of kDepthInL1, whose sums are
-// added in order, however the rows and columns are tiled: the same bits for every split of them over threads. Operands of type bfloat16 are multiplied two k at a time,
-// so that these lie side by side: an operand [K, N] is packed as [K/2, N, 2].
+// Each element of C is summed over k in order, one fused multiply-add at a time, in blocks of kDepthOfBlock; the sums of
+// the blocks are added in order. How rows and columns are tiled changes nothing of it: the same bits for every split of
+// them over threads. Operands of type bfloat16 are multiplied two k at a time, so that these lie side by side: an operand
+// [K, N] is packed as [K/2, N, 2].
 #pragma once
 
 #include <utility>
@@ -72,18 +73,19 @@ MatrixA<S> rows_of(const S* a, int64_t lda) {
   return {a, lda, Operand<S>::pair};
 }
 
-// A tile of C is kept in registers: so many vectors of columns, so many rows.
+// A tile of C is kept in registers: so many vectors of columns, so many rows. kDepthOfBlock: see above; without AVX-512 a
+// block of a strip is 16 KiB, half of a small L1.
 #if defined(__AVX512F__)
 constexpr int kVectorsInTile = 4;
-constexpr int64_t kDepthInL1 = 512;
+constexpr int64_t kDepthOfBlock = 512;
 constexpr int rows_in_tile(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 12; }
 #elif defined(__AVX2__)
 constexpr int kVectorsInTile = 2;
-constexpr int64_t kDepthInL1 = 256;
+constexpr int64_t kDepthOfBlock = 256;
 constexpr int rows_in_tile(int vectors) { return vectors == 2 ? 6 : 8; }
 #else
 constexpr int kVectorsInTile = 2;
-constexpr int64_t kDepthInL1 = 512;
+constexpr int64_t kDepthOfBlock = 512;
 constexpr int rows_in_tile(int vectors) { return vectors == 2 ? 4 : 6; }
 #endif
 
@@ -175,16 +177,15 @@ inline void tile_of(int64_t rows, int64_t K, MatrixA<S> A, const S* b, int64_t l
     tile_of<S, kVectors, kLines, kRows - 1>(rows, K, A, b, ldb, c, ldc, add, ahead);
 }
 
-// C[M, kVectors * lanes] (+)= A B, in tiles of nearly equal height, and so many k at a time that B's stay in L1 from
-// tile to tile. `ahead`: memory as large as B, which the first tiles fetch: B comes from L3 once, then from L2.
+// C[M, kVectors * lanes] (+)= A B, in tiles of nearly equal height, a block of k for all tiles before the next. `ahead`: memory as large as B, which the first tiles fetch: B comes from L3 once, then from L2.
 template <class S, int kVectors>
 void strip(int64_t M, int64_t K, MatrixA<S> A, typename MatrixB<S>::Column B, Sum<S>* c, int64_t ldc, bool add,
            const S* ahead = nullptr) {
   constexpr int64_t most = rows_in_tile(kVectors), bytes = kVectors * kVectorBytes, spread = 4;
   constexpr int lines = bytes <= 128 ? 1 : bytes / 128;
   const int64_t tiles = (M + most - 1) / most, fetching = tiles < spread ? tiles : spread;
-  for (int64_t k = 0; k < K; k += kDepthInL1) {
-    const int64_t depth = K - k < kDepthInL1 ? K - k : kDepthInL1, q = k / Operand<S>::pair;
+  for (int64_t k = 0; k < K; k += kDepthOfBlock) {
+    const int64_t depth = K - k < kDepthOfBlock ? K - k : kDepthOfBlock, q = k / Operand<S>::pair;
     const S* b = B.b + q * B.row;
     for (int64_t i = 0, m = 0; i < tiles; ++i) {
       const int64_t rows = (M - m) / (tiles - i);

@@ -485,7 +485,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Bytes a second that these threads read together now, each from so many bytes of its own.");
   m.def(
       "cache_sizes", [] { return std::make_tuple(cache_sizes().l1, cache_sizes().l2, cache_sizes().l3); },
-      "Bytes of L1 (for data), L2 and L3; 0 where the system does not tell.");
+      "Bytes of L1 (for data), L2 and L3; 0 for an L3 that the system does not tell.");
   m.def("cells", list_cells, "(name, gates, states, saved) of each cell, as in rnnkit.reference.CELLS.");
 }
 
