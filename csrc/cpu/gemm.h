@@ -1,9 +1,9 @@
 // The one micro-kernel under every matrix product, and the packing of its operands.
 //
-// Each element of C is summed over k in order, one fused multiply-add at a time, in blocks of kDepthOfBlock; the sums of
-// the blocks are added in order. How rows and columns are tiled changes nothing of it: the same bits for every split of
-// them over threads. Operands of type bfloat16 are multiplied two k at a time, so that these lie side by side: an operand
-// [K, N] is packed as [K/2, N, 2].
+// Each element of C is summed over k in order, one fused multiply-add at a time, in blocks of kDepthOfBlock; the sums
+// of the blocks are added in order. How rows and columns are tiled changes nothing of it: the same bits for every split
+// of them over threads. Operands of type bfloat16 are multiplied two k at a time, so that these lie side by side: an
+// operand [K, N] is packed as [K/2, N, 2].
 #pragma once
 
 #include <utility>
@@ -73,8 +73,8 @@ MatrixA<S> rows_of(const S* a, int64_t lda) {
   return {a, lda, Operand<S>::pair};
 }
 
-// A tile of C is kept in registers: so many vectors of columns, so many rows. kDepthOfBlock: see above; without AVX-512 a
-// block of a strip is 16 KiB, half of a small L1.
+// A tile of C is kept in registers: so many vectors of columns, so many rows. Without AVX-512 a block of kDepthOfBlock
+// rows of a strip of B is 16 KiB, half of a small L1.
 #if defined(__AVX512F__)
 constexpr int kVectorsInTile = 4;
 constexpr int64_t kDepthOfBlock = 512;
@@ -177,7 +177,8 @@ inline void tile_of(int64_t rows, int64_t K, MatrixA<S> A, const S* b, int64_t l
     tile_of<S, kVectors, kLines, kRows - 1>(rows, K, A, b, ldb, c, ldc, add, ahead);
 }
 
-// C[M, kVectors * lanes] (+)= A B, in tiles of nearly equal height, a block of k for all tiles before the next. `ahead`: memory as large as B, which the first tiles fetch: B comes from L3 once, then from L2.
+// C[M, kVectors * lanes] (+)= A B, in tiles of nearly equal height, a block of k for all tiles before the next one.
+// `ahead`: memory as large as B, which the first tiles fetch: B comes from L3 once, then from L2.
 template <class S, int kVectors>
 void strip(int64_t M, int64_t K, MatrixA<S> A, typename MatrixB<S>::Column B, Sum<S>* c, int64_t ldc, bool add,
            const S* ahead = nullptr) {
@@ -216,8 +217,8 @@ void edge(int64_t M, int64_t columns, int64_t K, MatrixA<S> A, typename MatrixB<
   }
 }
 
-// C[M, N] (+)= A[M, K] B[K, N]; K is even where pairs are multiplied. C is written in its N columns only. `ahead`: packed
-// memory that is multiplied next and is to be fetched meanwhile, as much as is read of B; null: nothing is fetched.
+// C[M, N] (+)= A[M, K] B[K, N]; K is even where pairs are multiplied. C is written in its N columns only. `ahead`:
+// packed memory that is multiplied next and is to be fetched meanwhile, as much as is read of B; null: nothing is.
 template <class S>
 void gemm(int64_t M, int64_t N, int64_t K, MatrixA<S> A, MatrixB<S> B, Sum<S>* c, int64_t ldc, bool add,
           const S* ahead = nullptr) {
