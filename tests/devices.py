@@ -1,10 +1,12 @@
 """The devices that tests run on: the CPU and, marked `gpu`, the current CUDA device; or the CPU in its place."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from rnnkit import gpu
 
@@ -29,11 +31,26 @@ def on_gpu(cases: Iterable[Any]) -> list[Any]:
     ]
 
 
+@contextmanager
+def products_without_onednn() -> Iterator[None]:
+    """Products of matrices on the CPU are ATen's own.
+
+    Where a CPU has AMX, oneDNN's of bfloat16 spread a row's NaN into other rows
+    (https://github.com/uxlfoundation/oneDNN/issues/5717).
+    """
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
 class OpsOfGpu:
     """In the place of `torch.ops.rnnkit`: layers take CPU tensors the way of CUDA tensors, other ops are `others`."""
 
-    layer_forward = staticmethod(gpu.layer_forward)
-    layer_backward = staticmethod(gpu.layer_backward)
+    layer_forward = staticmethod(products_without_onednn()(gpu.layer_forward))
+    layer_backward = staticmethod(products_without_onednn()(gpu.layer_backward))
 
     def __init__(self, others: Any) -> None:
         self._others = others
