@@ -7,7 +7,7 @@ TORCH ?= torch>=2.10
 VENV ?= .venv
 ARGS ?=
 OUT ?= build/gpu
-SANITIZE_TESTS ?= test_kernels.py test_freezing.py test_inference.py -k 'not test_against_reference or float32 or bfloat16'
+SANITIZE_TESTS ?= test_kernels.py test_freezing.py test_direct.py -k 'not test_against_reference or float32 or bfloat16'
 
 # Where no GPU can run them, CUDA kernels are compiled only if asked for: it takes minutes.
 RNNKIT_CUDA ?= $(if $(shell command -v nvidia-smi),,0)

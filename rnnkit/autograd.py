@@ -132,22 +132,52 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         batch_sizes, input, *tensors, output, reserve = ctx.saved_tensors
         states, weights = tensors[: ctx.n_states], tensors[ctx.n_states :]
-        needs = list(ctx.needs_input_grad[4:])
-        create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if create_graph or _transformed([g for g in grads if g is not None]):
-            found = ops.differentiable_backward(
-                ctx.cell, grads, input, states, weights, batch_sizes, needs, create_graph
-            )
-            return None, None, None, None, *found
         # Autograd runs a GPU's backward passes in a thread of its own.
         with backends.forcing(ctx.backend) if ctx.backend else _AS_IT_IS:
-            if ctx.watch is not None and ctx.watch.written():
-                output = torch.ops.rnnkit.layer_forward(
-                    ctx.cell, input, states, weights, batch_sizes, Keep.NOTHING
-                )[0]
-            remaining = iter(
-                torch.ops.rnnkit.layer_backward(
-                    ctx.cell, grads, input, states, weights, batch_sizes, output, reserve, needs
-                )
+            found = gradients(
+                ctx.cell,
+                grads,
+                input,
+                states,
+                weights,
+                batch_sizes,
+                output,
+                reserve,
+                ctx.needs_input_grad[4:],
+                ctx.watch is not None and ctx.watch.written(),
             )
-        return None, None, None, None, *(next(remaining) if need else None for need in needs)
+        return None, None, None, None, *found
+
+
+def gradients(
+    cell: str,
+    grads: Sequence[Tensor | None],
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    output: Tensor,
+    reserve: Tensor,
+    needs: Sequence[bool],
+    written: bool,
+) -> list[Tensor | None]:
+    """`layer_backward`, or what stands in for it where the gradients are to be differentiated or transformed.
+
+    `written` tells that `output` is no longer what the forward pass left. Returns a list like
+    [input, *states, *weights], None where `needs` is False.
+    """
+    create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if create_graph or _transformed([g for g in grads if g is not None]):
+        return ops.differentiable_backward(
+            cell, grads, input, states, weights, batch_sizes, needs, create_graph
+        )
+    if written:
+        output = torch.ops.rnnkit.layer_forward(
+            cell, input, states, weights, batch_sizes, Keep.NOTHING
+        )[0]
+    found = iter(
+        torch.ops.rnnkit.layer_backward(
+            cell, grads, input, states, weights, batch_sizes, output, reserve, list(needs)
+        )
+    )
+    return [next(found) if need else None for need in needs]

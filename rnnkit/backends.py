@@ -200,7 +200,7 @@ def _no_kernels(name: str, device: torch.device) -> str:
 
 
 def short_way(name: str) -> Callable[..., Any] | None:
-    """The extension's function `name` for inference, which skips Python where it can; None: do without it."""
+    """The extension's function `name`, which skips Python where it can; None: do without it."""
     if EXTENSION is None or forced_backend() in ("reference", "triton"):
         return None
     return None if torch.compiler.is_compiling() else getattr(EXTENSION, name)

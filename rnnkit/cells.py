@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from rnnkit import backends, stack
+from rnnkit.ops import Keep
 
 Weights = tuple[Tensor | None, ...]
 
@@ -19,10 +20,10 @@ def _weights(module: nn.RNNCellBase) -> Weights:
     return (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh, None)
 
 
-def _infer(cell: str, input: Tensor, hx: Any, weights: Weights) -> Any:
+def _direct(cell: str, input: Tensor, hx: Any, weights: Weights) -> Any:
     """The new state or pair of states by the short way, None if it cannot be taken."""
-    infer = backends.short_way("infer_cell")
-    return None if infer is None else infer(cell, input, hx, [list(weights)])
+    step = backends.short_way("direct_cell")
+    return None if step is None else step(cell, input, hx, [list(weights)], Keep.EVERYTHING)
 
 
 def _step(
@@ -106,7 +107,7 @@ class RNNCell(nn.RNNCell):
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         cell, weights = f"rnn_{self.nonlinearity}", _weights(self)
-        found: Tensor | None = _infer(cell, input, hx, weights)
+        found: Tensor | None = _direct(cell, input, hx, weights)
         if found is not None:
             return found
         return _step("RNNCell", cell, self, input, stack.as_states(hx), weights)[0]
@@ -145,7 +146,7 @@ class LSTMCell(nn.LSTMCell):
         if isinstance(input, Proxy):
             return stack.traced(self, input, hx)
         weights = _weights(self)
-        found: tuple[Tensor, Tensor] | None = _infer("lstm", input, hx, weights)
+        found: tuple[Tensor, Tensor] | None = _direct("lstm", input, hx, weights)
         if found is not None:
             return found
         states = stack.as_state_pair(hx, too_few=RuntimeError)
@@ -183,7 +184,7 @@ class GRUCell(nn.GRUCell):
         if isinstance(input, Proxy):
             return stack.traced(self, input, hx)
         weights = _weights(self)
-        found: Tensor | None = _infer("gru", input, hx, weights)
+        found: Tensor | None = _direct("gru", input, hx, weights)
         if found is not None:
             return found
         return _step("GRUCell", "gru", self, input, stack.as_states(hx), weights)[0]

@@ -13,10 +13,20 @@ from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkit import backends, stack
+from rnnkit.ops import Keep
 
 Device = torch.device | str | int | None
 States = tuple[Tensor, Tensor]
 Weights = list[list[Tensor | None]]
+
+#: torch.nn's methods that a call goes through.
+_CHECKS = (
+    "check_input",
+    "check_forward_args",
+    "check_hidden_size",
+    "get_expected_hidden_size",
+    "get_expected_cell_size",
+)
 
 
 class _Layers(nn.RNNBase):
@@ -24,6 +34,7 @@ class _Layers(nn.RNNBase):
 
     recompute = frozen = False  # of modules that were pickled before there were such choices
     _packed: tuple[Tensor, ...] = ()
+    _own_checks = False  # whether a user's subclass has some, which the short way would pass by
 
     if TYPE_CHECKING:
 
@@ -57,6 +68,13 @@ class _Layers(nn.RNNBase):
         added = [f", {name}=True" for name in ("recompute", "frozen") if getattr(self, name)]
         return super().extra_repr() + "".join(added)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ours = next(base for base in cls.__mro__ if base.__module__ == __name__)
+        cls._own_checks = any(
+            getattr(cls, name, None) is not getattr(ours, name, None) for name in _CHECKS
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         state.pop("_packed", None)  # it fits this process's CPU, and may be packed again
@@ -80,6 +98,10 @@ class _Layers(nn.RNNBase):
             directions = 2 if self.bidirectional else 1
             self._packed = stack.pack(self.mode.lower(), weights, directions=directions)
         return self._packed
+
+    @property
+    def _keep(self) -> Keep:
+        return Keep.STATES if self.recompute else Keep.EVERYTHING
 
     def _weights(self) -> Weights:
         """The five tensors of `reference.WEIGHTS` for each layer and direction."""
@@ -113,7 +135,7 @@ class _Layers(nn.RNNBase):
             batch_sizes,
             directions=2 if self.bidirectional else 1,
             dropout=self.dropout if self.training else 0.0,
-            recompute=self.recompute,
+            keep=self._keep,
             packed=self._packed_weights(weights),
         )
 
@@ -153,10 +175,10 @@ class _Layers(nn.RNNBase):
         if isinstance(input, Proxy):
             return stack.traced(self, input, hx)
         weights = self._weights()
-        infer = backends.short_way("infer_layers")
-        if infer is not None and not (self.training and self.dropout > 0):
+        direct = backends.short_way("direct_layers")
+        if direct is not None and not (self._own_checks or (self.training and self.dropout > 0)):
             directions = 2 if self.bidirectional else 1
-            found = infer(
+            found = direct(
                 self.mode.lower(),
                 input,
                 hx,
@@ -164,6 +186,7 @@ class _Layers(nn.RNNBase):
                 self._packed_weights(weights),
                 directions,
                 self.batch_first,
+                self._keep,
             )
             if found is not None:
                 return found

@@ -26,7 +26,7 @@ def run(
     directions: int = 1,
     dropout: float = 0.0,
     step: bool = False,
-    recompute: bool = False,
+    keep: Keep = Keep.EVERYTHING,
     packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run a stack of layers.
@@ -40,7 +40,7 @@ def run(
         directions: D, 1 or 2.
         dropout: probability of zeroing an element between layers; 0 when not training.
         step: whether this is a Cell's one step, of which only the final states are used.
-        recompute: whether the backward pass computes the gates again instead of keeping them.
+        keep: for the backward pass, where gradients are needed.
         packed: of each layer, what `pack` returns, if its weights are frozen.
 
     Returns:
@@ -66,7 +66,7 @@ def run(
             states if layers == 1 else [state[of_layer] for state in states],
             [w for direction in weights[of_layer] for w in direction],
             batch_sizes,
-            keep=Keep.STATES if recompute else Keep.EVERYTHING,
+            keep=keep,
             packed=packed[index] if packed and result_dtypes is None else None,
         )
         finals.append(final)

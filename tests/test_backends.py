@@ -267,7 +267,9 @@ def test_the_backward_pass_is_forced_as_the_forward_pass_was(
     monkeypatch.setattr(autograd.backends, "forcing", lambda name: seen.append(name) or inner(name))
     with rnnkit.backend("cpp"):
         seen.clear()
-        output = rnnkit.GRU(3, 4)(torch.ones(2, 1, 3))[0]
+        output = rnnkit.GRU(3, 4)(torch.ones(2, 3))[
+            0
+        ]  # unbatched, which the short way leaves to Python
 
     def backward() -> None:
         output.sum().backward()

@@ -111,11 +111,22 @@ def test_checks_refuse_what_torch_s_refuse(case: Case, check: str) -> None:
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_a_subclass_may_override_the_checks(backend: str, name: str) -> None:
-    """The layer calls its methods, not copies of them."""
+    """The layer calls its methods, not copies of them; with gradients and without."""
 
-    class Checked(getattr(rnnkit, name)):  # type: ignore[misc]
+    class Refuses:
         def check_input(self, *args: Any) -> None:
             raise NotImplementedError("refused")
 
-    with pytest.raises(NotImplementedError, match="refused"):
-        Checked(4, 6)(torch.randn(5, 3, 4))
+    class Checked(getattr(rnnkit, name)):  # type: ignore[misc]
+        check_input = Refuses.check_input
+
+    class Mixed(Refuses, getattr(rnnkit, name)):  # type: ignore[misc]
+        pass
+
+    class Later(Checked):
+        pass
+
+    for cls in (Checked, Mixed, Later):
+        for context in (torch.enable_grad(), torch.no_grad()):
+            with context, pytest.raises(NotImplementedError, match="refused"):
+                cls(4, 6)(torch.randn(5, 3, 4))

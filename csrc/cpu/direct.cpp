@@ -1,7 +1,6 @@
-// The short way of an inference call: from a module's arguments to the op and back in one call from Python, for small
-// layers are computed in less time than Python takes to look at their arguments. It is taken where nothing is left to
-// decide: no gradient, no autocast, no transform or subclass, arguments that fit. Else Python goes its own way, and
-// finds what is wrong.
+// The short way of a call: from a module's arguments to the op and back in one call from Python, for small layers are
+// computed in less time than Python takes to look at their arguments. It is taken where nothing is left to decide: no
+// autocast, no transform or subclass, arguments that fit. Else Python goes its own way, and finds what is wrong.
 #include <ATen/ATen.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
@@ -18,6 +17,14 @@ namespace rnnkit {
 namespace {
 
 using at::Tensor;
+using torch::autograd::variable_list;
+using Weights = std::vector<std::optional<Tensor>>;  // kWeights of each direction
+
+constexpr auto kOrdinaryKeys = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                                    c10::DispatchKey::AutocastCPU, c10::DispatchKey::ADInplaceOrView});
+
+// Whether it is a plain tensor on the CPU, of no subclass, transform or mode.
+bool is_ordinary(const Tensor& tensor) { return (tensor.key_set().raw_repr() & ~kOrdinaryKeys.raw_repr()) == 0; }
 
 // Whether nothing but this thread's ordinary dispatch is to see the call.
 bool ordinary_dispatch() {
@@ -30,18 +37,21 @@ bool ordinary_dispatch() {
 class Arguments {
  public:
   bool fits = true;
+  bool need_gradients = false;
 
   Tensor tensor(PyObject* object) {
     const PyTypeObject* type = Py_TYPE(object);
     if (!fits || (type != tensor_type() && type != parameter_type())) return refuse();
     const Tensor& found = THPVariable_Unpack(object);
-    constexpr auto ordinary = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
-                                                   c10::DispatchKey::AutocastCPU, c10::DispatchKey::ADInplaceOrView});
-    if ((found.key_set().raw_repr() & ~ordinary.raw_repr()) != 0) return refuse();
+    if (!is_ordinary(found)) return refuse();
     if (dtype_ == at::ScalarType::Undefined) dtype_ = found.scalar_type();
     if (found.scalar_type() != dtype_ || !found.is_floating_point()) return refuse();
-    if (found.requires_grad() && at::GradMode::is_enabled() && !found.is_inference()) return refuse();
     if (found.unsafeGetTensorImpl()->has_storage() && found._fw_grad(0).defined()) return refuse();
+    if (found.is_inference())
+      any_inference_ = true;
+    else if (found.requires_grad() && at::GradMode::is_enabled())
+      need_gradients = true;
+    if (any_inference_ && need_gradients) return refuse();  // it cannot be saved for a backward pass
     return found;
   }
 
@@ -57,8 +67,8 @@ class Arguments {
   }
 
   // A list of `kWeights` for each layer and direction.
-  std::vector<std::optional<Tensor>> weights(const py::list& lists) {
-    std::vector<std::optional<Tensor>> found;
+  Weights weights(const py::list& lists) {
+    Weights found;
     for (const py::handle of_direction : lists) {
       if (!PyList_Check(of_direction.ptr()) || PyList_GET_SIZE(of_direction.ptr()) != kWeights) refuse();
       if (!fits) return {};
@@ -78,10 +88,10 @@ class Arguments {
   static const PyTypeObject* parameter_type() { return reinterpret_cast<const PyTypeObject*>(ParameterClass); }
 
   at::ScalarType dtype_ = at::ScalarType::Undefined;
+  bool any_inference_ = false;
 };
 
-bool sizes_fit(const std::string& cell, const Tensor& x, const std::vector<Tensor>& states,
-               const std::vector<std::optional<Tensor>>& weights) {
+bool sizes_fit(const std::string& cell, const Tensor& x, const std::vector<Tensor>& states, const Weights& weights) {
   if (weights.empty()) return false;
   for (size_t i = 0; i < weights.size(); i += kWeights)
     if (!weights[i] || !weights[i + 1]) return false;
@@ -101,41 +111,153 @@ const auto& op_of(const char* name) {
   return op;
 }
 
-std::tuple<Tensor, std::vector<Tensor>> run_layer(const std::string& cell, const Tensor& x,
-                                                  const std::vector<Tensor>& states, const OptionalTensors& weights,
-                                                  const Tensor* packed) {
-  if (packed != nullptr)
-    return op_of<decltype(packed_forward)>("rnnkit::packed_forward")
-        .call(cell, x, states, weights, *packed, std::nullopt);
-  auto [output, finals, reserve] =
-      op_of<decltype(layer_forward)>("rnnkit::layer_forward").call(cell, x, states, weights, std::nullopt, 0);
+// Below autograd these are new tensors on the same memory; autograd knows nothing of views.
+Tensor unsqueezed(const Tensor& tensor) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return tensor.unsqueeze(0);
+}
+
+Tensor squeezed(const Tensor& tensor) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return tensor.squeeze(0);
+}
+
+// A layer's arguments as its op takes them.
+struct Call {
+  const std::string& cell;
+  const Tensor& x;
+  const std::vector<Tensor>& states;
+  const Weights& weights;
+  bool step;     // one of a cell, whose tensors have neither T nor D, and which returns its final states alone
+  int64_t keep;  // rnnkit.ops.Keep, for where gradients are needed
+};
+
+// `_Layer` of rnnkit/autograd.py, for an ordinary call.
+class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> {
+ public:
+  // `tensors`: the caller's own of input, states and weights, of those that there are.
+  static variable_list forward(torch::autograd::AutogradContext* ctx, const Call& call, at::TensorList tensors) {
+    auto [output, results, reserve] =
+        op_of<decltype(layer_forward)>("rnnkit::layer_forward")
+            .call(call.cell, call.x, call.states, OptionalTensors(call.weights), std::nullopt, call.keep);
+    ctx->set_materialize_grads(false);
+    auto& data = ctx->saved_data;
+    data["cell"] = call.cell;
+    data["step"] = call.step;
+    data["states"] = int64_t(call.states.size());
+    for (int64_t k = 2; k < kWeights; ++k) data[kHas[k]] = call.weights[k].has_value();
+    variable_list saved = tensors.vec();
+    // A user may write to torch.nn's output before the backward pass. So one may to this: it is saved without
+    // autograd's own check, and computed again if it was written to. Of a step nobody sees it.
+    saved.push_back(call.step ? output : output.variable_data());
+    saved.push_back(reserve);
+    ctx->save_for_backward(std::move(saved));
+    if (call.step) {
+      for (Tensor& state : results) state = squeezed(state);
+    } else {
+      Tensor watch = at::empty({0}, output.options());
+      torch::autograd::impl::set_version_counter(watch, torch::autograd::impl::version_counter(output));
+      data["watch"] = watch;
+      data["version"] = int64_t(watch._version());
+      results.insert(results.begin(), output);
+    }
+    return results;
+  }
+
+  static variable_list backward(torch::autograd::AutogradContext* ctx, variable_list grads) {
+    auto& data = ctx->saved_data;
+    const std::string cell = data["cell"].toStringRef();
+    const bool step = data["step"].toBool();
+    const variable_list saved = ctx->get_saved_variables();
+    const size_t n_states = data["states"].toInt(), n = saved.size() - 2;
+    const Tensor &output = saved[n], &reserve = saved[n + 1];
+    if (step) grads.insert(grads.begin(), Tensor());
+
+    bool ordinary = ordinary_dispatch() && !at::GradMode::is_enabled();
+    for (const Tensor& grad : grads) ordinary = ordinary && (!grad.defined() || is_ordinary(grad));
+    const bool written = !step && data["watch"].toTensor()._version() != data["version"].toInt();
+
+    const auto whole = [&](const Tensor& tensor) { return step && tensor.defined() ? tensor.unsqueeze(0) : tensor; };
+    const auto own = [&](const Tensor& tensor) {
+      if (!step || !tensor.defined()) return tensor;
+      return at::GradMode::is_enabled() ? tensor.squeeze(0) : squeezed(tensor);
+    };
+    std::vector<std::optional<Tensor>> whole_grads;
+    for (const Tensor& grad : grads)
+      whole_grads.push_back(grad.defined() ? std::optional<Tensor>(whole(grad)) : std::nullopt);
+    const Tensor x = whole(saved[0]);
+    std::vector<Tensor> states;
+    for (size_t i = 0; i < n_states; ++i) states.push_back(whole(saved[1 + i]));
+    Weights weights;
+    std::vector<size_t> places;  // among input, states and all weights, of each that there is
+    for (size_t i = 0; i < 1 + n_states; ++i) places.push_back(i);
+    for (size_t i = 1 + n_states, k = 0; i < n; k = (k + 1) % kWeights) {
+      const bool has = k < 2 || data[kHas[k]].toBool();
+      if (has) places.push_back(1 + n_states + weights.size());
+      weights.push_back(has ? std::optional<Tensor>(saved[i++]) : std::nullopt);
+    }
+    while (weights.size() % kWeights != 0) weights.emplace_back();
+    c10::List<bool> needs;
+    needs.resize(1 + n_states + weights.size(), false);
+    for (size_t i = 0; i < n; ++i) needs.set(places[i], ctx->needs_input_grad(i));
+
+    variable_list found(1 + n);  // none for `call`
+    if (ordinary && !written) {
+      const std::vector<Tensor> needed = op_of<decltype(layer_backward)>("rnnkit::layer_backward")
+                                             .call(cell, OptionalTensors(whole_grads), x, states,
+                                                   OptionalTensors(weights), std::nullopt, output, reserve, needs);
+      for (size_t i = 0, next = 0; i < n; ++i)
+        if (needs.get(places[i])) found[1 + i] = needed.at(next++);
+    } else {
+      const py::gil_scoped_acquire acquired;
+      const auto all = py::module_::import("rnnkit.autograd")
+                           .attr("gradients")(cell, whole_grads, x, states, weights, py::none(), output, reserve,
+                                              needs.vec(), written)
+                           .cast<std::vector<std::optional<Tensor>>>();
+      for (size_t i = 0; i < n; ++i) found[1 + i] = all.at(places[i]).value_or(Tensor());
+    }
+    for (size_t i = 0; i < 1 + n_states; ++i) found[1 + i] = own(found[1 + i]);
+    return found;
+  }
+
+ private:
+  // Names in `saved_data`.
+  static constexpr const char* kHas[kWeights] = {"", "", "b_ih", "b_hh", "w_hr"};
+};
+
+struct Results {
+  Tensor output;
+  std::vector<Tensor> finals;
+};
+
+// `x` and `states` are the caller's own, of which those of `call` may be what the op takes.
+Results with_gradients(const Call& call, const Tensor& x, const std::vector<Tensor>& states) {
+  variable_list tensors = {x};
+  tensors.insert(tensors.end(), states.begin(), states.end());
+  for (const std::optional<Tensor>& weight : call.weights)
+    if (weight) tensors.push_back(*weight);
+  variable_list results = LayerWithGradients::apply(call, at::TensorList(tensors));
+  if (call.step) return {Tensor(), std::move(results)};
+  return {results[0], {results.begin() + 1, results.end()}};
+}
+
+Results without_gradients(const Call& call, const Tensor* packed) {
+  const OptionalTensors weights(call.weights);
+  if (packed != nullptr) {
+    auto [output, finals] = op_of<decltype(packed_forward)>("rnnkit::packed_forward")
+                                .call(call.cell, call.x, call.states, weights, *packed, std::nullopt);
+    return {output, finals};
+  }
+  auto [output, finals, reserve] = op_of<decltype(layer_forward)>("rnnkit::layer_forward")
+                                       .call(call.cell, call.x, call.states, weights, std::nullopt, 0);
   return {output, finals};
 }
 
-std::tuple<Tensor, std::vector<Tensor>> run_layers(const std::string& cell, Tensor x, const std::vector<Tensor>& states,
-                                                   const std::vector<std::optional<Tensor>>& weights,
-                                                   const std::vector<Tensor>& packed, int64_t directions) {
-  const size_t per_layer = directions * kWeights, layers = weights.size() / per_layer;
-  std::vector<std::vector<Tensor>> finals;
-  for (size_t layer = 0; layer < layers; ++layer) {
-    std::vector<Tensor> initial = states;
-    if (layers > 1)
-      for (Tensor& state : initial) state = state.narrow(0, layer * directions, directions);
-    const auto first = weights.begin() + layer * per_layer;
-    const std::vector<std::optional<Tensor>> own(first, first + per_layer);
-    const Tensor* of_layer = packed.empty() ? nullptr : &packed.at(layer);
-    auto [output, final] = run_layer(cell, x, initial, OptionalTensors(own), of_layer);
-    x = output;
-    finals.push_back(final);
-  }
-  if (layers == 1) return {x, finals[0]};
-  std::vector<Tensor> together;
-  for (size_t i = 0; i < finals[0].size(); ++i) {
-    std::vector<Tensor> of_layers;
-    for (const std::vector<Tensor>& final : finals) of_layers.push_back(final[i]);
-    together.push_back(at::cat(of_layers));
-  }
-  return {x, together};
+// One layer's share of all layers' states.
+std::vector<Tensor> states_of_layer(const std::vector<Tensor>& states, int64_t layer, int64_t directions) {
+  std::vector<Tensor> found;
+  for (const Tensor& state : states) found.push_back(state.narrow(0, layer * directions, directions));
+  return found;
 }
 
 py::object as_states(const std::vector<Tensor>& finals) {
@@ -144,43 +266,64 @@ py::object as_states(const std::vector<Tensor>& finals) {
 
 }  // namespace
 
-py::object infer_layers(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
-                        const std::vector<Tensor>& packed, int64_t directions, bool batch_first) {
+py::object direct_layers(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
+                         const std::vector<Tensor>& packed, int64_t directions, bool batch_first, int64_t keep) {
   Arguments arguments;
   if (!ordinary_dispatch()) return py::none();
   Tensor x = arguments.tensor(input.ptr());
   const std::vector<Tensor> states = arguments.states(hx.ptr(), states_of(cell) == 2);
-  const std::vector<std::optional<Tensor>> given = arguments.weights(weights);
+  const Weights given = arguments.weights(weights);
   if (!arguments.fits || x.dim() != 3) return py::none();
+  if (arguments.need_gradients && !packed.empty()) return py::none();
   if (batch_first) x = x.transpose(0, 1);
   if (!sizes_fit(cell, x, states, given)) return py::none();
-  std::tuple<Tensor, std::vector<Tensor>> results;
+  std::vector<Tensor> together;
   {
     const py::gil_scoped_release released;
-    results = run_layers(cell, x, states, given, packed, directions);
-    if (batch_first) std::get<0>(results) = std::get<0>(results).transpose(0, 1);
+    const size_t per_layer = directions * kWeights, layers = given.size() / per_layer;
+    std::vector<std::vector<Tensor>> of_layers(states_of(cell));
+    for (size_t layer = 0; layer < layers; ++layer) {
+      const std::vector<Tensor> initial = layers == 1 ? states : states_of_layer(states, layer, directions);
+      const auto first = given.begin() + layer * per_layer;
+      const Weights own(first, first + per_layer);
+      const Call call{cell, x, initial, own, /*step=*/false, keep};
+      Results results = arguments.need_gradients
+                            ? with_gradients(call, x, initial)
+                            : without_gradients(call, packed.empty() ? nullptr : &packed.at(layer));
+      x = results.output;
+      for (size_t i = 0; i < of_layers.size(); ++i) of_layers[i].push_back(results.finals[i]);
+    }
+    for (const std::vector<Tensor>& finals : of_layers) together.push_back(layers == 1 ? finals[0] : at::cat(finals));
+    if (batch_first) x = x.transpose(0, 1);
   }
-  return py::make_tuple(std::get<0>(results), as_states(std::get<1>(results)));
+  return py::make_tuple(x, as_states(together));
 }
 
-py::object infer_cell(const std::string& cell, py::handle input, py::handle hx, const py::list& weights) {
+py::object direct_cell(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
+                       int64_t keep) {
   Arguments arguments;
   if (!ordinary_dispatch()) return py::none();
-  Tensor x = arguments.tensor(input.ptr());
-  std::vector<Tensor> states = arguments.states(hx.ptr(), states_of(cell) == 2);
-  const std::vector<std::optional<Tensor>> given = arguments.weights(weights);
-  if (!arguments.fits || x.dim() != 2) return py::none();
-  x = x.unsqueeze(0);
-  for (Tensor& state : states) {
+  const Tensor own_x = arguments.tensor(input.ptr());
+  const std::vector<Tensor> own_states = arguments.states(hx.ptr(), states_of(cell) == 2);
+  const Weights given = arguments.weights(weights);
+  if (!arguments.fits || own_x.dim() != 2) return py::none();
+  const Tensor x = unsqueezed(own_x);
+  std::vector<Tensor> states;
+  for (const Tensor& state : own_states) {
     if (state.dim() != 2) return py::none();
-    state = state.unsqueeze(0);
+    states.push_back(unsqueezed(state));
   }
   if (!sizes_fit(cell, x, states, given)) return py::none();
   std::vector<Tensor> finals;
   {
     const py::gil_scoped_release released;
-    finals = std::get<1>(run_layers(cell, x, states, given, {}, 1));
-    for (Tensor& final : finals) final = final.squeeze(0);
+    const Call call{cell, x, states, given, /*step=*/true, keep};
+    if (arguments.need_gradients) {
+      finals = with_gradients(call, own_x, own_states).finals;
+    } else {
+      finals = without_gradients(call, nullptr).finals;
+      for (Tensor& final : finals) final = squeezed(final);
+    }
   }
   return as_states(finals);
 }

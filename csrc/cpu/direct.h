@@ -22,14 +22,20 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> packed_forward(std::string_view 
                                                                const at::Tensor& packed,
                                                                const std::optional<at::Tensor>& batch_sizes);
 
+std::vector<at::Tensor> layer_backward(std::string_view cell, const OptionalTensors& grads, const at::Tensor& input,
+                                       at::TensorList states, const OptionalTensors& weights,
+                                       const std::optional<at::Tensor>& batch_sizes, const at::Tensor& output,
+                                       const at::Tensor& reserve, const c10::List<bool>& needs);
+
 int64_t gates_of(std::string_view cell);
 int64_t states_of(std::string_view cell);
 
 // Both return None where the call is for Python. `weights`: a list of five for each layer and direction.
-// `packed`: of each layer if frozen, else empty.
-py::object infer_layers(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
-                        const std::vector<at::Tensor>& packed, int64_t directions,
-                        bool batch_first);  // (output, states)
-py::object infer_cell(const std::string& cell, py::handle input, py::handle hx, const py::list& weights);  // states
+// `packed`: of each layer if frozen, else empty. `keep`: what is kept where gradients are needed.
+py::object direct_layers(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
+                         const std::vector<at::Tensor>& packed, int64_t directions, bool batch_first,
+                         int64_t keep);  // (output, states)
+py::object direct_cell(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
+                       int64_t keep);  // states
 
 }  // namespace rnnkit

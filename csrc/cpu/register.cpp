@@ -401,6 +401,8 @@ Keep kept_in(const Tensor& reserve, const Call& call) {
   return reserve.sizes() == everything ? Keep::everything : Keep::states;
 }
 
+}  // namespace
+
 std::vector<Tensor> layer_backward(std::string_view cell, const OptionalTensors& grads, const Tensor& input,
                                    at::TensorList states, const OptionalTensors& weights,
                                    const std::optional<Tensor>& batch_sizes, const Tensor& output,
@@ -455,6 +457,8 @@ std::vector<Tensor> layer_backward(std::string_view cell, const OptionalTensors&
   return needed;
 }
 
+namespace {
+
 std::vector<std::tuple<std::string, int64_t, int64_t, int64_t>> list_cells() {
   std::vector<std::tuple<std::string, int64_t, int64_t, int64_t>> list;
   for (const CellKernels* cell = capability().cells.begin; cell != capability().cells.end; ++cell)
@@ -475,8 +479,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
   m.doc() = "rnnkit's CPU kernels; importing it registers them with torch.";
   m.def("capability", [] { return capability().name; }, "The instruction set of the kernels in use.");
-  m.def("infer_layers", infer_layers, "Layers where nothing is left to decide, or None.");
-  m.def("infer_cell", infer_cell, "The same for a cell's one step.");
+  m.def("direct_layers", direct_layers, "Layers where nothing is left to decide, or None.");
+  m.def("direct_cell", direct_cell, "The same for a cell's one step.");
   m.def("peak_gflops", peak_gflops, py::arg("dtype"), py::arg("threads"), py::arg("seconds"),
         py::call_guard<py::gil_scoped_release>(),
         "GFLOP/s that these threads reach now where they only multiply and add in registers.");

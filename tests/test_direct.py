@@ -1,4 +1,4 @@
-"""The short way of an inference call (csrc/cpu/direct.cpp): the ordinary way's bits, and only where it may be taken."""
+"""The short way of a call (csrc/cpu/direct.cpp): the ordinary way's bits, and only where it may be taken."""
 
 import dataclasses
 import subprocess
@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from configurations import CELLS, DTYPES, LAYERS, MODULES, Case, named_results, tensors_of
+from configurations import CELLS, DTYPES, LAYERS, MODULES, Case, named_results, run, tensors_of
 from test_errors import BAD_CALLS
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import rnnkit
 from rnnkit import backends
@@ -208,6 +210,185 @@ def test_several_threads_at_once(ways: Ways, module: str) -> None:
     assert ways.taken == [True] * 40
 
 
+# With gradients
+
+
+@each_module
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_are_those_of_the_ordinary_way(
+    ways: Ways, module: str, dtype: torch.dtype
+) -> None:
+    """Every result and gradient, to the bit."""
+    for case in (layer_cases if module in LAYERS else cell_cases)(module, dtype):
+        ours, theirs = case.twins()
+        ways.taken.clear()
+        actual = run(case, ours, case.leaves())
+        expected = ways.ordinary(lambda: run(case, ours, case.leaves()))  # noqa: B023
+        assert ways.taken == [True], case
+        assert actual.keys() == expected.keys() == run(case, theirs, case.leaves()).keys()
+        for name, result in actual.items():
+            assert torch.equal(result, expected[name]), f"{case}: {name}"
+
+
+def both(ways: Ways, call: Callable[[], Any]) -> None:
+    """`call` returns the same tensors by either way, and the short way is taken."""
+    ways.taken.clear()
+    actual, expected = call(), ways.ordinary(call)
+    assert ways.taken
+    assert all(ways.taken)
+    for one, other in zip(tensors_of(actual), tensors_of(expected), strict=True):
+        assert torch.equal(one, other)
+
+
+@each_module
+def test_only_the_gradients_that_are_needed(ways: Ways, module: str) -> None:
+    """Each of input, states and weights alone; and of each result alone."""
+    case = Case(module, hx=True)
+    ours, _ = case.twins()
+    names = [*case.leaves(), *(name for name, _ in ours.named_parameters())]
+    for wanted in names:
+        ours.requires_grad_(False)
+        leaves = {name: leaf.detach() for name, leaf in case.leaves().items()}
+        tensors = {**leaves, **dict(ours.named_parameters())}
+        tensors[wanted].requires_grad_()
+
+        def gradients() -> list[Tensor]:
+            results = tensors_of(ours(*case.arguments(leaves)))  # noqa: B023
+            return [
+                torch.autograd.grad(result.sum(), tensors[wanted], retain_graph=True)[0]  # noqa: B023
+                for result in results
+            ]
+
+        both(ways, gradients)
+
+
+@each_module
+@pytest.mark.parametrize("batched", (False, True))
+def test_gradients_of_gradients(ways: Ways, module: str, batched: bool) -> None:
+    """And several at once, by a transform."""
+    case = Case(module, hx=True, dtype=torch.float64)
+    ours, _ = case.twins()
+    leaves = case.leaves()
+    wanted = [*leaves.values(), *ours.parameters()]
+
+    def gradients() -> list[Tensor]:
+        result = tensors_of(ours(*case.arguments(leaves)))[0]
+        if batched:
+            cotangents = torch.stack([torch.ones_like(result), result.detach()])
+            return list(torch.autograd.grad(result, wanted, cotangents, is_grads_batched=True))
+        first = torch.autograd.grad(result.pow(2).sum(), wanted, create_graph=True)
+        return list(torch.autograd.grad(sum(g.pow(2).sum() for g in first), wanted))
+
+    both(ways, gradients)
+
+
+@each_module
+@pytest.mark.parametrize("what", ("input", "hx", "weight", "result"))
+def test_writes_before_the_backward_pass(ways: Ways, module: str, what: str) -> None:
+    """To what the call was given: an error. To its result: none, and the right gradients."""
+    case = Case(module, hx=True)
+    ours, _ = case.twins()
+
+    def gradients() -> list[Tensor]:
+        leaves = case.leaves()
+        given = {name: leaf * 1 for name, leaf in leaves.items()}
+        result = tensors_of(ours(*case.arguments(given)))[0]
+        loss = result.sum()
+        target = {"weight": next(ours.parameters()), "result": result, **given}[what]
+        with torch.no_grad():
+            target.mul_(1 if what == "weight" else 2)
+        return list(torch.autograd.grad(loss, [*leaves.values(), *ours.parameters()]))
+
+    if what == "result":
+        both(ways, gradients)
+        return
+    for by in (lambda call: call(), ways.ordinary):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            by(gradients)
+
+
+@pytest.mark.parametrize("module", CELLS)
+def test_results_of_a_cell_are_no_views(ways: Ways, module: str) -> None:
+    """So that scripts may cut them from the graph, or write to them, as to those of torch.nn."""
+    case = Case(module)
+    ours, _ = case.twins()
+    for context in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
+        with context:
+            for result in tensors_of(ours(*case.arguments(case.leaves()))):
+                assert not result._is_view()
+                result.detach_()
+    for result in tensors_of(ours(*case.arguments(case.leaves()))):
+        result.mul_(2).sum().backward(retain_graph=True)
+    assert all(ways.taken)
+
+
+@each_module
+def test_a_used_graph(ways: Ways, module: str) -> None:
+    """May be used again if it was to be kept, else not; and then holds nothing."""
+    case = Case(module)
+    ours, _ = case.twins()
+    result = tensors_of(ours(*case.arguments(case.leaves())))[0]
+    node, memory = result.grad_fn, StorageWeakRef(result.untyped_storage())
+    loss = result.sum()
+    loss.backward(retain_graph=True)
+    first = [p.grad.clone() for p in ours.parameters() if p.grad is not None]
+    loss.backward()
+    for once, twice in zip(first, ours.parameters(), strict=True):
+        assert twice.grad is not None
+        assert torch.equal(2 * once, twice.grad)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+    del result, loss
+    assert node is not None
+    assert memory.expired()
+    assert ways.taken == [True]
+
+
+@each_module
+def test_hooks_of_saved_tensors(ways: Ways, module: str) -> None:
+    """They see what is kept, as in checkpoints and where it moves to other memory."""
+    case = Case(module, hx=True)
+    ours, _ = case.twins()
+    leaves = case.leaves()
+    wanted = [*leaves.values(), *ours.parameters()]
+    seen = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen.append(tensor)
+        return tensor.detach().clone()
+
+    def gradients() -> list[Tensor]:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = tensors_of(ours(*case.arguments(leaves)))[0]
+        return list(torch.autograd.grad(result.sum(), wanted))
+
+    def checkpointed() -> list[Tensor]:
+        result = checkpoint(
+            lambda *given: tensors_of(ours(*given))[0], *case.arguments(leaves), use_reentrant=False
+        )
+        return list(torch.autograd.grad(result.sum(), wanted))
+
+    both(ways, gradients)
+    assert {id(t) for t in wanted} <= {id(t) for t in seen}
+    both(ways, checkpointed)
+
+
+@each_module
+def test_compiled_autograd(ways: Ways, module: str) -> None:
+    case = Case(module, hx=True)
+    ours, _ = case.twins()
+    leaves = case.leaves()
+
+    def gradients() -> list[Tensor]:
+        ours.zero_grad()
+        loss = sum(t.sum() for t in tensors_of(ours(*case.arguments(leaves))))
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            loss.backward()
+        return [p.grad for p in ours.parameters() if p.grad is not None]
+
+    both(ways, gradients)
+
+
 # Where it may not be taken
 
 Situation = Callable[[Case, nn.Module, dict[str, Tensor]], Any]
@@ -216,24 +397,6 @@ Situation = Callable[[Case, nn.Module, dict[str, Tensor]], Any]
 def _under_autocast(case: Case, module: nn.Module, leaves: dict[str, Tensor]) -> Any:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return module(*case.arguments(leaves))
-
-
-def _gradient_of_a_weight(case: Case, module: nn.Module, leaves: dict[str, Tensor]) -> Any:
-    module.requires_grad_(False)
-    next(module.parameters()).requires_grad_()
-    with torch.enable_grad():
-        results = module(*case.arguments(leaves))
-    assert all(t.requires_grad for t in tensors_of(results))
-    return results
-
-
-def _gradient_of_the_input(case: Case, module: nn.Module, leaves: dict[str, Tensor]) -> Any:
-    module.requires_grad_(False)
-    with torch.enable_grad():
-        given = {**leaves, "input": leaves["input"].detach().requires_grad_()}
-        results = module(*case.arguments(given))
-    assert all(t.requires_grad for t in tensors_of(results))
-    return results
 
 
 def _vmap(case: Case, module: nn.Module, leaves: dict[str, Tensor]) -> Any:
@@ -367,8 +530,6 @@ def _unbatched(case: Case, module: nn.Module, leaves: dict[str, Tensor]) -> Any:
 
 SITUATIONS: dict[str, Situation] = {
     "autocast": _under_autocast,
-    "a weight needs a gradient": _gradient_of_a_weight,
-    "the input needs a gradient": _gradient_of_the_input,
     "vmap": _vmap,
     "jvp": _jvp,
     "dual input": _dual("input"),
@@ -496,9 +657,9 @@ def test_a_weight_of_another_size_dtype_or_device(ways: Ways, module: str) -> No
             ours, _ = case.twins()
             setattr(ours, name, nn.Parameter(change(getattr(ours, name).detach())))
             errors = []
-            for run in (lambda call: call(), ways.ordinary):
+            for by in (lambda call: call(), ways.ordinary):
                 with torch.no_grad(), pytest.raises((RuntimeError, ValueError)) as caught:
-                    run(lambda: ours(*case.arguments(case.leaves())))  # noqa: B023 - called at once
+                    by(lambda: ours(*case.arguments(case.leaves())))  # noqa: B023 - called at once
                 errors.append((caught.type, str(caught.value)))
             assert errors[0] == errors[1], name
 
