@@ -60,17 +60,22 @@ struct Operand<BFloat16> {
 };
 #endif
 
-// Operand A: the pair of k that begins at pair * q in row m lies at a[m * row + q * column].
-template <class S>
+// Operand A, row-major or transposed: the pair of k that begins at pair * q in row m lies at
+// a[m * row() + q * column()]. Which it is, the compiler knows in the innermost loop.
+template <class S, bool kTransposed = false>
 struct MatrixA {
   const S* a;
-  int64_t row, column;
+  int64_t stride;  // from row to row, or, transposed, from pair to pair
+
+  int64_t row() const { return kTransposed ? Operand<S>::pair : stride; }
+  int64_t column() const { return kTransposed ? stride : Operand<S>::pair; }
+  MatrixA from(int64_t m, int64_t q) const { return {a + m * row() + q * column(), stride}; }
 };
 
 // A as it lies, row-major.
 template <class S>
 MatrixA<S> rows_of(const S* a, int64_t lda) {
-  return {a, lda, Operand<S>::pair};
+  return {a, lda};
 }
 
 // A tile of C is kept in registers: so many vectors of columns, so many rows. Without AVX-512 a block of kDepthOfBlock
@@ -137,8 +142,8 @@ struct Ahead {
 };
 
 // C[kRows, kVectors * lanes] (+)= A B, all of C in registers. kLines: cache lines that are fetched for each step in k.
-template <class S, int kRows, int kVectors, int kLines>
-RNNKIT_INLINE void tile(int64_t K, MatrixA<S> A, const S* b, int64_t ldb, Sum<S>* c, int64_t ldc, bool add,
+template <class S, int kRows, int kVectors, int kLines, bool kTransposed>
+RNNKIT_INLINE void tile(int64_t K, MatrixA<S, kTransposed> A, const S* b, int64_t ldb, Sum<S>* c, int64_t ldc, bool add,
                         Ahead ahead) {
   using Op = Operand<S>;
   Vector<Sum<S>> sums[kRows][kVectors];
@@ -154,7 +159,7 @@ RNNKIT_INLINE void tile(int64_t K, MatrixA<S> A, const S* b, int64_t ldb, Sum<S>
     for (int v = 0; v < kVectors; ++v) columns[v] = Op::load_pairs(b + q * ldb + v * Op::lanes * Op::pair);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
-      const typename Op::Values a = Op::splat_pair(A.a + m * A.row + q * A.column);
+      const typename Op::Values a = Op::splat_pair(A.a + m * A.row() + q * A.column());
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sums[m][v] = Op::multiply_add(a, columns[v], sums[m][v]);
     }
@@ -168,9 +173,9 @@ RNNKIT_INLINE void tile(int64_t K, MatrixA<S> A, const S* b, int64_t ldb, Sum<S>
     }
 }
 
-template <class S, int kVectors, int kLines = 0, int kRows = rows_in_tile(kVectors)>
-inline void tile_of(int64_t rows, int64_t K, MatrixA<S> A, const S* b, int64_t ldb, Sum<S>* c, int64_t ldc, bool add,
-                    Ahead ahead = {}) {
+template <class S, int kVectors, int kLines = 0, int kRows = rows_in_tile(kVectors), bool kTransposed>
+inline void tile_of(int64_t rows, int64_t K, MatrixA<S, kTransposed> A, const S* b, int64_t ldb, Sum<S>* c, int64_t ldc,
+                    bool add, Ahead ahead = {}) {
   if (rows == kRows)
     tile<S, kRows, kVectors, kLines>(K, A, b, ldb, c, ldc, add, ahead);
   else if constexpr (kRows > 1)
@@ -179,9 +184,9 @@ inline void tile_of(int64_t rows, int64_t K, MatrixA<S> A, const S* b, int64_t l
 
 // C[M, kVectors * lanes] (+)= A B, in tiles of nearly equal height, a block of k for all tiles before the next one.
 // `ahead`: memory as large as B, which the first tiles fetch: B comes from L3 once, then from L2.
-template <class S, int kVectors>
-void strip(int64_t M, int64_t K, MatrixA<S> A, typename MatrixB<S>::Column B, Sum<S>* c, int64_t ldc, bool add,
-           const S* ahead = nullptr) {
+template <class S, int kVectors, bool kTransposed>
+void strip(int64_t M, int64_t K, MatrixA<S, kTransposed> A, typename MatrixB<S>::Column B, Sum<S>* c, int64_t ldc,
+           bool add, const S* ahead = nullptr) {
   constexpr int64_t most = rows_in_tile(kVectors), bytes = kVectors * kVectorBytes, spread = 4;
   constexpr int lines = bytes <= 128 ? 1 : bytes / 128;
   const int64_t tiles = (M + most - 1) / most, fetching = tiles < spread ? tiles : spread;
@@ -190,7 +195,11 @@ void strip(int64_t M, int64_t K, MatrixA<S> A, typename MatrixB<S>::Column B, Su
     const S* b = B.b + q * B.row;
     for (int64_t i = 0, m = 0; i < tiles; ++i) {
       const int64_t rows = (M - m) / (tiles - i);
-      const MatrixA<S> own = {A.a + m * A.row + q * A.column, A.row, A.column};
+      const MatrixA<S, kTransposed> own = A.from(m, q);
+      if (kTransposed && add && k == 0)  // sums over many rows, which are not in L1
+        for (int64_t row = m; row < m + rows; ++row)
+          for (int64_t at = 0; at < bytes; at += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(c + row * ldc) + at, 1);
       if (ahead != nullptr && i < fetching) {
         const int64_t stride = bytes / fetching;
         const char* from = reinterpret_cast<const char*>(ahead) + q * bytes + i * (depth / Operand<S>::pair) * stride;
@@ -204,23 +213,23 @@ void strip(int64_t M, int64_t K, MatrixA<S> A, typename MatrixB<S>::Column B, Su
 }
 
 // The same for fewer columns than lanes.
-template <class S>
-void edge(int64_t M, int64_t columns, int64_t K, MatrixA<S> A, typename MatrixB<S>::Column B, Sum<S>* c, int64_t ldc,
-          bool add) {
+template <class S, bool kTransposed>
+void edge(int64_t M, int64_t columns, int64_t K, MatrixA<S, kTransposed> A, typename MatrixB<S>::Column B, Sum<S>* c,
+          int64_t ldc, bool add) {
   constexpr int64_t lanes = Operand<S>::lanes, block = 16;
   alignas(64) Sum<S> whole[block * lanes];
   for (int64_t m = 0; m < M; m += block) {
     const int64_t rows = M - m < block ? M - m : block;
     for (int64_t i = 0; add && i < rows; ++i) store(whole + i * lanes, load(c + (m + i) * ldc, columns));
-    strip<S, 1>(rows, K, {A.a + m * A.row, A.row, A.column}, B, whole, lanes, add);
+    strip<S, 1>(rows, K, A.from(m, 0), B, whole, lanes, add);
     for (int64_t i = 0; i < rows; ++i) store(c + (m + i) * ldc, load(whole + i * lanes), columns);
   }
 }
 
 // C[M, N] (+)= A[M, K] B[K, N]; K is even where pairs are multiplied. C is written in its N columns only. `ahead`:
 // packed memory that is multiplied next and is to be fetched meanwhile, as much as is read of B; null: nothing is.
-template <class S>
-void gemm(int64_t M, int64_t N, int64_t K, MatrixA<S> A, MatrixB<S> B, Sum<S>* c, int64_t ldc, bool add,
+template <class S, bool kTransposed>
+void gemm(int64_t M, int64_t N, int64_t K, MatrixA<S, kTransposed> A, MatrixB<S> B, Sum<S>* c, int64_t ldc, bool add,
           const S* ahead = nullptr) {
   constexpr int64_t lanes = Operand<S>::lanes;
   for (int64_t n = 0; n < N;) {

@@ -2,6 +2,9 @@
 // of the chunk's gates in one matrix, of which the products with x, h and the weights are taken while it is in cache.
 #pragma once
 
+#include <algorithm>
+#include <initializer_list>
+
 #include "cpu/kernels/gates.h"
 
 namespace rnnkit::RNNKIT_CAPABILITY {
@@ -24,7 +27,7 @@ class Backward {
         recomputed_(layer, recomputes_, recomputes_, false, arena_) {
     const int64_t D = layer.directions, N = layer.batch, H = layer.hidden, P = layer.projected, I = layer.input;
     for (const Chunk& chunk : chunks_)
-      for (int64_t d = 0; d < D; ++d) most_rows_ = most(most_rows_, chunk.rows[d].size());
+      for (int64_t d = 0; d < D; ++d) most_rows_ = most(most_rows_, round_up(chunk.rows[d].size(), kPair));
     const int64_t R = 2 * D * most_rows_;  // two chunks: the next is begun while this one is multiplied
     grads_ = arena_.take<S>(R * Cell::grads * H);
     grad_h_ = arena_.take<T>(D * N * P);
@@ -37,8 +40,10 @@ class Backward {
     saved_ = arena_.take<T>(recomputes_ ? D * most_rows_ * Cell::saved * H : 0);
     previous_h_ = arena_.take<S>(recomputes_ ? D * most_rows_ * P : 0);
     initial_h_ = arena_.take<S>(D * N * P);
-    product_size_ = kDepth * (kProductRows + round_up(most(I, most(P, H)), kPanel));
-    products_ = arena_.take<S>(layer.threads * product_size_);
+    operands_x_ = arena_.take<S>(R * panelled(I));
+    operands_h_ = arena_.take<S>(R * panelled(P));
+    operands_u_ = arena_.take<S>(projects_ ? R * panelled(H) : 0);
+    products_ = arena_.take<S>(layer.threads * kDepth * kProductRows);
   }
 
   int64_t scratch() const { return arena_.used(); }
@@ -51,7 +56,12 @@ class Backward {
       for (const Chunk& chunk : chunks_) {
         if (recomputes_) compute_gates(chunk, thread, threads, all);
         for (const Share<S>& own : shares_of(chunk, thread, threads)) scan(chunk, own, own.meets ? all : alone);
+        pack_operands(chunk, thread, threads);
         all.wait();
+        if (projects_) {
+          pack_unprojected(chunk, thread, threads);
+          all.wait();
+        }
         for (int64_t d = 0; d < layer_.directions; ++d) {
           if (d > 0) all.wait();  // both add to grad_x
           input_gradient(chunk, d, thread, threads);
@@ -184,30 +194,33 @@ class Backward {
       });
   }
 
-  // Columns of h in one product: narrow enough that each member of a team has some.
-  int64_t panel_width(int64_t columns, int64_t members) const {
-    int64_t width = kPanel;
-    while (width > 16 && (columns + width - 1) / width % members != 0) width /= 2;
-    return width;
-  }
-
   void scan(const Chunk& chunk, const Share<S>& own, Barrier& meet) {
     for (int64_t s = chunk.end - 1; s >= chunk.begin; --s) step_all(chunk, own, s, meet);
   }
 
   void step_all(const Chunk& chunk, const Share<S>& share_of, int64_t s, Barrier& meet) {
-    const int64_t H = layer_.hidden, P = layer_.projected, members = share_of.members;
-    const int64_t width = panel_width(P, members), cell_width = panel_width(H, members);
-    const Range own = share(P, share_of.member, members, width);
-    const Range own_units = share(H, share_of.member, members, cell_width);
-    for (int64_t first = own.begin; first < own.end; first += width)
-      step(chunk, share_of.rows, s, first, least(width, own.end - first));
+    for_panels(layer_.projected, share_of, s,
+               [&](int64_t first, int64_t width, int64_t next) { step(chunk, share_of.rows, s, first, width, next); });
     if (projects_) {
       meet.wait();
-      for (int64_t first = own_units.begin; first < own_units.end; first += cell_width)
-        step_behind_projection(chunk, share_of.rows, s, first, least(cell_width, own_units.end - first));
+      for_panels(layer_.hidden, share_of, s, [&](int64_t first, int64_t width, int64_t) {
+        step_behind_projection(chunk, share_of.rows, s, first, width);
+      });
     }
     meet.wait();
+  }
+
+  // Calls body(first, width, first of the next) for the panels of a member's share of the columns; at its ends these are
+  // what the cut leaves of them.
+  template <class Body>
+  static void for_panels(int64_t columns, const Share<S>& share_of, int64_t s, const Body& body) {
+    constexpr int64_t grain = 16;
+    const Range own = share(columns, share_of.member, share_of.members, grain);
+    if (own.size() == 0) return;
+    const Sweep sweep({own.begin / kPanel, (own.end + kPanel - 1) / kPanel}, s);
+    const auto first = [&](int64_t panel) { return most(own.begin, panel * kPanel); };
+    for (int64_t i = 0; i < sweep.size(); ++i)
+      body(first(sweep[i]), least(own.end, (sweep[i] + 1) * kPanel) - first(sweep[i]), first(sweep.next(i)));
   }
 
   // Where a chunk's values of a row begin, of `width` each, in a buffer of two chunks and all directions.
@@ -222,13 +235,14 @@ class Backward {
 
   // The gradient of h after visit s, columns first to first + width: from the output, from visit s + 1 through the
   // recurrent weights, and what was carried. Then the cell; or, for rows that begin after visit s, the result.
-  void step(const Chunk& chunk, const Rows<S>& rows, int64_t s, int64_t first, int64_t width) {
+  // `next`: the first column of the step after this one; the same: none.
+  void step(const Chunk& chunk, const Rows<S>& rows, int64_t s, int64_t first, int64_t width, int64_t next) {
     const int64_t d = rows.direction, H = layer_.hidden, P = layer_.projected;
     const int64_t alive = rows.alive(s), alive_after = rows.alive(s + 1);
     const int64_t K = Cell::gates * H, lda = Cell::grads * H;
     const MatrixB<S> w = matrix(w_hh_, layer_.direction[d].w_hh, K, P, d);
-    const bool fetch = w_hh_ != nullptr && width == kPanel && K * P * int64_t(sizeof(S)) > cache_sizes().l2 / 2;
-    const S* next = fetch ? w.column(first + kPanel < P ? first + kPanel : 0).b : nullptr;
+    const bool fetch = w_hh_ != nullptr && next != first && K * P * int64_t(sizeof(S)) > cache_sizes().l2 / 2;
+    const S* ahead = fetch ? w.column(next).b : nullptr;
     const Chunk& after = s + 1 < chunk.end ? chunk : chunks_[most(0, chunk.index - 1)];
     alignas(64) T recurrent[kRowBlock * kPanel];
     for (int64_t m = 0; m < most(alive, alive_after); m += kRowBlock) {
@@ -236,7 +250,7 @@ class Backward {
       const int64_t from_after = most(0, least(count, alive_after - m));
       if (from_after > 0)
         gemm<S>(from_after, round_up(width, kLanes<T>), K, rows_of(gate_grads(after, d, rows.first(s + 1) + m), lda),
-                w.from(0, first), recurrent, kPanel, false, next);
+                w.from(0, first), recurrent, kPanel, false, m == 0 ? ahead : nullptr);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t n = rows.range.begin + m + i, state = (d * layer_.batch + n) * P + first;
         const T* from_product = i < from_after ? recurrent + i * kPanel : nullptr;
@@ -355,44 +369,72 @@ class Backward {
   void input_gradient(const Chunk& chunk, int64_t d, int thread, int threads) {
     if (layer_.grad_x == nullptr) return;
     const int64_t H = layer_.hidden, I = layer_.input, K = Cell::gates * H, lda = Cell::grads * H;
-    const int64_t blocks = (chunk.rows[d].size() + kProductRows - 1) / kProductRows;
-    const Range tasks = share((I + kPanel - 1) / kPanel * blocks, thread, threads);
+    const int64_t count = chunk.rows[d].size(), blocks = (count + kProductRows - 1) / kProductRows;
+    const int64_t panels = (I + kPanel - 1) / kPanel;
+    const MatrixB<S> w = matrix(w_ih_, layer_.direction[d].w_ih, K, I, d);
+    const bool fetch = w_ih_ != nullptr && K * I * int64_t(sizeof(S)) > cache_sizes().l2 / 2;
+    const Range tasks = share(blocks * panels, thread, threads);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-      const int64_t row = chunk.rows[d].begin + task % blocks * kProductRows, first = task / blocks * kPanel;
+      const Range rows = share(count, task / panels, blocks);
+      const int64_t row = chunk.rows[d].begin + rows.begin;
+      const int64_t first = task % panels * kPanel, next = (task + 1) % panels * kPanel;
       bool add = layer_.directions > 1;
       for_input_gates([&](int64_t gate, int64_t gates, int64_t column) {
-        const MatrixB<S> w = matrix(w_ih_, layer_.direction[d].w_ih, K, I, d);
-        gemm<S>(least(kProductRows, chunk.rows[d].end - row), least(kPanel, I - first), gates * H,
-                rows_of(gate_grads(chunk, d, row) + column * H, lda), w.from(gate * H, first),
-                layer_.grad_x + row * I + first, I, add);
+        const int64_t after = gate + gates < Cell::gates ? gate + gates : 0;
+        gemm<S>(rows.size(), least(kPanel, I - first), gates * H, rows_of(gate_grads(chunk, d, row) + column * H, lda),
+                w.from(gate * H, first), layer_.grad_x + row * I + first, I, add,
+                fetch ? w.from(after * H, after > 0 ? first : next).column(0).b : nullptr);
         add = true;
       });
     }
   }
 
   void weight_gradients(const Chunk& chunk, int64_t d, int thread, int threads) {
-    const int64_t H = layer_.hidden, P = layer_.projected, ld = Cell::grads * H, first = chunk.rows[d].begin;
+    const int64_t H = layer_.hidden, P = layer_.projected, I = layer_.input, first = chunk.rows[d].begin;
     const Direction<S>& weights = layer_.direction[d];
     const S* grads = gate_grads(chunk, d, first);
-    const Operands of{chunk.index > 0, chunk.rows[d].size(), thread, threads};
-    for_input_gates([&](int64_t gate, int64_t gates, int64_t column) {
-      product(of, grads + column * H, ld, gates * H, RowsOf{layer_.x + first * layer_.input, layer_.input},
-              layer_.input, at(weights.grad_w_ih, gate * H * layer_.input), at(weights.grad_b_ih, gate * H));
-    });
-    product(of, grads, ld, Cell::gates * H, previous_rows(chunk, d), P, weights.grad_w_hh, weights.grad_b_hh);
+    const Sums of{chunk.index > 0, chunk.rows[d].size(), Cell::grads * H, thread, threads};
+    const auto with_x = [&](int64_t gate) {
+      return Product{inputs(chunk, d), in_chunk(operands_x_, chunk, d, first, panelled(I)), I,
+                     at(weights.grad_w_ih, gate * H * I), at(weights.grad_b_ih, gate * H)};
+    };
+    const auto with_h = [&](int64_t gate) {
+      return Product{previous_rows(chunk, d), in_chunk(operands_h_, chunk, d, first, panelled(P)), P,
+                     at(weights.grad_w_hh, gate * H * P), at(weights.grad_b_hh, gate * H)};
+    };
+    // Gates of which both parts have the same gradient go together, for that is then copied and added up once.
+    for (int64_t g = 0; g < Cell::gates;) {
+      int64_t end = g;
+      while (end < Cell::gates && Cell::input_grad[end] == end) ++end;
+      if (end > g) {
+        products(of, grads + g * H, (end - g) * H, with_x(g), with_h(g));
+      } else {
+        end = g + 1;
+        products(of, grads + Cell::input_grad[g] * H, H, with_x(g));
+        products(of, grads + g * H, H, with_h(g));
+      }
+      g = end;
+    }
     if (projects_)
-      product(of, in_chunk(grad_projected_, chunk, d, first, P), P, P,
-              RowsOf{in_chunk(unprojected_, chunk, d, first, H), H}, H, weights.grad_w_hr, nullptr);
+      products({of.add, of.rows, P, thread, threads}, in_chunk(grad_projected_, chunk, d, first, P), P,
+               Product{unprojected(chunk, d), in_chunk(operands_u_, chunk, d, first, panelled(H)), H, weights.grad_w_hr,
+                       nullptr});
   }
 
-  // B operands of the weight gradients: row(r) of the chunk, and the distance between rows r to r + depth, or 0 if they
-  // do not lie evenly.
+  // What the gates' gradients are multiplied with: row(r) of the chunk, and the distance between rows r to r + depth, or
+  // 0 if they do not lie evenly.
   struct RowsOf {
     const S* base;
     int64_t width;
     const S* row(int64_t r) const { return base + r * width; }
     int64_t distance(int64_t /*r*/, int64_t /*depth*/) const { return width; }
   };
+  RowsOf inputs(const Chunk& chunk, int64_t d) const {
+    return {layer_.x + chunk.rows[d].begin * layer_.input, layer_.input};
+  }
+  RowsOf unprojected(const Chunk& chunk, int64_t d) const {
+    return {in_chunk(unprojected_, chunk, d, chunk.rows[d].begin, layer_.hidden), layer_.hidden};
+  }
   struct PreviousH {
     const Backward& of;
     Rows<S> rows;
@@ -419,52 +461,107 @@ class Backward {
 
   // Rows of this distance are read as they lie: a block of them is within reach of the first-level TLB.
   static bool is_near(int64_t distance) { return kPair == 1 && distance > 0 && distance * int64_t(sizeof(S)) <= 1024; }
+  template <class B>
+  static bool lie_well(const B& b, int64_t r, int64_t depth, int64_t columns) {
+    return is_near(b.distance(r, depth)) && columns % kLanes<T> == 0;
+  }
+  static int64_t panelled(int64_t columns) { return round_up(columns, kPanel); }
 
-  // What the products of one chunk have in common.
-  struct Operands {
+  // Packs the chunk's rows of x and of the h before them, this thread's part, in blocks of kDepth rows.
+  void pack_operands(const Chunk& chunk, int thread, int threads) {
+    for (int64_t d = 0; d < layer_.directions; ++d) {
+      const int64_t first = chunk.rows[d].begin, count = chunk.rows[d].size();
+      const int64_t I = layer_.input, P = layer_.projected;
+      const Direction<S>& weights = layer_.direction[d];
+      if (weights.grad_w_ih != nullptr)
+        pack_operand(inputs(chunk, d), count, I, in_chunk(operands_x_, chunk, d, first, panelled(I)), thread, threads);
+      if (weights.grad_w_hh != nullptr)
+        pack_operand(previous_rows(chunk, d), count, P, in_chunk(operands_h_, chunk, d, first, panelled(P)), thread,
+                     threads);
+    }
+  }
+  void pack_unprojected(const Chunk& chunk, int thread, int threads) {
+    const int64_t H = layer_.hidden;
+    for (int64_t d = 0; d < layer_.directions; ++d)
+      if (layer_.direction[d].grad_w_hr != nullptr)
+        pack_operand(unprojected(chunk, d), chunk.rows[d].size(), H,
+                     in_chunk(operands_u_, chunk, d, chunk.rows[d].begin, panelled(H)), thread, threads);
+  }
+
+  template <class B>
+  static void pack_operand(B b, int64_t rows, int64_t columns, S* to, int thread, int threads) {
+    const int64_t panels = panelled(columns) / kPanel, blocks = (rows + kDepth - 1) / kDepth;
+    const Range tasks = share(blocks * panels, thread, threads);
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t r = task / panels * kDepth, n = task % panels * kPanel;
+      const int64_t depth = least(kDepth, rows - r), K = round_up(depth, kPair);
+      if (lie_well(b, r, depth, columns)) continue;
+      pack_rows<S>(
+          depth, least(kPanel, columns - n), [&](int64_t k) { return b.row(r + k) + n; },
+          to + r * panelled(columns) + n * K, kPanel, 0);
+    }
+  }
+
+  // c[M, columns] (+)= the sum over a chunk's rows r of a(r, m) b(r); sums[m] likewise of a(r, m). Null: not needed.
+  template <class B>
+  struct Product {
+    B b;
+    const S* packed;
+    int64_t columns;
+    T *c, *sums;
+  };
+
+  // What the products of one chunk have in common: `add` to the sums of earlier chunks, over `rows`; a(r, m) is
+  // a[r * lda + m].
+  struct Sums {
     bool add;
-    int64_t rows;
+    int64_t rows, lda;
     int thread, threads;
   };
 
-  // c[M, N] (+)= the sum over the rows r of a(r, m) b(r)[n], with a(r, m) = a[r * lda + m]; sums[m] likewise of a(r, m).
-  // Each thread has some of the M. Of rows that are far apart, blocks of kDepth are copied, so that the micro-kernel
-  // walks packed memory.
-  template <class B>
-  void product(const Operands& of, const S* a, int64_t lda, int64_t M, B b, int64_t N, T* c, T* sums) {
+  // Products with the same a(r, m); each thread has some of the M. Of rows that are far apart, blocks of kDepth are
+  // copied, so that the micro-kernel walks packed memory.
+  template <class... Products>
+  void products(const Sums& of, const S* a, int64_t M, Products... each) {
     const Range own = share(M, of.thread, of.threads, 16);
-    if (own.size() == 0 || (c == nullptr && sums == nullptr)) return;
-    if (sums != nullptr && !of.add) std::memset(sums + own.begin, 0, own.size() * sizeof(T));
-    S* space = products_ + of.thread * product_size_;
+    if (own.size() == 0 || ((each.c == nullptr && each.sums == nullptr) && ...)) return;
+    for (T* sums : {each.sums...})
+      if (sums != nullptr && !of.add) std::memset(sums + own.begin, 0, own.size() * sizeof(T));
+    S* copied = products_ + of.thread * kDepth * kProductRows;
     for (int64_t r = 0; r < of.rows; r += kDepth) {
-      const int64_t depth = least(kDepth, of.rows - r), K = round_up(depth, kPair);
-      const int64_t distance = b.distance(r, depth);
-      const bool b_lies_well = is_near(distance) && N % kLanes<T> == 0;
-      for (int64_t n = 0; c != nullptr && !b_lies_well && n < N; n += kPanel)
-        pack_rows<S>(
-            depth, least(kPanel, N - n), [&](int64_t k) { return b.row(r + k) + n; }, space + n * K, kPanel, 0);
-      const S* lying = b_lies_well ? b.row(r) : nullptr;
+      const int64_t depth = least(kDepth, of.rows - r);
       for (int64_t m = own.begin; m < own.end; m += kProductRows) {
         const int64_t rows = least(kProductRows, own.end - m);
-        MatrixA<S> of_a{a + r * lda + m, kPair, lda};
-        if (!is_near(lda)) {
-          S* packed = space + product_size_ - kProductRows * kDepth;
-          copy_rows<S>(depth, rows, [&](int64_t k) { return a + (r + k) * lda + m; }, packed, kProductRows);
-          of_a = {packed, kPair, kProductRows * kPair};
+        MatrixA<S, true> of_a{a + r * of.lda + m, of.lda};
+        if (!is_near(of.lda)) {
+          copy_rows<S>(depth, rows, [&](int64_t k) { return a + (r + k) * of.lda + m; }, copied, kProductRows);
+          of_a = {copied, kProductRows * kPair};
         }
-        if (sums != nullptr) add_rows(of_a, K / kPair, rows, sums + m);
-        for (int64_t n = 0; c != nullptr && n < N; n += kPanel) {
-          const MatrixB<S> w =
-              b_lies_well ? MatrixB<S>::lying(lying + n, distance) : MatrixB<S>::packed(space + n * K, K, kPanel);
-          gemm<S>(rows, least(kPanel, N - n), K, of_a, w, c + m * N + n, N, of.add || r > 0);
-        }
+        add_rows(of_a, round_up(depth, kPair) / kPair, rows, {at(each.sums, m)...});
+        (multiply(of_a, rows, r, depth, m, of.add || r > 0, each), ...);
       }
     }
   }
 
-  // sums[m] += the sum of a's row m over its pairs; in four parts and apart from earlier blocks, which keeps rounding
-  // errors small.
-  static void add_rows(MatrixA<S> a, int64_t pairs, int64_t rows, T* sums) {
+  // One block of a product: rows m to m + rows of c, over the chunk's rows r to r + depth.
+  template <class B>
+  static void multiply(MatrixA<S, true> a, int64_t rows, int64_t r, int64_t depth, int64_t m, bool add,
+                       Product<B>& product) {
+    const int64_t N = product.columns, K = round_up(depth, kPair), distance = product.b.distance(r, depth);
+    if (product.c == nullptr) return;
+    const S* lying = lie_well(product.b, r, depth, N) ? product.b.row(r) : nullptr;
+    const S* packed = product.packed + r * panelled(N);
+    for (int64_t n = 0; n < N; n += kPanel) {
+      const MatrixB<S> b =
+          lying != nullptr ? MatrixB<S>::lying(lying + n, distance) : MatrixB<S>::packed(packed + n * K, K, kPanel);
+      gemm<S>(rows, least(kPanel, N - n), K, a, b, product.c + m * N + n, N, add);
+    }
+  }
+
+  // each[m] += the sum of a's row m over its pairs, but for those that are null; in four parts and apart from earlier
+  // blocks, which keeps rounding errors small.
+  static void add_rows(MatrixA<S, true> a, int64_t pairs, int64_t rows, std::initializer_list<T*> each) {
+    if (std::all_of(each.begin(), each.end(), [](const T* sums) { return sums == nullptr; })) return;
     for (int64_t m = 0; m < rows; m += kLanes<T>) {
       const int64_t lanes = least(kLanes<T>, rows - m);
       Vector<T> part[4] = {};
@@ -473,8 +570,10 @@ class Backward {
         for (int64_t i = 0; i < 4; ++i)
           if (q + i < pairs)
             part[i] +=
-                Operand<S>::sum_pairs(Operand<S>::load_pairs(a.a + m * kPair + (q + i) * a.column, lanes * kPair));
-      store(sums + m, load(sums + m, lanes) + ((part[0] + part[1]) + (part[2] + part[3])), lanes);
+                Operand<S>::sum_pairs(Operand<S>::load_pairs(a.a + m * kPair + (q + i) * a.column(), lanes * kPair));
+      for (T* sums : each)
+        if (sums != nullptr)
+          store(sums + m, load(sums + m, lanes) + ((part[0] + part[1]) + (part[2] + part[3])), lanes);
     }
   }
 
@@ -484,16 +583,16 @@ class Backward {
   int64_t most_rows_ = 0;  // of a chunk, in one direction
   Arena arena_;
   Gates<Cell, S> recomputed_;
-  S* grads_;                 // [2 chunks, D, rows, Cell::grads, H]
-  T *grad_h_, *grad_c_;      // [D, N, P], [D, N, H]: carried from step to step
-  S *w_hh_, *w_hr_, *w_ih_;  // [D, panels, K, kPanel], K = G*H, P, G*H
-  S* grad_projected_;        // [2 chunks, D, rows, P], with a projection
-  S* unprojected_;           // [2 chunks, D, rows, H], with a projection: h before it
-  T* saved_;                 // [D, rows, Cell::saved, H]: of a chunk, if computed again
-  S* previous_h_;            // [D, rows, P]: likewise
-  S* initial_h_;             // [D, N, P]
-  S* products_;              // for each thread
-  int64_t product_size_;
+  S* grads_;                                   // [2 chunks, D, rows, Cell::grads, H]
+  T *grad_h_, *grad_c_;                        // [D, N, P], [D, N, H]: carried from step to step
+  S *w_hh_, *w_hr_, *w_ih_;                    // [D, panels, K, kPanel], K = G*H, P, G*H
+  S* grad_projected_;                          // [2 chunks, D, rows, P], with a projection
+  S* unprojected_;                             // [2 chunks, D, rows, H], with a projection: h before it
+  T* saved_;                                   // [D, rows, Cell::saved, H]: of a chunk, if computed again
+  S* previous_h_;                              // [D, rows, P]: likewise
+  S* initial_h_;                               // [D, N, P]
+  S *operands_x_, *operands_h_, *operands_u_;  // [2 chunks, D, rows, I or P or H]: packed for the weight gradients
+  S* products_;                                // for each thread: a block of the gates' gradients
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

@@ -84,16 +84,20 @@ class Forward {
   void scan(const Share<S>& share_of, T* gates, Barrier& meet) {
     const Rows<S>& rows = share_of.rows;
     const Range own = share(gate_products_.panels(), share_of.member, share_of.members);
-    const int64_t rows_ahead = least(kRowsAhead, ahead_ / most(1, own.size() * kWidth));
+    // The same for all members, who would else take turns in waiting for each other.
+    const int64_t most_panels = (gate_products_.panels() + share_of.members - 1) / share_of.members;
+    const int64_t rows_ahead = least(kRowsAhead, ahead_ / (most_panels * kWidth));
     for (int64_t s = 0; s < layer_.steps;) {
       int64_t end = s, ahead = 0;
       while (end < layer_.steps && (end == s || ahead + rows.alive(end) <= rows_ahead)) ahead += rows.alive(end++);
       const S* x = gather_input(rows, s, end, reinterpret_cast<S*>(gates + gates_size_));
       for (int64_t p = own.begin; p < own.end; ++p)
-        gate_products_.input(ahead, x, rows.direction, p, after(p, own), gates + (p - own.begin) * ahead * kWidth);
+        gate_products_.input(ahead, x, rows.direction, p, p + 1 < own.end ? p + 1 : p,
+                             gates + (p - own.begin) * ahead * kWidth);
       for (int64_t done = 0; s < end; ++s) {
-        for (int64_t p = own.begin; p < own.end; ++p)
-          step(rows, s, p, after(p, own), gates + ((p - own.begin) * ahead + done) * kWidth);
+        const Sweep sweep(own, s);
+        for (int64_t i = 0; i < sweep.size(); ++i)
+          step(rows, s, sweep[i], sweep.next(i), gates + ((sweep[i] - own.begin) * ahead + done) * kWidth);
         done += rows.alive(s);
         meet.wait();
         if (layer_.direction[0].w_hr == nullptr) continue;
@@ -102,9 +106,6 @@ class Forward {
       }
     }
   }
-
-  // The panel that a thread comes to after p, if it goes round those in `own`.
-  static int64_t after(int64_t p, Range own) { return p + 1 < own.end ? p + 1 : own.begin; }
 
   // The rows of x for visits s to end, one visit after the other. Those of one visit lie together in x; so do those of
   // all, if all of the batch is ours and time goes forward. Else they are gathered, for products of many rows.
@@ -132,7 +133,7 @@ class Forward {
       if (from_zero)
         std::memset(recurrent, 0, count * kWidth * sizeof(T));
       else
-        gate_products_.recurrent(count, h_before + m * P, d, p, next, recurrent);
+        gate_products_.recurrent(count, h_before + m * P, d, p, m == 0 ? next : p, recurrent);
       cell(rows, s, p, m, count, gates + m * kWidth, recurrent);
     }
   }

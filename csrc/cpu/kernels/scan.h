@@ -20,31 +20,60 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // How the recurrence is split. Directions are independent, and so are rows of the batch: a thread that owns rows
-// waits for nobody. With too few rows, the threads of a direction share its hidden units and meet after each step.
+// waits for nobody, but reads all weights. Or the threads of a direction share its hidden units, each reads its share
+// of the weights, and they meet after each step. What is estimated to take the least time is chosen.
 struct Split {
-  int64_t blocks;   // of rows in each direction
-  int64_t members;  // threads that share the units of a direction; 1 if blocks > 1
+  int64_t blocks = 1;   // of rows in each direction
+  int64_t members = 1;  // threads that share the units of a direction; 1 if blocks > 1
 
   template <class S>
-  Split(const Layer<S>& layer, int64_t gates, int64_t units, int threads) : blocks(1), members(1) {
+  Split(const Layer<S>& layer, int64_t gates, int64_t units, int threads) {
     const int64_t share_of = (threads + layer.directions - 1) / layer.directions;
     if (share_of <= 1) return;
-    const int64_t rows = layer.batch / share_of, weights = gates * layer.hidden * layer.projected;
-    const int64_t bytes = weights * int64_t(sizeof(S)), l2 = cache_sizes().l2;
-    const bool can_share = layer.batch * weights >= kStepWorthSharing && layer.hidden >= most(32, units) * share_of;
-    const bool shared_in_cache = can_share && bytes > l2 / 2 && bytes <= l2 * share_of;
-    if (rows >= (bytes <= l2 / 2 ? kRowsOfTile : shared_in_cache ? kRowsWorthReadingAlone : kRowsWorthReading))
+    const int64_t panels = (layer.hidden + units - 1) / units, panels_of_share = (panels + share_of - 1) / share_of;
+    const double weights = double(gates) * layer.hidden * layer.projected, rows = layer.batch;
+    const double alone = cycles_of_step<S>(rows, weights);
+    const double by_rows = cycles_of_step<S>((layer.batch + share_of - 1) / share_of, weights);
+    const double from_others = rows * layer.projected * (share_of - 1) / share_of * sizeof(S);  // of h
+    const double by_units = cycles_of_step<S>(rows, weights * panels_of_share / panels) + kMeeting + from_others;
+    if (by_rows < alone && by_rows <= by_units)
       blocks = share_of;
-    else if (can_share)
+    else if (by_units < alone)
       members = share_of;
-    else if (rows >= 2)
-      blocks = share_of;
   }
 
-  // Each thread that owns rows reads all weights: from its own cache they keep up with few rows, from a shared one not.
-  // Where the threads' shares of the units fit in their own caches, and all weights do not, only many rows are worth it.
-  static constexpr int64_t kRowsOfTile = 4, kRowsWorthReading = 8, kRowsWorthReadingAlone = 32;
-  static constexpr int64_t kStepWorthSharing = 30'000;  // multiply-adds
+ private:
+  // In cycles: to meet, after which a byte of what another core wrote takes about one; and of a multiply-add, of which
+  // two begin in each. In bytes a cycle: what a core reads.
+  static constexpr double kMeeting = 1500, kLatency = 4, kFromL2 = 32, kFromL3 = 8;
+
+  // A core's cycles for a step that multiplies `rows` with so many weights: to multiply and to read them, for the most
+  // part at the same time. Of more weights than its L2 holds it finds there what it read last (Sweep).
+  template <class S>
+  static double cycles_of_step(double rows, double weights) {
+    constexpr double tall = rows_in_tile(kVectorsInTile);
+    const double sums = kVectorsInTile * (rows < tall ? rows : tall), wait = 2 * kLatency / sums;
+    const double multiplying = weights / Operand<S>::pair / Operand<S>::lanes * rows / 2 * (wait > 1 ? wait : 1);
+    const double bytes = weights * sizeof(S), held = cache_sizes().l2 * 0.6;
+    const double reading = bytes <= held ? bytes / kFromL2 : held / kFromL2 + (bytes - held) / kFromL3;
+    return multiplying > reading ? multiplying + reading / 4 : reading + multiplying / 4;
+  }
+};
+
+// The order in which a thread goes through its panels at visit s: forth, and back at the next visit, which so begins
+// with what was read last.
+class Sweep {
+ public:
+  Sweep(Range panels, int64_t s) : panels_(panels), back_(s % 2 != 0) {}
+
+  int64_t size() const { return panels_.size(); }
+  int64_t operator[](int64_t i) const { return back_ ? panels_.end - 1 - i : panels_.begin + i; }
+  // What comes after the i-th; at the end it again.
+  int64_t next(int64_t i) const { return (*this)[i + 1 < size() ? i + 1 : i]; }
+
+ private:
+  Range panels_;
+  bool back_;
 };
 
 // One direction of a layer, or some of its rows, in the order in which the forward scan visits the steps.
