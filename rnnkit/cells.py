@@ -12,18 +12,16 @@ from torch.fx import Proxy
 from rnnkit import backends, stack
 from rnnkit.ops import Keep
 
-Weights = tuple[Tensor | None, ...]
 
-
-def _weights(module: nn.RNNCellBase) -> Weights:
+def _weights(module: nn.RNNCellBase) -> list[Tensor | None]:
     """The five of `reference.WEIGHTS`."""
-    return (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh, None)
+    return [*stack.parameters(module, ("weight_ih", "weight_hh", "bias_ih", "bias_hh")), None]
 
 
-def _direct(cell: str, input: Tensor, hx: Any, weights: Weights) -> Any:
+def _direct(cell: str, input: Tensor, hx: Any, weights: list[Tensor | None]) -> Any:
     """The new state or pair of states by the short way, None if it cannot be taken."""
     step = backends.short_way("direct_cell")
-    return None if step is None else step(cell, input, hx, [list(weights)], Keep.EVERYTHING)
+    return None if step is None else step(cell, input, hx, [weights], Keep.EVERYTHING)
 
 
 def _step(
@@ -32,7 +30,7 @@ def _step(
     module: nn.RNNCellBase,
     input: Tensor,
     states: Sequence[Tensor],
-    weights: Weights,
+    weights: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
     """One step: input [N, I] or [I], states [N, H] or [H] (empty for zeros) -> new states."""
     if input.dim() not in (1, 2):

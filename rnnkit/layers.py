@@ -106,9 +106,8 @@ class _Layers(nn.RNNBase):
     def _weights(self) -> Weights:
         """The five tensors of `reference.WEIGHTS` for each layer and direction."""
         found: Weights = []
-        # Not _flat_weights, which miss what was put in a parameter's place.
         for names in self._all_weights:
-            weights = [getattr(self, name) for name in names]
+            weights = stack.parameters(self, names)
             biases = weights[2:4] if self.bias else [None, None]
             found.append([*weights[:2], *biases, weights[-1] if self.proj_size > 0 else None])
         return found

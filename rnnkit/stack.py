@@ -90,6 +90,12 @@ def pack(
         )
 
 
+def parameters(module: Module, names: Sequence[str]) -> list[Tensor | None]:
+    """The module's parameters of these names, or what was put in their place."""
+    registered = module._parameters  # in a third of the time that an attribute takes
+    return [registered[name] if name in registered else getattr(module, name) for name in names]
+
+
 def traced(module: Module, input: Proxy, hx: Any) -> Any:
     """A call of `module` in a graph that torch.fx traces: one node, as torch.fx makes of torch.nn's own layers."""
     tracer = input.tracer

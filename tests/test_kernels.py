@@ -28,6 +28,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from rnnkit import backends
+from rnnkit.__main__ import _cpu
 from rnnkit.ops import Keep
 from rnnkit.reference import CELLS, WEIGHTS
 
@@ -455,18 +456,12 @@ def test_cells_are_the_reference_s() -> None:
     assert backends.EXTENSION.cells() == specs
 
 
-@pytest.mark.parametrize("capability", ("default", "avx2"))
-def test_other_cpu_capabilities(capability: str) -> None:
-    """The kernels that a lesser processor would run pass a part of these tests."""
-    tests = "test_against_reference and D2 and float32 or test_large_values or test_kernels_are_for_this_cpu"
+def passes(tests: str, **environment: str) -> None:
+    """These tests of this file pass in a process that has this environment."""
     options = ["-q", "-p", "no:cacheprovider", "-m", "not gpu"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, __file__, "-k", tests],
-        env={
-            **os.environ,
-            "ATEN_CPU_CAPABILITY": capability,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        },
+        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(sys.path)},
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
@@ -474,6 +469,31 @@ def test_other_cpu_capabilities(capability: str) -> None:
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     closing = run.stdout.splitlines()[-1]
     assert "passed" in closing and "skipped" not in closing, closing
+
+
+@pytest.mark.parametrize("capability", ("default", "avx2"))
+def test_other_cpu_capabilities(capability: str) -> None:
+    """The kernels that a lesser processor would run pass a part of these tests."""
+    tests = "test_against_reference and D2 and float32 or test_large_values or test_kernels_are_for_this_cpu"
+    passes(tests, ATEN_CPU_CAPABILITY=capability)
+
+
+@pytest.mark.parametrize("way", ("direct", "float"))
+def test_bfloat16_either_way(way: str) -> None:
+    """Multiplied directly, where this CPU can, and as float, whichever is the faster on it."""
+    passes(
+        "test_against_reference and bfloat16 or test_special_values or test_bfloat16_is_multiplied",
+        RNNKIT_BFLOAT16=way,
+    )
+
+
+def test_bfloat16_is_multiplied_as_chosen() -> None:
+    """Else as float where the CPU has AMX, directly on others that can."""
+    features = _cpu()["features"]
+    assert isinstance(features, list)
+    can = backends.EXTENSION.capability() == "avx512" and "avx512_bf16" in features
+    chosen = os.environ.get("RNNKIT_BFLOAT16", "float" if "amx_bf16" in features else "direct")
+    assert backends.EXTENSION.multiplies_bfloat16() == (can and chosen == "direct")
 
 
 @pytest.mark.parametrize("cell", CELLS)

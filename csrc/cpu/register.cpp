@@ -12,6 +12,7 @@
 #endif
 
 #include <atomic>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -70,13 +71,28 @@ const Kernels<BFloat16>* bfloat16_kernels() {
   return nullptr;
 }
 
+// Whether bfloat16 is multiplied directly, and not as float. A CPU that has AMX takes twice as long for a vector of
+// pairs of bfloat16 as for two vectors of float (docs/performance.md). RNNKIT_BFLOAT16=direct or float decides.
+bool multiplies_bfloat16() {
+  static const bool does = [] {
+    if (bfloat16_kernels() == nullptr) return false;
+    if (const char* chosen = std::getenv("RNNKIT_BFLOAT16")) return std::string_view(chosen) == "direct";
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("amx-bf16")) return false;
+#endif
+    return true;
+  }();
+  return does;
+}
+
 // What the CPU's units can do at most with this capability; benchmarks state speed as a share of it.
 double peak_gflops(at::ScalarType type, int threads, double seconds) {
   MultiplyAdd loop = nullptr;
   if (type == at::kFloat) loop = capability().peak.f32;
   if (type == at::kDouble) loop = capability().peak.f64;
 #ifdef RNNKIT_HAS_AVX512_BF16
-  if (type == at::kBFloat16 && bfloat16_kernels()) loop = avx512_bf16::bfloat16_peak();
+  if (type == at::kBFloat16 && bfloat16_kernels())
+    loop = multiplies_bfloat16() ? avx512_bf16::bfloat16_peak() : capability().peak.f32;
 #endif
   TORCH_CHECK(loop, "expected dtype to be one that these kernels multiply, got ", type);
   TORCH_CHECK(threads > 0, "expected threads to be positive, got ", threads);
@@ -211,7 +227,7 @@ struct Call {
   at::TensorOptions compute_options() const { return input.options().dtype(compute_type()); }
   at::ScalarType operand_type() const {
     const bool in_pairs = input_size % 2 == 0 && hidden % 2 == 0 && projected % 2 == 0;
-    const bool direct = input.scalar_type() == at::kBFloat16 && in_pairs && bfloat16_kernels() != nullptr;
+    const bool direct = input.scalar_type() == at::kBFloat16 && in_pairs && multiplies_bfloat16();
     return direct ? at::kBFloat16 : compute_type();
   }
   at::TensorOptions operand_options() const { return input.options().dtype(operand_type()); }
@@ -256,6 +272,8 @@ class Pinned {
   template <class S>
   const S* read(const std::optional<Tensor>& tensor) {
     if (!tensor || !tensor->defined()) return nullptr;
+    if (tensor->scalar_type() == kScalarType<S> && tensor->is_contiguous() && !tensor->is_neg())
+      return static_cast<const S*>(tensor->const_data_ptr());  // the caller holds it
     kept_.push_back(tensor->to(kScalarType<S>).resolve_neg().contiguous());
     return static_cast<const S*>(kept_.back().const_data_ptr());
   }
@@ -479,6 +497,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
   m.doc() = "rnnkit's CPU kernels; importing it registers them with torch.";
   m.def("capability", [] { return capability().name; }, "The instruction set of the kernels in use.");
+  m.def("multiplies_bfloat16", multiplies_bfloat16, "Whether bfloat16 is multiplied directly, and not as float.");
   m.def("direct_layers", direct_layers, "Layers where nothing is left to decide, or None.");
   m.def("direct_cell", direct_cell, "The same for a cell's one step.");
   m.def("peak_gflops", peak_gflops, py::arg("dtype"), py::arg("threads"), py::arg("seconds"),
