@@ -126,6 +126,10 @@ class MatrixB {
   }
   // Columns from n to the end of its strip.
   int64_t left_in_strip(int64_t n) const { return kStrip<S> - (row_ > 0 ? 0 : (n_ + n) % kStrip<S>); }
+  // How many whole strips the columns from n on are, if it is packed.
+  int64_t whole_strips(int64_t n, int64_t columns) const {
+    return row_ > 0 || (n_ + n) % kStrip<S> != 0 ? 0 : columns / kStrip<S>;
+  }
 
  private:
   MatrixB(const S* b, int64_t row, int64_t depth, int64_t width, int64_t k = 0, int64_t n = 0)
@@ -142,31 +146,33 @@ struct Ahead {
 };
 
 // C[kRows, kVectors * lanes] (+)= A B, all of C in registers. kLines: cache lines that are fetched for each step in k.
+// More vectors than kVectorsInTile are of several strips of B, `strip` elements apart.
 template <class S, int kRows, int kVectors, int kLines, bool kTransposed>
 RNNKIT_INLINE void tile(int64_t K, MatrixA<S, kTransposed> A, const S* b, int64_t ldb, Sum<S>* c, int64_t ldc, bool add,
-                        Ahead ahead) {
+                        Ahead ahead, int64_t strip = 0) {
   using Op = Operand<S>;
   Vector<Sum<S>> sums[kRows][kVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sums[m][v] = Vector<Sum<S>>{};
   for (int64_t q = 0; q < K / Op::pair; ++q) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int line = 0; line < kLines; ++line) __builtin_prefetch(ahead.from + q * ahead.stride + line * 64, 0, 2);
     typename Op::Values columns[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) columns[v] = Op::load_pairs(b + q * ldb + v * Op::lanes * Op::pair);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v)
+      columns[v] = Op::load_pairs(b + v / kVectorsInTile * strip + q * ldb + v % kVectorsInTile * Op::lanes * Op::pair);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
       const typename Op::Values a = Op::splat_pair(A.a + m * A.row() + q * A.column());
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sums[m][v] = Op::multiply_add(a, columns[v], sums[m][v]);
     }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       Sum<S>* to = c + m * ldc + v * Op::lanes;
       store(to, add ? load(to) + sums[m][v] : sums[m][v]);
@@ -212,7 +218,18 @@ void strip(int64_t M, int64_t K, MatrixA<S, kTransposed> A, typename MatrixB<S>:
   }
 }
 
-// The same for fewer columns than lanes.
+// C[kRows, kStrips strips] (+)= A B, of few rows: a strip's sums alone are too few to keep the units busy, for each waits
+// for the one before. `strip`: elements from strip to strip.
+template <class S, int kRows, int kStrips>
+void few_rows(int64_t K, MatrixA<S> A, typename MatrixB<S>::Column B, int64_t strip, Sum<S>* c, int64_t ldc, bool add) {
+  for (int64_t k = 0; k < K; k += kDepthOfBlock) {
+    const int64_t depth = K - k < kDepthOfBlock ? K - k : kDepthOfBlock, q = k / Operand<S>::pair;
+    tile<S, kRows, kStrips * kVectorsInTile, 0>(depth, A.from(0, q), B.b + q * B.row, B.row, c, ldc, add || k > 0, {},
+                                                strip);
+  }
+}
+
+// Like strip, for fewer columns than lanes.
 template <class S, bool kTransposed>
 void edge(int64_t M, int64_t columns, int64_t K, MatrixA<S, kTransposed> A, typename MatrixB<S>::Column B, Sum<S>* c,
           int64_t ldc, bool add) {
@@ -235,6 +252,23 @@ void gemm(int64_t M, int64_t N, int64_t K, MatrixA<S, kTransposed> A, MatrixB<S>
   for (int64_t n = 0; n < N;) {
     const int64_t in_strip = B.left_in_strip(n), columns = N - n < in_strip ? N - n : in_strip;
     const auto b = B.column(n);
+    if constexpr (kVectorsInTile == 2 && !kTransposed) {
+      const int64_t strips = M <= 2 ? B.whole_strips(n, N - n) : 0;
+      if (strips > 1) {
+        const int64_t distance = B.column(n + kStrip<S>).b - b.b;
+        const int64_t taken = M == 2 ? 2 : strips < 4 ? strips : 4;
+        if (M == 2)
+          few_rows<S, 2, 2>(K, A, b, distance, c + n, ldc, add);
+        else if (taken == 2)
+          few_rows<S, 1, 2>(K, A, b, distance, c + n, ldc, add);
+        else if (taken == 3)
+          few_rows<S, 1, 3>(K, A, b, distance, c + n, ldc, add);
+        else
+          few_rows<S, 1, 4>(K, A, b, distance, c + n, ldc, add);
+        n += taken * kStrip<S>;
+        continue;
+      }
+    }
     const S* next = ahead == nullptr ? nullptr : n + columns < N ? B.column(n + columns).b : ahead;
     if (columns >= 4 * lanes && kVectorsInTile == 4) {
       if constexpr (kVectorsInTile == 4) strip<S, 4>(M, K, A, b, c + n, ldc, add, next);

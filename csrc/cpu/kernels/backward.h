@@ -199,8 +199,11 @@ class Backward {
   }
 
   void step_all(const Chunk& chunk, const Share<S>& share_of, int64_t s, Barrier& meet) {
-    for_panels(layer_.projected, share_of, s,
-               [&](int64_t first, int64_t width, int64_t next) { step(chunk, share_of.rows, s, first, width, next); });
+    const int64_t weights = Cell::gates * layer_.hidden * layer_.projected;
+    const bool fetch = w_hh_ != nullptr && outgrow_cache<S>(weights / share_of.members);
+    for_panels(layer_.projected, share_of, s, [&](int64_t first, int64_t width, int64_t next) {
+      step(chunk, share_of.rows, s, first, width, fetch ? next : first);
+    });
     if (projects_) {
       meet.wait();
       for_panels(layer_.hidden, share_of, s, [&](int64_t first, int64_t width, int64_t) {
@@ -235,14 +238,13 @@ class Backward {
 
   // The gradient of h after visit s, columns first to first + width: from the output, from visit s + 1 through the
   // recurrent weights, and what was carried. Then the cell; or, for rows that begin after visit s, the result.
-  // `next`: the first column of the step after this one; the same: none.
+  // `next`: the first column of the step after this one, to be fetched meanwhile; the same: none.
   void step(const Chunk& chunk, const Rows<S>& rows, int64_t s, int64_t first, int64_t width, int64_t next) {
     const int64_t d = rows.direction, H = layer_.hidden, P = layer_.projected;
     const int64_t alive = rows.alive(s), alive_after = rows.alive(s + 1);
     const int64_t K = Cell::gates * H, lda = Cell::grads * H;
     const MatrixB<S> w = matrix(w_hh_, layer_.direction[d].w_hh, K, P, d);
-    const bool fetch = w_hh_ != nullptr && next != first && K * P * int64_t(sizeof(S)) > cache_sizes().l2 / 2;
-    const S* ahead = fetch ? w.column(next).b : nullptr;
+    const S* ahead = next != first ? w.column(next).b : nullptr;
     const Chunk& after = s + 1 < chunk.end ? chunk : chunks_[most(0, chunk.index - 1)];
     alignas(64) T recurrent[kRowBlock * kPanel];
     for (int64_t m = 0; m < most(alive, alive_after); m += kRowBlock) {
@@ -372,7 +374,7 @@ class Backward {
     const int64_t count = chunk.rows[d].size(), blocks = (count + kProductRows - 1) / kProductRows;
     const int64_t panels = (I + kPanel - 1) / kPanel;
     const MatrixB<S> w = matrix(w_ih_, layer_.direction[d].w_ih, K, I, d);
-    const bool fetch = w_ih_ != nullptr && K * I * int64_t(sizeof(S)) > cache_sizes().l2 / 2;
+    const bool fetch = w_ih_ != nullptr && outgrow_cache<S>(K * I);
     const Range tasks = share(blocks * panels, thread, threads);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const Range rows = share(count, task / panels, blocks);

@@ -87,17 +87,20 @@ class Forward {
     // The same for all members, who would else take turns in waiting for each other.
     const int64_t most_panels = (gate_products_.panels() + share_of.members - 1) / share_of.members;
     const int64_t rows_ahead = least(kRowsAhead, ahead_ / (most_panels * kWidth));
+    const bool fetch = outgrow_cache<S>(own.size() * kWidth * layer_.projected);
+    const bool fetch_input = outgrow_cache<S>(own.size() * kWidth * layer_.input);
     for (int64_t s = 0; s < layer_.steps;) {
       int64_t end = s, ahead = 0;
       while (end < layer_.steps && (end == s || ahead + rows.alive(end) <= rows_ahead)) ahead += rows.alive(end++);
       const S* x = gather_input(rows, s, end, reinterpret_cast<S*>(gates + gates_size_));
       for (int64_t p = own.begin; p < own.end; ++p)
-        gate_products_.input(ahead, x, rows.direction, p, p + 1 < own.end ? p + 1 : p,
+        gate_products_.input(ahead, x, rows.direction, p, fetch_input && p + 1 < own.end ? p + 1 : p,
                              gates + (p - own.begin) * ahead * kWidth);
       for (int64_t done = 0; s < end; ++s) {
         const Sweep sweep(own, s);
         for (int64_t i = 0; i < sweep.size(); ++i)
-          step(rows, s, sweep[i], sweep.next(i), gates + ((sweep[i] - own.begin) * ahead + done) * kWidth);
+          step(rows, s, sweep[i], fetch ? sweep.next(i) : sweep[i],
+               gates + ((sweep[i] - own.begin) * ahead + done) * kWidth);
         done += rows.alive(s);
         meet.wait();
         if (layer_.direction[0].w_hr == nullptr) continue;

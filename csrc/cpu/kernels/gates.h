@@ -46,7 +46,7 @@ class Gates {
   }
 
   // to[M, G*units] = the panel's part of x W_ih^T and of h W_hh^T.
-  // `next` is the panel that is multiplied after this one; p itself: none.
+  // `next` is the panel that is multiplied after this one, to be fetched meanwhile; p itself: none.
   void input(int64_t M, const S* x, int64_t d, int64_t p, int64_t next, T* to) const {
     multiply(M, layer_.input, x, w_ih_, layer_.direction[d].w_ih, d, p, next, to);
   }
@@ -106,9 +106,8 @@ class Gates {
       return;
     }
     const S* panels = packed + d * panels_ * K * kWidth;
-    const bool fetch = next != p && panels_ * K * kWidth * int64_t(sizeof(S)) > cache_sizes().l2 / 2;
     gemm<S>(M, kWidth, K, rows_of(a, K), MatrixB<S>::packed(panels + p * K * kWidth, K, kWidth), to, kWidth, false,
-            fetch ? panels + next * K * kWidth : nullptr);
+            next != p ? panels + next * K * kWidth : nullptr);
   }
 
   const Layer<S>& layer_;

@@ -60,6 +60,12 @@ struct Split {
   }
 };
 
+// Whether a thread that goes through so many weights again and again does not find all of them in its L2.
+template <class S>
+bool outgrow_cache(int64_t weights) {
+  return weights * int64_t(sizeof(S)) > cache_sizes().l2 / 2;
+}
+
 // The order in which a thread goes through its panels at visit s: forth, and back at the next visit, which so begins
 // with what was read last.
 class Sweep {
