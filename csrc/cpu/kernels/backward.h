@@ -40,9 +40,9 @@ class Backward {
     saved_ = arena_.take<T>(recomputes_ ? D * most_rows_ * Cell::saved * H : 0);
     previous_h_ = arena_.take<S>(recomputes_ ? D * most_rows_ * P : 0);
     initial_h_ = arena_.take<S>(D * N * P);
-    operands_x_ = arena_.take<S>(R * panelled(I));
-    operands_h_ = arena_.take<S>(R * panelled(P));
-    operands_u_ = arena_.take<S>(projects_ ? R * panelled(H) : 0);
+    operands_x_ = arena_.take<S>(D * most_rows_ * panelled(I));
+    operands_h_ = arena_.take<S>(D * most_rows_ * panelled(P));
+    operands_u_ = arena_.take<S>(projects_ ? D * most_rows_ * panelled(H) : 0);
     products_ = arena_.take<S>(layer.threads * kDepth * kProductRows);
   }
 
@@ -56,12 +56,9 @@ class Backward {
       for (const Chunk& chunk : chunks_) {
         if (recomputes_) compute_gates(chunk, thread, threads, all);
         for (const Share<S>& own : shares_of(chunk, thread, threads)) scan(chunk, own, own.meets ? all : alone);
+        all.wait();
         pack_operands(chunk, thread, threads);
         all.wait();
-        if (projects_) {
-          pack_unprojected(chunk, thread, threads);
-          all.wait();
-        }
         for (int64_t d = 0; d < layer_.directions; ++d) {
           if (d > 0) all.wait();  // both add to grad_x
           input_gradient(chunk, d, thread, threads);
@@ -397,12 +394,12 @@ class Backward {
     const S* grads = gate_grads(chunk, d, first);
     const Sums of{chunk.index > 0, chunk.rows[d].size(), Cell::grads * H, thread, threads};
     const auto with_x = [&](int64_t gate) {
-      return Product{inputs(chunk, d), in_chunk(operands_x_, chunk, d, first, panelled(I)), I,
-                     at(weights.grad_w_ih, gate * H * I), at(weights.grad_b_ih, gate * H)};
+      return Product{inputs(chunk, d), operand(operands_x_, d, I), I, at(weights.grad_w_ih, gate * H * I),
+                     at(weights.grad_b_ih, gate * H)};
     };
     const auto with_h = [&](int64_t gate) {
-      return Product{previous_rows(chunk, d), in_chunk(operands_h_, chunk, d, first, panelled(P)), P,
-                     at(weights.grad_w_hh, gate * H * P), at(weights.grad_b_hh, gate * H)};
+      return Product{previous_rows(chunk, d), operand(operands_h_, d, P), P, at(weights.grad_w_hh, gate * H * P),
+                     at(weights.grad_b_hh, gate * H)};
     };
     // Gates of which both parts have the same gradient go together, for that is then copied and added up once.
     for (int64_t g = 0; g < Cell::gates;) {
@@ -419,8 +416,7 @@ class Backward {
     }
     if (projects_)
       products({of.add, of.rows, P, thread, threads}, in_chunk(grad_projected_, chunk, d, first, P), P,
-               Product{unprojected(chunk, d), in_chunk(operands_u_, chunk, d, first, panelled(H)), H, weights.grad_w_hr,
-                       nullptr});
+               Product{unprojected(chunk, d), operand(operands_u_, d, H), H, weights.grad_w_hr, nullptr});
   }
 
   // What the gates' gradients are multiplied with: row(r) of the chunk, and the distance between rows r to r + depth, or
@@ -469,25 +465,22 @@ class Backward {
   }
   static int64_t panelled(int64_t columns) { return round_up(columns, kPanel); }
 
-  // Packs the chunk's rows of x and of the h before them, this thread's part, in blocks of kDepth rows.
+  // Where the packed operand of direction d begins.
+  S* operand(S* operands, int64_t d, int64_t columns) const { return operands + d * most_rows_ * panelled(columns); }
+
+  // Packs what the chunk's gradients are multiplied with, this thread's part, in blocks of kDepth rows.
   void pack_operands(const Chunk& chunk, int thread, int threads) {
+    const int64_t I = layer_.input, P = layer_.projected, H = layer_.hidden;
     for (int64_t d = 0; d < layer_.directions; ++d) {
-      const int64_t first = chunk.rows[d].begin, count = chunk.rows[d].size();
-      const int64_t I = layer_.input, P = layer_.projected;
+      const int64_t count = chunk.rows[d].size();
       const Direction<S>& weights = layer_.direction[d];
       if (weights.grad_w_ih != nullptr)
-        pack_operand(inputs(chunk, d), count, I, in_chunk(operands_x_, chunk, d, first, panelled(I)), thread, threads);
+        pack_operand(inputs(chunk, d), count, I, operand(operands_x_, d, I), thread, threads);
       if (weights.grad_w_hh != nullptr)
-        pack_operand(previous_rows(chunk, d), count, P, in_chunk(operands_h_, chunk, d, first, panelled(P)), thread,
-                     threads);
+        pack_operand(previous_rows(chunk, d), count, P, operand(operands_h_, d, P), thread, threads);
+      if (weights.grad_w_hr != nullptr)
+        pack_operand(unprojected(chunk, d), count, H, operand(operands_u_, d, H), thread, threads);
     }
-  }
-  void pack_unprojected(const Chunk& chunk, int thread, int threads) {
-    const int64_t H = layer_.hidden;
-    for (int64_t d = 0; d < layer_.directions; ++d)
-      if (layer_.direction[d].grad_w_hr != nullptr)
-        pack_operand(unprojected(chunk, d), chunk.rows[d].size(), H,
-                     in_chunk(operands_u_, chunk, d, chunk.rows[d].begin, panelled(H)), thread, threads);
   }
 
   template <class B>
@@ -593,7 +586,7 @@ class Backward {
   T* saved_;                                   // [D, rows, Cell::saved, H]: of a chunk, if computed again
   S* previous_h_;                              // [D, rows, P]: likewise
   S* initial_h_;                               // [D, N, P]
-  S *operands_x_, *operands_h_, *operands_u_;  // [2 chunks, D, rows, I or P or H]: packed for the weight gradients
+  S *operands_x_, *operands_h_, *operands_u_;  // [D, rows, I or P or H]: a chunk's, packed for its weight gradients
   S* products_;                                // for each thread: a block of the gates' gradients
 };
 
