@@ -19,14 +19,17 @@ Device = torch.device | str | int | None
 States = tuple[Tensor, Tensor]
 Weights = list[list[Tensor | None]]
 
-#: torch.nn's methods that a call goes through.
-_CHECKS = (
-    "check_input",
-    "check_forward_args",
-    "check_hidden_size",
-    "get_expected_hidden_size",
-    "get_expected_cell_size",
-)
+#: torch.nn's methods that a call goes through, of all layers and of the LSTM.
+_CHECKS = {
+    name: {getattr(cls, name, None) for cls in (nn.RNNBase, nn.LSTM)}
+    for name in (
+        "check_input",
+        "check_forward_args",
+        "check_hidden_size",
+        "get_expected_hidden_size",
+        "get_expected_cell_size",
+    )
+}
 
 
 class _Layers(nn.RNNBase):
@@ -34,7 +37,6 @@ class _Layers(nn.RNNBase):
 
     recompute = frozen = False  # of modules that were pickled before there were such choices
     _packed: tuple[Tensor, ...] = ()
-    _own_checks = False  # whether a user's subclass has some, which the short way would pass by
 
     if TYPE_CHECKING:
 
@@ -67,13 +69,6 @@ class _Layers(nn.RNNBase):
         """torch.nn's, and what rnnkit adds."""
         added = [f", {name}=True" for name in ("recompute", "frozen") if getattr(self, name)]
         return super().extra_repr() + "".join(added)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        ours = next(base for base in cls.__mro__ if base.__module__ == __name__)
-        cls._own_checks = any(
-            getattr(cls, name, None) is not getattr(ours, name, None) for name in _CHECKS
-        )
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
@@ -175,7 +170,8 @@ class _Layers(nn.RNNBase):
             return stack.traced(self, input, hx)
         weights = self._weights()
         direct = backends.short_way("direct_layers")
-        if direct is not None and not (self._own_checks or (self.training and self.dropout > 0)):
+        drops = self.training and self.dropout > 0
+        if direct is not None and not drops and self._has_torchs_checks():
             directions = 2 if self.bidirectional else 1
             found = direct(
                 self.mode.lower(),
@@ -213,6 +209,14 @@ class _Layers(nn.RNNBase):
             output = output.squeeze(batch_dim)
             finals = tuple(state.squeeze(1) for state in finals)
         return output, self._returned(finals)
+
+    def _has_torchs_checks(self) -> bool:
+        """Whether nobody put checks in their place, which the short way would pass by."""
+        cls, own = type(self), self.__dict__
+        return all(
+            name not in own and getattr(cls, name, None) in torchs
+            for name, torchs in _CHECKS.items()
+        )
 
     def _forward_packed(
         self, input: PackedSequence, states: Sequence[Tensor], weights: Weights

@@ -230,6 +230,20 @@ def test_gradients_are_those_of_the_ordinary_way(
             assert torch.equal(result, expected[name]), f"{case}: {name}"
 
 
+@pytest.mark.parametrize("module", LAYERS)
+@pytest.mark.parametrize("missing", ("bias_ih_l0", "bias_hh_l0_reverse"))
+def test_a_bias_that_one_direction_does_not_have(ways: Ways, module: str, missing: str) -> None:
+    case = Case(module, bidirectional=True)
+    ours, _ = case.twins()
+    setattr(ours, missing, None)
+    actual = run(case, ours, case.leaves())
+    expected = ways.ordinary(lambda: run(case, ours, case.leaves()))
+    assert ways.taken == [True]
+    assert actual.keys() == expected.keys()
+    for name, result in actual.items():
+        assert torch.equal(result, expected[name]), name
+
+
 def both(ways: Ways, call: Callable[[], Any]) -> None:
     """`call` returns the same tensors by either way, and the short way is taken."""
     ways.taken.clear()
@@ -280,6 +294,25 @@ def test_gradients_of_gradients(ways: Ways, module: str, batched: bool) -> None:
         return list(torch.autograd.grad(sum(g.pow(2).sum() for g in first), wanted))
 
     both(ways, gradients)
+
+
+@each_module
+def test_forward_mode_over_a_backward_pass(ways: Ways, module: str) -> None:
+    """The tangent of a cotangent reaches the gradients."""
+    case = Case(module, hx=True, dtype=torch.float64)
+    ours, _ = case.twins()
+    leaves = case.leaves()
+
+    def tangents() -> list[Tensor]:
+        with forward_ad.dual_level():
+            result = tensors_of(ours(*case.arguments(leaves)))[0]
+            cotangent = forward_ad.make_dual(torch.ones_like(result), result.detach())
+            grads = torch.autograd.grad(result, list(leaves.values()), cotangent)
+            found = [forward_ad.unpack_dual(grad).tangent for grad in grads]
+        assert all(tangent is not None for tangent in found)
+        return [tangent for tangent in found if tangent is not None]
+
+    both(ways, tangents)
 
 
 @each_module

@@ -487,6 +487,18 @@ def test_bfloat16_either_way(way: str) -> None:
     )
 
 
+def test_a_choice_that_is_none() -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", "import torch, rnnkit._C as c; print(c.multiplies_bfloat16())"],
+        env={**os.environ, "RNNKIT_BFLOAT16": "both", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    error = "expected RNNKIT_BFLOAT16 to be direct or float, got both"
+    assert error in told.stderr or told.stdout.strip() == "False"  # where there is no choice
+
+
 def test_bfloat16_is_multiplied_as_chosen() -> None:
     """Else as float where the CPU has AMX, directly on others that can."""
     features = _cpu()["features"]

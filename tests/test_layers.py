@@ -1,5 +1,6 @@
 """What layers have and cells do not: the flat weights, the checks, the helpers of nn.RNNBase."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -126,7 +127,13 @@ def test_a_subclass_may_override_the_checks(backend: str, name: str) -> None:
     class Later(Checked):
         pass
 
-    for cls in (Checked, Mixed, Later):
+    class After(getattr(rnnkit, name)):  # type: ignore[misc]
+        pass
+
+    After.check_input = Refuses.check_input
+    instance = getattr(rnnkit, name)(4, 6)
+    instance.check_input = partial(Refuses.check_input, instance)
+    for layer in (*(cls(4, 6) for cls in (Checked, Mixed, Later, After)), instance):
         for context in (torch.enable_grad(), torch.no_grad()):
             with context, pytest.raises(NotImplementedError, match="refused"):
-                cls(4, 6)(torch.randn(5, 3, 4))
+                layer(torch.randn(5, 3, 4))

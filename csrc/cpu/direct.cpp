@@ -23,8 +23,11 @@ using Weights = std::vector<std::optional<Tensor>>;  // kWeights of each directi
 constexpr auto kOrdinaryKeys = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
                                                     c10::DispatchKey::AutocastCPU, c10::DispatchKey::ADInplaceOrView});
 
-// Whether it is a plain tensor on the CPU, of no subclass, transform or mode.
-bool is_ordinary(const Tensor& tensor) { return (tensor.key_set().raw_repr() & ~kOrdinaryKeys.raw_repr()) == 0; }
+// Whether it is a plain tensor on the CPU, of no subclass, transform or mode, and without a forward-mode tangent.
+bool is_ordinary(const Tensor& tensor) {
+  if ((tensor.key_set().raw_repr() & ~kOrdinaryKeys.raw_repr()) != 0) return false;
+  return !tensor.unsafeGetTensorImpl()->has_storage() || !tensor._fw_grad(0).defined();
+}
 
 // Whether nothing but this thread's ordinary dispatch is to see the call.
 bool ordinary_dispatch() {
@@ -46,7 +49,6 @@ class Arguments {
     if (!is_ordinary(found)) return refuse();
     if (dtype_ == at::ScalarType::Undefined) dtype_ = found.scalar_type();
     if (found.scalar_type() != dtype_ || !found.is_floating_point()) return refuse();
-    if (found.unsafeGetTensorImpl()->has_storage() && found._fw_grad(0).defined()) return refuse();
     if (found.is_inference())
       any_inference_ = true;
     else if (found.requires_grad() && at::GradMode::is_enabled())
@@ -132,7 +134,7 @@ struct Call {
   int64_t keep;  // rnnkit.ops.Keep, for where gradients are needed
 };
 
-// `_Layer` of rnnkit/autograd.py, for an ordinary call.
+// `_Layer` of rnnkit/autograd.py, for an ordinary call. On the CPU there is no other backend's op to remember.
 class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> {
  public:
   // `tensors`: the caller's own of input, states and weights, of those that there are.
@@ -145,7 +147,10 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
     data["cell"] = call.cell;
     data["step"] = call.step;
     data["states"] = int64_t(call.states.size());
-    for (int64_t k = 2; k < kWeights; ++k) data[kHas[k]] = call.weights[k].has_value();
+    int64_t weights_there = 0;
+    for (size_t i = 0; i < call.weights.size(); ++i) weights_there |= int64_t(call.weights[i].has_value()) << i;
+    data["weights"] = int64_t(call.weights.size());
+    data["weights there"] = weights_there;
     variable_list saved = tensors.vec();
     // A user may write to torch.nn's output before the backward pass. So one may to this: it is saved without
     // autograd's own check, and computed again if it was written to. Of a step nobody sees it.
@@ -177,26 +182,27 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
     for (const Tensor& grad : grads) ordinary = ordinary && (!grad.defined() || is_ordinary(grad));
     const bool written = !step && data["watch"].toTensor()._version() != data["version"].toInt();
 
-    const auto whole = [&](const Tensor& tensor) { return step && tensor.defined() ? tensor.unsqueeze(0) : tensor; };
-    const auto own = [&](const Tensor& tensor) {
+    // Of a step the op takes and returns [1, N, H] for the caller's [N, H].
+    const auto for_op = [&](const Tensor& tensor) { return step && tensor.defined() ? tensor.unsqueeze(0) : tensor; };
+    const auto for_caller = [&](const Tensor& tensor) {
       if (!step || !tensor.defined()) return tensor;
-      return at::GradMode::is_enabled() ? tensor.squeeze(0) : squeezed(tensor);
+      return ordinary ? squeezed(tensor) : tensor.squeeze(0);
     };
-    std::vector<std::optional<Tensor>> whole_grads;
+    std::vector<std::optional<Tensor>> op_grads;
     for (const Tensor& grad : grads)
-      whole_grads.push_back(grad.defined() ? std::optional<Tensor>(whole(grad)) : std::nullopt);
-    const Tensor x = whole(saved[0]);
+      op_grads.push_back(grad.defined() ? std::optional<Tensor>(for_op(grad)) : std::nullopt);
+    const Tensor x = for_op(saved[0]);
     std::vector<Tensor> states;
-    for (size_t i = 0; i < n_states; ++i) states.push_back(whole(saved[1 + i]));
-    Weights weights;
-    std::vector<size_t> places;  // among input, states and all weights, of each that there is
+    for (size_t i = 0; i < n_states; ++i) states.push_back(for_op(saved[1 + i]));
+    // The place of each saved tensor among the op's input, states and weights, some of which may not be there.
+    std::vector<size_t> places;
     for (size_t i = 0; i < 1 + n_states; ++i) places.push_back(i);
-    for (size_t i = 1 + n_states, k = 0; i < n; k = (k + 1) % kWeights) {
-      const bool has = k < 2 || data[kHas[k]].toBool();
-      if (has) places.push_back(1 + n_states + weights.size());
-      weights.push_back(has ? std::optional<Tensor>(saved[i++]) : std::nullopt);
+    Weights weights(data["weights"].toInt());
+    for (size_t i = 0, next = 1 + n_states; i < weights.size(); ++i) {
+      if ((data["weights there"].toInt() >> i & 1) == 0) continue;
+      weights[i] = saved.at(next++);
+      places.push_back(1 + n_states + i);
     }
-    while (weights.size() % kWeights != 0) weights.emplace_back();
     c10::List<bool> needs;
     needs.resize(1 + n_states + weights.size(), false);
     for (size_t i = 0; i < n; ++i) needs.set(places[i], ctx->needs_input_grad(i));
@@ -204,25 +210,21 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
     variable_list found(1 + n);  // none for `call`
     if (ordinary && !written) {
       const std::vector<Tensor> needed = op_of<decltype(layer_backward)>("rnnkit::layer_backward")
-                                             .call(cell, OptionalTensors(whole_grads), x, states,
-                                                   OptionalTensors(weights), std::nullopt, output, reserve, needs);
+                                             .call(cell, OptionalTensors(op_grads), x, states, OptionalTensors(weights),
+                                                   std::nullopt, output, reserve, needs);
       for (size_t i = 0, next = 0; i < n; ++i)
         if (needs.get(places[i])) found[1 + i] = needed.at(next++);
     } else {
       const py::gil_scoped_acquire acquired;
-      const auto all = py::module_::import("rnnkit.autograd")
-                           .attr("gradients")(cell, whole_grads, x, states, weights, py::none(), output, reserve,
-                                              needs.vec(), written)
-                           .cast<std::vector<std::optional<Tensor>>>();
+      const auto all =
+          py::module_::import("rnnkit.autograd")
+              .attr("gradients")(cell, op_grads, x, states, weights, py::none(), output, reserve, needs.vec(), written)
+              .cast<std::vector<std::optional<Tensor>>>();
       for (size_t i = 0; i < n; ++i) found[1 + i] = all.at(places[i]).value_or(Tensor());
     }
-    for (size_t i = 0; i < 1 + n_states; ++i) found[1 + i] = own(found[1 + i]);
+    for (size_t i = 0; i < 1 + n_states; ++i) found[1 + i] = for_caller(found[1 + i]);
     return found;
   }
-
- private:
-  // Names in `saved_data`.
-  static constexpr const char* kHas[kWeights] = {"", "", "b_ih", "b_hh", "w_hr"};
 };
 
 struct Results {

@@ -94,6 +94,15 @@ constexpr int64_t kDepthOfBlock = 512;
 constexpr int rows_in_tile(int vectors) { return vectors == 2 ? 4 : 6; }
 #endif
 
+// Rows of A that are so few that a strip's sums would wait for each other: they multiply several strips at once.
+constexpr int64_t kFewRows = kVectorsInTile == 2 ? 2 : 0;
+
+// Vectors of sums that are worked on at once where `rows` are multiplied.
+constexpr int64_t sums_at_once(int64_t rows) {
+  const int64_t most = rows_in_tile(kVectorsInTile);
+  return rows <= kFewRows ? 8 : kVectorsInTile * (rows < most ? rows : most);
+}
+
 // Columns of B that one tile multiplies.
 template <class S>
 constexpr int64_t kStrip = kVectorsInTile * Operand<S>::lanes;
@@ -146,10 +155,10 @@ struct Ahead {
 };
 
 // C[kRows, kVectors * lanes] (+)= A B, all of C in registers. kLines: cache lines that are fetched for each step in k.
-// More vectors than kVectorsInTile are of several strips of B, `strip` elements apart.
+// More vectors than kVectorsInTile are of several strips of B, `strip_stride` elements apart.
 template <class S, int kRows, int kVectors, int kLines, bool kTransposed>
 RNNKIT_INLINE void tile(int64_t K, MatrixA<S, kTransposed> A, const S* b, int64_t ldb, Sum<S>* c, int64_t ldc, bool add,
-                        Ahead ahead, int64_t strip = 0) {
+                        Ahead ahead, int64_t strip_stride = 0) {
   using Op = Operand<S>;
   Vector<Sum<S>> sums[kRows][kVectors];
 #pragma GCC unroll 16
@@ -162,7 +171,8 @@ RNNKIT_INLINE void tile(int64_t K, MatrixA<S, kTransposed> A, const S* b, int64_
     typename Op::Values columns[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v)
-      columns[v] = Op::load_pairs(b + v / kVectorsInTile * strip + q * ldb + v % kVectorsInTile * Op::lanes * Op::pair);
+      columns[v] =
+          Op::load_pairs(b + v / kVectorsInTile * strip_stride + q * ldb + v % kVectorsInTile * Op::lanes * Op::pair);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
       const typename Op::Values a = Op::splat_pair(A.a + m * A.row() + q * A.column());
@@ -219,13 +229,14 @@ void strip(int64_t M, int64_t K, MatrixA<S, kTransposed> A, typename MatrixB<S>:
 }
 
 // C[kRows, kStrips strips] (+)= A B, of few rows: a strip's sums alone are too few to keep the units busy, for each waits
-// for the one before. `strip`: elements from strip to strip.
+// for the one before. `strip_stride`: elements from strip to strip.
 template <class S, int kRows, int kStrips>
-void few_rows(int64_t K, MatrixA<S> A, typename MatrixB<S>::Column B, int64_t strip, Sum<S>* c, int64_t ldc, bool add) {
+void few_rows(int64_t K, MatrixA<S> A, typename MatrixB<S>::Column B, int64_t strip_stride, Sum<S>* c, int64_t ldc,
+              bool add) {
   for (int64_t k = 0; k < K; k += kDepthOfBlock) {
     const int64_t depth = K - k < kDepthOfBlock ? K - k : kDepthOfBlock, q = k / Operand<S>::pair;
     tile<S, kRows, kStrips * kVectorsInTile, 0>(depth, A.from(0, q), B.b + q * B.row, B.row, c, ldc, add || k > 0, {},
-                                                strip);
+                                                strip_stride);
   }
 }
 
@@ -244,16 +255,18 @@ void edge(int64_t M, int64_t columns, int64_t K, MatrixA<S, kTransposed> A, type
 }
 
 // C[M, N] (+)= A[M, K] B[K, N]; K is even where pairs are multiplied. C is written in its N columns only. `ahead`:
-// packed memory that is multiplied next and is to be fetched meanwhile, as much as is read of B; null: nothing is.
+// packed memory that is multiplied next and is fetched meanwhile, as much as is read of B, but for few_rows and edge,
+// which fetch nothing; null: nothing is.
 template <class S, bool kTransposed>
 void gemm(int64_t M, int64_t N, int64_t K, MatrixA<S, kTransposed> A, MatrixB<S> B, Sum<S>* c, int64_t ldc, bool add,
           const S* ahead = nullptr) {
   constexpr int64_t lanes = Operand<S>::lanes;
+  if (M == 0) return;
   for (int64_t n = 0; n < N;) {
     const int64_t in_strip = B.left_in_strip(n), columns = N - n < in_strip ? N - n : in_strip;
     const auto b = B.column(n);
-    if constexpr (kVectorsInTile == 2 && !kTransposed) {
-      const int64_t strips = M <= 2 ? B.whole_strips(n, N - n) : 0;
+    if constexpr (kFewRows > 0 && !kTransposed) {
+      const int64_t strips = M <= kFewRows ? B.whole_strips(n, N - n) : 0;
       if (strips > 1) {
         const int64_t distance = B.column(n + kStrip<S>).b - b.b;
         const int64_t taken = M == 2 ? 2 : strips < 4 ? strips : 4;

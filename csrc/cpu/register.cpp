@@ -76,7 +76,12 @@ const Kernels<BFloat16>* bfloat16_kernels() {
 bool multiplies_bfloat16() {
   static const bool does = [] {
     if (bfloat16_kernels() == nullptr) return false;
-    if (const char* chosen = std::getenv("RNNKIT_BFLOAT16")) return std::string_view(chosen) == "direct";
+    if (const char* variable = std::getenv("RNNKIT_BFLOAT16"); variable != nullptr && *variable != 0) {
+      const std::string chosen = variable;
+      TORCH_CHECK(chosen == "direct" || chosen == "float", "expected RNNKIT_BFLOAT16 to be direct or float, got ",
+                  chosen);
+      return chosen == "direct";
+    }
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("amx-bf16")) return false;
 #endif

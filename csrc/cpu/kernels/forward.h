@@ -93,7 +93,7 @@ class Forward {
       int64_t end = s, ahead = 0;
       while (end < layer_.steps && (end == s || ahead + rows.alive(end) <= rows_ahead)) ahead += rows.alive(end++);
       const S* x = gather_input(rows, s, end, reinterpret_cast<S*>(gates + gates_size_));
-      for (int64_t p = own.begin; p < own.end; ++p)
+      for (int64_t p = own.begin; ahead > 0 && p < own.end; ++p)
         gate_products_.input(ahead, x, rows.direction, p, fetch_input && p + 1 < own.end ? p + 1 : p,
                              gates + (p - own.begin) * ahead * kWidth);
       for (int64_t done = 0; s < end; ++s) {

@@ -34,25 +34,26 @@ struct Split {
     const double weights = double(gates) * layer.hidden * layer.projected, rows = layer.batch;
     const double alone = cycles_of_step<S>(rows, weights);
     const double by_rows = cycles_of_step<S>((layer.batch + share_of - 1) / share_of, weights);
+    const double meeting = kMeeting * threads * (layer.direction[0].w_hr == nullptr ? 1 : 2);
     const double from_others = rows * layer.projected * (share_of - 1) / share_of * sizeof(S);  // of h
-    const double by_units = cycles_of_step<S>(rows, weights * panels_of_share / panels) + kMeeting + from_others;
-    if (by_rows < alone && by_rows <= by_units)
-      blocks = share_of;
-    else if (by_units < alone)
+    const double by_units = cycles_of_step<S>(rows, weights * panels_of_share / panels) + meeting + from_others;
+    const double worth_waking = 0.9 * alone;
+    if (by_rows < worth_waking && (by_rows <= by_units || panels < share_of))
+      blocks = least(share_of, layer.batch);
+    else if (by_units < worth_waking && panels >= share_of)
       members = share_of;
   }
 
  private:
-  // In cycles: to meet, after which a byte of what another core wrote takes about one; and of a multiply-add, of which
-  // two begin in each. In bytes a cycle: what a core reads.
-  static constexpr double kMeeting = 1500, kLatency = 4, kFromL2 = 32, kFromL3 = 8;
+  // In cycles: each thread's part of a meeting, after which a byte of what another core wrote takes about one; and of a
+  // multiply-add, of which two begin in each. In bytes a cycle: what a core reads.
+  static constexpr double kMeeting = 750, kLatency = 4, kFromL2 = 32, kFromL3 = 8;
 
   // A core's cycles for a step that multiplies `rows` with so many weights: to multiply and to read them, for the most
   // part at the same time. Of more weights than its L2 holds it finds there what it read last (Sweep).
   template <class S>
   static double cycles_of_step(double rows, double weights) {
-    constexpr double tall = rows_in_tile(kVectorsInTile);
-    const double sums = kVectorsInTile * (rows < tall ? rows : tall), wait = 2 * kLatency / sums;
+    const double wait = 2 * kLatency / sums_at_once(int64_t(rows));
     const double multiplying = weights / Operand<S>::pair / Operand<S>::lanes * rows / 2 * (wait > 1 ? wait : 1);
     const double bytes = weights * sizeof(S), held = cache_sizes().l2 * 0.6;
     const double reading = bytes <= held ? bytes / kFromL2 : held / kFromL2 + (bytes - held) / kFromL3;
