@@ -1,7 +1,6 @@
 """The part of README.md that is written from results: a picture, a table, what rnnkit is not ahead in, the GPU."""
 
 import statistics
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
@@ -71,7 +70,7 @@ def table(documents: Sequence[Document]) -> list[str]:
 
 
 def comparisons(document: Document) -> Iterator[tuple[str, Figure]]:
-    """Every peer's time over rnnkit's, of engines that pack ahead over the frozen layer, with the comparison's kind."""
+    """Every peer's time over rnnkit's, of engines that pack ahead over the frozen layer, with who it is and how."""
     for row in document["lines"]:
         if row["group"] not in ("cases", "streaming"):
             continue
@@ -79,22 +78,35 @@ def comparisons(document: Document) -> Iterator[tuple[str, Figure]]:
         dtype = "" if case.dtype == "float32" else f" in {case.dtype}"
         ratios = row.get("ratios", {}) | row.get("frozen", {})
         for peer in TITLES.keys() & ratios.keys():
-            unheld = "" if goals.held(document, peer) else f", not held to {isa_title(document)}"
-            kind = f"{case.cell} {case.mode}{dtype} beside {TITLES[peer]}{unheld}"
-            yield kind, Figure.read(ratios[peer])
+            isa = isa_title(document)
+            unheld = (
+                ""
+                if goals.held(document, peer)
+                else f", on all the CPU's instructions beside {isa} alone"
+            )
+            yield f"{TITLES[peer]}{dtype}{unheld}", Figure.read(ratios[peer])
 
 
 def not_ahead(documents: Sequence[Document]) -> str:
-    """The sentence on the comparisons in which rnnkit is slower, counted by kind."""
+    """The sentence on the comparisons in which rnnkit is slower: how many, and the worst, for each peer."""
     found = [pair for document in documents for pair in comparisons(document)]
     trusted = [(kind, figure) for kind, figure in found if not figure.noisy]
-    behind = Counter(kind for kind, figure in trusted if figure.median < 1)
+    behind: dict[str, list[float]] = {}
+    for kind, figure in trusted:
+        if figure.median < 1:
+            behind.setdefault(kind, []).append(figure.median)
     noisy = len(found) - len(trusted)
     beside = f" ({noisy} more are too noisy to tell)" if noisy else ""
     if not behind:
         return f"rnnkit is ahead in all {len(trusted)} comparisons{beside}."
-    kinds = [f"{kind} ({n})" for kind, n in sorted(behind.items(), key=lambda k: (-k[1], k[0]))]
-    return f"rnnkit is not ahead in {behind.total()} of {len(trusted)} comparisons{beside}: {', '.join(kinds)}."
+    told = [
+        f"{len(ratios)} with {kind} (worst {min(ratios):.2f}×)"
+        for kind, ratios in sorted(behind.items(), key=lambda k: (min(k[1]), k[0]))
+    ]
+    total = sum(map(len, behind.values()))
+    return (
+        f"rnnkit is not ahead in {total} of {len(trusted)} comparisons{beside}: {'; '.join(told)}."
+    )
 
 
 def sizes(documents: Sequence[Document]) -> str:

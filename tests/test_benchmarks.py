@@ -610,8 +610,8 @@ def test_report_of_two_isas_and_an_older_cpu(folder: Path) -> None:
     text = (folder / "README.md").read_text("utf-8")
     assert "| AVX-512 | GRU | 1.64× (0.90–3.00) |" in text and "Old CPU" not in text
     assert (
-        "rnnkit is not ahead in 2 of 8 comparisons: GRU training beside torch.nn (1), "
-        "GRU training beside torch.nn, not held to AVX2 (1)." in text
+        "rnnkit is not ahead in 2 of 8 comparisons: 1 with torch.nn (worst 0.90×); "
+        "1 with torch.nn, on all the CPU's instructions beside AVX2 alone (worst 0.90×)." in text
     )
     told = (folder / "docs" / "performance.md").read_text("utf-8")
     assert "### A CPU (2 cores), 2 threads, AVX-512" in told and "### Old CPU, 2 threads" in told
@@ -633,7 +633,7 @@ def test_noisy_comparisons_are_counted_apart() -> None:
     told = summary.not_ahead([training(0.8, 0.8, NOISY)])
     assert told == (
         "rnnkit is not ahead in 1 of 3 comparisons (1 more are too noisy to tell): "
-        "GRU training beside torch.nn (1)."
+        "1 with torch.nn (worst 0.80×)."
     )
 
 
