@@ -5,6 +5,7 @@ from rnnkit.cells import GRUCell, LSTMCell, RNNCell
 from rnnkit.converting import convert, patch, revert
 from rnnkit.explaining import explain
 from rnnkit.freezing import freeze
+from rnnkit.interop import decompositions
 from rnnkit.layers import GRU, LSTM, RNN
 from rnnkit.packing import pack_padded_sequence, pad_packed_sequence
 
@@ -19,6 +20,7 @@ __all__ = [
     "RNNCell",
     "backend",
     "convert",
+    "decompositions",
     "explain",
     "freeze",
     "pack_padded_sequence",

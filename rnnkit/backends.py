@@ -6,14 +6,16 @@ runs. `backend` forces a choice.
 
 import importlib
 import importlib.metadata
+import os
 import re
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -65,9 +67,13 @@ def _load_cuda() -> str:
     return ""
 
 
+#: Whether Triton's interpreter runs the Triton kernels, on CPU tensors: slowly, for tests and a debugger.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _find_triton() -> str:
     """Why the Triton kernels cannot be there, or empty; they are imported at their first use."""
-    if torch.version.cuda is None and torch.version.hip is None:
+    if torch.version.cuda is None and torch.version.hip is None and not TRITON_INTERPRETED:
         return "this torch is built without CUDA and ROCm"
     for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
         try:
@@ -93,7 +99,7 @@ TRITON_REASON = _find_triton()
 def unavailable(name: str) -> str:
     """Why backend `name` cannot be used here; empty when it can."""
     if name == "triton":
-        return TRITON_REASON or _too_old(None)
+        return TRITON_REASON or ("" if TRITON_INTERPRETED else _too_old(None))
     if name != "cpp" or not EXTENSION_REASON or not (CUDA_REASON or _unusable(None)):
         return ""
     return EXTENSION_REASON
@@ -120,12 +126,23 @@ def serving(device: torch.device) -> str:
         _warned.add(device.type)
         no_cpp, no_triton = (_no_kernels(name, device) for name in ("cpp", "triton"))
         nor = f", nor are there Triton kernels{no_triton}" if device.type == "cuda" else ""
-        warnings.warn(
+        warn(
             f"rnnkit runs on its plain PyTorch reference: the {_EXTENSIONS[device.type]} extension was not loaded"
-            f"{no_cpp}{nor}. `python -m rnnkit info` tells more.",
-            stacklevel=2,
+            f"{no_cpp}{nor}. `python -m rnnkit info` tells more."
         )
     return found
+
+
+def warn(message: str) -> None:
+    """Warns at the user's line: the first below it that is neither rnnkit's nor torch's."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _package(frame) in ("rnnkit", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 _EXTENSIONS = {"cpu": "C++", "cuda": "CUDA"}
@@ -194,6 +211,10 @@ def _no_kernels(name: str, device: torch.device) -> str:
         reason = CUDA_REASON or _unusable(device.index)
     elif device.type == "cpu" and name == "cpp":
         reason = EXTENSION_REASON if EXTENSION is None else ""
+    elif device.type == "cpu" and name == "triton" and forced_backend() == name:
+        reason = (
+            TRITON_REASON if TRITON_INTERPRETED else "there are none, unless TRITON_INTERPRET=1"
+        )
     else:
         reason = "there are none"
     return f" ({reason})" if reason else ""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from rnnkit import backends, stack
+from rnnkit import backends, interop, stack
+from rnnkit.interop import Interop
 from rnnkit.ops import Keep
 
 
@@ -26,13 +27,13 @@ def _direct(cell: str, input: Tensor, hx: Any, weights: list[Tensor | None]) -> 
 
 def _step(
     name: str,
-    cell: str,
-    module: nn.RNNCellBase,
+    module: "RNNCell | LSTMCell | GRUCell",
     input: Tensor,
     states: Sequence[Tensor],
     weights: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
     """One step: input [N, I] or [I], states [N, H] or [H] (empty for zeros) -> new states."""
+    stack.check_plain("input", input)
     if input.dim() not in (1, 2):
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     for index, state in enumerate(states):
@@ -44,13 +45,13 @@ def _step(
     _check_sizes(module, input, states)
     batched = input.dim() == 2
     finals = stack.run(
-        cell,
+        module._cell,
         input.unsqueeze(0) if batched else input[None, None],
         [state.unsqueeze(0) if batched else state[None, None] for state in states],
         [weights],
         step=True,
     )[1]
-    return tuple(state.squeeze(0) if batched else state[0, 0] for state in finals)
+    return tuple(stack.reshaped(s, "squeeze", 0) if batched else s[0, 0] for s in finals)
 
 
 def _check_sizes(module: nn.RNNCellBase, input: Tensor, states: Sequence[Tensor]) -> None:
@@ -76,7 +77,7 @@ def _check_sizes(module: nn.RNNCellBase, input: Tensor, states: Sequence[Tensor]
             )
 
 
-class RNNCell(nn.RNNCell):
+class RNNCell(Interop, nn.RNNCell):
     r"""One step of an Elman RNN, `torch.nn.RNNCell` on rnnkit's kernels.
 
     .. math:: h' = \tanh(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})
@@ -98,23 +99,30 @@ class RNNCell(nn.RNNCell):
         RuntimeError: a size does not fit, or the nonlinearity is unknown.
     """
 
+    @property
+    def _cell(self) -> str:
+        """The name in `reference.CELLS`."""
+        return f"rnn_{self.nonlinearity}"
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; see the class."""
         if isinstance(input, Proxy):
-            return stack.traced(self, input, hx)
+            return interop.traced(self, input, hx)
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        cell, weights = f"rnn_{self.nonlinearity}", _weights(self)
-        found: Tensor | None = _direct(cell, input, hx, weights)
+        weights = _weights(self)
+        found: Tensor | None = _direct(self._cell, input, hx, weights)
         if found is not None:
             return found
-        return _step("RNNCell", cell, self, input, stack.as_states(hx), weights)[0]
+        if interop.runs_as_torchs(weights):
+            return super().forward(input, hx)
+        return _step("RNNCell", self, input, stack.as_states(hx), weights)[0]
 
     if TYPE_CHECKING:  # to nn.Module a call returns Any
         __call__ = forward
 
 
-class LSTMCell(nn.LSTMCell):
+class LSTMCell(Interop, nn.LSTMCell):
     r"""One step of an LSTM, `torch.nn.LSTMCell` on rnnkit's kernels.
 
     .. math::
@@ -137,25 +145,29 @@ class LSTMCell(nn.LSTMCell):
         RuntimeError: a size does not fit.
     """
 
+    _cell = "lstm"
+
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Take one step; see the class."""
         if isinstance(input, Proxy):
-            return stack.traced(self, input, hx)
+            return interop.traced(self, input, hx)
         weights = _weights(self)
-        found: tuple[Tensor, Tensor] | None = _direct("lstm", input, hx, weights)
+        found: tuple[Tensor, Tensor] | None = _direct(self._cell, input, hx, weights)
         if found is not None:
             return found
+        if interop.runs_as_torchs(weights):
+            return super().forward(input, hx)
         states = stack.as_state_pair(hx, too_few=RuntimeError)
-        h, c = _step("LSTMCell", "lstm", self, input, states, weights)
+        h, c = _step("LSTMCell", self, input, states, weights)
         return h, c
 
     if TYPE_CHECKING:  # to nn.Module a call returns Any
         __call__ = forward
 
 
-class GRUCell(nn.GRUCell):
+class GRUCell(Interop, nn.GRUCell):
     r"""One step of a GRU, `torch.nn.GRUCell` on rnnkit's kernels.
 
     .. math::
@@ -177,15 +189,19 @@ class GRUCell(nn.GRUCell):
         RuntimeError: a size does not fit.
     """
 
+    _cell = "gru"
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; see the class."""
         if isinstance(input, Proxy):
-            return stack.traced(self, input, hx)
+            return interop.traced(self, input, hx)
         weights = _weights(self)
-        found: Tensor | None = _direct("gru", input, hx, weights)
+        found: Tensor | None = _direct(self._cell, input, hx, weights)
         if found is not None:
             return found
-        return _step("GRUCell", "gru", self, input, stack.as_states(hx), weights)[0]
+        if interop.runs_as_torchs(weights):
+            return super().forward(input, hx)
+        return _step("GRUCell", self, input, stack.as_states(hx), weights)[0]
 
     if TYPE_CHECKING:  # to nn.Module a call returns Any
         __call__ = forward

@@ -60,8 +60,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
         return Explanation(serving, device.type, serving)
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
-    name = type(module).__name__.removesuffix("Cell").lower()
-    cell = f"rnn_{module.nonlinearity}" if name == "rnn" else name
+    cell = module._cell
     hidden = module.hidden_size
     assert isinstance(hidden, int)
     layer = isinstance(module, RNN | LSTM | GRU)

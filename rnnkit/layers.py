@@ -4,20 +4,23 @@ They subclass `nn.RNNBase`, which brings torch's parameters, initial values, sta
 messages; not `nn.LSTM` and the like, on which torch.compile breaks the graph.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, overload
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkit import backends, stack
+from rnnkit import backends, interop, stack
+from rnnkit.interop import Interop
 from rnnkit.ops import Keep
 
 Device = torch.device | str | int | None
 States = tuple[Tensor, Tensor]
 Weights = list[list[Tensor | None]]
+Init = TypeVar("Init", bound=Callable[..., None])
 
 #: torch.nn's methods that a call goes through, of all layers and of the LSTM.
 _CHECKS = {
@@ -32,38 +35,53 @@ _CHECKS = {
 }
 
 
-class _Layers(nn.RNNBase):
+def _implemented_by(implementation: Callable[..., None]) -> Callable[[Init], Init]:
+    """Shows readers and type checkers an `__init__` whose work another does, which takes what torch.nn's takes.
+
+    Those are more ways to call it, and torch's own words for what is wrong.
+    """
+
+    def decorate(shown: Init) -> Init:
+        return cast(Init, functools.update_wrapper(implementation, shown))
+
+    return decorate
+
+
+class _Layers(Interop, nn.RNNBase):
     """What the three share: from torch.nn's call to `stack.run` and back."""
 
     recompute = frozen = False  # of modules that were pickled before there were such choices
     _packed: tuple[Tensor, ...] = ()
+    _torchs: ClassVar[type[nn.RNNBase]]
+    _cell: str  #: The name in `reference.CELLS`.
 
-    if TYPE_CHECKING:
+    def _init(
+        self, *args: Any, device: Device = None, recompute: bool = False, **kwargs: Any
+    ) -> None:
+        if not isinstance(recompute, bool):
+            raise TypeError(f"expected recompute to be a bool, got {recompute!r}")
+        if device is not None:  # it may be among args
+            kwargs["device"] = device
+        super().__init__(*args, **kwargs)
+        self.recompute = recompute
 
-        def __init__(
-            self,
-            input_size: int,
-            hidden_size: int,
-            num_layers: int = 1,
-            bias: bool = True,
-            batch_first: bool = False,
-            dropout: float = 0.0,
-            bidirectional: bool = False,
-            *,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
-            recompute: bool = False,
-        ) -> None: ...
-
-    else:  # torch's base class takes the same arguments, and tells what is wrong with them
-
-        def __init__(
-            self, *args: Any, device: Device = None, recompute: bool = False, **kwargs: Any
-        ) -> None:
-            if device is not None:  # it may be among args
-                kwargs["device"] = device
-            super().__init__(*args, **kwargs)
-            self.recompute = recompute
+    @_implemented_by(_init)
+    def __init__(
+        self,
+        mode: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        recompute: bool = False,
+    ) -> None: ...
 
     def extra_repr(self) -> str:
         """torch.nn's, and what rnnkit adds."""
@@ -91,7 +109,7 @@ class _Layers(nn.RNNBase):
             return ()
         if not self._packed:
             directions = 2 if self.bidirectional else 1
-            self._packed = stack.pack(self.mode.lower(), weights, directions=directions)
+            self._packed = stack.pack(self._cell, weights, directions=directions)
         return self._packed
 
     @property
@@ -100,8 +118,19 @@ class _Layers(nn.RNNBase):
 
     def _weights(self) -> Weights:
         """The five tensors of `reference.WEIGHTS` for each layer and direction."""
+        directions = 2 if self.bidirectional else 1
+        if len(self._all_weights) != self.num_layers * directions:
+            raise RuntimeError(
+                f"expected weights of {self.num_layers} layers and {directions} directions, got "
+                f"{len(self._all_weights)} sets of them: num_layers and bidirectional are set when a layer is made"
+            )
         found: Weights = []
         for names in self._all_weights:
+            if len(names) != 2 + 2 * self.bias + (self.proj_size > 0):
+                raise RuntimeError(
+                    f"expected weights for bias={self.bias} and proj_size={self.proj_size}, got {', '.join(names)}: "
+                    "these are set when a layer is made"
+                )
             weights = stack.parameters(self, names)
             biases = weights[2:4] if self.bias else [None, None]
             found.append([*weights[:2], *biases, weights[-1] if self.proj_size > 0 else None])
@@ -122,7 +151,7 @@ class _Layers(nn.RNNBase):
                     "call it under torch.no_grad()"
                 )
         return stack.run(
-            self.mode.lower(),
+            self._cell,
             input,
             states,
             weights,
@@ -132,6 +161,22 @@ class _Layers(nn.RNNBase):
             keep=self._keep,
             packed=self._packed_weights(weights),
         )
+
+    def _check_projected(self, weights: Weights) -> None:
+        """Weights are those of hidden_size and proj_size; of input_size torch.nn's check knows."""
+        expected, w_hh = self.proj_size or self.hidden_size, weights[0][1]
+        if w_hh is not None and w_hh.size(-1) != expected:
+            raise RuntimeError(
+                f"expected {self._all_weights[0][1]} to have {expected} columns, got shape {tuple(w_hh.shape)}"
+            )
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """torch.nn's, of the weights as they are now: functional_call and parametrizations exchange them."""
+        weight = stack.parameters(self, self._all_weights[0][:1])[0]
+        held = self._flat_weights[0]
+        if weight is not None and held is not None and weight.dtype != held.dtype:
+            self._update_flat_weights()
+        super().check_input(input, batch_sizes)
 
     def _check_states(self, input: Tensor, states: Sequence[Tensor], packed: Tensor | None) -> None:
         """torch.nn's checks of input and states, which compare with states that may not be there."""
@@ -167,25 +212,31 @@ class _Layers(nn.RNNBase):
 
     def _forward(self, input: Tensor | PackedSequence, hx: Any) -> Any:
         if isinstance(input, Proxy):
-            return stack.traced(self, input, hx)
+            return interop.traced(self, input, hx)
         weights = self._weights()
         direct = backends.short_way("direct_layers")
         drops = self.training and self.dropout > 0
         if direct is not None and not drops and self._has_torchs_checks():
             directions = 2 if self.bidirectional else 1
             found = direct(
-                self.mode.lower(),
+                self._cell,
                 input,
                 hx,
                 weights,
                 self._packed_weights(weights),
                 directions,
+                self.input_size,
+                self.proj_size or self.hidden_size,
                 self.batch_first,
                 self._keep,
             )
             if found is not None:
                 return found
-        states = stack.as_state_pair(hx) if self.mode == "LSTM" else stack.as_states(hx)
+        if interop.runs_as_torchs([w for of_direction in weights for w in of_direction]):
+            return self._torchs.forward(self, input, hx)
+        stack.check_plain("input", input.data if isinstance(input, PackedSequence) else input)
+        self._check_projected(weights)
+        states = stack.as_state_pair(hx) if self._cell == "lstm" else stack.as_states(hx)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, states, weights)
         if input.dim() not in (2, 3):
@@ -204,7 +255,7 @@ class _Layers(nn.RNNBase):
             input = input.transpose(0, 1)
         output, finals = self._run(input, states, weights, None)
         if self.batch_first:
-            output = output.transpose(0, 1)
+            output = stack.reshaped(output, "transpose", 0, 1)
         if not batched:
             output = output.squeeze(batch_dim)
             finals = tuple(state.squeeze(1) for state in finals)
@@ -240,6 +291,9 @@ class _Layers(nn.RNNBase):
         return self.mode.split("_")[0]
 
 
+_CHECKS["check_input"].add(_Layers.check_input)
+
+
 class RNN(_Layers):
     r"""Elman RNN, `torch.nn.RNN` on rnnkit's kernels.
 
@@ -270,40 +324,43 @@ class RNN(_Layers):
     Source: Elman 1990, "Finding structure in time"; parameters and messages as in `torch.nn.RNN`.
     """
 
-    if TYPE_CHECKING:
+    _torchs = nn.RNN
 
-        def __init__(
-            self,
-            input_size: int,
-            hidden_size: int,
-            num_layers: int = 1,
-            nonlinearity: str = "tanh",
-            bias: bool = True,
-            batch_first: bool = False,
-            dropout: float = 0.0,
-            bidirectional: bool = False,
-            *,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
-            recompute: bool = False,
-        ) -> None: ...
+    @property
+    def _cell(self) -> str:  # type: ignore[override]
+        return self.mode.lower()
 
-    else:
+    def _init(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if len(args) > 3:
+            nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(
+                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
+        self.nonlinearity = nonlinearity
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args, device=device, **kwargs)
 
-        def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
-            if "proj_size" in kwargs:
-                raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-            if len(args) > 3:
-                nonlinearity = args[3]
-                args = args[:3] + args[4:]
-            else:
-                nonlinearity = kwargs.pop("nonlinearity", "tanh")
-            if nonlinearity not in ("tanh", "relu"):
-                raise ValueError(
-                    f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
-                )
-            self.nonlinearity = nonlinearity
-            super().__init__(f"RNN_{nonlinearity.upper()}", *args, device=device, **kwargs)
+    @_implemented_by(_init)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        recompute: bool = False,
+    ) -> None: ...
 
     @overload
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
@@ -354,32 +411,31 @@ class LSTM(_Layers):
     2014; parameters and messages as in `torch.nn.LSTM`.
     """
 
+    _torchs = nn.LSTM
+    _cell = "lstm"
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
-    if TYPE_CHECKING:
+    def _init(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, device=device, **kwargs)
 
-        def __init__(
-            self,
-            input_size: int,
-            hidden_size: int,
-            num_layers: int = 1,
-            bias: bool = True,
-            batch_first: bool = False,
-            dropout: float = 0.0,
-            bidirectional: bool = False,
-            proj_size: int = 0,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
-            *,
-            recompute: bool = False,
-        ) -> None: ...
-
-    else:
-
-        def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
-            super().__init__("LSTM", *args, device=device, **kwargs)
+    @_implemented_by(_init)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
+    ) -> None: ...
 
     def _returned(self, finals: tuple[Tensor, ...]) -> Any:
         return finals
@@ -431,12 +487,29 @@ class GRU(_Layers):
     recurrent part after its bias; parameters and messages as in `torch.nn.GRU`.
     """
 
-    if not TYPE_CHECKING:  # its arguments are those of all
+    _torchs = nn.GRU
+    _cell = "gru"
 
-        def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
-            if "proj_size" in kwargs:
-                raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-            super().__init__("GRU", *args, device=device, **kwargs)
+    def _init(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__("GRU", *args, device=device, **kwargs)
+
+    @_implemented_by(_init)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        recompute: bool = False,
+    ) -> None: ...
 
     @overload
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...

@@ -2,11 +2,9 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Proxy, Tracer
 from torch.nn import Module
 from torch.nn.functional import dropout as drop
 from torch.utils._python_dispatch import _disable_current_modes
@@ -55,6 +53,8 @@ def run(
     input, states, weights, result_dtypes = _autocast(cell, input, states, weights, plain_lstm)
     _check_like(input, states, weights)
     layers = len(weights) // directions
+    if packed and len(packed) != layers:
+        raise RuntimeError(f"expected packed weights of {layers} layers, got {len(packed)}")
     output, finals = input, []
     for index in range(layers):
         of_layer = slice(index * directions, (index + 1) * directions)
@@ -97,20 +97,48 @@ def parameters(module: Module, names: Sequence[str]) -> list[Tensor | None]:
     return [registered[name] if name in registered else getattr(module, name) for name in names]
 
 
-def traced(module: Module, input: Proxy, hx: Any) -> Any:
-    """A call of `module` in a graph that torch.fx traces: one node, as torch.fx makes of torch.nn's own layers."""
-    tracer = input.tracer
-    arguments = (input,) if hx is None else (input, hx)
-    assert isinstance(tracer, Tracer)
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
+def check_plain(name: str, tensor: Tensor) -> None:
+    """A tensor that is neither nested nor sparse nor quantized.
+
+    Raises:
+        AttributeError: it is no Tensor.
+        RuntimeError: it is not laid out in the ordinary way.
+    """
+    if not isinstance(tensor, Tensor):
+        raise AttributeError(f"expected {name} to be a Tensor, got {type(tensor).__name__}")
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else "sparse"
+        raise RuntimeError(
+            f"expected {name} to be a dense Tensor, got a {kind} one of layout {tensor.layout}"
+        )
+
+
+def reshaped(tensor: Tensor, method: str, *dims: int) -> Tensor:
+    """`tensor.method(*dims)` of a tensor of our own, in place: a view could not be detached or written to in place.
+
+    To autograd's version counter, by which `autograd` knows outputs that were written to, this is no write.
+    """
+    changed: Tensor
+    if (
+        torch.compiler.is_compiling()
+        or type(tensor) is not Tensor
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        changed = getattr(tensor, method)(*dims)
+    elif tensor.is_inference():
+        changed = getattr(tensor, f"{method}_")(*dims)
+    else:
+        preserved = torch.autograd._unsafe_preserve_version_counter(tensor)  # type: ignore[attr-defined]
+        with preserved:
+            changed = getattr(tensor, f"{method}_")(*dims)
+    return changed
 
 
 def as_states(hx: Tensor | None) -> tuple[Tensor, ...]:
     """The `hx` of a cell with one state -> its states; empty, for zeros, if None."""
     if hx is None:
         return ()
-    if not isinstance(hx, Tensor):
-        raise AttributeError(f"expected hx to be a Tensor, got {type(hx).__name__}")
+    check_plain("hx", hx)
     return (hx,)
 
 
@@ -128,6 +156,8 @@ def as_state_pair(
     if len(hx) != 2:
         wrong_number = too_few if len(hx) < 2 else RuntimeError
         raise wrong_number(f"lstm expects two hidden states: {expected}, got {len(hx)} of them")
+    for index, state in enumerate(hx):
+        check_plain(f"hx[{index}]", state)
     return tuple(hx)
 
 

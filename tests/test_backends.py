@@ -7,6 +7,7 @@ import textwrap
 import threading
 import warnings
 
+import interpreter
 import pytest
 import torch
 from kernel_cases import Case, call
@@ -314,7 +315,8 @@ def test_who_serves_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("gpu_of_any_kind")
-def test_triton_has_no_kernels_for_the_cpu() -> None:
+def test_triton_has_no_kernels_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "TRITON_INTERPRETED", False)
     refused = pytest.raises(RuntimeError, match="'triton' has no kernels for cpu")
     with rnnkit.backend("triton"), refused:
         rnnkit.GRU(3, 4)(torch.ones(2, 1, 3))
@@ -350,7 +352,24 @@ def test_why_there_is_no_triton(
     monkeypatch.setattr(backends.importlib.metadata, "version", of)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(backends, "TRITON_INTERPRETED", False)
     assert backends._find_triton() == reason
+
+
+@pytest.mark.skipif(interpreter.why_not() != "", reason=interpreter.why_not())
+@pytest.mark.parametrize("name", ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"])
+def test_triton_s_interpreter_serves_the_cpu_where_it_is_asked_to(name: str) -> None:
+    module = getattr(rnnkit, name)(3, 4)
+    x = torch.randn(2, 3) if name.endswith("Cell") else torch.randn(5, 2, 3)
+    found = []
+    for backend in ("triton", "reference"):
+        with rnnkit.backend(backend):
+            result = module(x)
+            result = result[0] if isinstance(result, tuple) else result
+            found.append([result, *torch.autograd.grad(result.sum(), list(module.parameters()))])
+            with torch.no_grad():
+                torch.testing.assert_close(module(x), module(x), rtol=0, atol=0)
+    torch.testing.assert_close(*found)
 
 
 def test_importing_rnnkit_imports_no_triton() -> None:

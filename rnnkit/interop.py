@@ -1,0 +1,206 @@
+"""What PyTorch's other tools see of a layer or a cell: torch.fx, TorchScript, quantization, FLOPs, ATen graphs."""
+
+import copy
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy, Tracer
+from torch.fx.proxy import TraceError
+
+from rnnkit import backends, ops, reference
+from rnnkit.reference import CELLS, WEIGHTS
+
+
+class _QuantizationConfig:
+    """`qconfig`, which torch.ao.quantization sets on every module: warns that it will leave this one as it is."""
+
+    def __get__(self, module: nn.Module | None, cls: type[nn.Module]) -> Any:
+        if module is None or "qconfig" not in vars(module):
+            raise AttributeError(f"{cls.__name__!r} object has no attribute 'qconfig'")
+        return vars(module)["qconfig"]
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        backends.warn(
+            f"torch.ao.quantization goes by class, and leaves a rnnkit.{type(module).__name__} as it is: call "
+            "rnnkit.revert(model) first"
+        )
+        vars(module)["qconfig"] = value
+
+    def __delete__(self, module: nn.Module) -> None:
+        del vars(module)["qconfig"]
+
+
+class Interop(nn.Module):
+    """Base of all layers and cells."""
+
+    qconfig = _QuantizationConfig()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.nn's module with the same parameters, which torch.jit.script compiles in the place of this one."""
+        from rnnkit.converting import revert
+
+        module = copy.copy(self)
+        revert(module)
+        return module
+
+
+def traced(module: nn.Module, input: Proxy, hx: Any) -> Any:
+    """A call of `module` in a graph that torch.fx traces: one node, as torch.fx makes of torch.nn's own layers.
+
+    Raises:
+        TraceError: a subclass's own forward called this one; a node would run that forward once more.
+    """
+    cls = type(module)
+    if "forward" in vars(module) or not cls.forward.__module__.startswith(f"{__package__}."):
+        raise TraceError(
+            f"torch.fx cannot trace the forward of {cls.__qualname__}, a subclass of rnnkit's: give it to a "
+            "torch.fx.Tracer whose is_leaf_module is True for it"
+        )
+    tracer = input.tracer
+    arguments = (input,) if hx is None else (input, hx)
+    assert isinstance(tracer, Tracer)
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
+
+
+def runs_as_torchs(weights: Sequence[Tensor | None]) -> bool:
+    """Whether torch.nn's own forward is to run: where torch.jit traces, and for torch's per-sample gradients.
+
+    A TorchScript graph can hold none of rnnkit's ops, and ExpandedWeights know torch.nn's functions only.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return True
+    return any(type(weight).__name__ == "ExpandedWeight" for weight in weights)
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+    """rnnkit's ops as ATen's recurrent ones, for `torch.export.ExportedProgram.run_decompositions`.
+
+    A runtime that knows only ATen's operators (ExecuTorch, LiteRT, OpenVINO) cannot run `rnnkit::layer_forward`:
+
+        table = torch.export.default_decompositions()
+        program = program.run_decompositions({**table, **rnnkit.decompositions()})
+
+    makes steps of a layer, as it does of torch.nn's. Without its entries `torch.ops.aten.lstm.input`, `aten.gru.input`,
+    `aten.rnn_tanh.input` and `aten.rnn_relu.input` the program keeps these operators. In both cases it is a program for
+    the T and N of the export alone.
+
+    Returns:
+        For each of rnnkit's ops a function that does the same, but for the backward pass, which raises RuntimeError:
+        they are for inference.
+    """
+    return {
+        torch.ops.rnnkit.layer_forward.default: _layer_as_aten,
+        torch.ops.rnnkit.packed_forward.default: _packed_as_aten,
+        torch.ops.rnnkit.layer_backward.default: _no_backward,
+    }
+
+
+def _no_backward(*_: Any) -> list[Tensor]:
+    raise RuntimeError("expected a program for inference, got one with a backward pass")
+
+
+def _layer_as_aten(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    keep: int,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    output, finals = _packed_as_aten(cell, input, states, weights, None, batch_sizes)
+    reserve = ops.empty_results(cell, input, weights, batch_sizes, states, keep)[2]
+    return output, finals, torch.zeros_like(reserve)  # nobody reads it
+
+
+def _packed_as_aten(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    packed: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    if not states:
+        batch: Any = input.size(1) if batch_sizes is None else batch_sizes[0].item()
+        states = reference.initial_states(cell, input, batch, weights)
+    op = getattr(torch.ops.aten, cell)
+    hx = list(states) if CELLS[cell].states > 1 else states[0]
+    there = [weight for weight in weights if weight is not None]
+    layers = [there, weights[2] is not None, 1, 0.0, False, len(weights) > len(WEIGHTS)]
+    if batch_sizes is None:
+        output, *finals = op.input(input, hx, *layers, False)
+    else:
+        output, *finals = op.data(input, batch_sizes, hx, *layers)
+    return output, finals
+
+
+# FLOPs: `torch.utils.flop_counter` imports Triton where it is installed, so that it is not imported here.
+_FLOP_COUNTER = "torch.utils.flop_counter"
+
+
+def _forward_flops(
+    cell: str, input: Any, states: Any, weights: Any, *_: Any, out_shape: Any = None
+) -> int:
+    """Of the products with the weights, as torch.utils.flop_counter counts those of torch.nn's GRU and RNN."""
+    rows = 1
+    for size in input[:-1]:
+        rows *= size
+    return sum(2 * rows * w[0] * w[1] for w in weights if w is not None and len(w) == 2)
+
+
+def _backward_flops(
+    cell: str,
+    grads: Any,
+    input: Any,
+    states: Any,
+    weights: Any,
+    batch_sizes: Any,
+    output: Any,
+    reserve: Any,
+    needs: Any,
+    out_shape: Any = None,
+) -> int:
+    """Each product of the forward pass twice, but not those for gradients that nobody needs."""
+    found = 2 * _forward_flops(cell, input, states, weights)
+    if not needs[0]:
+        found -= _forward_flops(cell, input, states, weights[:: len(WEIGHTS)])
+    if not (states and needs[1]) and batch_sizes is None:  # of the first step
+        found -= _forward_flops(cell, input[1:], states, weights[1 :: len(WEIGHTS)])
+    return found
+
+
+def _register_flops(counter: ModuleType) -> None:
+    ours = torch.ops.rnnkit
+    counter.register_flop_formula([ours.layer_forward, ours.packed_forward])(_forward_flops)
+    counter.register_flop_formula(ours.layer_backward)(_backward_flops)
+
+
+class _AfterImport:
+    """Finds the flop counter's module as others do, and has rnnkit's formulas registered when it was imported."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != _FLOP_COUNTER:
+            return None
+        sys.meta_path.remove(cls)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register_flops(module)
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if _FLOP_COUNTER in sys.modules:
+    _register_flops(sys.modules[_FLOP_COUNTER])
+else:
+    sys.meta_path.insert(0, _AfterImport)
