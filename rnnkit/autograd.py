@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rnnkit import backends, exporting, ops, reference
+from rnnkit import backends, exporting, gpu, ops, reference
 from rnnkit.ops import Keep
 
 
@@ -45,15 +45,25 @@ def layer(
         )
         # Saved for the backward pass, and scripts may write to what they get.
         return output.clone() if torch.compiler.is_compiling() else output, finals
-    if packed is not None:
+    if packed is not None and not _interprets(input.device):
         output, finals = torch.ops.rnnkit.packed_forward(
             cell, input, states, weights, packed, batch_sizes
         )
     else:
-        output, finals, _ = torch.ops.rnnkit.layer_forward(
+        output, finals, _ = _ops(input.device).layer_forward(
             cell, input, states, weights, batch_sizes, Keep.NOTHING
         )
     return output, finals
+
+
+def _interprets(device: torch.device) -> bool:
+    """Whether Triton's interpreter is to run what a GPU would."""
+    return device.type == "cpu" and backends.forced_backend() == "triton"
+
+
+def _ops(device: torch.device) -> Any:
+    """The ops of the backend that serves `device`: those of CPU tensors are the CPU's kernels."""
+    return gpu if _interprets(device) else torch.ops.rnnkit
 
 
 def _on_reference(device: torch.device) -> bool:
@@ -96,6 +106,40 @@ class _Watch:
         return self._counter._version != self._version
 
 
+def _as_they_are(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Tensors on the data that these have now, which users may exchange (`weight.data = ...`).
+
+    None of them where hooks, such as `save_on_cpu`, are to keep the data themselves.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return []
+    return [None if t is None else t.data for t in tensors]
+
+
+def _are_differentiated(grads: Sequence[Tensor | None]) -> bool:
+    """Whether a backward pass from `grads` is itself to be differentiated or transformed."""
+    create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return create_graph or _transformed([g for g in grads if g is not None])
+
+
+def _with_data(saved: list[Any], count: int, differentiated: bool) -> list[Any]:
+    """The first `count` of `saved` tensors, on the data that they had in the forward pass.
+
+    Raises:
+        RuntimeError: they have other data now, and the gradients are to be `differentiated`.
+    """
+    tensors, before = saved[:count], saved[count:]
+    if not differentiated:
+        return before or tensors
+    for now, then in zip(tensors, before, strict=False):
+        if now is not None and then is not None and now.data_ptr() != then.data_ptr():
+            raise RuntimeError(
+                "expected input, hx and weights to keep their data until the backward pass, since its result is to be "
+                "differentiated, got one whose .data was assigned to"
+            )
+    return tensors
+
+
 _AS_IT_IS = nullcontext()
 
 
@@ -113,7 +157,7 @@ class _Layer(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         states, weights = list(tensors[:n_states]), list(tensors[n_states:])
-        output, finals, reserve = torch.ops.rnnkit.layer_forward(
+        output, finals, reserve = _ops(input.device).layer_forward(
             cell, input, states, weights, batch_sizes, keep
         )
         ctx.cell, ctx.n_states = cell, n_states
@@ -124,13 +168,17 @@ class _Layer(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         ctx.watch = None if compiling else _Watch(output)
         ctx.save_for_backward(
-            batch_sizes, input, *tensors, output if compiling else output.data, reserve
+            *(batch_sizes, output if compiling else output.data, reserve),
+            *(input, *tensors),
+            *(() if compiling else _as_they_are((input, *tensors))),
         )
         return output, *finals
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        batch_sizes, input, *tensors, output, reserve = ctx.saved_tensors
+        batch_sizes, output, reserve, *saved = ctx.saved_tensors
+        count = len(ctx.needs_input_grad) - 4
+        input, *tensors = _with_data(saved, count, _are_differentiated(grads))
         states, weights = tensors[: ctx.n_states], tensors[ctx.n_states :]
         # Autograd runs a GPU's backward passes in a thread of its own.
         with backends.forcing(ctx.backend) if ctx.backend else _AS_IT_IS:
@@ -166,17 +214,17 @@ def gradients(
     `written` tells that `output` is no longer what the forward pass left. Returns a list like
     [input, *states, *weights], None where `needs` is False.
     """
-    create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if create_graph or _transformed([g for g in grads if g is not None]):
+    if _are_differentiated(grads):
+        create_graph = torch.is_grad_enabled()
         return ops.differentiable_backward(
             cell, grads, input, states, weights, batch_sizes, needs, create_graph
         )
     if written:
-        output = torch.ops.rnnkit.layer_forward(
+        output = _ops(input.device).layer_forward(
             cell, input, states, weights, batch_sizes, Keep.NOTHING
         )[0]
     found = iter(
-        torch.ops.rnnkit.layer_backward(
+        _ops(input.device).layer_backward(
             cell, grads, input, states, weights, batch_sizes, output, reserve, list(needs)
         )
     )

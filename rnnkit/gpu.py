@@ -14,7 +14,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from rnnkit import backends, ops, plan
+from rnnkit import backends, ops, plan, reference
 from rnnkit.ops import Keep
 from rnnkit.reference import CELLS, WEIGHTS
 
@@ -381,6 +381,8 @@ def layer_forward(
     output, finals, reserve = ops.empty_results(cell, input, weights, batch_sizes, states, keep)
     if call.empty:
         return output.zero_(), [state.zero_() for state in finals], reserve
+    if not states:  # zeros are multiplied, too: a weight that is NaN or infinite makes NaN of them, as in torch.nn
+        call.states = reference.initial_states(cell, input, call.batch, weights)
     with _products_like_scans(input):
         gates = call.gates()
         run.forward(call, gates, keep, output.view(call.rows, -1), finals, reserve)

@@ -92,6 +92,20 @@ def empty_results(
     return output, finals, input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
 
 
+def _check_devices(
+    input: Tensor, batch_sizes: Tensor | None, *named: tuple[str, Sequence[Tensor | None]]
+) -> None:
+    """A fake serves any call that has one tensor without memory: the results of others must not be without, too."""
+    for name, tensors in named:
+        for tensor in tensors:
+            if tensor is not None and tensor.device != input.device:
+                raise RuntimeError(
+                    f"expected {name} on {input.device} like the input, got one on {tensor.device}"
+                )
+    if batch_sizes is not None and batch_sizes.device.type != "cpu":
+        raise RuntimeError(f"expected batch_sizes on the CPU, got {batch_sizes.device}")
+
+
 @torch.library.register_fake("rnnkit::layer_forward", lib=library)
 def _forward_fake(
     cell: str,
@@ -101,6 +115,7 @@ def _forward_fake(
     batch_sizes: Tensor | None,
     keep: int,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
+    _check_devices(input, batch_sizes, ("states", states), ("weights", weights))
     return empty_results(cell, input, weights, batch_sizes, states, keep)
 
 
@@ -113,6 +128,9 @@ def _packed_forward_fake(
     packed: Tensor,
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
+    _check_devices(input, batch_sizes, ("states", states), ("weights", weights))
+    if packed.device.type != "cpu":
+        raise RuntimeError(f"expected packed on the CPU, got {packed.device}")
     return empty_results(cell, input, weights, batch_sizes, states, Keep.NOTHING)[:2]
 
 
@@ -128,6 +146,8 @@ def _backward_fake(
     reserve: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor]:
+    given = [("grads", grads), ("states", states), ("weights", weights)]
+    _check_devices(input, batch_sizes, *given, ("output and reserve", [output, reserve]))
     tensors = [input, *states, *weights]
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format)
@@ -153,6 +173,12 @@ def forward_composite(
 
 @torch.library.impl(library, "pack_weights", "CompositeExplicitAutograd")
 def _pack_composite(cell: str, weights: Sequence[Tensor | None]) -> Tensor:
+    if cell not in CELLS:
+        raise RuntimeError(f"expected cell to be the name of a cell, got {cell!r}")
+    if len(weights) not in (len(WEIGHTS), 2 * len(WEIGHTS)):
+        raise RuntimeError(
+            f"expected weights to hold 5 tensors for each of 1 or 2 directions, got {len(weights)}"
+        )
     return torch.empty(0, dtype=torch.uint8, device="cpu")
 
 

@@ -1,5 +1,8 @@
 """Values at the edges of what a number can be: NaN, infinities, saturated gates, denormals."""
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from configurations import DTYPES, LAYERS, MODULES, Case, named_results, run, run_on_cpu
@@ -132,6 +135,75 @@ def test_denormals_count_as_zero(module: str) -> None:
             with torch.no_grad():
                 found.append(layer(*case.arguments(leaves))[0])
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("hx", [False, True])
+@pytest.mark.parametrize("module", MODULES)
+def test_recurrent_weights_are_multiplied_at_the_first_step(
+    backend: str, device: str, module: str, hx: bool, value: float
+) -> None:
+    """Zeros times NaN or infinity is NaN: a diverged weight is seen at T 1, and at the first step of more."""
+    for steps in (1, 3) if module in LAYERS else (1,):
+        case = Case(module, steps=steps, hidden_size=17, hx=hx, device=device)
+
+        def spoil(leaves: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+            next(w for name, w in weights.items() if "weight_hh" in name)[3, 5] = value
+
+        ours, theirs = results_of_twins(case, spoil)
+        for name, result in ours.items():
+            assert result.isnan().any() == theirs[name].isnan().any(), name
+
+
+@pytest.mark.skipif(
+    bool(backends.unavailable("cpp")), reason=f"no C++ kernels: {backends.EXTENSION_REASON}"
+)
+@pytest.mark.parametrize(
+    ("module", "function", "most"), [("rnn_tanh", torch.tanh, 1.2), ("gru", torch.sigmoid, 2.6)]
+)
+def test_activations_in_units_in_the_last_place(
+    module: str, function: Callable[[Tensor], Tensor], most: float
+) -> None:
+    """Of every 499th float, through biases alone. All floats were tried once: csrc/common/lanes.h tells the result."""
+    size = 8192
+    x = torch.arange(0, 2**31, 499, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    x = x[(x >= 2.0**-126) & (x < 87)]
+    x = torch.cat([x, -x])
+    x = x[: x.numel() // size * size].view(-1, size)
+    layer = getattr(rnnkit, MODULES[module][0])(1, size, bias=True)
+    for weight in layer.parameters():
+        nn.init.zeros_(weight)
+    found, nothing, one = [], torch.zeros(1, 1, 1), torch.ones(1, 1, size)
+    with torch.no_grad():
+        for row in x:
+            if module == "rnn_tanh":
+                layer.bias_ih_l0.copy_(row)
+                found.append(layer(nothing)[0].view(-1))
+            else:  # h' = (1 - z) n + z h, where n is 0 and h is 1
+                layer.bias_ih_l0[size : 2 * size] = row
+                found.append(layer(nothing, one)[0].view(-1))
+    result, expected = torch.stack(found), function(x.double())
+    nearest = expected.float().abs()
+    unit = torch.nextafter(nearest, torch.tensor(torch.inf)) - nearest
+    normal = nearest >= 2.0**-125  # below, kernels flush to 0
+    assert ((result.double() - expected).abs() / unit)[normal].max() <= most
+
+
+@pytest.mark.parametrize("batch", [2, 40])
+@pytest.mark.parametrize("layer", ["LSTM", "GRU", "RNN"])
+def test_very_wide_inputs(layer: str, batch: int) -> None:
+    """Sums over 20 000 inputs: as near to float64 as torch.nn's, where each is the root mean square of many."""
+    found, theirs = 0.0, 0.0
+    for _ in range(4):
+        module = getattr(nn, layer)(20_000, 16)
+        x = torch.randn(2, batch, 20_000)
+        ours = copy.deepcopy(module)
+        rnnkit.convert(ours)
+        truth = copy.deepcopy(module).double()(x.double())[0]
+        with torch.no_grad():
+            found += float((ours(x)[0] - truth).square().mean())
+            theirs += float((module(x)[0] - truth).square().mean())
+    assert found**0.5 <= 2 * theirs**0.5
 
 
 def test_memory_is_poisoned(device: str) -> None:

@@ -3,10 +3,12 @@
 // autocast, no transform or subclass, arguments that fit. Else Python goes its own way, and finds what is wrong.
 #include <ATen/ATen.h>
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/extension.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -124,6 +126,19 @@ Tensor squeezed(const Tensor& tensor) {
   return tensor.squeeze(0);
 }
 
+// Exchanges the first two dimensions of an output, which so remains no view: a user may detach it in place, or write to
+// it. To LayerWithGradients this is no write.
+void exchange_in_place(Tensor& output) {
+  if (output.is_inference()) {
+    output.transpose_(0, 1);
+    return;
+  }
+  c10::VariableVersion version = torch::autograd::impl::version_counter(output);
+  const int64_t before = version.current_version();
+  output.transpose_(0, 1);
+  version.set_version(before);
+}
+
 // A layer's arguments as its op takes them.
 struct Call {
   const std::string& cell;
@@ -133,6 +148,19 @@ struct Call {
   bool step;     // one of a cell, whose tensors have neither T nor D, and which returns its final states alone
   int64_t keep;  // rnnkit.ops.Keep, for where gradients are needed
 };
+
+// Puts in the place of the first n tensors tensors on the data that they had in the forward pass. Where the gradients
+// are to be differentiated, it has to be with respect to the tensors themselves.
+void restore_data(variable_list& saved, size_t n, bool differentiated) {
+  if (!differentiated) {
+    std::copy_n(saved.end() - n, n, saved.begin());
+    return;
+  }
+  for (size_t i = 0; i < n; ++i)
+    TORCH_CHECK(saved[i].is_alias_of(*(saved.end() - n + i)),
+                "expected input, hx and weights to keep their data until the backward pass, since its result is to be "
+                "differentiated, got one whose .data was assigned to");
+}
 
 // `_Layer` of rnnkit/autograd.py, for an ordinary call. On the CPU there is no other backend's op to remember.
 class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> {
@@ -152,10 +180,15 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
     data["weights"] = int64_t(call.weights.size());
     data["weights there"] = weights_there;
     variable_list saved = tensors.vec();
+    data["tensors"] = int64_t(saved.size());
     // A user may write to torch.nn's output before the backward pass. So one may to this: it is saved without
     // autograd's own check, and computed again if it was written to. Of a step nobody sees it.
     saved.push_back(call.step ? output : output.variable_data());
     saved.push_back(reserve);
+    // A user may give a tensor other data (weight.data = ...): these keep what it has now. Not where hooks, such as
+    // save_on_cpu, are to keep it themselves.
+    if (!at::SavedTensorDefaultHooks::get_hooks())
+      for (const Tensor& tensor : tensors) saved.push_back(tensor.variable_data());
     ctx->save_for_backward(std::move(saved));
     if (call.step) {
       for (Tensor& state : results) state = squeezed(state);
@@ -173,13 +206,14 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
     auto& data = ctx->saved_data;
     const std::string cell = data["cell"].toStringRef();
     const bool step = data["step"].toBool();
-    const variable_list saved = ctx->get_saved_variables();
-    const size_t n_states = data["states"].toInt(), n = saved.size() - 2;
-    const Tensor &output = saved[n], &reserve = saved[n + 1];
+    variable_list saved = ctx->get_saved_variables();
+    const size_t n_states = data["states"].toInt(), n = data["tensors"].toInt();
+    const Tensor output = saved[n], reserve = saved[n + 1];
     if (step) grads.insert(grads.begin(), Tensor());
 
     bool ordinary = ordinary_dispatch() && !at::GradMode::is_enabled();
     for (const Tensor& grad : grads) ordinary = ordinary && (!grad.defined() || is_ordinary(grad));
+    if (saved.size() > n + 2) restore_data(saved, n, /*differentiated=*/!ordinary);
     const bool written = !step && data["watch"].toTensor()._version() != data["version"].toInt();
 
     // Of a step the op takes and returns [1, N, H] for the caller's [N, H].
@@ -269,7 +303,8 @@ py::object as_states(const std::vector<Tensor>& finals) {
 }  // namespace
 
 py::object direct_layers(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
-                         const std::vector<Tensor>& packed, int64_t directions, bool batch_first, int64_t keep) {
+                         const std::vector<Tensor>& packed, int64_t directions, int64_t input_size, int64_t projected,
+                         bool batch_first, int64_t keep) {
   Arguments arguments;
   if (!ordinary_dispatch()) return py::none();
   Tensor x = arguments.tensor(input.ptr());
@@ -277,12 +312,15 @@ py::object direct_layers(const std::string& cell, py::handle input, py::handle h
   const Weights given = arguments.weights(weights);
   if (!arguments.fits || x.dim() != 3) return py::none();
   if (arguments.need_gradients && !packed.empty()) return py::none();
+  if (directions != 1 && directions != 2) return py::none();
+  const size_t per_layer = directions * kWeights, layers = given.size() / per_layer;
+  if (layers * per_layer != given.size() || (!packed.empty() && packed.size() != layers)) return py::none();
   if (batch_first) x = x.transpose(0, 1);
   if (!sizes_fit(cell, x, states, given)) return py::none();
+  if (x.size(2) != input_size || given[1]->size(1) != projected) return py::none();
   std::vector<Tensor> together;
   {
     const py::gil_scoped_release released;
-    const size_t per_layer = directions * kWeights, layers = given.size() / per_layer;
     std::vector<std::vector<Tensor>> of_layers(states_of(cell));
     for (size_t layer = 0; layer < layers; ++layer) {
       const std::vector<Tensor> initial = layers == 1 ? states : states_of_layer(states, layer, directions);
@@ -296,7 +334,7 @@ py::object direct_layers(const std::string& cell, py::handle input, py::handle h
       for (size_t i = 0; i < of_layers.size(); ++i) of_layers[i].push_back(results.finals[i]);
     }
     for (const std::vector<Tensor>& finals : of_layers) together.push_back(layers == 1 ? finals[0] : at::cat(finals));
-    if (batch_first) x = x.transpose(0, 1);
+    if (batch_first) exchange_in_place(x);
   }
   return py::make_tuple(x, as_states(together));
 }
@@ -308,7 +346,7 @@ py::object direct_cell(const std::string& cell, py::handle input, py::handle hx,
   const Tensor own_x = arguments.tensor(input.ptr());
   const std::vector<Tensor> own_states = arguments.states(hx.ptr(), states_of(cell) == 2);
   const Weights given = arguments.weights(weights);
-  if (!arguments.fits || own_x.dim() != 2) return py::none();
+  if (!arguments.fits || own_x.dim() != 2 || given.size() != kWeights) return py::none();
   const Tensor x = unsqueezed(own_x);
   std::vector<Tensor> states;
   for (const Tensor& state : own_states) {

@@ -31,10 +31,11 @@ int64_t gates_of(std::string_view cell);
 int64_t states_of(std::string_view cell);
 
 // Both return None where the call is for Python. `weights`: a list of five for each layer and direction.
-// `packed`: of each layer if frozen, else empty. `keep`: what is kept where gradients are needed.
+// `packed`: of each layer if frozen, else empty. `input_size` and `projected` (P): the module's, which the weights have to
+// fit. `keep`: what is kept where gradients are needed.
 py::object direct_layers(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
-                         const std::vector<at::Tensor>& packed, int64_t directions, bool batch_first,
-                         int64_t keep);  // (output, states)
+                         const std::vector<at::Tensor>& packed, int64_t directions, int64_t input_size,
+                         int64_t projected, bool batch_first, int64_t keep);  // (output, states)
 py::object direct_cell(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
                        int64_t keep);  // states
 

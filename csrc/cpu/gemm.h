@@ -306,8 +306,14 @@ void gemm(int64_t M, int64_t N, int64_t K, MatrixA<S, kTransposed> A, MatrixB<S>
 template <class T, size_t kStride, size_t... kLane>
 RNNKIT_INLINE void exchange(Vector<T>& a, Vector<T>& b, std::index_sequence<kLane...>) {
   constexpr size_t lanes = kLanes<T>;
+#if defined(__clang__)
   const Vector<T> low = __builtin_shufflevector(a, b, (kLane & kStride ? kLane - kStride + lanes : kLane)...);
   b = __builtin_shufflevector(a, b, (kLane & kStride ? kLane + lanes : kLane + kStride)...);
+#else
+  typedef typename Format<T>::Bits Places __attribute__((vector_size(kVectorBytes)));
+  const Vector<T> low = __builtin_shuffle(a, b, Places{(kLane & kStride ? kLane - kStride + lanes : kLane)...});
+  b = __builtin_shuffle(a, b, Places{(kLane & kStride ? kLane + lanes : kLane + kStride)...});
+#endif
   a = low;
 }
 
@@ -331,9 +337,10 @@ RNNKIT_INLINE Vector<T> sum_each(Vector<T>* rows) {
 }
 
 // C[M, rows] = A[M, K] W^T for few rows of A, W [rows, K] as it lies: nothing is packed. C(m, j) goes to
-// c[m * ldc + j]; each dot product is summed over the lanes, then across them.
+// c[m * ldc + j], or is added to it; each dot product is summed over the lanes, then across them.
 template <class S, int kM>
-void dot_rows(int64_t rows, int64_t K, const S* a, int64_t lda, const S* w, int64_t ldw, Sum<S>* c, int64_t ldc) {
+void dot_rows(int64_t rows, int64_t K, const S* a, int64_t lda, const S* w, int64_t ldw, Sum<S>* c, int64_t ldc,
+              bool add) {
   using Op = Operand<S>;
   using T = Sum<S>;
   constexpr int kAtOnce = kLanes<T> / kM > 0 ? kLanes<T> / kM : 1;
@@ -364,19 +371,27 @@ void dot_rows(int64_t rows, int64_t K, const S* a, int64_t lda, const S* w, int6
     T totals[kBlock];
     for (int first = 0; first < kBlock; first += kLanes<T>) store(totals + first, sum_each<T>(sums + first));
     for (int m = 0; m < kM; ++m)
-      for (int i = 0; i < here; ++i) c[m * ldc + j + i] = totals[m * kAtOnce + i];
+      for (int i = 0; i < here; ++i)
+        c[m * ldc + j + i] = add ? c[m * ldc + j + i] + totals[m * kAtOnce + i] : totals[m * kAtOnce + i];
   }
 }
 
 constexpr int64_t kDotRows = 4;  // rows of A that share one reading of W
 
+// In blocks of k, whose sums are added: a long chain of sums would round too often.
 template <class S>
 void dot(int64_t M, int64_t rows, int64_t K, const S* a, int64_t lda, const S* w, int64_t ldw, Sum<S>* c, int64_t ldc) {
-  for (; M >= kDotRows; M -= kDotRows, a += kDotRows * lda, c += kDotRows * ldc)
-    dot_rows<S, kDotRows>(rows, K, a, lda, w, ldw, c, ldc);
-  if (M == 3) dot_rows<S, 3>(rows, K, a, lda, w, ldw, c, ldc);
-  if (M == 2) dot_rows<S, 2>(rows, K, a, lda, w, ldw, c, ldc);
-  if (M == 1) dot_rows<S, 1>(rows, K, a, lda, w, ldw, c, ldc);
+  constexpr int64_t block = 4096;
+  for (int64_t k = 0; k == 0 || k < K; k += block) {
+    const int64_t depth = K - k < block ? K - k : block;
+    const bool add = k > 0;
+    int64_t m = 0;
+    for (; M - m >= kDotRows; m += kDotRows)
+      dot_rows<S, kDotRows>(rows, depth, a + m * lda + k, lda, w + k, ldw, c + m * ldc, ldc, add);
+    if (M - m == 3) dot_rows<S, 3>(rows, depth, a + m * lda + k, lda, w + k, ldw, c + m * ldc, ldc, add);
+    if (M - m == 2) dot_rows<S, 2>(rows, depth, a + m * lda + k, lda, w + k, ldw, c + m * ldc, ldc, add);
+    if (M - m == 1) dot_rows<S, 1>(rows, depth, a + m * lda + k, lda, w + k, ldw, c + m * ldc, ldc, add);
+  }
 }
 
 // The packed B [K, width] (MatrixB) of column n + j from row j of w: w[j * ldw + k] for j < rows, k < K. Up to the next

@@ -33,7 +33,7 @@ struct Layer {
   using T = Sum<S>;
 
   int64_t steps, batch, input, hidden, projected, directions;  // T, N, I, H, P, D
-  const int64_t* offsets;  // [T + 1]: the row where each step begins; a step's rows do not increase
+  const int64_t* offsets;  // [T + 1]: the row where each step begins; a step's rows do not increase. Null: N rows each
   Direction<S> direction[2];
   const std::byte* packed;  // these weights as Kernels::pack left them, or null
   const S* x;               // [rows, I]
@@ -52,8 +52,12 @@ struct Layer {
 
   int threads;  // to use at the most
 
-  int64_t rows() const { return offsets[steps]; }
-  int64_t count(int64_t t) const { return offsets[t + 1] - offsets[t]; }
+  // Asks whether the user wants the call to end early; only its own thread asks. Null: nobody does.
+  bool (*wants_to_stop)();
+
+  int64_t begin(int64_t t) const { return offsets == nullptr ? t * batch : offsets[t]; }  // the row where step t begins
+  int64_t rows() const { return begin(steps); }
+  int64_t count(int64_t t) const { return begin(t + 1) - begin(t); }
 };
 
 // One cell's kernels for one type: how many bytes of scratch memory a call needs, and the call; and the weights packed

@@ -9,6 +9,8 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include <atomic>
@@ -133,12 +135,23 @@ Tensor allocate(at::IntArrayRef shape, const at::TensorOptions& options) {
   return tensor;
 }
 
+// That the tensor's memory is there: a storage can be freed under it (resize_(0)).
+void check_memory(const Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.layout() == at::kStrided && tensor.has_storage(), "expected ", name,
+              " to be an ordinary dense Tensor, got layout ", tensor.layout());
+  const size_t needed =
+      at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.itemsize(), tensor.storage_offset());
+  TORCH_CHECK(tensor.numel() == 0 || tensor.storage().nbytes() >= needed, "expected ", name, " to have ", needed,
+              " bytes of memory, got ", tensor.storage().nbytes(), ": its storage was resized");
+}
+
 void check_shape(const Tensor& tensor, const char* name, at::IntArrayRef expected, const Tensor& input) {
   TORCH_CHECK(tensor.sizes() == expected, "expected ", name, " of shape ", expected, ", got ", tensor.sizes());
   TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), "expected ", name, " to be ", input.scalar_type(),
               " like the input, got ", tensor.scalar_type());
   TORCH_CHECK(tensor.device() == input.device(), "expected ", name, " on ", input.device(), " like the input, got ",
               tensor.device());
+  check_memory(tensor, name);
 }
 
 // A call's arguments, checked, with their sizes and the rows of each step.
@@ -148,7 +161,7 @@ struct Call {
   const std::vector<Tensor> states;
   const OptionalTensors& weights;
   int64_t steps, batch, input_size, hidden, projected, directions;
-  std::vector<int64_t> offsets;
+  std::vector<int64_t> offsets;  // of a packed sequence; else empty
 
   Call(std::string_view name, const Tensor& x, at::TensorList initial, const OptionalTensors& w,
        const std::optional<Tensor>& batch_sizes)
@@ -159,8 +172,9 @@ struct Call {
     TORCH_CHECK(input.is_floating_point(), "expected input to be floating-point, got ", input.scalar_type());
     TORCH_CHECK(input.dim() == (batch_sizes ? 2 : 3), "expected input to have ", batch_sizes ? 2 : 3,
                 " dimensions, got ", input.dim());
+    check_memory(input, "input");
     input_size = input.size(-1);
-    set_offsets(batch_sizes);
+    set_steps(batch_sizes);
     check_weights();
     TORCH_CHECK(states.empty() || static_cast<int64_t>(states.size()) == cell.states, "expected ", cell.states,
                 " states or none, got ", states.size());
@@ -168,16 +182,16 @@ struct Call {
       check_shape(states[i], kStateNames[i], {directions, batch, i == 0 ? projected : hidden}, input);
   }
 
-  void set_offsets(const std::optional<Tensor>& batch_sizes) {
-    offsets = {0};
+  void set_steps(const std::optional<Tensor>& batch_sizes) {
     if (!batch_sizes) {
       steps = input.size(0);
       batch = input.size(1);
-      for (int64_t t = 0; t < steps; ++t) offsets.push_back((t + 1) * batch);
     } else {
+      offsets = {0};
       TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->scalar_type() == at::kLong && batch_sizes->is_cpu(),
                   "expected batch_sizes to be an int64 vector on the CPU, got ", batch_sizes->scalar_type(),
                   " of shape ", batch_sizes->sizes(), " on ", batch_sizes->device());
+      check_memory(*batch_sizes, "batch_sizes");
       const Tensor counts = batch_sizes->contiguous();
       steps = counts.numel();
       batch = steps > 0 ? counts.const_data_ptr<int64_t>()[0] : 0;
@@ -224,7 +238,7 @@ struct Call {
   }
 
   std::optional<Tensor> weight(int64_t d, int64_t k) const { return weights.get(d * kWeights + k); }
-  int64_t rows() const { return offsets.back(); }
+  int64_t rows() const { return offsets.empty() ? steps * batch : offsets.back(); }
   bool empty() const { return rows() == 0 || hidden == 0; }
 
   // Low-precision tensors are computed with in float, and multiplied in it too unless the CPU does better.
@@ -259,6 +273,18 @@ struct Call {
     return static_cast<int>(std::min<double>(at::get_num_threads(), 1 + work / kWorthOneThread));
   }
 };
+
+// Whether a signal's handler, in wants_to_stop, raised an exception. That is this thread's error indicator then.
+thread_local bool interrupted = false;
+
+// Lets Python handle signals, as it does only in its main thread.
+bool wants_to_stop() {
+  static const auto main_thread = getpid();
+  if (interrupted || syscall(SYS_gettid) != main_thread) return interrupted;
+  const py::gil_scoped_acquire acquired;
+  interrupted = PyErr_CheckSignals() != 0;
+  return interrupted;
+}
 
 // torch's name for an element type of the kernels.
 template <class S>
@@ -297,7 +323,7 @@ Layer<S> make_layer(const Call& call, Pinned& pinned) {
   layer.hidden = call.hidden;
   layer.projected = call.projected;
   layer.directions = call.directions;
-  layer.offsets = call.offsets.data();
+  layer.offsets = call.offsets.empty() ? nullptr : call.offsets.data();
   for (int64_t d = 0; d < call.directions; ++d) {
     Direction<S>& direction = layer.direction[d];
     direction.w_ih = pinned.read<S>(call.weight(d, 0));
@@ -309,6 +335,7 @@ Layer<S> make_layer(const Call& call, Pinned& pinned) {
   layer.x = pinned.read<S>(call.input);
   for (size_t i = 0; i < call.states.size(); ++i) layer.initial[i] = pinned.read<T>(call.states[i]);
   layer.threads = call.threads();
+  layer.wants_to_stop = wants_to_stop;
   return layer;
 }
 
@@ -325,9 +352,16 @@ Tensor scratch_of(int64_t bytes) {
   return kept;
 }
 
+// Runs the kernel; throws what a signal's handler raised meanwhile, such as KeyboardInterrupt.
 template <class S>
 void run(int64_t (*scratch)(const Layer<S>&), void (*kernel)(const Layer<S>&, std::byte*), const Layer<S>& layer) {
+  interrupted = false;
   kernel(layer, data<std::byte>(scratch_of(scratch(layer))));
+  if (!interrupted) return;
+  const py::gil_scoped_acquire acquired;
+  python_error error;
+  error.persist();
+  throw error;
 }
 
 // Calls body with a value of the type that the call's operands are multiplied in.

@@ -5,6 +5,7 @@
 #include <sched.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <new>
 
@@ -58,6 +59,41 @@ class Barrier {
   const int members_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
+};
+
+// Ends a long call early where the user wants that (Ctrl-C). The calling thread asks, every 20 ms; all threads stop.
+class Stop {
+ public:
+  // `work` of a visit: the multiply-adds of one thread. Short visits do not look at the clock each.
+  Stop(bool (*wants_to_stop)(), double work)
+      : wants_to_stop_(wants_to_stop), stride_(1 + static_cast<int64_t>(1e6 / (work + 100))) {}
+
+  // Whether visit `visit` is not to begin. Threads that meet after each visit stop before the same one: what the
+  // calling thread, number 0, hears before a visit holds from the visit after the next on.
+  bool before(int64_t visit, int thread, bool meets) {
+    if (wants_to_stop_ == nullptr) return false;
+    if (thread == 0 && visit % stride_ == 0 && is_due() && wants_to_stop_())
+      first_.store(visit + 2, std::memory_order_release);
+    const int64_t first = first_.load(std::memory_order_acquire);
+    return meets ? visit >= first : first < kNever;
+  }
+
+ private:
+  static constexpr int64_t kNever = INT64_MAX;
+  using Clock = std::chrono::steady_clock;
+
+  bool is_due() {
+    const Clock::time_point now = Clock::now();
+    if (asked_ == Clock::time_point()) asked_ = now;
+    if (now - asked_ < std::chrono::milliseconds(20)) return false;
+    asked_ = now;
+    return true;
+  }
+
+  bool (*const wants_to_stop_)();
+  const int64_t stride_;
+  Clock::time_point asked_;  // of the calling thread
+  std::atomic<int64_t> first_{kNever};
 };
 
 // Treats denormals as 0 in this scope: they are slow on many CPUs and carry nothing here.

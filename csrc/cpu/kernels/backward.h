@@ -24,7 +24,8 @@ class Backward {
         pack_input_(kPair > 1 || (layer.rows() + kDotRows - 1) / kDotRows > kFewSteps || layer.input % kLanes<T> != 0),
         chunks_(cut(layer)),
         arena_(scratch),
-        recomputed_(layer, recomputes_, recomputes_, false, arena_) {
+        recomputed_(layer, recomputes_, recomputes_, false, arena_),
+        stop_(layer.wants_to_stop, 1e6) {
     const int64_t D = layer.directions, N = layer.batch, H = layer.hidden, P = layer.projected, I = layer.input;
     for (const Chunk& chunk : chunks_)
       for (int64_t d = 0; d < D; ++d) most_rows_ = most(most_rows_, round_up(chunk.rows[d].size(), kPair));
@@ -54,8 +55,9 @@ class Backward {
       Barrier alone(1);
       all.wait();
       for (const Chunk& chunk : chunks_) {
+        if (stop_.before(chunk.index, thread, /*meets=*/true)) return;
         if (recomputes_) compute_gates(chunk, thread, threads, all);
-        for (const Share<S>& own : shares_of(chunk, thread, threads)) scan(chunk, own, own.meets ? all : alone);
+        for_shares_of(chunk, thread, threads, [&](const Share<S>& own) { scan(chunk, own, own.meets ? all : alone); });
         all.wait();
         pack_operands(chunk, thread, threads);
         all.wait();
@@ -66,8 +68,8 @@ class Backward {
         }
       }
       if (layer_.grad_initial[0] == nullptr && layer_.grad_initial[1] == nullptr) return;
-      for (const Share<S>& own : shares_of(chunks_.back(), thread, threads))
-        step_all(chunks_.back(), own, -1, own.meets ? all : alone);
+      for_shares_of(chunks_.back(), thread, threads,
+                    [&](const Share<S>& own) { step_all(chunks_.back(), own, -1, own.meets ? all : alone); });
     });
   }
 
@@ -85,8 +87,8 @@ class Backward {
   static std::vector<Chunk> cut(const Layer<S>& layer) {
     std::vector<Chunk> chunks;
     const auto rows_of_visits = [&](int64_t begin, int64_t end, int64_t d) -> Range {
-      if (d == 0) return {layer.offsets[begin], layer.offsets[end]};
-      return {layer.offsets[layer.steps - end], layer.offsets[layer.steps - begin]};
+      if (d == 0) return {layer.begin(begin), layer.begin(end)};
+      return {layer.begin(layer.steps - end), layer.begin(layer.steps - begin)};
     };
     for (int64_t end = layer.steps; end > 0; end = chunks.back().begin) {
       int64_t begin = end - 1;
@@ -101,8 +103,9 @@ class Backward {
     return chunks;
   }
 
-  Shares<S> shares_of(const Chunk& chunk, int thread, int threads) const {
-    return Shares<S>(layer_, Cell::gates, Cell::units, chunk.begin, chunk.end, thread, threads);
+  template <class Body>
+  void for_shares_of(const Chunk& chunk, int thread, int threads, const Body& body) const {
+    for_shares(layer_, Cell::gates, Cell::units, chunk.begin, chunk.end, thread, threads, body);
   }
 
   // A weight matrix [K, columns] of direction d, packed or as it lies.
@@ -439,9 +442,9 @@ class Backward {
     int64_t first, t;  // row 0 of the chunk, and a step near those asked for
     const S* row(int64_t r) {
       r += first;
-      while (r < rows.layer.offsets[t]) --t;
-      while (r >= rows.layer.offsets[t + 1]) ++t;
-      return of.previous_h(rows, t, r - rows.layer.offsets[t]);
+      while (r < rows.layer.begin(t)) --t;
+      while (r >= rows.layer.begin(t + 1)) ++t;
+      return of.previous_h(rows, t, r - rows.layer.begin(t));
     }
     int64_t distance(int64_t r, int64_t depth) const {
       const int64_t N = rows.layer.batch, R = rows.layer.rows();
@@ -578,6 +581,7 @@ class Backward {
   int64_t most_rows_ = 0;  // of a chunk, in one direction
   Arena arena_;
   Gates<Cell, S> recomputed_;
+  Stop stop_;
   S* grads_;                                   // [2 chunks, D, rows, Cell::grads, H]
   T *grad_h_, *grad_c_;                        // [D, N, P], [D, N, H]: carried from step to step
   S *w_hh_, *w_hr_, *w_ih_;                    // [D, panels, K, kPanel], K = G*H, P, G*H

@@ -19,7 +19,8 @@ class Forward {
         packed_(const_cast<std::byte*>(layer.packed)),
         gate_products_(layer, is_worth_packing(layer, layer.rows()), is_worth_packing(layer, layer.batch, layer.steps),
                        projects(layer) && is_worth_packing(layer, layer.batch, layer.steps),
-                       layer.packed != nullptr ? packed_ : arena_) {
+                       layer.packed != nullptr ? packed_ : arena_),
+        stop_(layer.wants_to_stop, double(layer.batch) * Cell::gates * layer.hidden * (layer.input + layer.projected)) {
     const int64_t D = layer.directions, N = layer.batch, P = layer.projected;
     h_ = arena_.take<S>(D * 2 * N * P);
     c_ = arena_.take<T>(D * (Cell::states - 1) * N * layer.hidden);
@@ -51,8 +52,9 @@ class Forward {
       prepare(thread, threads);
       all.wait();
       Barrier alone(1);
-      for (const Share<S>& own : Shares<S>(layer_, Cell::gates, Cell::units, 0, layer_.steps, thread, threads))
-        scan(own, gates_ + thread * (gates_size_ + gathered_size_), own.meets ? all : alone);
+      for_shares(layer_, Cell::gates, Cell::units, 0, layer_.steps, thread, threads, [&](const Share<S>& own) {
+        scan(own, thread, gates_ + thread * (gates_size_ + gathered_size_), own.meets ? all : alone);
+      });
     });
   }
 
@@ -81,7 +83,7 @@ class Forward {
 
   S* h(int64_t d, int64_t buffer) const { return h_ + (d * 2 + buffer) * layer_.batch * layer_.projected; }
 
-  void scan(const Share<S>& share_of, T* gates, Barrier& meet) {
+  void scan(const Share<S>& share_of, int thread, T* gates, Barrier& meet) {
     const Rows<S>& rows = share_of.rows;
     const Range own = share(gate_products_.panels(), share_of.member, share_of.members);
     // The same for all members, who would else take turns in waiting for each other.
@@ -97,6 +99,7 @@ class Forward {
         gate_products_.input(ahead, x, rows.direction, p, fetch_input && p + 1 < own.end ? p + 1 : p,
                              gates + (p - own.begin) * ahead * kWidth);
       for (int64_t done = 0; s < end; ++s) {
+        if (stop_.before(s, thread, share_of.meets)) return;
         const Sweep sweep(own, s);
         for (int64_t i = 0; i < sweep.size(); ++i)
           step(rows, s, sweep[i], fetch ? sweep.next(i) : sweep[i],
@@ -129,14 +132,10 @@ class Forward {
   void step(const Rows<S>& rows, int64_t s, int64_t p, int64_t next, const T* gates) {
     const int64_t d = rows.direction, P = layer_.projected, alive = rows.alive(s);
     const S* h_before = h(d, s % 2) + rows.range.begin * P;
-    const bool from_zero = s == 0 && layer_.initial[0] == nullptr;
     alignas(64) T recurrent[kRowBlock * kWidth];
     for (int64_t m = 0; m < alive; m += kRowBlock) {
       const int64_t count = least(kRowBlock, alive - m);
-      if (from_zero)
-        std::memset(recurrent, 0, count * kWidth * sizeof(T));
-      else
-        gate_products_.recurrent(count, h_before + m * P, d, p, m == 0 ? next : p, recurrent);
+      gate_products_.recurrent(count, h_before + m * P, d, p, m == 0 ? next : p, recurrent);
       cell(rows, s, p, m, count, gates + m * kWidth, recurrent);
     }
   }
@@ -216,6 +215,7 @@ class Forward {
   const int64_t ahead_ = cache_sizes().l2 / 4 / int64_t(sizeof(T));  // elements of projected input that a thread keeps
   Arena arena_, packed_;
   GatesOf gate_products_;
+  Stop stop_;
   S* h_;            // [D, 2, N, P]: read from one, written to the other
   T* c_;            // [D, N, H]
   S* unprojected_;  // [D, N, H], null without a projection

@@ -99,13 +99,13 @@ struct Rows {
   }
 
   // The index in x and y of the range's first row at visit s.
-  int64_t first(int64_t s) const { return layer.offsets[step(s)] + range.begin; }
+  int64_t first(int64_t s) const { return layer.begin(step(s)) + range.begin; }
 
   // h after the step before t for row n of the batch; null if that is the initial h.
   const S* previous_h(int64_t t, int64_t n) const {
     const int64_t before = direction == 0 ? t - 1 : t + 1;
     if (before < 0 || before >= layer.steps || n >= layer.count(before)) return nullptr;
-    return layer.y + ((layer.offsets[before] + n) * layer.directions + direction) * layer.projected;
+    return layer.y + ((layer.begin(before) + n) * layer.directions + direction) * layer.projected;
   }
 };
 
@@ -113,7 +113,7 @@ struct Rows {
 template <class S>
 Range row_block(const Layer<S>& layer, Range times, int64_t index, int64_t blocks) {
   if (layer.rows() == layer.steps * layer.batch) return share(layer.batch, index, blocks);
-  const int64_t total = layer.offsets[times.end] - layer.offsets[times.begin];
+  const int64_t total = layer.begin(times.end) - layer.begin(times.begin);
   int64_t cuts[2] = {0, layer.batch};  // rows that are not there at any of these steps fall to the last block
   for (int side = 0; side < 2; ++side) {
     if (index + side == blocks) continue;
@@ -137,30 +137,23 @@ struct Share {
   bool meets;
 };
 
-template <class S>
-class Shares {
- public:
-  // Of the visits begin to end - 1; for others a thread may be given other rows.
-  Shares(const Layer<S>& layer, int64_t gates, int64_t units, int64_t begin, int64_t end, int thread, int threads) {
-    const Split split(layer, gates, units, threads);
-    if (split.members > 1) {
-      const int64_t d = thread % layer.directions;
-      const int64_t members = (threads - d + layer.directions - 1) / layer.directions;
-      shares_.push_back({{layer, d, {0, layer.batch}}, thread / layer.directions, members, true});
-      return;
-    }
-    for (int64_t i = thread; i < layer.directions * split.blocks; i += threads) {
-      const int64_t d = i % layer.directions;
-      const Range times = d == 0 ? Range{begin, end} : Range{layer.steps - end, layer.steps - begin};
-      shares_.push_back({{layer, d, row_block(layer, times, i / layer.directions, split.blocks)}, 0, 1, false});
-    }
+// Calls body(share) for what falls to `thread`. Of the visits begin to end - 1; for others a thread may be given other
+// rows.
+template <class S, class Body>
+void for_shares(const Layer<S>& layer, int64_t gates, int64_t units, int64_t begin, int64_t end, int thread,
+                int threads, const Body& body) {
+  const Split split(layer, gates, units, threads);
+  if (split.members > 1) {
+    const int64_t d = thread % layer.directions;
+    const int64_t members = (threads - d + layer.directions - 1) / layer.directions;
+    return body(Share<S>{{layer, d, {0, layer.batch}}, thread / layer.directions, members, true});
   }
-  auto begin() const { return shares_.begin(); }
-  auto end() const { return shares_.end(); }
-
- private:
-  std::vector<Share<S>> shares_;
-};
+  for (int64_t i = thread; i < layer.directions * split.blocks; i += threads) {
+    const int64_t d = i % layer.directions;
+    const Range times = d == 0 ? Range{begin, end} : Range{layer.steps - end, layer.steps - begin};
+    body(Share<S>{{layer, d, row_block(layer, times, i / layer.directions, split.blocks)}, 0, 1, false});
+  }
+}
 
 // What the scans take for granted of a cell.
 template <class Cell>
