@@ -11,11 +11,13 @@ counts them, and the exit status is 1 if there were any.
 
 Configurations: every result and gradient of rnnkit's module, beside torch.nn's of the same values in the same
 dtype. The truth is torch.nn in float64. By the rule of `tolerances.py` rnnkit's error, norm over norm, may be twice
-torch.nn's own, or a few roundings of the dtype: `FLOOR_ROUNDINGS`, and where numbers are below the smallest normal
-one, four roundings of that one. In float64 it may be what the table there allows. What is beyond is looked at again
+torch.nn's own, or a few roundings of the dtype, `FLOOR_ROUNDINGS`. To these roundings come, for each value, four of
+the smallest normal numbers, since the kernels take what is below for 0; in low precision, four of the smallest
+numbers that there are. In float64 the error may be what the table there allows. What is beyond is looked at again
 in `SECOND_LOOK` more draws of other values, taken together: of a few values torch.nn's error is chance. So is the
-side that a ReLU next to zero falls to, and with it a gradient: of these the better half of the draws counts. Where
-torch.nn raises, rnnkit raises an exception of the same type, and the reverse.
+side that a ReLU next to zero falls to, and with it a gradient: of these the better half of the draws counts. A
+gradient that torch.nn leaves out may be zero. Where torch.nn raises, rnnkit raises an exception of the same type,
+and the reverse.
 
 Malformed calls: of the modules, of the ops in `torch.ops.rnnkit` and of the short way in `rnnkit._C`, with one to
 three things wrong. Each must raise, or give what torch.nn or the reference gives. Failures are an end of the process,
@@ -192,7 +194,8 @@ def run(kind: str, count: int, seed: int, here: bool) -> Tally:
 def once(kind: str, seed: int, number: int) -> int:
     """One draw, in this process."""
     prepare()
-    faulthandler.enable()
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
     wrong = check(kind, seed, number, lambda event, words: print(f"{event}: {words}", flush=True))
     print(wrong or "as it should be")
     return bool(wrong)

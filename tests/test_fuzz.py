@@ -22,8 +22,8 @@ def test_sample_of_configurations(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_sample_of_malformed_calls(capsys: pytest.CaptureFixture[str]) -> None:
-    assert fuzz.main(["--malformed", "60", "--seed", "3"]) == 0, capsys.readouterr().out
-    assert capsys.readouterr().out == "seed 3: 60 malformed calls, 0 failures\n"
+    assert fuzz.main(["--malformed", "60", "--seed", "5"]) == 0, capsys.readouterr().out
+    assert capsys.readouterr().out == "seed 5: 60 malformed calls, 0 failures\n"
 
 
 def test_a_planted_fault_is_noticed(
