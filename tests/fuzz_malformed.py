@@ -50,6 +50,7 @@ class Call:
         arguments: what is given, for a look at its values.
         defined: whether it says what the results are, rather than holding what belongs to another call.
         lenient: whether it may give a result where the reference raises.
+        fewest: results that there must be, where there are any.
     """
 
     words: str
@@ -58,6 +59,7 @@ class Call:
     arguments: list[Any]
     defined: bool = True
     lenient: bool = False
+    fewest: int = 0
 
 
 # What a tensor is changed into
@@ -200,7 +202,9 @@ def changed(name: str, value: Any, rng: random.Random) -> tuple[Any, str]:
         return type(value)([*value[:place], new, *value[place + 1 :]]), words
     if isinstance(value, list | tuple):
         return _one_of(LISTS, name, list(value), rng)
-    if isinstance(value, Tensor) and not _plain(value):  # a change of a change is torch's own
+    # A change of what is no ordinary tensor is torch's own, and so is a tensor in the place of a list.
+    of_torch = not _plain(value) or name in ("states", "weights", "grads")
+    if isinstance(value, Tensor) and of_torch:
         return value, f"{name} left so"
     if isinstance(value, Tensor):
         return _one_of(BATCH_SIZES if name == "batch_sizes" else TENSORS, name, value, rng)
@@ -506,9 +510,16 @@ def _module(rng: random.Random, package: Any) -> Call:
     later = ", ".join(words[1:])
     foreign = what == "between" or (frozen and what == "parameter")
     foreign |= any(word in later for word in UNLIKE)
-    # rnnkit's layers take their sizes from the weights, where torch.nn's look at the attributes as well.
+    # rnnkit's layers take their sizes from the weights, where torch.nn's look at the attributes as well; and the
+    # reference can do without what torch.nn asks of a sparse tensor.
     return Call(
-        told, call, None, [*given, *module.parameters()], not foreign, lenient=what == "attribute"
+        told,
+        call,
+        None,
+        [*given, *module.parameters()],
+        not foreign,
+        lenient=what == "attribute" or "sparse" in told,
+        fewest=1 + ("lstm" in name) + (not cell),
     )
 
 
@@ -612,6 +623,8 @@ def check(seed: int, number: int, tell: Callable[[str, str], None]) -> str:
         return f"the text is of the inside: {text[:200]}" if inner else ""
     if resized and results:
         return "a result of a tensor without memory"
+    if len(results) < it.fewest:
+        return f"{len(results)} results instead of {it.fewest}"
     if safe and not _finite(results):
         return "a result that was not written, or not finite"
     if it.reference is None or _long(it.arguments) or not results:

@@ -104,7 +104,7 @@ def configuration(seed: int, number: int) -> Configuration:
     mode = rng.choice(modes)
     wide = case.dtype.itemsize > 2
     large = [10.0, 100.0] if not precise else []
-    tiny = [1e-30, 1e-8] if wide else []
+    tiny = [1e-20, 1e-8] if wide else []
     every = ("input", "hx", "cx", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
     wanting = tuple(name for name in every if rng.random() < 0.5) or ("input",)
     names = ("h_1", "c_1") if case.is_cell else ("output", "h_n", "c_n")
