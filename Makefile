@@ -7,6 +7,9 @@ TORCH ?= torch>=2.10
 VENV ?= .venv
 ARGS ?=
 OUT ?= build/gpu
+N ?= 10000
+MALFORMED ?= 2000
+SEED ?= 0
 SANITIZE_TESTS ?= test_kernels.py test_freezing.py test_direct.py -k 'not test_against_reference or float32 or bfloat16'
 
 # Where no GPU can run them, CUDA kernels are compiled only if asked for: it takes minutes.
@@ -27,7 +30,7 @@ SHELL := bash
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench bench-quick bench-report lint format sanitize clean FORCE
+.PHONY: help demo test fuzz fuzz-sanitize bench bench-quick bench-report lint format sanitize sanitize-build clean FORCE
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench
 
 help:
@@ -38,6 +41,8 @@ help:
 	@echo "                ARGS='--isa avx2' holds all of them to an older CPU's instructions"
 	@echo 'make lint       ruff, mypy and clang-format; make format mends what they can mend'
 	@echo 'make sanitize   run the kernels under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make fuzz       N=10000 random configurations beside torch.nn and MALFORMED=2000 random malformed calls, of SEED=0'
+	@echo '                make fuzz-sanitize: malformed calls under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make gpu        on a machine with a GPU, nvcc and a $(PYTHON) that has torch, pytest, ninja, setuptools and numpy:'
 	@echo '                gpu-build, gpu-test, gpu-sanitize (compute-sanitizer) and gpu-bench; logs in $(OUT)'
 	@echo 'make clean      remove what was built; $(VENV) stays'
@@ -53,6 +58,10 @@ demo: $(VENV)/built
 
 test: $(VENV)/built
 	@$(python) -m pytest $(ARGS)
+
+# What tests/fuzz.py prints of a failure is run again with $(python) in the place of python.
+fuzz: $(VENV)/built
+	@$(python) tests/fuzz.py $(N) --malformed $(MALFORMED) --seed $(SEED) $(ARGS)
 
 bench: $(VENV)/built $(VENV)/peers
 	@$(python) -m benchmarks $(ARGS)
@@ -74,19 +83,27 @@ format: $(VENV)/linters
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(formatted)
 
-# A second build of the package, tested from its own folder so that it is the one imported. Stderr is not
-# captured, since a report ends the process; leaks are not looked for, since Python frees little at exit.
+# A second build of the package, run from its own folder so that it is the one imported. Stderr is not
+# captured, since a report ends the process; leaks are not looked for, since Python frees little at exit, and
+# more memory than there is is an error of the caller's.
 # There is no ThreadSanitizer run: gcc's OpenMP runtime is not instrumented, so that each of its barriers,
 # and with it every parallel region, is reported as a race.
-sanitize: $(VENV)/installed
+in_sanitized = cd build/sanitize && \
+	export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. && \
+	export LD_PRELOAD=$$($(compiler) -print-file-name=libasan.so):$$($(compiler) -print-file-name=libstdc++.so) && \
+	$(abspath $(python))
+
+sanitize-build: $(VENV)/installed
 	RNNKIT_CPU=1 RNNKIT_SANITIZE=address,undefined \
 		$(python) setup.py --quiet build --build-lib build/sanitize
-	cd build/sanitize && \
-		export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
-		export LD_PRELOAD=$$($(compiler) -print-file-name=libasan.so):$$($(compiler) -print-file-name=libstdc++.so) && \
-		$(abspath $(python)) -c 'from rnnkit import _C; assert "/sanitize/" in _C.__file__, _C' && \
-		$(abspath $(python)) -m pytest --capture=sys --config-file=$(CURDIR)/pyproject.toml \
-			--rootdir=$(CURDIR) $(patsubst test_%.py,$(CURDIR)/tests/test_%.py,$(SANITIZE_TESTS)) $(ARGS)
+	$(in_sanitized) -c 'from rnnkit import _C; assert "/sanitize/" in _C.__file__, _C'
+
+sanitize: sanitize-build
+	$(in_sanitized) -m pytest --capture=sys --config-file=$(CURDIR)/pyproject.toml \
+		--rootdir=$(CURDIR) $(patsubst test_%.py,$(CURDIR)/tests/test_%.py,$(SANITIZE_TESTS)) $(ARGS)
+
+fuzz-sanitize: sanitize-build
+	$(in_sanitized) $(CURDIR)/tests/fuzz.py --malformed $(MALFORMED) --seed $(SEED) $(ARGS)
 
 # `make --keep-going gpu` goes on after a part that failed.
 gpu: gpu-build gpu-test gpu-sanitize gpu-bench
