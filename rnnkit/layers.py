@@ -126,7 +126,7 @@ class _Layers(Interop, nn.RNNBase):
             )
         found: Weights = []
         for names in self._all_weights:
-            if len(names) != 2 + 2 * self.bias + (self.proj_size > 0):
+            if len(names) != 2 + 2 * bool(self.bias) + (self.proj_size > 0):
                 raise RuntimeError(
                     f"expected weights for bias={self.bias} and proj_size={self.proj_size}, got {', '.join(names)}: "
                     "these are set when a layer is made"

@@ -15,9 +15,10 @@ torch.nn's own, or a few roundings of the dtype, `FLOOR_ROUNDINGS`. To these rou
 the smallest normal numbers, since the kernels take what is below for 0; in low precision, four of the smallest
 numbers that there are. In float64 the error may be what the table there allows. What is beyond is looked at again
 in `SECOND_LOOK` more draws of other values, taken together: of a few values torch.nn's error is chance. So is the
-side that a ReLU next to zero falls to, and with it a gradient: of these the better half of the draws counts. A
-gradient that torch.nn leaves out may be zero. Where torch.nn raises, rnnkit raises an exception of the same type,
-and the reverse.
+side that a ReLU next to zero falls to, and with it a gradient: of these the better half of the draws counts. Last, the
+error may be as large as the result changes in float64 where every input and weight is a rounding off: a gate z next to
+1, of which 1 - z is taken, and a chaotic recurrence make much of one. A gradient that torch.nn leaves out may be zero.
+Where torch.nn raises, rnnkit raises an exception of the same type, and the reverse.
 
 Malformed calls: of the modules, of the ops in `torch.ops.rnnkit` and of the short way in `rnnkit._C`, with one to
 three things wrong. Each must raise, or give what torch.nn or the reference gives. Failures are an end of the process,

@@ -165,6 +165,8 @@ NUMBERS: dict[str, tuple[Any, ...]] = {
     "cell": CELL_NAMES,
     "keep": (-1, 0, 1, 2, 3, 7, 2**31, 2**63 - 1, -(2**63), 2**64, None, 1.5, True),
     "directions": (-1, 0, 1, 2, 3, 4, 2**31, 2**62, -(2**62), -(2**63), 2**64, None),
+    "input_size": (-1, 0, 1, 2, 2**62, 2**64, None),
+    "projected": (-1, 0, 1, 2, 2**62, 2**64, None),
     "batch_first": (0, 1, None, True, "yes"),
 }
 
@@ -203,7 +205,7 @@ def changed(name: str, value: Any, rng: random.Random) -> tuple[Any, str]:
     if isinstance(value, list | tuple):
         return _one_of(LISTS, name, list(value), rng)
     # A change of what is no ordinary tensor is torch's own, and so is a tensor in the place of a list.
-    of_torch = not _plain(value) or name in ("states", "weights", "grads")
+    of_torch = not _plain(value) or name in ("states", "weights", "grads", "batch_sizes[0]")
     if isinstance(value, Tensor) and of_torch:
         return value, f"{name} left so"
     if isinstance(value, Tensor):
@@ -335,7 +337,8 @@ def _direct(kind: str, rng: random.Random) -> Call:
         frozen = rng.random() < 0.4
         packed = stack.pack(case.cell, weights, directions=directions) if frozen else ()
         batch_first = rng.random() < 0.3
-        own |= {"packed": list(packed), "directions": directions, "batch_first": batch_first}
+        own |= {"packed": list(packed), "directions": directions}
+        own |= {"input_size": input.size(-1), "projected": hidden, "batch_first": batch_first}
         if batch_first:
             own["input"] = input.transpose(0, 1)
     own |= {"keep": rng.choice((1, 2))}
@@ -410,7 +413,7 @@ def _with_gradients(
 
 
 ATTRIBUTES: dict[str, tuple[Any, ...]] = {
-    "bidirectional": (True, False, 1, None),
+    "bidirectional": (True, False, 1),
     "num_layers": (0, 1, 2, 3, -1),
     "bias": (True, False, None),
     "proj_size": (0, 1, 2, 9, -1),
@@ -425,6 +428,9 @@ ATTRIBUTES: dict[str, tuple[Any, ...]] = {
     "_all_weights": ([], [[]], [["weight_ih_l0"]]),
     "_packed": ((), None, (X,), [torch.zeros(4, dtype=torch.uint8)] * 2),
 }
+
+#: Attributes that are to fit the weights.
+SIZES = ("bidirectional=", "num_layers=", "input_size=")
 
 #: Changes after which torch.nn's results say nothing: it takes biases for the next layer's weights, or states of one
 #: size for another, reads strided batch sizes as if they were not, or has no such thing.
@@ -510,15 +516,14 @@ def _module(rng: random.Random, package: Any) -> Call:
     later = ", ".join(words[1:])
     foreign = what == "between" or (frozen and what == "parameter")
     foreign |= any(word in later for word in UNLIKE)
-    # rnnkit's layers take their sizes from the weights, where torch.nn's look at the attributes as well; and the
-    # reference can do without what torch.nn asks of a sparse tensor.
+    # The reference can do without what torch.nn asks of a sparse tensor.
     return Call(
         told,
         call,
         None,
         [*given, *module.parameters()],
         not foreign,
-        lenient=what == "attribute" or "sparse" in told,
+        lenient="sparse" in told or (what == "attribute" and not any(a in later for a in SIZES)),
         fewest=1 + ("lstm" in name) + (not cell),
     )
 
