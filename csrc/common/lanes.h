@@ -23,8 +23,8 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
-#error "rnnkit's kernels need gcc 12 or later"
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 11
+#error "rnnkit's kernels need gcc 11 or later"
 #endif
 
 #define RNNKIT_INLINE inline __attribute__((always_inline))

@@ -306,8 +306,14 @@ void gemm(int64_t M, int64_t N, int64_t K, MatrixA<S, kTransposed> A, MatrixB<S>
 template <class T, size_t kStride, size_t... kLane>
 RNNKIT_INLINE void exchange(Vector<T>& a, Vector<T>& b, std::index_sequence<kLane...>) {
   constexpr size_t lanes = kLanes<T>;
+#if defined(__clang__)
   const Vector<T> low = __builtin_shufflevector(a, b, (kLane & kStride ? kLane - kStride + lanes : kLane)...);
   b = __builtin_shufflevector(a, b, (kLane & kStride ? kLane + lanes : kLane + kStride)...);
+#else
+  typedef typename Format<T>::Bits Places __attribute__((vector_size(kVectorBytes)));
+  const Vector<T> low = __builtin_shuffle(a, b, Places{(kLane & kStride ? kLane - kStride + lanes : kLane)...});
+  b = __builtin_shuffle(a, b, Places{(kLane & kStride ? kLane + lanes : kLane + kStride)...});
+#endif
   a = low;
 }
 
