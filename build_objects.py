@@ -75,7 +75,9 @@ def cgroup_memory(root: Path = Path("/")) -> list[int]:
             group = Path(root, "sys/fs/cgroup", mount, *parts[:depth])
             try:
                 most = int((group / limit).read_text())
-                told = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                told = dict(
+                    line.split() for line in (group / "memory.stat").read_text().splitlines()
+                )
             except (OSError, ValueError):  # no such group, or "max"
                 continue
             free.append(most - sum(int(told.get(key, 0)) for key in keys))

@@ -30,7 +30,9 @@ import setuptools
 from setuptools import Extension, setup
 
 if int(setuptools.__version__.partition(".")[0]) < 77:
-    sys.exit(f"rnnkit: setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77'")
+    sys.exit(
+        f"rnnkit: setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77'"
+    )
 
 from setuptools.command.bdist_wheel import bdist_wheel
 
@@ -112,6 +114,7 @@ def extension() -> Extension:
 #: What to type where it was built without, or for another torch; `.` may be git+URL, too.
 INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir ."
 
+NEEDED = "install g++ 11 or clang 16, or later"
 PURE = "RNNKIT_CPU=0 installs pure Python, which is slow"
 
 
@@ -124,17 +127,6 @@ def why_not(switch: str) -> str:
     if TORCH_ABSENT:
         return f"torch could not be imported when rnnkit was built ({TORCH_ABSENT})"
     return ""
-
-
-def check_torch() -> None:
-    """Ends a build of the extension that has no torch at once, before anything else is done or said."""
-    commands = {"bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"}
-    wanted = sys.platform == "linux" and os.environ.get("RNNKIT_CPU") != "0"
-    if TORCH_ABSENT and wanted and commands & {*sys.argv}:
-        sys.exit(
-            f"rnnkit: the kernels are built for the torch that is installed, and this build cannot import it "
-            f"({TORCH_ABSENT}): install torch and `pip install 'setuptools>=77'`, then `{INSTALL}`; {PURE}"
-        )
 
 
 def compiler_version() -> str:
@@ -151,6 +143,22 @@ def compiler_version() -> str:
     if not lines:
         raise RuntimeError(f"no C++ compiler (`{name} --version` says nothing)")
     return lines[0]
+
+
+def check_requirements() -> None:
+    """Ends a build that cannot compile the extension at once, before anything else is done or said."""
+    commands = {"bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"}
+    if sys.platform != "linux" or os.environ.get("RNNKIT_CPU") == "0" or not commands & {*sys.argv}:
+        return
+    if TORCH_ABSENT:
+        sys.exit(
+            f"rnnkit: the kernels are built for the torch that is installed, and this build cannot import it "
+            f"({TORCH_ABSENT}): install torch and `pip install 'setuptools>=77'`, then `{INSTALL}`; {PURE}"
+        )
+    try:
+        compiler_version()
+    except RuntimeError as error:
+        sys.exit(f"rnnkit: {error}: {NEEDED}; {PURE}")
 
 
 class BuildWheel(bdist_wheel):
@@ -204,14 +212,14 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
             print(f"rnnkit: pure Python, without the C++ extension: {reason}", file=sys.stderr)
             target.unlink(missing_ok=True)
             self.extensions = []
-            return reason, ""
+            again = f"; without it `{INSTALL}` builds it" if sys.platform == "linux" else ""
+            return reason + again, ""
         try:
             self.compiler_version = compiler_version()
             super().run()
         except Exception as error:
             fault = " ".join(str(error).replace(os.getcwd() + os.sep, "").split())
-            needed = "" if "MAX_JOBS" in fault else "install g++ 11 or clang 16, or later; "
-            sys.exit(f"rnnkit: {fault}: {needed}{PURE}")
+            sys.exit(f"rnnkit: {fault}" + ("" if "MAX_JOBS" in fault else f": {NEEDED}; {PURE}"))
         return "", self.compiler_version
 
     def build_cuda(self, target: Path) -> tuple[str, str, tuple[str, ...]]:
@@ -258,7 +266,6 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
             output_dir: str,
             macros: list[tuple[str, str]] | None = None,
             include_dirs: list[str] | None = None,
-            debug: bool = False,
             extra_postargs: list[str] | None = None,
             **options: Any,
         ) -> list[str]:
@@ -270,7 +277,7 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
                 command = [
                     *cpp_extension.get_cxx_compiler().split(),
                     *self.compiler.compiler_so[1:],
-                    *(flag for flag in self.compiler._get_cc_args(preprocessor, debug, None) if flag != "-c"),
+                    *preprocessor,
                     *(extra_postargs or []),
                     *flags,
                 ]
@@ -284,7 +291,7 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
         super().build_extension(ext)
 
 
-check_torch()
+check_requirements()
 
 setup(
     ext_modules=[extension()],
