@@ -128,7 +128,7 @@ $(python):
 # What TORCH is where it is not given. A build for CUDA would be gigabytes that no GPU uses.
 $(VENV)/default-torch: | $(python)
 	@cpu=; command -v nvidia-smi >/dev/null || \
-		cpu=$$($(pip) index versions torch 2>/dev/null | grep -o '[0-9.]*+cpu' | sort --version-sort | tail -n 1); \
+		cpu=$$($(python) -m pip index versions torch 2>/dev/null | grep -o '[0-9.]*+cpu' | sort --version-sort | tail -n 1); \
 	printf '%s\n' 2.10 "$$cpu" | sort --version-sort --check=quiet || cpu=; \
 	echo "torch$${cpu:+==}$${cpu:->=2.10}" > $@
 
