@@ -43,7 +43,7 @@ help:
 	@echo "                ARGS='--isa avx2' holds all of them to an older CPU's instructions"
 	@echo 'make lint       ruff, mypy and clang-format; make format mends what they can mend'
 	@echo 'make sanitize   run the kernels under AddressSanitizer and UndefinedBehaviorSanitizer'
-	@echo 'make gpu        on a machine with a GPU, nvcc and a $(PYTHON) that has torch, pytest, ninja, setuptools and numpy:'
+	@echo 'make gpu        on a machine with a GPU, nvcc and a $(PYTHON) that has torch, pytest, setuptools and numpy:'
 	@echo '                gpu-build, gpu-test, gpu-sanitize (compute-sanitizer) and gpu-bench; logs in $(OUT)'
 	@echo 'make clean      remove what was built; $(VENV) stays'
 	@echo

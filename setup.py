@@ -179,7 +179,8 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
     def finalize_options(self) -> None:
         """Keeps objects in one folder per kind of build: pip's own is temporary, so never up to date."""
         super().finalize_options()
-        kind = [sysconfig.get_platform(), sys.implementation.cache_tag, TORCH_VERSION, SANITIZE]
+        python, compiler = sys.implementation.cache_tag, os.environ.get("CXX", "")
+        kind = [sysconfig.get_platform(), python, TORCH_VERSION, SANITIZE, compiler]
         self.force = True  # to link; what is compiled is decided by build_objects
         self.build_temp = str(Path("build", "-".join(re.sub(r"\W", "_", k) for k in kind if k)))
 
