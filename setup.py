@@ -256,7 +256,7 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
         # What only torch's headers need: half the memory and time that all of its operators would take.
         ordinary = [*include, "-DAT_PER_OPERATOR_HEADERS"]
         if "clang" not in self.compiler_version:
-            ordinary += ["--param=ggc-min-expand=50"]  # gcc collects its garbage earlier
+            ordinary += ["--param=ggc-min-expand=30"]  # gcc collects its garbage earlier
         ordinary += [f"-DRNNKIT_HAS_{name.upper()}" for name in names]
         sets = [("", ext.sources, ordinary)]
         for name, flags in CAPABILITIES.items():
