@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,7 +141,8 @@ def compile(part: Part) -> None:
     try:
         output = run([*part.command, *dependencies, "-c", str(source), "-o", str(unfinished)])
     except RuntimeError as error:
-        raise RuntimeError(f"{source}: {error}") from error
+        place = "" if str(source) in str(error) else f"{source}: "
+        raise RuntimeError(f"{place}{error}") from error
     lines = output.splitlines(keepends=True)
     if source.suffix == ".cu":
         report = [line for line in lines if RESOURCES.match(line)]
@@ -162,9 +163,10 @@ def compile_all(parts: list[Part]) -> list[str]:
     with ThreadPoolExecutor(jobs()) as pool:
         futures = [pool.submit(compile, part) for part in parts]
         try:
-            for future in futures:
-                future.result()
-        except BaseException:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
+    for future in futures:
+        if not future.cancelled():
+            future.result()
     return [str(part.target) for part in parts]

@@ -114,7 +114,7 @@ def extension() -> Extension:
 #: What to type where it was built without, or for another torch; `.` may be git+URL, too.
 INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir ."
 
-NEEDED = "install g++ 11 or clang 16, or later"
+NEEDED = "install g++ 11 or clang 19, or later"
 PURE = "RNNKIT_CPU=0 installs pure Python, which is slow"
 
 
