@@ -3,7 +3,7 @@
 # takes Python as it is, and so needs no network.
 
 PYTHON ?= python3
-TORCH ?= torch>=2.10
+TORCH ?=
 VENV ?= .venv
 ARGS ?=
 OUT ?= build/gpu
@@ -21,6 +21,11 @@ switches := cpu=$(RNNKIT_CPU) cuda=$(RNNKIT_CUDA) $(TORCH_CUDA_ARCH_LIST)
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check --quiet
 compiler := $${CXX:-c++}
+
+# What an extra of pyproject.toml names, without rnnkit, which stays as it is.
+install_extra = $(python) -c 'import importlib.metadata as m; \
+	print(*(r.partition(";")[0] for r in m.requires("rnnkit") if "extra == \"$(1)\"" in r), sep="\n")' \
+	> $(VENV)/$(1).txt && $(pip) install --requirement $(VENV)/$(1).txt
 csrc := $(shell find csrc -type f)
 formatted := $(filter %.h %.cpp %.cu %.cuh,$(csrc))
 
@@ -43,15 +48,15 @@ help:
 	@echo 'make sanitize   run the kernels under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make fuzz       N=10000 random configurations beside torch.nn and MALFORMED=2000 random malformed calls, of SEED=0'
 	@echo '                make fuzz-sanitize: malformed calls under AddressSanitizer and UndefinedBehaviorSanitizer'
-	@echo 'make gpu        on a machine with a GPU, nvcc and a $(PYTHON) that has torch, pytest, ninja, setuptools and numpy:'
+	@echo 'make gpu        on a machine with a GPU, nvcc and a $(PYTHON) that has torch, pytest, setuptools and numpy:'
 	@echo '                gpu-build, gpu-test, gpu-sanitize (compute-sanitizer) and gpu-bench; logs in $(OUT)'
 	@echo 'make clean      remove what was built; $(VENV) stays'
 	@echo
 	@echo "ARGS='...'           arguments of the example, of pytest or of the benchmarks, as in make test ARGS='-k lstm'"
-	@echo 'TORCH=torch==2.13.0  the torch to install, now $(TORCH)'
+	@echo 'TORCH=torch==2.13.0  the torch to install; by default the newest, without a GPU a CPU build where the index has one'
 	@echo 'PYTHON=python3.12    the Python that $(VENV) is made with, now $(PYTHON)'
-	@echo 'RNNKIT_CPU=0         do without the C++ extension; 1: fail if it cannot be built'
-	@echo 'RNNKIT_CUDA=0        likewise for the CUDA library, by default where there is no GPU; 1 builds it in any case'
+	@echo 'RNNKIT_CPU=0         do without the C++ extension'
+	@echo 'RNNKIT_CUDA=0        do without the CUDA library, by default where there is no GPU; 1 builds it in any case'
 
 demo: $(VENV)/built
 	@$(python) examples/char_rnn.py $(ARGS)
@@ -137,29 +142,39 @@ clean:
 $(python):
 	$(PYTHON) -m venv $(VENV)
 
+# What TORCH is where it is not given. A build for CUDA would be gigabytes that no GPU uses.
+$(VENV)/default-torch: | $(python)
+	@cpu=; command -v nvidia-smi >/dev/null || \
+		cpu=$$($(python) -m pip index versions torch 2>/dev/null | grep -o '[0-9.]*+cpu' | sort --version-sort | tail -n 1); \
+	printf '%s\n' 2.10 "$$cpu" | sort --version-sort --check=quiet || cpu=; \
+	echo "torch$${cpu:+==}$${cpu:->=2.10}" > $@
+
 # Written anew only when TORCH is another one, so that what is installed follows it.
-$(VENV)/torch: FORCE | $(python)
-	@echo '$(TORCH)' | cmp --silent - $@ || echo '$(TORCH)' > $@
+$(VENV)/torch: FORCE | $(python) $(if $(TORCH),,$(VENV)/default-torch)
+	@torch='$(TORCH)'; echo "$${torch:-$$(cat $(VENV)/default-torch)}" | cmp --silent - $@ || \
+		echo "$${torch:-$$(cat $(VENV)/default-torch)}" > $@
 
 # Likewise for the switches.
 $(VENV)/switch: FORCE | $(python)
 	@echo '$(switches)' | cmp --silent - $@ || echo '$(switches)' > $@
 
-$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py build_cuda.py
-	@echo 'Installing $(TORCH) and rnnkit into $(VENV): minutes the first time.'
-	@$(pip) install '$(TORCH)' 'setuptools>=77' wheel ninja
-	@$(pip) install --no-build-isolation --editable '.[test,examples]'
+# Compiles nothing: that is the turn of `built`, whose progress can be seen.
+$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py build_cuda.py build_objects.py
+	@echo "Installing $$(cat $<), rnnkit and what its tests and examples need into $(VENV): about a minute, more for CUDA's torch."
+	@$(pip) install "$$(cat $<)" 'setuptools>=77'
+	@RNNKIT_CPU=0 RNNKIT_CUDA=0 $(pip) install --no-build-isolation --editable '.[test,examples]'
 	@touch $@
 
 $(VENV)/linters: $(VENV)/installed
-	@$(pip) install --no-build-isolation --editable '.[dev]'
+	@$(call install_extra,dev)
 	@touch $@
 
 $(VENV)/peers: $(VENV)/installed
-	@$(pip) install --no-build-isolation --editable '.[bench]'
+	@$(call install_extra,bench)
 	@touch $@
 
-# Only what changed is compiled. Where nothing could be, the next call tries again.
+# Only what changed is compiled.
 $(VENV)/built: $(VENV)/installed $(VENV)/switch $(csrc)
+	@echo 'Compiling what changed of the kernels: about a minute and a half if it is all of them.'
 	@$(python) setup.py --quiet build_ext --inplace
-	@grep --quiet "^REASON: str = ''" rnnkit/_build.py && touch $@ || true
+	@touch $@

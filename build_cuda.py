@@ -9,14 +9,12 @@ import os
 import platform
 import re
 import shutil
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from build_objects import Part, compile_all, run
 
 #: Built by default, as far as nvcc knows them. A GPU runs the code of its major version up to its minor one,
 #: and one newer than all of these compiles the PTX of the newest.
@@ -26,9 +24,6 @@ CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall"
 CXX_FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
-
-#: What `-Xptxas=-v` says of each kernel, kept in a report beside the object.
-RESOURCES = re.compile(r"ptxas info|\s+\d+ bytes stack frame")
 
 
 class Built(NamedTuple):
@@ -72,25 +67,6 @@ def toolkit() -> Path:
         if complete(root):
             return root
     raise RuntimeError("no CUDA toolkit: nvcc is not on PATH, and CUDA_HOME is not set")
-
-
-def run(command: list[str]) -> str:
-    """What `command` writes to both of its outputs.
-
-    Raises:
-        RuntimeError: it failed; with the line that says why.
-    """
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
-    except OSError as error:
-        raise RuntimeError(f"{command[0]}: {error.strerror}") from error
-    if done.returncode:
-        print(done.stdout, file=sys.stderr)
-        faults = (line for line in done.stdout.splitlines() if re.search(r"error|fatal", line))
-        raise RuntimeError(next(faults, f"{command[0]} failed ({done.returncode})"))
-    return done.stdout
 
 
 def architectures(nvcc: str, inplace: bool) -> tuple[str, ...]:
@@ -137,37 +113,6 @@ def generate_code(name: str) -> list[str]:
     return [f"-gencode=arch=compute_{number},code={code}" for code in codes]
 
 
-def up_to_date(target: Path) -> bool:
-    """Whether `target` is newer than all that the compiler read for it, by the list it wrote beside it."""
-    try:
-        made = target.stat().st_mtime
-        read = target.with_suffix(".d").read_text().replace("\\\n", " ").partition(": ")[2]
-        files = [file.replace("\\ ", " ") for file in re.split(r"(?<!\\)\s+", read.strip())]
-        return all(Path(file).stat().st_mtime < made for file in files)
-    except OSError:
-        return False
-
-
-def compile(command: list[str], source: Path, target: Path) -> None:
-    """Compiles `source` to `target`, unless that is up to date; the report of resources goes beside it."""
-    if up_to_date(target):
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # An interrupted compiler leaves no object that looks finished, and a source edited meanwhile is newer.
-    started = time.time()
-    unfinished = target.with_suffix(".unfinished.o")
-    dependencies = ["-MD", "-MF", str(target.with_suffix(".d"))]
-    output = run([*command, *dependencies, "-c", str(source), "-o", str(unfinished)])
-    lines = output.splitlines(keepends=True)
-    if source.suffix == ".cu":
-        report = [line for line in lines if RESOURCES.match(line)]
-        target.with_suffix(".ptxas.txt").write_text("".join(report))
-    sys.stderr.write("".join(line for line in lines if not RESOURCES.match(line)))
-    print(f"rnnkit: {source}: {time.time() - started:.0f} s", file=sys.stderr, flush=True)
-    os.utime(unfinished, (started, started))
-    unfinished.replace(target)
-
-
 def build(target: Path, inplace: bool) -> Built:
     """Builds the library `target`; build/cuda is then a link to its objects and reports of resources.
 
@@ -191,22 +136,12 @@ def build(target: Path, inplace: bool) -> Built:
     include = [*cpp_extension.include_paths(), str(root / "include")]
     cxx_command = [*cxx, *CXX_FLAGS, *(flag for path in include for flag in ("-isystem", path))]
     parts = [
-        (nvcc_command, source, folder / f"{source.stem}.o")
+        Part([*nvcc_command, "-Icsrc"], source, folder / f"{source.stem}.o", version)
         for source in sorted(Path("csrc/cuda").glob("*.cu"))
     ]
-    parts.append((cxx_command, Path("csrc/cuda/register.cpp"), torch_folder / "register.o"))
-
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        futures = [
-            pool.submit(compile, [*command, "-Icsrc"], source, target)
-            for command, source, target in parts
-        ]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    register = torch_folder / "register.o"
+    parts.append(Part([*cxx_command, "-Icsrc"], Path("csrc/cuda/register.cpp"), register, version))
+    objects = compile_all(parts)
 
     # libtorch.so brings in what the torch at hand has, libtorch_cuda.so too; loaded before this library, it
     # is found by its name alone. Nothing of CUDA's runtime in here is seen from outside.
@@ -215,7 +150,6 @@ def build(target: Path, inplace: bool) -> Built:
     libraries += [f"-L{path}" for path in (root / "lib64", root / "lib") if path.is_dir()]
     libraries += ["-lcudart_static", "-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,ALL"]
     unfinished = target.with_suffix(".unfinished.so")
-    objects = [str(part[2]) for part in parts]
     run([*cxx, "-shared", "-fvisibility=hidden", *objects, *libraries, "-o", str(unfinished)])
     unfinished.replace(target)
 

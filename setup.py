@@ -1,15 +1,18 @@
-"""Builds rnnkit: `rnnkit._C` from csrc/ where there are torch and a C++ compiler, else pure Python.
+"""Builds rnnkit: `rnnkit._C` from csrc/, and on request pure Python.
 
 The kernels (csrc/cpu/kernels/) are compiled once per CPU capability into the one module, which chooses
-at run time. The CUDA kernels become a second library (build_cuda.py), where torch has CUDA and nvcc is there.
-What was built, or why it was not, is written to rnnkit/_build.py for rnnkit/backends.py.
+at run time. On Linux an extension that cannot be built is an error; elsewhere rnnkit is pure Python. The CUDA
+kernels become a second library (build_cuda.py), where torch has CUDA and nvcc is there. What was built, or why
+it was not, is written to rnnkit/_build.py for rnnkit/backends.py.
 
 Environment:
-    RNNKIT_CPU=0          do not build the extension
-    RNNKIT_CPU=1          fail where it cannot be built, instead of going on without it
-    RNNKIT_CUDA=0, =1     likewise for the CUDA library; 1 builds it beside a torch without CUDA, too
+    RNNKIT_CPU=0          do not build the extension: pure Python, which needs neither torch nor a compiler
+    RNNKIT_CPU=1          fail where it is not built, on other systems than Linux, too
+    RNNKIT_CUDA=0         do not build the CUDA library
+    RNNKIT_CUDA=1         fail where it cannot be built, and build it beside a torch without CUDA, too
     RNNKIT_SANITIZE=...   value of -fsanitize, for example address,undefined
-    CC, CXX, MAX_JOBS     compilers and parallel jobs, as everywhere
+    CC, CXX               compilers, as everywhere
+    MAX_JOBS              compilers at once; by default one for each core that has 1 GiB of free memory
     CUDA_HOME, CUDA_PATH  the CUDA toolkit; without them that of the nvcc on PATH, or /usr/local/cuda
     TORCH_CUDA_ARCH_LIST  GPUs to build for, such as '8.0;9.0+PTX'. Without it, in place (editable installations
                           too) those in sight; else, or where there are none, 8.0 to 10.0 and PTX: minutes
@@ -18,28 +21,37 @@ Environment:
 import os
 import platform
 import re
-import subprocess
 import sys
 import sysconfig
-import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import Extension, setup
+
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    sys.exit(
+        f"rnnkit: setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77'"
+    )
+
+from setuptools.command.bdist_wheel import bdist_wheel
+
+# A build by pip does not look for modules here.
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import build_objects
 
 try:
     import torch
     from torch.utils import cpp_extension
-    from torch.utils.cpp_extension import BuildExtension
 
+    # Its ninja would know one set of flags.
+    BuildExtension = cpp_extension.BuildExtension.with_options(use_ninja=False)
     TORCH_VERSION, TORCH_ABSENT = torch.__version__, ""
 except (ImportError, OSError) as error:
     from setuptools.command.build_ext import build_ext as BuildExtension
 
-    TORCH_VERSION, TORCH_ABSENT = "", str(error)
+    TORCH_VERSION, TORCH_ABSENT = "", " ".join(str(error).split())
 
 SANITIZE = os.environ.get("RNNKIT_SANITIZE", "")
 
@@ -99,17 +111,21 @@ def extension() -> Extension:
     return module
 
 
+#: What to type where it was built without, or for another torch; `.` may be git+URL, too.
+INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir ."
+
+NEEDED = "install g++ 11 or clang 19, or later"
+PURE = "RNNKIT_CPU=0 installs pure Python, which is slow"
+
+
 def why_not(switch: str) -> str:
     """Why the extension of this `switch` will not be built; empty when it is to be tried."""
     if os.environ.get(switch) == "0":
         return f"it was built with {switch}=0"
-    if TORCH_ABSENT:
-        return (
-            f"torch could not be imported when rnnkit was built ({TORCH_ABSENT}); install torch "
-            "first, then rnnkit with `pip install --no-build-isolation`"
-        )
     if sys.platform != "linux":
         return f"it is built on Linux only, and this is {sys.platform}"
+    if TORCH_ABSENT:
+        return f"torch could not be imported when rnnkit was built ({TORCH_ABSENT})"
     return ""
 
 
@@ -121,41 +137,51 @@ def compiler_version() -> str:
     """
     name = cpp_extension.get_cxx_compiler()
     try:
-        done = subprocess.run([*name.split(), "--version"], capture_output=True, text=True)
-    except OSError as error:
-        raise RuntimeError(f"no C++ compiler: {name}: {error.strerror}") from error
-    if done.returncode or not done.stdout:
-        raise RuntimeError(f"no C++ compiler: `{name} --version` failed")
-    return done.stdout.splitlines()[0]
+        lines = build_objects.run([*name.split(), "--version"]).splitlines()
+    except RuntimeError as error:
+        raise RuntimeError(f"no C++ compiler ({error})") from error
+    if not lines:
+        raise RuntimeError(f"no C++ compiler (`{name} --version` says nothing)")
+    return lines[0]
 
 
-@contextmanager
-def compiler_output() -> Iterator[list[str]]:
-    """Collects what is written to stdout in the block; in the end the compiler's part goes to stderr."""
-    lines: list[str] = []
-    sys.stdout.flush()
-    saved = os.dup(1)
-    with tempfile.TemporaryFile("w+", errors="replace") as file:
-        os.dup2(file.fileno(), 1)
-        try:
-            yield lines
-        finally:
-            sys.stdout.flush()
-            os.dup2(saved, 1)
-            os.close(saved)
-            file.seek(0)
-            progress = re.compile(r"\[\d+/\d+\] |ninja: |running |building |copying |creating ")
-            lines += [line for line in file.read().splitlines() if not progress.match(line)]
-            print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr, flush=True)
+def check_requirements() -> None:
+    """Ends a build that cannot compile the extension at once, before anything else is done or said."""
+    commands = {"bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"}
+    if sys.platform != "linux" or os.environ.get("RNNKIT_CPU") == "0" or not commands & {*sys.argv}:
+        return
+    if TORCH_ABSENT:
+        sys.exit(
+            f"rnnkit: the kernels are built for the torch that is installed, and this build cannot import it "
+            f"({TORCH_ABSENT}): install torch and `pip install 'setuptools>=77'`, then `{INSTALL}`; {PURE}"
+        )
+    try:
+        compiler_version()
+    except RuntimeError as error:
+        sys.exit(f"rnnkit: {error}: {NEEDED}; {PURE}")
+
+
+class BuildWheel(bdist_wheel):
+    """Where nothing was compiled, the wheel is for every Python and system."""
+
+    def run(self) -> None:
+        """Builds first, for that decides."""
+        if not self.skip_build:
+            self.run_command("build")
+        self.skip_build = True
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
 
 
 class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
-    """Builds the extension if it can be built, and writes _build.py beside it in any case."""
+    """Builds the extension unless that is not wanted, and writes _build.py beside it in any case."""
 
     def finalize_options(self) -> None:
         """Keeps objects in one folder per kind of build: pip's own is temporary, so never up to date."""
         super().finalize_options()
-        kind = [sysconfig.get_platform(), sys.implementation.cache_tag, TORCH_VERSION, SANITIZE]
+        python, compiler = sys.implementation.cache_tag, os.environ.get("CXX", "")
+        kind = [sysconfig.get_platform(), python, TORCH_VERSION, SANITIZE, compiler]
+        self.force = True  # to link; what is compiled is decided by build_objects
         self.build_temp = str(Path("build", "-".join(re.sub(r"\W", "_", k) for k in kind if k)))
 
     def run(self) -> None:
@@ -164,6 +190,8 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
         target.parent.mkdir(parents=True, exist_ok=True)
         reason, compiler = self.build_cpu(target)
         cuda_reason, nvcc, architectures = self.build_cuda(target.with_name("_cuda.so"))
+        if reason and cuda_reason:
+            self.distribution.ext_modules = []
         target.with_name("_build.py").write_text(
             '"""How this copy of rnnkit was built; written by setup.py."""\n\n'
             "#: Why there is no C++ extension; empty when there is one.\n"
@@ -179,27 +207,21 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
 
     def build_cpu(self, target: Path) -> tuple[str, str]:
         """Builds `rnnkit._C` as `target`; why it was not built, and the compiler."""
-        inplace, required = self.inplace, os.environ.get("RNNKIT_CPU") == "1"
-        compiler, output = "", []
-        reason = why_not("RNNKIT_CPU")
-        if not reason:
-            try:
-                compiler = compiler_version()
-                with compiler_output() as output:
-                    super().run()
-            except Exception as error:
-                if required:
-                    raise
-                fault = next((line for line in output if "error:" in line), str(error))
-                reason = " ".join(fault.replace(os.getcwd() + os.sep, "").split())
-            self.inplace = inplace
-        elif required:
-            raise RuntimeError(reason)
-        if reason:
+        if reason := why_not("RNNKIT_CPU"):
+            if os.environ.get("RNNKIT_CPU") == "1":
+                sys.exit(f"rnnkit: {reason}")
             print(f"rnnkit: pure Python, without the C++ extension: {reason}", file=sys.stderr)
             target.unlink(missing_ok=True)
             self.extensions = []
-        return reason, compiler
+            again = f"; without it `{INSTALL}` builds it" if sys.platform == "linux" else ""
+            return reason + again, ""
+        try:
+            self.compiler_version = compiler_version()
+            super().run()
+        except Exception as error:
+            fault = " ".join(str(error).replace(os.getcwd() + os.sep, "").split())
+            sys.exit(f"rnnkit: {fault}" + ("" if "MAX_JOBS" in fault else f": {NEEDED}; {PURE}"))
+        return "", self.compiler_version
 
     def build_cuda(self, target: Path) -> tuple[str, str, tuple[str, ...]]:
         """Builds the CUDA library `target`; why it was not built, nvcc's version and the architectures."""
@@ -213,12 +235,12 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
             try:
                 return "", *build_cuda.build(target, bool(self.inplace))
             except Exception as error:
-                if required:
-                    raise
                 reason = " ".join(str(error).split())
+                if required:
+                    sys.exit(f"rnnkit: {reason}")
                 print(f"rnnkit: without the CUDA library: {reason}", file=sys.stderr)
         elif required:
-            raise RuntimeError(reason)
+            sys.exit(f"rnnkit: {reason}")
         target.unlink(missing_ok=True)
         return reason, "", ()
 
@@ -228,37 +250,51 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
         Of an inline function that several objects hold, the linker keeps the first one's: ordinary
         sources first and capabilities ascending, code for a newer CPU is reached on such a CPU only.
         """
-        compile = self.compiler.compile
         names = [name for name in CAPABILITIES if name != "baseline"]
         # Kernels see no torch header, and warnings in torch's are not ours.
         include = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-        sets = [("", ext.sources, [*include, *(f"-DRNNKIT_HAS_{name.upper()}" for name in names)])]
+        # What only torch's headers need: half the memory and time that all of its operators would take.
+        ordinary = [*include, "-DAT_PER_OPERATOR_HEADERS"]
+        if "clang" not in self.compiler_version:
+            ordinary += ["--param=ggc-min-expand=30"]  # gcc collects its garbage earlier
+        ordinary += [f"-DRNNKIT_HAS_{name.upper()}" for name in names]
+        sets = [("", ext.sources, ordinary)]
         for name, flags in CAPABILITIES.items():
             sets.append((name, kernels(name, ext.depends), [f"-DRNNKIT_CAPABILITY={name}", *flags]))
 
         def compile_sets(
-            sources: list[str], output_dir: str, extra_postargs: list[str], **options: Any
+            sources: list[str],
+            output_dir: str,
+            macros: list[tuple[str, str]] | None = None,
+            include_dirs: list[str] | None = None,
+            extra_postargs: list[str] | None = None,
+            **options: Any,
         ) -> list[str]:
-            def compile_set(part: tuple[str, list[str], list[str]]) -> list[str]:
-                name, files, flags = part
-                folder = str(Path(output_dir, name))
-                return compile(
-                    files, output_dir=folder, extra_postargs=extra_postargs + flags, **options
+            parts = []
+            for name, files, flags in sets:
+                _, objects, _, preprocessor, _ = self.compiler._setup_compile(
+                    str(Path(output_dir, name)), macros, include_dirs, files, [], extra_postargs
                 )
-
-            # Without ninja the compiler object is changed while it runs: one set at a time.
-            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1) if self.use_ninja else 1
-            with ThreadPoolExecutor(jobs) as pool:
-                return [obj for objects in pool.map(compile_set, sets) for obj in objects]
+                command = [
+                    *cpp_extension.get_cxx_compiler().split(),
+                    *self.compiler.compiler_so[1:],
+                    *preprocessor,
+                    *(extra_postargs or []),
+                    *flags,
+                ]
+                parts += [
+                    build_objects.Part(command, Path(source), Path(target), self.compiler_version)
+                    for source, target in zip(files, objects, strict=True)
+                ]
+            return build_objects.compile_all(parts)
 
         self.compiler.compile = compile_sets
         super().build_extension(ext)
 
 
-# A build by pip does not look for modules here.
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+check_requirements()
 
-# ninja, installed beside this Python, is found even where the environment is not activated.
-os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildKernels})
+setup(
+    ext_modules=[extension()],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": BuildWheel},
+)

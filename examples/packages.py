@@ -372,7 +372,7 @@ def make_environment(folder: Path, python: Path, torch_version: str) -> None:
     if not python.exists():
         print(f"making {folder}", file=sys.stderr, flush=True)
         venv.create(folder, with_pip=True)
-    install(python, torch_version, f"torch {torch_version}", "setuptools>=77", "wheel", "ninja")
+    install(python, torch_version, f"torch {torch_version}", "setuptools>=77")
     install(python, torch_version, "rnnkit", "--no-build-isolation", REPOSITORY)
 
 

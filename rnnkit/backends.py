@@ -26,6 +26,9 @@ BACKENDS = ("cpp", "triton", "reference")
 #: The oldest that the Triton kernels compile with.
 TRITON_VERSION = (3, 6)
 
+#: What to type where the extension is absent or of another torch: from git, git+URL in place of the dot.
+INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir ."
+
 _forced = threading.local()
 _warned: set[str] = set()
 
@@ -34,13 +37,13 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
     """The extension module `name`, or None and the reason."""
     built_with, running = _noted("TORCH_VERSION"), torch.__version__
     if built_with and built_with.split(".")[:2] != running.split(".")[:2]:
-        return None, f"built with torch {built_with}, and this is {running}: install rnnkit again"
+        return None, f"built with torch {built_with}, and this is {running}: `{INSTALL}`"
     try:
         return importlib.import_module(name), ""
     except ModuleNotFoundError as error:
         if error.name != name:
             return None, f"{type(error).__name__}: {error}"
-        return None, _noted("REASON") or "not built"
+        return None, _noted("REASON") or f"not built: `{INSTALL}`"
     except (ImportError, OSError) as error:
         return None, f"{type(error).__name__}: {error}"
 

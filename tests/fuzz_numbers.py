@@ -317,7 +317,7 @@ def check(seed: int, number: int, tell: Callable[[str, str], None]) -> str:
 
 
 def sensitivity(it: Configuration, seed: int) -> dict[str, float]:
-    """How far off torch.nn's results are, in float64, where every value that enters is a rounding off: the most of 8."""
+    """How far off torch.nn's results are, in float64, where each value that enters is a rounding off: most of 8."""
     torch.manual_seed(seed)
     theirs, eps = it.case.twins()[1], torch.finfo(it.case.dtype).eps
     with torch.no_grad():

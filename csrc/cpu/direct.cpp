@@ -1,12 +1,14 @@
 // The short way of a call: from a module's arguments to the op and back in one call from Python, for small layers are
 // computed in less time than Python takes to look at their arguments. It is taken where nothing is left to decide: no
 // autocast, no transform or subclass, arguments that fit. Else Python goes its own way, and finds what is wrong.
-#include <ATen/ATen.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
-#include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/extension.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <optional>
@@ -14,6 +16,10 @@
 #include <vector>
 
 #include "cpu/direct.h"
+
+namespace at::autocast {
+bool is_autocast_enabled(DeviceType);  // its header brings all operators, and with them twice the compiler's memory
+}
 
 namespace rnnkit {
 namespace {

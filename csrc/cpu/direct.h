@@ -1,7 +1,8 @@
 // Between register.cpp, which has the ops and the module, and direct.cpp, the short way to them from Python.
 #pragma once
 
-#include <torch/extension.h>
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <string>
 #include <tuple>

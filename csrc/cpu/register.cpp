@@ -1,10 +1,15 @@
 // The CPU kernels of the ops in rnnkit/ops.py: checks, memory, choice of the kernels for this CPU, and the module
 // `rnnkit._C`, whose loading registers them.
-#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <pthread.h>
-#include <torch/extension.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #if defined(__linux__)
