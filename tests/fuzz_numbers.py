@@ -241,9 +241,11 @@ def triples(it: Configuration, seed: int) -> tuple[dict[str, Triple], str]:
     if it.mode == "frozen":
         ours = rnnkit.freeze(ours)
     actual = attempt(it, ours, leaves_of(it, seed))
+    if _documented(it, actual):  # torch.nn might write beyond its memory
+        return {}, ""
     expected = attempt(it, theirs, leaves_of(it, seed))
     if isinstance(actual, Exception) or isinstance(expected, Exception):
-        if type(actual) is type(expected) or _documented(it, actual):
+        if type(actual) is type(expected):
             return {}, ""
         told = [
             f"{type(r).__name__}({str(r)[:90]!r})" if isinstance(r, Exception) else "a result"
@@ -262,7 +264,7 @@ def triples(it: Configuration, seed: int) -> tuple[dict[str, Triple], str]:
 
 
 def _documented(it: Configuration, error: Results | Exception) -> bool:
-    """Whether torch.nn is known to do something else where rnnkit raises `error`.
+    """Whether torch.nn is known to do something else, or to end the process, where rnnkit raises `error`.
 
     Its LSTM leaves a packed call unchecked, as in test_errors.py. Its other layers put the states in the order of a
     packed sequence before they look at their size, and so leave out rows of no sequence.
