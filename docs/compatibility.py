@@ -43,9 +43,11 @@ from torch.func import (
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune, rnn
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.nn.utils.rnn import pack_sequence
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import rnnkit
 
@@ -225,23 +227,62 @@ def _(package: ModuleType, device: str) -> None:
         torch.onnx.export(model, given, path, dynamo=True, verbose=False)
 
 
+@probe("export", "`run_decompositions` to ATen operators alone")
+def _(package: ModuleType, device: str) -> None:
+    layer, i = lstm(package, device).eval(), x(device)
+    table = torch.export.default_decompositions()
+    if package is rnnkit:
+        table = {**table, **rnnkit.decompositions()}
+    program = torch.export.export(layer, (i,)).run_decompositions(table)
+    ops = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert all("aten" in str(op) or "getitem" in str(op) for op in ops)
+    assert_close(program.module()(i)[0], layer(i)[0])
+
+
 @probe("export", "`torch.fx.symbolic_trace` makes a node of the layer")
 def _(package: ModuleType, device: str) -> None:
     model, i = nn.Sequential(lstm(package, device)), x(device)
     assert_close(torch.fx.symbolic_trace(model)(i)[0], model(i)[0])
 
 
+@probe("export", "`torch.fx.symbolic_trace` traces through a subclass's own forward")
+def _(package: ModuleType, device: str) -> None:
+    class Doubled(package.LSTM):
+        def forward(self, x: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple:
+            return super().forward(2 * x, hx)
+
+    model, i = nn.Sequential(Doubled(3, 4, device=device)), x(device)
+    assert_close(torch.fx.symbolic_trace(model)(i)[0], model(i)[0])
+
+
+class Output(nn.Module):
+    """A model for TorchScript."""
+
+    def __init__(self, package: ModuleType, device: str) -> None:
+        super().__init__()
+        self.layer = lstm(package, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
 @probe("export", "`torch.jit.script`")
 def _(package: ModuleType, device: str) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = lstm(package, device)
+    model, i = Output(package, device), x(device)
+    assert_close(torch.jit.script(copy.deepcopy(model))(i), model(i))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x)[0]
 
-    torch.jit.script(Model())(x(device))
+@probe("export", "`torch.jit.trace`, and so TensorBoard's `add_graph`")
+def _(package: ModuleType, device: str) -> None:
+    model = Output(package, device).eval()
+    assert_close(torch.jit.trace(model, x(device))(i := x(device, 9, 6)), model(i))
+
+
+@probe("export", "`torch.onnx.export(dynamo=False)`")
+def _(package: ModuleType, device: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.onnx"
+        torch.onnx.export(Output(package, device).eval(), (x(device),), path, dynamo=False)
 
 
 @probe("export", "dynamic quantization")
@@ -354,6 +395,22 @@ def _(package: ModuleType, device: str) -> None:
     layer = lstm(package, device)
     samples = x(device).detach().transpose(0, 1).unsqueeze(2)
     vmap(grad(loss_of(layer)), in_dims=(None, 0))(weights_of(layer), samples)
+
+
+@probe("functional", "`functional_call` with weights of another dtype")
+def _(package: ModuleType, device: str) -> None:
+    layer, i = lstm(package, device), x(device).double()
+    weights = {name: weight.double() for name, weight in weights_of(layer).items()}
+    assert functional_call(layer, weights, (i,))[0].dtype == torch.float64
+
+
+@probe("functional", "`call_for_per_sample_grads` (ExpandedWeights), of a GRU")
+def _(package: ModuleType, device: str) -> None:
+    layer = package.GRU(3, 4, batch_first=True, device=device)
+    call_for_per_sample_grads(layer, batch_size=5, loss_reduction="sum")(x(device))[
+        0
+    ].sum().backward()
+    assert layer.weight_hh_l0.grad_sample.shape == (5, 12, 4)
 
 
 @probe("functional", "gradients of gradients: a gradient penalty")
@@ -496,6 +553,27 @@ def _(package: ModuleType, device: str) -> None:
 
 
 # Modules
+
+
+@probe(
+    "modules", "`isinstance(layer, torch.nn.LSTM)`, by which Opacus, thop and `apply(init)` may go"
+)
+def _(package: ModuleType, device: str) -> None:
+    assert isinstance(lstm(package, device), nn.LSTM), "no subclass"
+
+
+@probe("modules", "`FlopCounterMode` counts a GRU")
+def _(package: ModuleType, device: str) -> None:
+    layer = package.GRU(3, 4, device=device)
+    with FlopCounterMode(display=False) as counter:
+        layer(x(device))
+    assert counter.get_total_flops() == 2 * 5 * 2 * 12 * (3 + 4)
+
+
+@probe("modules", "outputs of `batch_first` layers and of cells detached in place, of a GRU")
+def _(package: ModuleType, device: str) -> None:
+    package.GRU(3, 4, batch_first=True, device=device)(x(device))[0].detach_()
+    package.GRUCell(3, 4, device=device)(x(device)[0]).detach_()
 
 
 @probe("modules", "deepcopy and pickle")

@@ -10,7 +10,11 @@ PROGRAM = ROOT / "docs" / "compatibility.py"
 compatibility = load(PROGRAM)
 
 #: What rnnkit does not do, see "What is not there yet" in docs/guide.md.
-MISSING = {"`torch.jit.script`", "dynamic quantization"}
+MISSING = {
+    "dynamic quantization",
+    "`isinstance(layer, torch.nn.LSTM)`, by which Opacus, thop and `apply(init)` may go",
+    "`torch.fx.symbolic_trace` traces through a subclass's own forward",
+}
 
 NEEDED = {"onnx": "onnxscript", "safetensors": "safetensors"}
 
@@ -24,7 +28,7 @@ def test_feature(feature: str, device: str) -> None:
     run = next(run for (_, name), run in compatibility.PROBES.items() if name == feature)
     torch.compiler.reset()
     if feature in MISSING:
-        with pytest.raises(Exception, match=r"import statements|left as it was"):
+        with pytest.raises(Exception, match=r"left as it was|no subclass|cannot trace"):
             run(rnnkit, device)
     else:
         run(rnnkit, device)
