@@ -21,13 +21,14 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """1 - 2 / (exp(2|x|) + 1) with the sign of x; where that cancels, a continued fraction."""
+    """1 - 2 / (exp(2|x|) + 1) with the sign of x; where that cancels, a continued fraction, less x, and x."""
+    near = 0.5 if x.dtype == tl.float64 else 0.8
     size = tl.abs(x)
     large = 1 - 2 / (tl.exp(2 * size) + 1)
     y = tl.minimum(x * x, 1)
-    above = 135135 + y * (17325 + y * (378 + y))
+    above = y * (45045 + y * (2772 + y * 27))
     below = 135135 + y * (62370 + y * (3150 + y * 28))
-    return tl.where(size < 0.5, x * above / below, tl.where(x < 0, -large, large))
+    return tl.where(size < near, x - x * above / below, tl.where(x < 0, -large, large))
 
 
 @triton.jit
