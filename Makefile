@@ -56,7 +56,7 @@ help:
 demo: $(VENV)/built
 	@$(python) examples/char_rnn.py $(ARGS)
 
-test: $(VENV)/built
+test: $(VENV)/built $(VENV)/testers
 	@$(python) -m pytest $(ARGS)
 
 bench: $(VENV)/built $(VENV)/peers
@@ -83,7 +83,7 @@ format: $(VENV)/linters
 # captured, since a report ends the process; leaks are not looked for, since Python frees little at exit.
 # There is no ThreadSanitizer run: gcc's OpenMP runtime is not instrumented, so that each of its barriers,
 # and with it every parallel region, is reported as a race.
-sanitize: $(VENV)/installed
+sanitize: $(VENV)/testers
 	RNNKIT_CPU=1 RNNKIT_SANITIZE=address,undefined \
 		$(python) setup.py --quiet build --build-lib build/sanitize
 	cd build/sanitize && \
@@ -120,7 +120,7 @@ gpu-bench: | $(OUT)
 
 clean:
 	rm -rf build dist rnnkit.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -f rnnkit/_C.*.so rnnkit/_cuda.so rnnkit/_build.py $(addprefix $(VENV)/,installed linters peers built)
+	rm -f rnnkit/_C.*.so rnnkit/_cuda.so rnnkit/_build.py $(addprefix $(VENV)/,installed testers linters peers built)
 
 $(python):
 	$(PYTHON) -m venv $(VENV)
@@ -143,9 +143,13 @@ $(VENV)/switch: FORCE | $(python)
 
 # Compiles nothing: that is the turn of `built`, whose progress can be seen.
 $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py build_cuda.py build_objects.py
-	@echo "Installing $$(cat $<), rnnkit and what its tests and examples need into $(VENV): about a minute, more for CUDA's torch."
+	@echo "Installing $$(cat $<), rnnkit and what its examples need into $(VENV): about half a minute, more for CUDA's torch."
 	@$(pip) install "$$(cat $<)" 'setuptools>=77'
-	@RNNKIT_CPU=0 RNNKIT_CUDA=0 $(pip) install --no-build-isolation --editable '.[test,examples]'
+	@RNNKIT_CPU=0 RNNKIT_CUDA=0 $(pip) install --no-build-isolation --editable '.[examples]'
+	@touch $@
+
+$(VENV)/testers: $(VENV)/installed
+	@$(call install_extra,test)
 	@touch $@
 
 $(VENV)/linters: $(VENV)/installed
