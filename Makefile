@@ -61,11 +61,11 @@ help:
 demo: $(VENV)/built
 	@$(python) examples/char_rnn.py $(ARGS)
 
-test: $(VENV)/built
+test: $(VENV)/built $(VENV)/testers
 	@$(python) -m pytest $(ARGS)
 
 # What tests/fuzz.py prints of a failure is run again with $(python) in the place of python.
-fuzz: $(VENV)/built
+fuzz: $(VENV)/built $(VENV)/testers
 	@$(python) tests/fuzz.py $(N) --malformed $(MALFORMED) --seed $(SEED) $(ARGS)
 
 bench: $(VENV)/built $(VENV)/peers
@@ -98,7 +98,7 @@ in_sanitized = cd build/sanitize && \
 	export LD_PRELOAD=$$($(compiler) -print-file-name=libasan.so):$$($(compiler) -print-file-name=libstdc++.so) && \
 	$(abspath $(python))
 
-sanitize-build: $(VENV)/installed
+sanitize-build: $(VENV)/testers
 	RNNKIT_CPU=1 RNNKIT_SANITIZE=address,undefined \
 		$(python) setup.py --quiet build --build-lib build/sanitize
 	$(in_sanitized) -c 'from rnnkit import _C; assert "/sanitize/" in _C.__file__, _C'
@@ -137,7 +137,7 @@ gpu-bench: | $(OUT)
 
 clean:
 	rm -rf build dist rnnkit.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -f rnnkit/_C.*.so rnnkit/_cuda.so rnnkit/_build.py $(addprefix $(VENV)/,installed linters peers built)
+	rm -f rnnkit/_C.*.so rnnkit/_cuda.so rnnkit/_build.py $(addprefix $(VENV)/,installed testers linters peers built)
 
 $(python):
 	$(PYTHON) -m venv $(VENV)
@@ -160,9 +160,13 @@ $(VENV)/switch: FORCE | $(python)
 
 # Compiles nothing: that is the turn of `built`, whose progress can be seen.
 $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py build_cuda.py build_objects.py
-	@echo "Installing $$(cat $<), rnnkit and what its tests and examples need into $(VENV): about a minute, more for CUDA's torch."
+	@echo "Installing $$(cat $<), rnnkit and what its examples need into $(VENV): about half a minute, more for CUDA's torch."
 	@$(pip) install "$$(cat $<)" 'setuptools>=77'
-	@RNNKIT_CPU=0 RNNKIT_CUDA=0 $(pip) install --no-build-isolation --editable '.[test,examples]'
+	@RNNKIT_CPU=0 RNNKIT_CUDA=0 $(pip) install --no-build-isolation --editable '.[examples]'
+	@touch $@
+
+$(VENV)/testers: $(VENV)/installed
+	@$(call install_extra,test)
 	@touch $@
 
 $(VENV)/linters: $(VENV)/installed

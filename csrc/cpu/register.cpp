@@ -537,7 +537,12 @@ TORCH_LIBRARY_IMPL(rnnkit, CPU, m) {
   m.impl("pack_weights", pack_weights);
 }
 
+// What calls share is atomic, of a thread, or made once: a Python without its lock need not turn it on.
+#if PYBIND11_VERSION_HEX >= 0x020D0000
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used()) {
+#else
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+#endif
   pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
   m.doc() = "rnnkit's CPU kernels; importing it registers them with torch.";
   m.def("capability", [] { return capability().name; }, "The instruction set of the kernels in use.");
