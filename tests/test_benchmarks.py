@@ -805,7 +805,10 @@ def test_gpu_tasks_on_triton(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["triton", "graph"])
-def test_gpu_rows_without_triton_say_why(bench: worker.Bench, kind: str) -> None:
+def test_gpu_rows_without_triton_say_why(
+    bench: worker.Bench, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(rnnkit.backends, "TRITON_REASON", "triton is not installed")
     row = bench.row(as_task(kind))
     (told,) = row["entries"].values()
     assert "'triton'" in told["unsupported"] and row["ratios"] == {}

@@ -284,8 +284,7 @@ thread_local bool interrupted = false;
 
 // Lets Python handle signals, as it does only in its main thread.
 bool wants_to_stop() {
-  static const auto main_thread = getpid();
-  if (interrupted || syscall(SYS_gettid) != main_thread) return interrupted;
+  if (interrupted || syscall(SYS_gettid) != getpid()) return interrupted;
   const py::gil_scoped_acquire acquired;
   interrupted = PyErr_CheckSignals() != 0;
   return interrupted;
