@@ -132,7 +132,7 @@ def _with_data(saved: list[Any], count: int, differentiated: bool) -> list[Any]:
     if not differentiated:
         return before or tensors
     for now, then in zip(tensors, before, strict=False):
-        if now is not None and then is not None and now.data_ptr() != then.data_ptr():
+        if now is not None and not torch._C._is_alias_of(now, then):  # type: ignore[attr-defined]
             raise RuntimeError(
                 "expected input, hx and weights to keep their data until the backward pass, since its result is to be "
                 "differentiated, got one whose .data was assigned to"

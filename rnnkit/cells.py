@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from rnnkit import backends, interop, stack
 from rnnkit.interop import Interop
@@ -106,14 +105,14 @@ class RNNCell(Interop, nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; see the class."""
-        if isinstance(input, Proxy):
-            return interop.traced(self, input, hx)
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         weights = _weights(self)
         found: Tensor | None = _direct(self._cell, input, hx, weights)
         if found is not None:
             return found
+        if interop.is_traced(input, hx):
+            return interop.traced(self, input, hx)  # type: ignore[no-any-return]
         if interop.runs_as_torchs(weights):
             return super().forward(input, hx)
         return _step("RNNCell", self, input, stack.as_states(hx), weights)[0]
@@ -151,12 +150,12 @@ class LSTMCell(Interop, nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Take one step; see the class."""
-        if isinstance(input, Proxy):
-            return interop.traced(self, input, hx)
         weights = _weights(self)
         found: tuple[Tensor, Tensor] | None = _direct(self._cell, input, hx, weights)
         if found is not None:
             return found
+        if interop.is_traced(input, hx):
+            return interop.traced(self, input, hx)  # type: ignore[no-any-return]
         if interop.runs_as_torchs(weights):
             return super().forward(input, hx)
         states = stack.as_state_pair(hx, too_few=RuntimeError)
@@ -193,12 +192,12 @@ class GRUCell(Interop, nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; see the class."""
-        if isinstance(input, Proxy):
-            return interop.traced(self, input, hx)
         weights = _weights(self)
         found: Tensor | None = _direct(self._cell, input, hx, weights)
         if found is not None:
             return found
+        if interop.is_traced(input, hx):
+            return interop.traced(self, input, hx)  # type: ignore[no-any-return]
         if interop.runs_as_torchs(weights):
             return super().forward(input, hx)
         return _step("GRUCell", self, input, stack.as_states(hx), weights)[0]

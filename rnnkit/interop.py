@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 from torch.fx.proxy import TraceError
+from torch.nn.utils.rnn import PackedSequence
 
 from rnnkit import backends, ops, reference
 from rnnkit.reference import CELLS, WEIGHTS
@@ -26,13 +27,14 @@ class _QuantizationConfig:
 
     def __set__(self, module: nn.Module, value: Any) -> None:
         backends.warn(
-            f"torch.ao.quantization goes by class, and leaves a rnnkit.{type(module).__name__} as it is: call "
-            "rnnkit.revert(model) first"
+            f"torch.ao.quantization goes by class: where rnnkit's {type(module).__name__} is to be quantized, too, "
+            "call rnnkit.revert(model) first"
         )
         vars(module)["qconfig"] = value
 
     def __delete__(self, module: nn.Module) -> None:
-        del vars(module)["qconfig"]
+        if vars(module).pop("qconfig", self) is self:
+            raise AttributeError(f"{type(module).__name__!r} object has no attribute 'qconfig'")
 
 
 class Interop(nn.Module):
@@ -45,26 +47,45 @@ class Interop(nn.Module):
         from rnnkit.converting import revert
 
         module = copy.copy(self)
-        revert(module)
+        if why := revert(module).left.get(""):
+            raise RuntimeError(
+                f"expected a layer or cell that torch.jit.script can compile, got one that {why}"
+            )
         return module
 
 
-def traced(module: nn.Module, input: Proxy, hx: Any) -> Any:
+def traced(module: nn.Module, input: Any, hx: Any) -> Any:
     """A call of `module` in a graph that torch.fx traces: one node, as torch.fx makes of torch.nn's own layers.
 
     Raises:
-        TraceError: a subclass's own forward called this one; a node would run that forward once more.
+        TraceError: there are hooks, or a subclass's own forward called this one: the node would run them once more.
     """
     cls = type(module)
-    if "forward" in vars(module) or not cls.forward.__module__.startswith(f"{__package__}."):
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    leaf = "make it one node, by a torch.fx.Tracer whose is_leaf_module is True for it"
+    if "forward" in vars(module) or not owner.__module__.startswith(f"{__package__}."):
         raise TraceError(
-            f"torch.fx cannot trace the forward of {cls.__qualname__}, a subclass of rnnkit's: give it to a "
-            "torch.fx.Tracer whose is_leaf_module is True for it"
+            f"torch.fx cannot trace the forward of {cls.__qualname__}, a subclass of rnnkit's: {leaf}"
         )
-    tracer = input.tracer
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    # Those of torch.nn.utils' pruning and norms look at weights alone.
+    if any(not type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks):
+        raise TraceError(f"torch.fx cannot trace the hooks of {cls.__qualname__}: {leaf}")
+    tracer = _proxies(input, hx)[0].tracer
     arguments = (input,) if hx is None else (input, hx)
     assert isinstance(tracer, Tracer)
     return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
+
+
+def is_traced(input: Any, hx: Any) -> bool:
+    """Whether torch.fx traces the call: what it is given are Proxies."""
+    return bool(_proxies(input, hx))
+
+
+def _proxies(input: Any, hx: Any) -> list[Proxy]:
+    given = [*input] if isinstance(input, PackedSequence) else [input]
+    given += hx if isinstance(hx, tuple | list) else [hx]
+    return [value for value in given if isinstance(value, Proxy)]
 
 
 def runs_as_torchs(weights: Sequence[Tensor | None]) -> bool:
@@ -185,16 +206,21 @@ class _AfterImport:
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != _FLOP_COUNTER:
+        if name != _FLOP_COUNTER or cls not in sys.meta_path:
             return None
-        sys.meta_path.remove(cls)
-        spec = importlib.util.find_spec(name)
+        sys.meta_path.remove(cls)  # while others look
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, cls)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                _register_flops(module)
+                if cls in sys.meta_path:
+                    sys.meta_path.remove(cls)
+                    _register_flops(module)
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkit import backends, interop, stack
@@ -36,9 +35,10 @@ _CHECKS = {
 
 
 def _implemented_by(implementation: Callable[..., None]) -> Callable[[Init], Init]:
-    """Shows readers and type checkers an `__init__` whose work another does, which takes what torch.nn's takes.
+    """Gives an `__init__` the signature that is shown to readers and type checkers.
 
-    Those are more ways to call it, and torch's own words for what is wrong.
+    `implementation` itself takes any arguments, as torch.nn's constructors do: torch's base class checks them, so that
+    errors are torch's.
     """
 
     def decorate(shown: Init) -> Init:
@@ -211,8 +211,6 @@ class _Layers(Interop, nn.RNNBase):
         raise RuntimeError(message)
 
     def _forward(self, input: Tensor | PackedSequence, hx: Any) -> Any:
-        if isinstance(input, Proxy):
-            return interop.traced(self, input, hx)
         weights = self._weights()
         direct = backends.short_way("direct_layers")
         drops = self.training and self.dropout > 0
@@ -232,6 +230,8 @@ class _Layers(Interop, nn.RNNBase):
             )
             if found is not None:
                 return found
+        if interop.is_traced(input, hx):
+            return interop.traced(self, input, hx)
         if interop.runs_as_torchs([w for of_direction in weights for w in of_direction]):
             return self._torchs.forward(self, input, hx)
         stack.check_plain("input", input.data if isinstance(input, PackedSequence) else input)

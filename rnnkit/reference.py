@@ -106,6 +106,13 @@ def layer(
     Returns:
         The output [T, N, D*P] or [rows, D*P], and the final states, shaped like `states`.
     """
+    if (
+        not torch.compiler.is_compiling()
+        and batch_sizes is None
+        and input.size(1) == 0 < input.size(0) - 1
+    ):
+        output, finals = layer(cell, input[:1], states, weights)  # of no rows all steps are alike
+        return output.expand(input.size(0), -1, -1).clone(), finals
     counts = [input.size(1)] * input.size(0) if batch_sizes is None else batch_sizes.tolist()
     steps = input.unbind(0) if batch_sizes is None else input.split(counts)
     if len(states) == 0:

@@ -107,9 +107,9 @@ def check_plain(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise AttributeError(f"expected {name} to be a Tensor, got {type(tensor).__name__}")
     if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
-        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else "sparse"
+        kind = "nested, " * tensor.is_nested + "quantized, " * tensor.is_quantized
         raise RuntimeError(
-            f"expected {name} to be a dense Tensor, got a {kind} one of layout {tensor.layout}"
+            f"expected {name} to be a dense Tensor, got one that is {kind}of layout {tensor.layout}"
         )
 
 

@@ -1,6 +1,7 @@
 """PyTorch's other tools on layers and cells: torch.fx, TorchScript, quantization, FLOPs, per-sample gradients, ATen."""
 
 import copy
+import functools
 import subprocess
 import sys
 import warnings
@@ -10,7 +11,9 @@ import pytest
 import torch
 from configurations import LAYERS, MODULES
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+from torch.nn.utils.rnn import PackedSequence
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,6 +84,66 @@ def test_fx_makes_a_node_of_a_subclass_without_a_forward(name: str) -> None:
     assert_close(traced(x_for(name)), model(x_for(name)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("kind", ["pre", "after"])
+def test_fx_refuses_hooks(name: str, kind: str) -> None:
+    """The node runs them, too."""
+    module = make(rnnkit, name)
+    if kind == "pre":
+        module.register_forward_pre_hook(lambda module, given: (2 * given[0], *given[1:]))
+    else:
+        module.register_forward_hook(lambda module, given, result: result)
+    with pytest.raises(torch.fx.proxy.TraceError, match="hooks"):
+        torch.fx.symbolic_trace(nn.Sequential(module))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_fx_takes_pruned_modules(name: str) -> None:
+    weight = "weight_hh_l0" if name in LAYERS else "weight_hh"
+    model = nn.Sequential(prune.l1_unstructured(make(rnnkit, name), weight, 0.5))
+    x = x_for(name)
+    assert_close(torch.fx.symbolic_trace(model)(x), model(x), rtol=0, atol=0)
+
+
+def test_fx_is_not_fooled_by_wraps() -> None:
+    class Doubled(rnnkit.GRU):
+        @functools.wraps(rnnkit.GRU.forward)
+        def forward(self, input: Tensor, hx: Any = None) -> Any:
+            return super().forward(2 * input, hx)
+
+    with pytest.raises(torch.fx.proxy.TraceError, match="Doubled"):
+        torch.fx.symbolic_trace(nn.Sequential(Doubled(3, 4)))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_fx_finds_a_proxy_wherever_it_is(name: str) -> None:
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = make(rnnkit, name)
+            self.register_buffer("x", x_for(name))
+
+        def forward(self, h: Tensor) -> Any:
+            return self.layer(self.x, (h, h) if name.startswith("lstm") else h)
+
+    model, h = Holds(), torch.randn(1, 2, 4) if name in LAYERS else torch.randn(2, 4)
+    assert_close(torch.fx.symbolic_trace(model)(h), model(h), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_fx_takes_a_packed_sequence(name: str) -> None:
+    class Packs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = make(rnnkit, name)
+
+        def forward(self, data: Tensor) -> Any:
+            return self.layer(PackedSequence(data, torch.tensor([2, 2, 1])))[0].data
+
+    model, data = Packs(), torch.randn(5, 3)
+    assert_close(torch.fx.symbolic_trace(model)(data), model(data), rtol=0, atol=0)
+
+
 # TorchScript
 
 
@@ -95,6 +158,15 @@ def test_script_and_trace_hold_torch_s_own_operator(name: str, stack: dict[str, 
     assert not any("rnnkit" in kind for kind in kinds)
     assert_close(traced(other), expected)
     assert_close(torch.jit.script(copy.deepcopy(model))(other), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_script_tells_what_it_cannot_compile() -> None:
+    class Own(rnnkit.GRU):
+        pass
+
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script can compile, got one that .*Own"):
+        torch.jit.script(nn.Sequential(Own(3, 4)))
 
 
 @pytest.mark.parametrize(("name", "stack"), KINDS)
@@ -133,6 +205,8 @@ def test_quantization_that_would_leave_a_module_as_it_is_warns(name: str) -> Non
         quantized = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.GRU, nn.RNNCell})
     assert type(quantized[0]) is type(module)
     assert not hasattr(quantized[0], "qconfig")
+    with pytest.raises(AttributeError):
+        del module.qconfig
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -170,7 +244,8 @@ def test_flops_are_those_that_torch_nn_has(
 def test_importing_rnnkit_imports_no_flop_counter() -> None:
     """It imports Triton, where that is installed; the formulas are there once it is imported."""
     code = (
-        "import sys, rnnkit; assert 'torch.utils.flop_counter' not in sys.modules; "
+        "import importlib.util, sys, rnnkit; assert 'torch.utils.flop_counter' not in sys.modules; "
+        "assert importlib.util.find_spec('torch.utils.flop_counter'); "
         "from torch.utils.flop_counter import flop_registry as known; import torch; "
         "ours = torch.ops.rnnkit; assert ours.layer_forward in known and ours.layer_backward in known"
     )

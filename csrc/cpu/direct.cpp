@@ -187,8 +187,8 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
     data["weights there"] = weights_there;
     variable_list saved = tensors.vec();
     data["tensors"] = int64_t(saved.size());
-    // A user may write to torch.nn's output before the backward pass. So one may to this: it is saved without
-    // autograd's own check, and computed again if it was written to. Of a step nobody sees it.
+    // A user may write to the output before the backward pass, as to torch.nn's: the output is saved without autograd's
+    // own check, and computed again if it was written to. The output of a cell's step is not returned to anybody.
     saved.push_back(call.step ? output : output.variable_data());
     saved.push_back(reserve);
     // A user may give a tensor other data (weight.data = ...): these keep what it has now. Not where hooks, such as

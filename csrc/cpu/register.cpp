@@ -21,6 +21,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/caches.h"
@@ -344,23 +345,43 @@ Layer<S> make_layer(const Call& call, Pinned& pinned) {
 }
 
 // Scratch memory for one call. A thread keeps up to 4 MiB for its next call: to map it anew would take longer than many
-// a call does. Where tests ask torch to fill fresh memory, it is always fresh.
-Tensor scratch_of(int64_t bytes) {
-  constexpr int64_t most_kept = 4 << 20;
-  const auto options = at::TensorOptions(at::kByte);
-  const bool filled =
-      at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory();
-  if (bytes > most_kept || filled) return allocate({bytes}, options);
-  static thread_local Tensor kept;
-  if (!kept.defined() || kept.numel() < bytes) kept = at::empty({bytes}, options);
-  return kept;
-}
+// a call does. A call has it for itself: a signal's handler may make another one meanwhile, on the same thread. Where
+// tests ask torch to fill fresh memory, it is always fresh.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    constexpr int64_t most_kept = 4 << 20;
+    const auto options = at::TensorOptions(at::kByte);
+    const bool filled =
+        at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory();
+    if (bytes > most_kept || filled) {
+      memory_ = allocate({bytes}, options);
+      return;
+    }
+    memory_ = std::exchange(kept_, Tensor());
+    if (!memory_.defined() || memory_.numel() < bytes) memory_ = at::empty({bytes}, options);
+    keeps_ = true;
+  }
+  ~Scratch() {
+    if (keeps_) kept_ = std::move(memory_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  std::byte* begin() const { return data<std::byte>(memory_); }
+
+ private:
+  static thread_local Tensor kept_;
+  Tensor memory_;
+  bool keeps_ = false;
+};
+thread_local Tensor Scratch::kept_;
 
 // Runs the kernel; throws what a signal's handler raised meanwhile, such as KeyboardInterrupt.
 template <class S>
 void run(int64_t (*scratch)(const Layer<S>&), void (*kernel)(const Layer<S>&, std::byte*), const Layer<S>& layer) {
   interrupted = false;
-  kernel(layer, data<std::byte>(scratch_of(scratch(layer))));
+  kernel(layer, Scratch(scratch(layer)).begin());
   if (!interrupted) return;
   const py::gil_scoped_acquire acquired;
   python_error error;
@@ -402,6 +423,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> forward(const Call& call, Keep k
     const Kernels<S>& kernels = kernels_of<S>(call.cell);
     if (packed) {
       const int64_t size = kernels.packed_size(layer);
+      check_memory(*packed, "packed");
       TORCH_CHECK(packed->scalar_type() == at::kByte && packed->is_contiguous() && packed->numel() == size &&
                       reinterpret_cast<uintptr_t>(packed->const_data_ptr()) % 64 == 0,
                   "expected packed to be ", size, " bytes from pack_weights, got ", packed->scalar_type(), " of shape ",
@@ -459,6 +481,7 @@ Keep kept_in(const Tensor& reserve, const Call& call) {
                   reserve.scalar_type() == call.compute_type() && reserve.is_cpu(),
               "expected reserve to be ", call.compute_type(), " of shape ", everything, " or ", only_states, ", got ",
               reserve.scalar_type(), " of shape ", reserve.sizes());
+  check_memory(reserve, "reserve");
   return reserve.sizes() == everything ? Keep::everything : Keep::states;
 }
 
@@ -547,7 +570,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("capability", [] { return capability().name; }, "The instruction set of the kernels in use.");
   m.def("multiplies_bfloat16", multiplies_bfloat16, "Whether bfloat16 is multiplied directly, and not as float.");
   m.def("direct_layers", direct_layers, "Layers where nothing is left to decide, or None.");
-  m.def("direct_cell", direct_cell, "The same for a cell's one step.");
+  m.def("direct_cell", direct_cell, "A cell's one step where nothing is left to decide, or None.");
   m.def("peak_gflops", peak_gflops, py::arg("dtype"), py::arg("threads"), py::arg("seconds"),
         py::call_guard<py::gil_scoped_release>(),
         "GFLOP/s that these threads reach now where they only multiply and add in registers.");

@@ -61,10 +61,35 @@ class Barrier {
   alignas(64) std::atomic<uint32_t> phase_{0};
 };
 
+// Sets whether this thread's operations take denormals for 0, in this scope.
+class DenormalsAreZero {
+ public:
+#if defined(__x86_64__)
+  explicit DenormalsAreZero(bool are) : before_(_mm_getcsr()) { _mm_setcsr(are ? before_ | kBits : before_ & ~kBits); }
+  ~DenormalsAreZero() { _mm_setcsr(before_); }
+
+ private:
+  static constexpr unsigned kBits = 0x8040;
+  unsigned before_;
+#elif defined(__aarch64__)
+  explicit DenormalsAreZero(bool are) {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    asm volatile("msr fpcr, %0" ::"r"(are ? before_ | kBits : before_ & ~kBits));
+  }
+  ~DenormalsAreZero() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
+
+ private:
+  static constexpr uint64_t kBits = 1ull << 24;
+  uint64_t before_;
+#else
+  explicit DenormalsAreZero(bool) {}
+#endif
+};
+
 // Ends a long call early where the user wants that (Ctrl-C). The calling thread asks, every 20 ms; all threads stop.
 class Stop {
  public:
-  // `work` of a visit: the multiply-adds of one thread. Short visits do not look at the clock each.
+  // `work`: the multiply-adds of a visit. Short visits do not look at the clock each.
   Stop(bool (*wants_to_stop)(), double work)
       : wants_to_stop_(wants_to_stop), stride_(1 + static_cast<int64_t>(1e6 / (work + 100))) {}
 
@@ -72,8 +97,10 @@ class Stop {
   // calling thread, number 0, hears before a visit holds from the visit after the next on.
   bool before(int64_t visit, int thread, bool meets) {
     if (wants_to_stop_ == nullptr) return false;
-    if (thread == 0 && visit % stride_ == 0 && is_due() && wants_to_stop_())
-      first_.store(visit + 2, std::memory_order_release);
+    if (thread == 0 && visit % stride_ == 0 && first_.load(std::memory_order_relaxed) == kNever && is_due()) {
+      const DenormalsAreZero as_elsewhere(false);  // a signal's handler may compute
+      if (wants_to_stop_()) first_.store(visit + 2, std::memory_order_release);
+    }
     const int64_t first = first_.load(std::memory_order_acquire);
     return meets ? visit >= first : first < kNever;
   }
@@ -96,32 +123,11 @@ class Stop {
   std::atomic<int64_t> first_{kNever};
 };
 
-// Treats denormals as 0 in this scope: they are slow on many CPUs and carry nothing here.
-class FlushDenormals {
- public:
-#if defined(__x86_64__)
-  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
-  ~FlushDenormals() { _mm_setcsr(before_); }
-
- private:
-  unsigned before_;
-#elif defined(__aarch64__)
-  FlushDenormals() {
-    asm volatile("mrs %0, fpcr" : "=r"(before_));
-    asm volatile("msr fpcr, %0" ::"r"(before_ | (1ull << 24)));
-  }
-  ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
-
- private:
-  uint64_t before_;
-#endif
-};
-
 // Runs body(thread, threads, barrier) on up to `threads` threads at once; on one if already in a parallel region.
 template <class Body>
 void parallel(int threads, const Body& body) {
   if (threads <= 1 || omp_in_parallel()) {
-    FlushDenormals flush;
+    const DenormalsAreZero flush(true);  // they are slow on many CPUs and carry nothing here
     Barrier alone(1);
     body(0, 1, alone);
     return;
@@ -133,7 +139,7 @@ void parallel(int threads, const Body& body) {
     const int team = omp_get_num_threads();
 #pragma omp single
     barrier = new (place) Barrier(team);
-    FlushDenormals flush;
+    const DenormalsAreZero flush(true);
     body(omp_get_thread_num(), team, *barrier);
   }
 }

@@ -25,7 +25,7 @@ class Backward {
         chunks_(cut(layer)),
         arena_(scratch),
         recomputed_(layer, recomputes_, recomputes_, false, arena_),
-        stop_(layer.wants_to_stop, 1e6) {
+        stop_(layer.wants_to_stop, /*work=*/1e6) {
     const int64_t D = layer.directions, N = layer.batch, H = layer.hidden, P = layer.projected, I = layer.input;
     for (const Chunk& chunk : chunks_)
       for (int64_t d = 0; d < D; ++d) most_rows_ = most(most_rows_, round_up(chunk.rows[d].size(), kPair));
@@ -55,7 +55,7 @@ class Backward {
       Barrier alone(1);
       all.wait();
       for (const Chunk& chunk : chunks_) {
-        if (stop_.before(chunk.index, thread, /*meets=*/true)) return;
+        if (stop_.before(chunk.index, thread, threads > 1)) return;
         if (recomputes_) compute_gates(chunk, thread, threads, all);
         for_shares_of(chunk, thread, threads, [&](const Share<S>& own) { scan(chunk, own, own.meets ? all : alone); });
         all.wait();

@@ -137,8 +137,8 @@ struct Share {
   bool meets;
 };
 
-// Calls body(share) for what falls to `thread`. Of the visits begin to end - 1; for others a thread may be given other
-// rows.
+// Calls body(share) for each share of the visits begin to end - 1 that falls to `thread`. A thread's rows differ from
+// call to call where begin and end do.
 template <class S, class Body>
 void for_shares(const Layer<S>& layer, int64_t gates, int64_t units, int64_t begin, int64_t end, int thread,
                 int threads, const Body& body) {
