@@ -107,12 +107,13 @@ def layer(
         The output [T, N, D*P] or [rows, D*P], and the final states, shaped like `states`.
     """
     if (
-        not torch.compiler.is_compiling()
-        and batch_sizes is None
-        and input.size(1) == 0 < input.size(0) - 1
-    ):
-        output, finals = layer(cell, input[:1], states, weights)  # of no rows all steps are alike
-        return output.expand(input.size(0), -1, -1).clone(), finals
+        batch_sizes is None
+        and not torch.compiler.is_compiling()
+        and input.size(1) == 0
+        and input.size(0) > 1
+    ):  # of no rows all steps are alike
+        one, last = layer(cell, input[:1], states, weights)
+        return one.expand(input.size(0), -1, -1).clone(), last
     counts = [input.size(1)] * input.size(0) if batch_sizes is None else batch_sizes.tolist()
     steps = input.unbind(0) if batch_sizes is None else input.split(counts)
     if len(states) == 0:
