@@ -125,8 +125,9 @@ class _Layers(Interop, nn.RNNBase):
                 f"{len(self._all_weights)} sets of them: num_layers and bidirectional are set when a layer is made"
             )
         found: Weights = []
+        kinds = 2 + 2 * bool(self.bias) + (self.proj_size > 0)
         for names in self._all_weights:
-            if len(names) != 2 + 2 * bool(self.bias) + (self.proj_size > 0):
+            if len(names) != kinds:
                 raise RuntimeError(
                     f"expected weights for bias={self.bias} and proj_size={self.proj_size}, got {', '.join(names)}: "
                     "these are set when a layer is made"

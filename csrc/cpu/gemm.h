@@ -376,6 +376,25 @@ void dot_rows(int64_t rows, int64_t K, const S* a, int64_t lda, const S* w, int6
   }
 }
 
+// Whether none of `count` values is NaN or infinite: 0 times these is NaN.
+template <class S>
+bool all_finite(const S* from, int64_t count) {
+  using Op = Operand<S>;
+  constexpr int64_t stretch = Op::lanes * Op::pair;
+  Vector<Sum<S>> sums[4] = {};
+  const typename Op::Values zero{};
+  int64_t i = 0;
+  for (; i + 4 * stretch <= count; i += 4 * stretch)
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < 4; ++j) sums[j] = Op::multiply_add(Op::load_pairs(from + i + j * stretch), zero, sums[j]);
+  for (; i < count; i += stretch) sums[0] = Op::multiply_add(Op::load_pairs(from + i, count - i), zero, sums[0]);
+  Sum<S> lanes[kLanes<Sum<S>>];
+  store(lanes, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (const Sum<S> lane : lanes)
+    if (lane != 0) return false;
+  return true;
+}
+
 constexpr int64_t kDotRows = 4;  // rows of A that share one reading of W
 
 // In blocks of k, whose sums are added: a long chain of sums would round too often.

@@ -141,13 +141,15 @@ Tensor allocate(at::IntArrayRef shape, const at::TensorOptions& options) {
   return tensor;
 }
 
-// That the tensor's memory is there: a storage can be freed under it (resize_(0)).
+// That the tensor's memory is there: a storage can be freed, or cut, under it (resize_).
 void check_memory(const Tensor& tensor, const char* name) {
   TORCH_CHECK(tensor.layout() == at::kStrided && tensor.has_storage(), "expected ", name,
               " to be an ordinary dense Tensor, got layout ", tensor.layout());
-  const size_t needed =
-      at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.itemsize(), tensor.storage_offset());
-  TORCH_CHECK(tensor.numel() == 0 || tensor.storage().nbytes() >= needed, "expected ", name, " to have ", needed,
+  const size_t size = tensor.itemsize(), offset = tensor.storage_offset();
+  const size_t needed = tensor.is_contiguous()
+                            ? (offset + tensor.numel()) * size
+                            : at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), size, offset);
+  TORCH_CHECK(tensor.storage().nbytes() >= needed || tensor.numel() == 0, "expected ", name, " to have ", needed,
               " bytes of memory, got ", tensor.storage().nbytes(), ": its storage was resized");
 }
 

@@ -132,10 +132,14 @@ class Forward {
   void step(const Rows<S>& rows, int64_t s, int64_t p, int64_t next, const T* gates) {
     const int64_t d = rows.direction, P = layer_.projected, alive = rows.alive(s);
     const S* h_before = h(d, s % 2) + rows.range.begin * P;
+    const bool zeros = s == 0 && layer_.initial[0] == nullptr && alive > 0 && gate_products_.annuls_zeros(d, p);
     alignas(64) T recurrent[kRowBlock * kWidth];
     for (int64_t m = 0; m < alive; m += kRowBlock) {
       const int64_t count = least(kRowBlock, alive - m);
-      gate_products_.recurrent(count, h_before + m * P, d, p, m == 0 ? next : p, recurrent);
+      if (zeros)
+        std::memset(recurrent, 0, count * kWidth * sizeof(T));
+      else
+        gate_products_.recurrent(count, h_before + m * P, d, p, m == 0 ? next : p, recurrent);
       cell(rows, s, p, m, count, gates + m * kWidth, recurrent);
     }
   }

@@ -54,6 +54,15 @@ class Gates {
     multiply(M, layer_.projected, h, w_hh_, layer_.direction[d].w_hh, d, p, next, to);
   }
 
+  // Whether the panel's part of W_hh times zeros is zeros.
+  bool annuls_zeros(int64_t d, int64_t p) const {
+    const int64_t K = layer_.projected;
+    if (w_hh_ != nullptr) return all_finite(w_hh_ + (d * panels_ + p) * K * kWidth, K * kWidth);
+    for (int64_t g = 0; g < Cell::gates; ++g)
+      if (!all_finite(layer_.direction[d].w_hh + (g * layer_.hidden + p * kUnits) * K, units_in(p) * K)) return false;
+    return true;
+  }
+
   // to[M, kPanel] = columns first to first + columns of h W_hr^T, for h before the projection.
   void project(int64_t M, const S* h, int64_t d, int64_t first, int64_t columns, T* to) const {
     const int64_t H = layer_.hidden;
