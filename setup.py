@@ -152,8 +152,9 @@ def check_requirements() -> None:
         return
     if TORCH_ABSENT:
         sys.exit(
-            f"rnnkit: the kernels are built for the torch that is installed, and this build cannot import it "
-            f"({TORCH_ABSENT}): install torch and `pip install 'setuptools>=77'`, then `{INSTALL}`; {PURE}"
+            "rnnkit: the kernels are built for the torch that is installed, and this build cannot import it "
+            f"({TORCH_ABSENT}; pip builds in an environment of its own unless told otherwise): install torch and "
+            f"`pip install 'setuptools>=77,<82'`, then `{INSTALL}`; {PURE}"
         )
     try:
         compiler_version()

@@ -82,7 +82,7 @@ def comparisons(document: Document) -> Iterator[tuple[str, Figure]]:
             unheld = (
                 ""
                 if goals.held(document, peer)
-                else f", on all the CPU's instructions beside {isa} alone"
+                else f", which runs on all the CPU's instructions here, not held to {isa} as the others"
             )
             yield f"{TITLES[peer]}{dtype}{unheld}", Figure.read(ratios[peer])
 

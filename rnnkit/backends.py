@@ -43,6 +43,11 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
     except ModuleNotFoundError as error:
         if error.name != name:
             return None, f"{type(error).__name__}: {error}"
+        if Path(__file__).parents[1].joinpath("setup.py").exists() and not _noted("TORCH_VERSION"):
+            return None, (
+                "these are the sources, which were not built in place: leave their folder for Python to find what is "
+                f"installed, or `{INSTALL}`"
+            )
         return None, _noted("REASON") or f"not built: `{INSTALL}`"
     except (ImportError, OSError) as error:
         return None, f"{type(error).__name__}: {error}"
@@ -139,7 +144,7 @@ def serving(device: torch.device) -> str:
 def warn(message: str) -> None:
     """Warns at the user's line: the first below it that is neither rnnkit's nor torch's."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and _package(frame) in ("rnnkit", "torch"):
+    while frame.f_back is not None and _package(frame) in ("rnnkit", "torch", "typing_extensions"):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -27,8 +28,8 @@ class _QuantizationConfig:
 
     def __set__(self, module: nn.Module, value: Any) -> None:
         backends.warn(
-            f"torch.ao.quantization goes by class: where rnnkit's {type(module).__name__} is to be quantized, too, "
-            "call rnnkit.revert(model) first"
+            f"torch.ao.quantization goes by class and leaves rnnkit's {type(module).__name__} as it is: where it is to "
+            "be quantized, call rnnkit.revert(model) first"
         )
         vars(module)["qconfig"] = value
 
@@ -51,6 +52,10 @@ class Interop(nn.Module):
             raise RuntimeError(
                 f"expected a layer or cell that torch.jit.script can compile, got one that {why}"
             )
+        backends.warn(
+            f"torch.jit.script puts torch.nn's {type(module).__name__} in the place of rnnkit's, in the model itself: "
+            "call rnnkit.convert(model) afterwards, or script a copy.deepcopy of the model"
+        )
         return module
 
 
@@ -164,41 +169,48 @@ def _packed_as_aten(
 _FLOP_COUNTER = "torch.utils.flop_counter"
 
 
+def _product(rows: int, weights: Sequence[Tensor | None]) -> int:
+    return sum(
+        2 * rows * weight.numel() for weight in weights if weight is not None and weight.dim() == 2
+    )
+
+
 def _forward_flops(
-    cell: str, input: Any, states: Any, weights: Any, *_: Any, out_shape: Any = None
+    cell: str, input: Tensor, states: Any, weights: Sequence[Tensor | None], *_: Any, **__: Any
 ) -> int:
     """Of the products with the weights, as torch.utils.flop_counter counts those of torch.nn's GRU and RNN."""
-    rows = 1
-    for size in input[:-1]:
-        rows *= size
-    return sum(2 * rows * w[0] * w[1] for w in weights if w is not None and len(w) == 2)
+    return _product(math.prod(input.shape[:-1]), weights)
 
 
 def _backward_flops(
     cell: str,
     grads: Any,
-    input: Any,
-    states: Any,
-    weights: Any,
-    batch_sizes: Any,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
     output: Any,
     reserve: Any,
-    needs: Any,
-    out_shape: Any = None,
+    needs: Sequence[bool],
+    **_: Any,
 ) -> int:
     """Each product of the forward pass twice, but not those for gradients that nobody needs."""
-    found = 2 * _forward_flops(cell, input, states, weights)
+    rows, kinds = math.prod(input.shape[:-1]), len(WEIGHTS)
+    found = 2 * _product(rows, weights)
     if not needs[0]:
-        found -= _forward_flops(cell, input, states, weights[:: len(WEIGHTS)])
-    if not (states and needs[1]) and batch_sizes is None:  # of the first step
-        found -= _forward_flops(cell, input[1:], states, weights[1 :: len(WEIGHTS)])
+        found -= _product(rows, weights[::kinds])
+    if not (states and needs[1]):  # h before each direction's first step
+        for step, w_hh in zip((0, -1), weights[1::kinds], strict=False):
+            first = input.size(1) if batch_sizes is None else int(batch_sizes[step])
+            found -= _product(first, [w_hh])
     return found
 
 
 def _register_flops(counter: ModuleType) -> None:
     ours = torch.ops.rnnkit
-    counter.register_flop_formula([ours.layer_forward, ours.packed_forward])(_forward_flops)
-    counter.register_flop_formula(ours.layer_backward)(_backward_flops)
+    forward = [ours.layer_forward, ours.packed_forward]
+    counter.register_flop_formula(forward, get_raw=True)(_forward_flops)
+    counter.register_flop_formula(ours.layer_backward, get_raw=True)(_backward_flops)
 
 
 class _AfterImport:

@@ -121,8 +121,8 @@ class _Layers(Interop, nn.RNNBase):
         directions = 2 if self.bidirectional else 1
         if len(self._all_weights) != self.num_layers * directions:
             raise RuntimeError(
-                f"expected weights of {self.num_layers} layers and {directions} directions, got "
-                f"{len(self._all_weights)} sets of them: num_layers and bidirectional are set when a layer is made"
+                f"expected num_layers={self.num_layers} and bidirectional={self.bidirectional} as when the layer was "
+                f"made, with weights for {len(self._all_weights)} layers and directions"
             )
         found: Weights = []
         kinds = 2 + 2 * bool(self.bias) + (self.proj_size > 0)

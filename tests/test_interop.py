@@ -13,7 +13,7 @@ from configurations import LAYERS, MODULES
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -157,7 +157,8 @@ def test_script_and_trace_hold_torch_s_own_operator(name: str, stack: dict[str, 
     kinds = {node.kind() for node in traced.inlined_graph.nodes()}
     assert not any("rnnkit" in kind for kind in kinds)
     assert_close(traced(other), expected)
-    assert_close(torch.jit.script(copy.deepcopy(model))(other), expected)
+    with pytest.warns(UserWarning, match=r"rnnkit\.convert\(model\) afterwards"):
+        assert_close(torch.jit.script(copy.deepcopy(model))(other), expected)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -201,7 +202,7 @@ def test_expanded_weights(name: str) -> None:
 def test_quantization_that_would_leave_a_module_as_it_is_warns(name: str) -> None:
     module = make(rnnkit, name)
     model = nn.Sequential(module)
-    with pytest.warns(UserWarning, match=r"rnnkit\.revert\(model\)"):
+    with pytest.warns(UserWarning, match=r"as it is.*rnnkit\.revert\(model\)"):
         quantized = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.GRU, nn.RNNCell})
     assert type(quantized[0]) is type(module)
     assert not hasattr(quantized[0], "qconfig")
@@ -239,6 +240,19 @@ def test_flops_are_those_that_torch_nn_has(
         found.append([n.get_total_flops() / gates for n in (forward, backward)])
     assert found[0] == found[1]
     assert min(found[1]) > 0
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "lstm"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_flops_of_a_packed_sequence(name: str, bidirectional: bool) -> None:
+    found = []
+    for package in (nn, rnnkit):
+        layer, x = make(package, name, bidirectional=bidirectional), torch.randn(9, 3, 3)
+        with FlopCounterMode(display=False) as counter:
+            output, _ = layer(pack_padded_sequence(x.requires_grad_(), [9, 6, 4]))
+            output.data.sum().backward()
+        found.append(counter.get_total_flops())
+    assert found[0] == found[1]
 
 
 def test_importing_rnnkit_imports_no_flop_counter() -> None:
