@@ -413,7 +413,7 @@ def _with_gradients(
 
 
 ATTRIBUTES: dict[str, tuple[Any, ...]] = {
-    "bidirectional": (True, False, 1),
+    "bidirectional": (True, False),
     "num_layers": (0, 1, 2, 3, -1),
     "bias": (True, False, None),
     "proj_size": (0, 1, 2, 9, -1),
