@@ -99,6 +99,8 @@ def free_memory(root: Path = Path("/")) -> int | None:
 def jobs() -> int:
     """How many compilers run at once: MAX_JOBS, or one for each core that has memory for it."""
     if asked := os.environ.get("MAX_JOBS"):
+        if not asked.isdecimal():
+            raise RuntimeError(f"expected MAX_JOBS to be a number, got {asked!r}")
         return max(1, int(asked))
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1

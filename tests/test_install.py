@@ -519,6 +519,9 @@ def test_jobs(objects: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         assert objects.jobs() == expected
     monkeypatch.setenv("MAX_JOBS", "5")
     assert objects.jobs() == 5
+    monkeypatch.setenv("MAX_JOBS", "many")
+    with pytest.raises(RuntimeError, match="MAX_JOBS to be a number, got 'many'"):
+        objects.jobs()
 
 
 @needs_linux
