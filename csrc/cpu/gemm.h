@@ -400,7 +400,7 @@ constexpr int64_t kDotRows = 4;  // rows of A that share one reading of W
 // In blocks of k, whose sums are added: a long chain of sums would round too often.
 template <class S>
 void dot(int64_t M, int64_t rows, int64_t K, const S* a, int64_t lda, const S* w, int64_t ldw, Sum<S>* c, int64_t ldc) {
-  constexpr int64_t block = 256 * Operand<S>::lanes * Operand<S>::pair;
+  constexpr int64_t block = 128 * Operand<S>::lanes * Operand<S>::pair;
   for (int64_t k = 0; k == 0 || k < K; k += block) {
     const int64_t depth = K - k < block ? K - k : block;
     const bool add = k > 0;
