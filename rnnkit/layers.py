@@ -55,7 +55,7 @@ class _Layers(Interop, nn.RNNBase):
     _torchs: ClassVar[type[nn.RNNBase]]
     _cell: str  #: The name in `reference.CELLS`.
 
-    def _init(
+    def __init__(
         self, *args: Any, device: Device = None, recompute: bool = False, **kwargs: Any
     ) -> None:
         if not isinstance(recompute, bool):
@@ -64,24 +64,6 @@ class _Layers(Interop, nn.RNNBase):
             kwargs["device"] = device
         super().__init__(*args, **kwargs)
         self.recompute = recompute
-
-    @_implemented_by(_init)
-    def __init__(
-        self,
-        mode: str,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        proj_size: int = 0,
-        *,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-        recompute: bool = False,
-    ) -> None: ...
 
     def extra_repr(self) -> str:
         """torch.nn's, and what rnnkit adds."""
