@@ -6,6 +6,7 @@ differentiable reference, so that they are correct for every cell without a kern
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,46 +14,38 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rnnkit import backends, exporting, gpu, ops, reference
-from rnnkit.ops import Keep
+from rnnkit.call import Keep, LayerCall
 
 
-def layer(
-    cell: str,
-    input: Tensor,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    batch_sizes: Tensor | None = None,
-    *,
-    keep: Keep = Keep.EVERYTHING,
-    packed: Tensor | None = None,
+def run(
+    call: LayerCall, *, keep: Keep = Keep.EVERYTHING, packed: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """`reference.layer`, on the backend that serves the input's device.
+    """`reference.run`, on the backend that serves the input's device.
 
     `keep` holds where gradients are needed; `packed`, of frozen weights, where they are not.
     """
+    device = call.input.device
     if torch.compiler.is_compiling():
         if torch.onnx.is_in_onnx_export():
-            return exporting.layer(cell, input, states, weights, batch_sizes)
-        if torch.compiler.is_exporting() and not states:  # AOTInductor gives ops no empty lists
-            batch: Any = input.size(1) if batch_sizes is None else batch_sizes[0].item()
-            states = reference.initial_states(cell, input, batch, weights)
-    tensors = [input, *states, *(w for w in weights if w is not None)]
-    if _on_reference(input.device) or _transformed(tensors):
-        return reference.layer(cell, input, states, weights, batch_sizes)
+            return exporting.run(call)
+        if (
+            torch.compiler.is_exporting() and not call.states
+        ):  # AOTInductor gives ops no empty lists
+            ragged = call.batch_sizes
+            batch: Any = call.input.size(1) if ragged is None else ragged[0].item()
+            call = replace(call, states=call.zero_states(batch))
+    tensors = [tensor for tensor in call.tensors if tensor is not None]
+    if _on_reference(device) or _transformed(tensors):
+        return reference.run(call)
     if torch.is_grad_enabled() and _need_grad(tensors):
         output, *finals = _Layer.apply(
-            cell, keep, batch_sizes, len(states), input, *states, *weights
+            call.cell, call.batch_sizes, len(call.states), keep, *call.tensors
         )
         # Saved for the backward pass, and scripts may write to what they get.
         return output.clone() if torch.compiler.is_compiling() else output, finals
-    if packed is not None and not _interprets(input.device):
-        output, finals = torch.ops.rnnkit.packed_forward(
-            cell, input, states, weights, packed, batch_sizes
-        )
-    else:
-        output, finals, _ = _ops(input.device).layer_forward(
-            cell, input, states, weights, batch_sizes, Keep.NOTHING
-        )
+    if _interprets(device):
+        packed = None
+    output, finals, _ = _ops(device).layer_forward(call, packed, Keep.NOTHING)
     return output, finals
 
 
@@ -63,7 +56,7 @@ def _interprets(device: torch.device) -> bool:
 
 def _ops(device: torch.device) -> Any:
     """The ops of the backend that serves `device`: those of CPU tensors are the CPU's kernels."""
-    return gpu if _interprets(device) else torch.ops.rnnkit
+    return gpu if _interprets(device) else ops
 
 
 def _on_reference(device: torch.device) -> bool:
@@ -144,23 +137,22 @@ _AS_IT_IS = nullcontext()
 
 
 class _Layer(torch.autograd.Function):
-    """(cell, keep, batch_sizes, number of states, input, *states, *weights) -> (output, *final states)."""
+    """(cell, batch_sizes, number of states, keep, *tensors of the call) -> (output, *final states)."""
 
     @staticmethod
     def forward(
         ctx: Any,
         cell: str,
-        keep: Keep,
         batch_sizes: Tensor | None,
         n_states: int,
+        keep: Keep,
         input: Tensor,
-        *tensors: Tensor | None,
+        *others: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        states, weights = list(tensors[:n_states]), list(tensors[n_states:])
-        output, finals, reserve = _ops(input.device).layer_forward(
-            cell, input, states, weights, batch_sizes, keep
-        )
-        ctx.cell, ctx.n_states = cell, n_states
+        states: Any = others[:n_states]
+        call = LayerCall(cell, input, states, others[n_states:], batch_sizes)
+        output, finals, reserve = _ops(input.device).layer_forward(call, None, keep)
+        ctx.cell, ctx.n_states, ctx.keep = cell, n_states, keep
         ctx.backend = None if torch.compiler.is_compiling() else backends.forced_backend()
         ctx.set_materialize_grads(False)
         # torch.nn's output may be written to before the backward pass. So may this one: it is saved
@@ -169,63 +161,44 @@ class _Layer(torch.autograd.Function):
         ctx.watch = None if compiling else _Watch(output)
         ctx.save_for_backward(
             *(batch_sizes, output if compiling else output.data, reserve),
-            *(input, *tensors),
-            *(() if compiling else _as_they_are((input, *tensors))),
+            *(input, *others),
+            *(() if compiling else _as_they_are((input, *others))),
         )
         return output, *finals
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         batch_sizes, output, reserve, *saved = ctx.saved_tensors
-        count = len(ctx.needs_input_grad) - 4
-        input, *tensors = _with_data(saved, count, _are_differentiated(grads))
-        states, weights = tensors[: ctx.n_states], tensors[ctx.n_states :]
+        needs = ctx.needs_input_grad[4:]
+        input, *others = _with_data(saved, len(needs), _are_differentiated(grads))
+        call = LayerCall(
+            ctx.cell, input, others[: ctx.n_states], others[ctx.n_states :], batch_sizes
+        )
+        written = ctx.watch is not None and ctx.watch.written()
         # Autograd runs a GPU's backward passes in a thread of its own.
         with backends.forcing(ctx.backend) if ctx.backend else _AS_IT_IS:
-            found = gradients(
-                ctx.cell,
-                grads,
-                input,
-                states,
-                weights,
-                batch_sizes,
-                output,
-                reserve,
-                ctx.needs_input_grad[4:],
-                ctx.watch is not None and ctx.watch.written(),
-            )
+            found = gradients(call, grads, output, reserve, ctx.keep, needs, written)
         return None, None, None, None, *found
 
 
 def gradients(
-    cell: str,
+    call: LayerCall,
     grads: Sequence[Tensor | None],
-    input: Tensor,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    batch_sizes: Tensor | None,
     output: Tensor,
     reserve: Tensor,
+    keep: int,
     needs: Sequence[bool],
     written: bool,
 ) -> list[Tensor | None]:
     """`layer_backward`, or what stands in for it where the gradients are to be differentiated or transformed.
 
-    `written` tells that `output` is no longer what the forward pass left. Returns a list like
-    [input, *states, *weights], None where `needs` is False.
+    `written` tells that `output` is no longer what the forward pass left. Returns a list like `call.tensors`, None
+    where `needs` is False.
     """
     if _are_differentiated(grads):
-        create_graph = torch.is_grad_enabled()
-        return ops.differentiable_backward(
-            cell, grads, input, states, weights, batch_sizes, needs, create_graph
-        )
+        return ops.differentiable_backward(call, grads, needs, torch.is_grad_enabled())
+    backend = _ops(call.input.device)
     if written:
-        output = _ops(input.device).layer_forward(
-            cell, input, states, weights, batch_sizes, Keep.NOTHING
-        )[0]
-    found = iter(
-        _ops(input.device).layer_backward(
-            cell, grads, input, states, weights, batch_sizes, output, reserve, list(needs)
-        )
-    )
+        output = backend.layer_forward(call, None, Keep.NOTHING)[0]
+    found = iter(backend.layer_backward(call, grads, output, reserve, keep, list(needs)))
     return [next(found) if need else None for need in needs]

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from rnnkit import backends, interop, stack
+from rnnkit.call import Keep
 from rnnkit.interop import Interop
-from rnnkit.ops import Keep
 
 
 def _weights(module: nn.RNNCellBase) -> list[Tensor | None]:
-    """The five of `reference.WEIGHTS`."""
+    """The five of `specs.WEIGHTS`."""
     return [*stack.parameters(module, ("weight_ih", "weight_hh", "bias_ih", "bias_hh")), None]
 
 
@@ -100,7 +100,7 @@ class RNNCell(Interop, nn.RNNCell):
 
     @property
     def _cell(self) -> str:
-        """The name in `reference.CELLS`."""
+        """The name in `specs.CELLS`."""
         return f"rnn_{self.nonlinearity}"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rnnkit import backends, plan
-from rnnkit.gpu import Backward, Call, stacked
+from rnnkit.gpu import Backward, GpuCall, stacked
 
 
 @lru_cache
@@ -30,7 +30,7 @@ def choose(scan: plan.Scan, device: torch.device) -> plan.Plan:
     return plan.choose(scan, device_of(device.index))
 
 
-def _workspace(call: Call, of_plan: plan.Plan) -> Tensor:
+def _workspace(call: GpuCall, of_plan: plan.Plan) -> Tensor:
     return torch.zeros(of_plan.workspace_bytes, dtype=torch.uint8, device=call.input.device)
 
 
@@ -40,7 +40,7 @@ def _padded(states: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def forward(
-    call: Call,
+    call: GpuCall,
     gates: Tensor,
     keep: int,
     output: Tensor,
@@ -72,7 +72,7 @@ def forward(
 
 
 def _stepwise_forward(
-    call: Call,
+    call: GpuCall,
     gates: Tensor,
     keep: int,
     output: Tensor,
@@ -185,7 +185,7 @@ def _stepwise_backward(back: Backward, initial_grads: Sequence[Tensor | None]) -
 
 
 def gates_again(
-    call: Call,
+    call: GpuCall,
     d: int,
     gates: Tensor,
     previous: Sequence[tuple[slice, Tensor | None]],

@@ -1,13 +1,11 @@
 """One layer as an operator of ONNX, where torch.onnx exports a model: the standard `RNN`, `LSTM` and `GRU`."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from rnnkit import reference
+from rnnkit.call import LayerCall
 from rnnkit.packing import padded_with
-from rnnkit.reference import CELLS, WEIGHTS
 
 #: Of each cell: ONNX's name, its order of the gates as places in torch's, and attributes of its own.
 OPERATORS: dict[str, tuple[str, tuple[int, ...], dict[str, int]]] = {
@@ -19,53 +17,45 @@ OPERATORS: dict[str, tuple[str, tuple[int, ...], dict[str, int]]] = {
 _ACTIVATIONS = {"rnn_tanh": "Tanh", "rnn_relu": "Relu"}
 
 
-def layer(
-    cell: str,
-    input: Tensor,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, list[Tensor]]:
-    """`reference.layer` as one node of an ONNX graph.
+def run(call: LayerCall) -> tuple[Tensor, list[Tensor]]:
+    """`reference.run` as one node of an ONNX graph.
 
     ONNX's operators take padded sequences and their lengths. They have no projection; there the reference is exported,
     step by step, for the T of the export.
 
     Source: https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and onnx__RNN.html.
     """
-    if cell not in OPERATORS or weights[4] is not None:
-        return reference.layer(cell, input, states, weights, batch_sizes)
-    name, order, attributes = OPERATORS[cell]
+    if call.cell not in OPERATORS or call.projects:
+        return reference.run(call)
+    name, order, attributes = OPERATORS[call.cell]
+    input, hidden, directions, states = call.input, call.hidden, call.directions, call.spec.states
     there = lengths = None
-    if batch_sizes is not None:
-        input, there = padded_with(input, batch_sizes, 0.0)
+    if call.batch_sizes is not None:
+        input, there = padded_with(input, call.batch_sizes, 0.0)
         lengths = there.sum(0, dtype=torch.int32)
     steps, batch, _ = input.shape
-    w_hh = weights[1]
-    assert w_hh is not None
-    hidden, directions = w_hh.size(1), len(weights) // len(WEIGHTS)
 
-    def stacked(kind: int) -> Tensor | None:
+    def stacked(kind: str) -> Tensor | None:
         """[D, G*H, ...] in ONNX's order of the gates."""
         found = []
-        for of_direction in weights[kind :: len(WEIGHTS)]:
+        for of_direction in call.of_kind(kind):
             if of_direction is None:
                 return None
-            gates = of_direction.chunk(CELLS[cell].gates)
+            gates = of_direction.chunk(call.spec.gates)
             found.append(torch.cat([gates[g] for g in order]))
         return torch.stack(found)
 
-    biases = [b for b in (stacked(2), stacked(3)) if b is not None]
+    biases = [b for b in (stacked("b_ih"), stacked("b_hh")) if b is not None]
     given = (
         input,
-        stacked(0),
-        stacked(1),
+        stacked("w_ih"),
+        stacked("w_hh"),
         torch.cat(biases, 1) if biases else None,
         lengths,
-        *states,
+        *call.states,
     )
-    if cell in _ACTIVATIONS:
-        activations = {"activations": [_ACTIVATIONS[cell]] * directions}
+    if call.cell in _ACTIVATIONS:
+        activations = {"activations": [_ACTIVATIONS[call.cell]] * directions}
     else:
         activations = {}
     final = [directions, batch, hidden]
@@ -78,8 +68,8 @@ def layer(
             **attributes,
             **activations,
         },
-        dtypes=[input.dtype] * (1 + CELLS[cell].states),
-        shapes=[[steps, directions, batch, hidden], *[final] * CELLS[cell].states],
+        dtypes=[input.dtype] * (1 + states),
+        shapes=[[steps, directions, batch, hidden], *[final] * states],
     )
     output = output.transpose(1, 2).reshape(steps, batch, directions * hidden)  # of [T, D, N, H]
     return output if there is None else output[there], list(finals)

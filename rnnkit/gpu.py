@@ -8,15 +8,16 @@ import importlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
-from typing import Protocol, cast
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol, cast, overload
 
 import torch
 from torch import Tensor
 
-from rnnkit import backends, ops, plan, reference
-from rnnkit.ops import Keep
-from rnnkit.reference import CELLS, WEIGHTS
+from rnnkit import backends, ops, plan
+from rnnkit.call import Keep, LayerCall
+from rnnkit.specs import WEIGHTS
 
 
 class Design(Protocol):
@@ -39,7 +40,7 @@ class Scans(Protocol):
 
     def forward(
         self,
-        call: "Call",
+        call: "GpuCall",
         gates: Tensor,
         keep: int,
         output: Tensor,
@@ -56,7 +57,7 @@ class Scans(Protocol):
 
     def gates_again(
         self,
-        call: "Call",
+        call: "GpuCall",
         d: int,
         gates: Tensor,
         previous: Sequence[tuple[slice, Tensor | None]],
@@ -146,18 +147,11 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _check(tensor: Tensor, name: str, shape: Sequence[int], input: Tensor) -> None:
-    if tuple(tensor.shape) != tuple(shape):
-        raise RuntimeError(f"expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
-    if tensor.dtype != input.dtype:
-        raise RuntimeError(
-            f"expected {name} to be {input.dtype} like the input, got {tensor.dtype}"
-        )
-    if tensor.device != input.device:
-        raise RuntimeError(f"expected {name} on {input.device} like the input, got {tensor.device}")
-
-
-def _plain(tensor: Tensor | None) -> Tensor | None:
+@overload
+def plain(tensor: Tensor) -> Tensor: ...
+@overload
+def plain(tensor: None) -> None: ...
+def plain(tensor: Tensor | None) -> Tensor | None:
     """Contiguous, aligned to 16 bytes, with no operation pending: so no layout changes how products are added up."""
     if tensor is None:
         return None
@@ -165,145 +159,39 @@ def _plain(tensor: Tensor | None) -> Tensor | None:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
-class Call:
-    """An op's arguments, checked, with their sizes."""
+@dataclass(frozen=True, eq=False)
+class GpuCall(LayerCall):
+    """A call whose tensors are contiguous, aligned and on one GPU, as scans and products take them."""
 
-    def __init__(
-        self,
-        cell: str,
-        input: Tensor,
-        states: Sequence[Tensor],
-        weights: Sequence[Tensor | None],
-        batch_sizes: Tensor | None,
-    ) -> None:
-        if cell not in CELLS:
-            raise RuntimeError(f"expected cell to be the name of a cell, got '{cell}'")
-        self.cell, self.spec = cell, CELLS[cell]
-        if len(weights) not in (len(WEIGHTS), 2 * len(WEIGHTS)):
-            raise RuntimeError(
-                f"expected weights to hold 5 tensors for each of 1 or 2 directions, got {len(weights)}"
-            )
-        if not input.is_floating_point():
-            raise RuntimeError(f"expected input to be floating-point, got {input.dtype}")
-        dimensions = 3 if batch_sizes is None else 2
-        if input.dim() != dimensions:
-            raise RuntimeError(f"expected input to have {dimensions} dimensions, got {input.dim()}")
-        self.input = input
-        self._matrix: Tensor | None = None
-        self._set_rows(batch_sizes)
-        self._set_weights(weights)
-        if states and len(states) != self.spec.states:
-            raise RuntimeError(f"expected {self.spec.states} states or none, got {len(states)}")
-        self.states = [s for s in (_plain(state) for state in states) if s is not None]
-        for index, state in enumerate(states):
-            _check(state, f"hx[{index}]", self.state_shape(index), input)
+    @classmethod
+    def of(cls, call: LayerCall) -> "GpuCall":
+        """The call, checked, with `plain` tensors."""
+        call.check()
+        return cls(*call.arguments).with_tensors([plain(tensor) for tensor in call.tensors])
 
-    def _set_rows(self, batch_sizes: Tensor | None) -> None:
-        """The number of rows of each step."""
-        input = self.input
-        self.ragged = batch_sizes is not None
-        if batch_sizes is None:
-            self.steps, self.batch = input.size(0), input.size(1)
-            self.rows = self.steps * self.batch
-        else:
-            if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or not batch_sizes.is_cpu:
-                raise RuntimeError(
-                    f"expected batch_sizes to be an int64 vector on the CPU, got {batch_sizes.dtype} of shape "
-                    f"{list(batch_sizes.shape)} on {batch_sizes.device}"
-                )
-            sizes = self._sizes = batch_sizes.tolist()
-            for t, (before, count) in enumerate(zip(sizes[:1] + sizes, sizes, strict=False)):
-                if count <= 0 or count > before:
-                    raise RuntimeError(
-                        "expected batch_sizes to be positive and not to increase, got "
-                        f"{count} after {before} at step {t}"
-                    )
-            self._starts = [0, *accumulate(sizes)]
-            self.steps, self.batch, self.rows = len(sizes), sizes[0] if sizes else 0, sum(sizes)
-            if self.rows != input.size(0):
-                got = "more" if self.rows > input.size(0) else self.rows
-                raise RuntimeError(
-                    f"expected batch_sizes to sum to the input's {input.size(0)} rows, got {got}"
-                )
-        if self.steps == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-
-    def _set_weights(self, weights: Sequence[Tensor | None]) -> None:
-        size = len(WEIGHTS)
-        given = [weights[d : d + size] for d in range(0, len(weights), size)]
-        for d, of_direction in enumerate(given):
-            for name, weight in zip(WEIGHTS[:2], of_direction, strict=False):
-                if weight is None:
-                    raise RuntimeError(f"expected {name} of direction {d} to be a tensor, got None")
-                if weight.dim() != 2:
-                    raise RuntimeError(f"expected {name} to have 2 dimensions, got {weight.dim()}")
-        first = given[0][1]
-        assert first is not None
-        self.directions = len(given)
-        self.hidden, self.projected = first.size(0) // self.spec.gates, first.size(1)
-        projects = given[0][4] is not None
-        width = self.spec.gates * self.hidden
-        if projects and self.spec.states != 2:
-            raise RuntimeError(f"expected w_hr to be None for {self.cell}")
-        if not projects and self.projected != self.hidden:
-            raise RuntimeError(
-                f"expected w_hh of shape {[width, self.hidden]}, got {list(first.shape)}"
-            )
-        shapes = (
-            (width, self.input.size(-1)),
-            (width, self.projected),
-            (width,),
-            (width,),
-            (self.projected, self.hidden),
-        )
-        for of_direction in given:
-            if (of_direction[4] is not None) != projects:
-                raise RuntimeError("expected w_hr in all directions or in none")
-            for name, weight, shape in zip(WEIGHTS, of_direction, shapes, strict=True):
-                if weight is not None:
-                    _check(weight, name, shape, self.input)
-        self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.w_hr = (
-            [_plain(of_direction[k]) for of_direction in given] for k in range(size)
-        )
-
-    def state_shape(self, index: int) -> tuple[int, int, int]:
-        """Of h, or of c."""
-        return self.directions, self.batch, self.hidden if index else self.projected
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to compute."""
-        return self.rows == 0 or self.hidden == 0
-
-    @property
+    @cached_property
     def counts(self) -> list[int]:
         """Rows of each step."""
-        return self._sizes if self.ragged else [self.batch] * self.steps
+        return super().counts
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """The row where each step begins, and the number of rows."""
+        return super().starts
 
     @property
-    def sum_dtype(self) -> torch.dtype:
-        """Of sums, and of what is kept."""
-        return ops.accumulate_dtype(self.input.dtype)
-
-    def reserve_shape(self, keep: int) -> tuple[int, ...]:
-        """Of what the forward pass keeps."""
-        return self.directions, self.rows, ops.kept_values(self.cell, keep), self.hidden
+    def ragged(self) -> bool:
+        """Whether steps have different numbers of rows."""
+        return self.batch_sizes is not None
 
     def offsets(self) -> Tensor | None:
-        """The row where each step begins, on the device; None: every step has as many."""
-        if not self.ragged:
-            return None
-        return _sent(torch.tensor(self._starts), self.input.device)
+        """`starts` on the device; None: every step has as many rows."""
+        return _sent(torch.tensor(self.starts), self.input.device) if self.ragged else None
 
     @property
     def precise(self) -> bool:
         """Whether float32 is multiplied as such."""
         return is_precise(self.input.dtype)
-
-    @property
-    def projects(self) -> bool:
-        """Whether h is projected."""
-        return self.w_hr[0] is not None
 
     def scan(self, backward: bool) -> plan.Scan:
         """What decides how this call's scan runs."""
@@ -321,9 +209,7 @@ class Call:
     def rows_of(self, d: int, step: int) -> slice:
         """Of the step that direction d processes as number `step`."""
         t = self.steps - 1 - step if d else step
-        if not self.ragged:
-            return slice(t * self.batch, (t + 1) * self.batch)
-        return slice(self._starts[t], self._starts[t + 1])
+        return slice(self.starts[t], self.starts[t + 1])
 
     def last_rows(self, output: Tensor, out: Tensor) -> None:
         """Copies the h [D, N, P] that each sequence ends with from the output [rows, D*P]."""
@@ -332,21 +218,43 @@ class Call:
             if d or not self.ragged:
                 out[d].copy_(columns[self.rows_of(d, self.steps - 1)])
                 continue
-            counts = torch.tensor(self._sizes)
+            counts = torch.tensor(self.counts)
             last = (counts[:, None] > torch.arange(self.batch)).sum(0) - 1  # of each sequence
-            places = torch.tensor(self._starts)[last] + torch.arange(self.batch)
+            places = torch.tensor(self.starts)[last] + torch.arange(self.batch)
             out[d].copy_(columns.index_select(0, _sent(places, output.device)))
 
     def matrix(self) -> Tensor:
         """The input as [rows, I]."""
-        if self._matrix is None:
-            self._matrix = _plain(self.input)
-        assert self._matrix is not None
-        return self._matrix.view(self.rows, self.input.size(-1))
+        return self.input.view(self.rows, self.input.size(-1))
 
     def gates(self) -> Tensor:
         """The input's part of all gates, without biases, [rows, D*G*H]."""
         return self.matrix() @ _joined(self.w_ih).t()
+
+    @property
+    def w_ih(self) -> list[Tensor | None]:
+        """Of each direction."""
+        return self.of_kind("w_ih")
+
+    @property
+    def w_hh(self) -> list[Tensor | None]:
+        """Of each direction."""
+        return self.of_kind("w_hh")
+
+    @property
+    def b_ih(self) -> list[Tensor | None]:
+        """Of each direction."""
+        return self.of_kind("b_ih")
+
+    @property
+    def b_hh(self) -> list[Tensor | None]:
+        """Of each direction."""
+        return self.of_kind("b_hh")
+
+    @property
+    def w_hr(self) -> list[Tensor | None]:
+        """Of each direction."""
+        return self.of_kind("w_hr")
 
 
 def _joined(weights: Sequence[Tensor | None]) -> Tensor:
@@ -364,86 +272,48 @@ def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def layer_forward(
-    cell: str,
-    input: Tensor,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    batch_sizes: Tensor | None,
-    keep: int,
+    call: LayerCall, packed: Tensor | None, keep: int
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """`rnnkit::layer_forward` on CUDA tensors."""
-    if keep not in tuple(Keep):
-        raise RuntimeError(f"expected keep to be 0, 1 or 2, got {keep}")
-    run = scans(input.device)
+    run = scans(call.input.device)
     if run is None:
-        return ops.forward_composite(cell, input, states, weights, batch_sizes, keep)
-    call = Call(cell, input, states, weights, batch_sizes)
-    output, finals, reserve = ops.empty_results(cell, input, weights, batch_sizes, states, keep)
+        return ops.forward_composite(call, packed, keep)
+    call.check_keep(keep)
+    call = GpuCall.of(call)
+    output, finals, reserve = call.results(keep)
     if call.empty:
         return output.zero_(), [state.zero_() for state in finals], reserve
-    if not states:  # zeros are multiplied, too: a weight that is NaN or infinite makes NaN of them, as in torch.nn
-        call.states = reference.initial_states(cell, input, call.batch, weights)
-    with _products_like_scans(input):
-        gates = call.gates()
-        run.forward(call, gates, keep, output.view(call.rows, -1), finals, reserve)
+    if not call.states:  # zeros are multiplied, too: a weight that is NaN or infinite makes NaN of them, as in torch.nn
+        call = replace(call, states=call.zero_states(call.batch))
+    with _products_like_scans(call.input):
+        run.forward(call, call.gates(), keep, output.view(call.rows, -1), finals, reserve)
     return output, finals, reserve
 
 
 def layer_backward(
-    cell: str,
+    call: LayerCall,
     grads: Sequence[Tensor | None],
-    input: Tensor,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    batch_sizes: Tensor | None,
     output: Tensor,
     reserve: Tensor,
+    keep: int,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """`rnnkit::layer_backward` on CUDA tensors."""
-    run = scans(input.device)
+    run = scans(call.input.device)
     if run is None:
-        return ops.backward_composite(
-            cell, grads, input, states, weights, batch_sizes, output, reserve, needs
-        )
-    call = Call(cell, input, states, weights, batch_sizes)
-    spec = call.spec
-    if len(grads) != 1 + spec.states:
-        raise RuntimeError(
-            f"expected grads of the output and of {spec.states} states, got {len(grads)}"
-        )
-    shape = [*input.shape[:-1], call.directions * call.projected]
-    _check(output, "output", shape, input)
-    for index, grad in enumerate(grads):
-        if grad is not None:
-            expected = call.state_shape(index - 1) if index else shape
-            _check(grad, f"grads[{index}]", expected, input)
-    everything, only_states = call.reserve_shape(Keep.EVERYTHING), call.reserve_shape(Keep.STATES)
-    if (
-        tuple(reserve.shape) not in (everything, only_states)
-        or reserve.dtype != call.sum_dtype
-        or reserve.device != input.device
-    ):
-        raise RuntimeError(
-            f"expected reserve to be {call.sum_dtype} of shape {list(everything)} or {list(only_states)}, got "
-            f"{reserve.dtype} of shape {list(reserve.shape)}"
-        )
-    wanted = [input, *states, *weights]
-    if len(needs) != len(wanted):
-        raise RuntimeError(f"expected needs to have {len(wanted)} entries, got {len(needs)}")
+        return ops.backward_composite(call, grads, output, reserve, keep, needs)
+    call = GpuCall.of(call)
+    call.check_backward(grads, output, reserve, keep, needs)
+    wanted = {
+        place: tensor
+        for place, (tensor, need) in enumerate(zip(call.tensors, needs, strict=True))
+        if need and tensor is not None
+    }
     if call.empty:
-        return [
-            torch.zeros_like(t, memory_format=torch.contiguous_format)
-            for t, need in zip(wanted, needs, strict=True)
-            if need and t is not None
-        ]
-    with _products_like_scans(input):
-        found = Backward(call, run, [_plain(g) for g in grads], output, reserve, needs).run()
-    return [
-        found[index]
-        for index, (t, need) in enumerate(zip(wanted, needs, strict=True))
-        if need and t is not None
-    ]
+        return [torch.zeros_like(tensor) for tensor in wanted.values()]
+    with _products_like_scans(call.input):
+        found = Backward(call, run, [plain(g) for g in grads], output, reserve, keep, needs).run()
+    return [found[place] for place in wanted]
 
 
 class Backward:
@@ -460,22 +330,20 @@ class Backward:
 
     def __init__(
         self,
-        call: Call,
+        call: GpuCall,
         run: Scans,
         grads: Sequence[Tensor | None],
         output: Tensor,
         reserve: Tensor,
+        keep: int,
         needs: Sequence[bool],
     ) -> None:
         self.call, self.scans, self.grads, self.needs = call, run, grads, needs
-        plain = _plain(output)
-        assert plain is not None
-        self.output = plain.view(call.rows, -1)
+        self.output = plain(output).view(call.rows, -1)
         self.reserve = reserve.contiguous()
-        spec = call.spec
-        self.values = max(*spec.input_grads, spec.gates - 1) + 1  # gradients of a unit's gates
+        self.values = call.spec.grad_columns
         self.first_weight = 1 + len(call.states)
-        if tuple(reserve.shape) != call.reserve_shape(Keep.EVERYTHING):
+        if keep != Keep.EVERYTHING and call.spec.saved > 0:
             self._gates_again()
 
     def run(self) -> dict[int, Tensor]:
@@ -600,5 +468,5 @@ class Backward:
 
 
 if not (backends.CUDA_REASON and backends.TRITON_REASON):
-    ops.library.impl("layer_forward", layer_forward, "CUDA")
-    ops.library.impl("layer_backward", layer_backward, "CUDA")
+    ops.library.impl("layer_forward", ops.of_call(layer_forward), "CUDA")
+    ops.library.impl("layer_backward", ops.of_call(layer_backward), "CUDA")

@@ -2,7 +2,6 @@
 
 import copy
 import importlib.util
-import math
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -14,8 +13,9 @@ from torch.fx import Proxy, Tracer
 from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkit import backends, ops, reference
-from rnnkit.reference import CELLS, WEIGHTS
+from rnnkit import backends
+from rnnkit.call import LayerCall
+from rnnkit.ops import of_call
 
 
 class _QuantizationConfig:
@@ -120,8 +120,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
         they are for inference.
     """
     return {
-        torch.ops.rnnkit.layer_forward.default: _layer_as_aten,
-        torch.ops.rnnkit.packed_forward.default: _packed_as_aten,
+        torch.ops.rnnkit.layer_forward.default: of_call(_forward_as_aten),
         torch.ops.rnnkit.layer_backward.default: _no_backward,
     }
 
@@ -130,39 +129,25 @@ def _no_backward(*_: Any) -> list[Tensor]:
     raise RuntimeError("expected a program for inference, got one with a backward pass")
 
 
-def _layer_as_aten(
-    cell: str,
-    input: Tensor,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    batch_sizes: Tensor | None,
-    keep: int,
+def _forward_as_aten(
+    call: LayerCall, packed: Tensor | None, keep: int
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    output, finals = _packed_as_aten(cell, input, states, weights, None, batch_sizes)
-    reserve = ops.empty_results(cell, input, weights, batch_sizes, states, keep)[2]
-    return output, finals, torch.zeros_like(reserve)  # nobody reads it
-
-
-def _packed_as_aten(
-    cell: str,
-    input: Tensor,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    packed: Tensor | None,
-    batch_sizes: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]:
+    states, batch_sizes = call.states, call.batch_sizes
     if not states:
-        batch: Any = input.size(1) if batch_sizes is None else batch_sizes[0].item()
-        states = reference.initial_states(cell, input, batch, weights)
-    op = getattr(torch.ops.aten, cell)
-    hx = list(states) if CELLS[cell].states > 1 else states[0]
-    there = [weight for weight in weights if weight is not None]
-    layers = [there, weights[2] is not None, 1, 0.0, False, len(weights) > len(WEIGHTS)]
+        batch: Any = call.input.size(1) if batch_sizes is None else batch_sizes[0].item()
+        states = call.zero_states(batch)
+    op = getattr(torch.ops.aten, call.cell)
+    hx = list(states) if call.spec.states > 1 else states[0]
+    there = [weight for weight in call.weights if weight is not None]
+    biased = call.direction(0).b_ih is not None
+    layers = [there, biased, 1, 0.0, False, call.directions > 1]
     if batch_sizes is None:
-        output, *finals = op.input(input, hx, *layers, False)
+        output, *finals = op.input(call.input, hx, *layers, False)
     else:
-        output, *finals = op.data(input, batch_sizes, hx, *layers)
-    return output, finals
+        output, *finals = op.data(call.input, batch_sizes, hx, *layers)
+    # Nobody reads the reserve.
+    reserve = call.input.new_zeros(call.reserve_shape(keep), dtype=call.sum_dtype)
+    return output, finals, reserve
 
 
 # FLOPs: `torch.utils.flop_counter` imports Triton where it is installed, so that it is not imported here.
@@ -175,42 +160,31 @@ def _product(rows: int, weights: Sequence[Tensor | None]) -> int:
     )
 
 
-def _forward_flops(
-    cell: str, input: Tensor, states: Any, weights: Sequence[Tensor | None], *_: Any, **__: Any
-) -> int:
+def _forward_flops(call: LayerCall, *_: Any) -> int:
     """Of the products with the weights, as torch.utils.flop_counter counts those of torch.nn's GRU and RNN."""
-    return _product(math.prod(input.shape[:-1]), weights)
+    return _product(call.rows, call.weights)
 
 
 def _backward_flops(
-    cell: str,
-    grads: Any,
-    input: Tensor,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    batch_sizes: Tensor | None,
-    output: Any,
-    reserve: Any,
-    needs: Sequence[bool],
-    **_: Any,
+    call: LayerCall, grads: Any, output: Any, reserve: Any, keep: int, needs: Sequence[bool]
 ) -> int:
     """Each product of the forward pass twice, but not those for gradients that nobody needs."""
-    rows, kinds = math.prod(input.shape[:-1]), len(WEIGHTS)
-    found = 2 * _product(rows, weights)
+    found = 2 * _forward_flops(call)
     if not needs[0]:
-        found -= _product(rows, weights[::kinds])
-    if not (states and needs[1]):  # h before each direction's first step
-        for step, w_hh in zip((0, -1), weights[1::kinds], strict=False):
-            first = input.size(1) if batch_sizes is None else int(batch_sizes[step])
-            found -= _product(first, [w_hh])
+        found -= _product(call.rows, call.of_kind("w_ih"))
+    if not (call.states and needs[1]):  # h before each direction's first step
+        for step, w_hh in zip((0, -1), call.of_kind("w_hh"), strict=False):
+            found -= _product(call.counts[step], [w_hh])
     return found
 
 
 def _register_flops(counter: ModuleType) -> None:
-    ours = torch.ops.rnnkit
-    forward = [ours.layer_forward, ours.packed_forward]
-    counter.register_flop_formula(forward, get_raw=True)(_forward_flops)
-    counter.register_flop_formula(ours.layer_backward, get_raw=True)(_backward_flops)
+    def register(op: Any, formula: Callable[..., int]) -> None:
+        of_arguments = of_call(formula)
+        counter.register_flop_formula(op, get_raw=True)(lambda *args, **_: of_arguments(*args))
+
+    register(torch.ops.rnnkit.layer_forward, _forward_flops)
+    register(torch.ops.rnnkit.layer_backward, _backward_flops)
 
 
 class _AfterImport:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkit import backends, interop, stack
+from rnnkit.call import Keep
 from rnnkit.interop import Interop
-from rnnkit.ops import Keep
 
 Device = torch.device | str | int | None
 States = tuple[Tensor, Tensor]
@@ -53,7 +53,7 @@ class _Layers(Interop, nn.RNNBase):
     recompute = frozen = False  # of modules that were pickled before there were such choices
     _packed: tuple[Tensor, ...] = ()
     _torchs: ClassVar[type[nn.RNNBase]]
-    _cell: str  #: The name in `reference.CELLS`.
+    _cell: str  #: The name in `specs.CELLS`.
 
     def __init__(
         self, *args: Any, device: Device = None, recompute: bool = False, **kwargs: Any
@@ -99,7 +99,7 @@ class _Layers(Interop, nn.RNNBase):
         return Keep.STATES if self.recompute else Keep.EVERYTHING
 
     def _weights(self) -> Weights:
-        """The five tensors of `reference.WEIGHTS` for each layer and direction."""
+        """The five tensors of `specs.WEIGHTS` for each layer and direction."""
         directions = 2 if self.bidirectional else 1
         if len(self._all_weights) != self.num_layers * directions:
             raise RuntimeError(

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from rnnkit.reference import CELLS
+from rnnkit.specs import CELLS
 
 KERNELS = ("cluster", "persistent", "stepwise")
 #: Those of rnnkit/triton/scan.py.
@@ -58,7 +58,7 @@ class Scan:
     """The scan of one layer.
 
     Attributes:
-        cell: a name in `reference.CELLS`.
+        cell: a name in `specs.CELLS`.
         element_bytes: of what is multiplied: 2 for bfloat16 and float16, 4 for float32, 8 for float64.
         backward: whether this is the backward pass.
         precise: whether float32 is multiplied as such, not as TF32.

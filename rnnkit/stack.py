@@ -10,8 +10,8 @@ from torch.nn.functional import dropout as drop
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rnnkit import autograd
-from rnnkit.ops import Keep
-from rnnkit.reference import WEIGHTS
+from rnnkit.call import Keep, LayerCall
+from rnnkit.specs import WEIGHTS
 
 
 def run(
@@ -30,10 +30,10 @@ def run(
     """Run a stack of layers.
 
     Args:
-        cell: a name in `reference.CELLS`.
+        cell: a name in `specs.CELLS`.
         input: [T, N, I], or the data [rows, I] of a PackedSequence with its `batch_sizes`.
         states: h [L*D, N, P] and, for the LSTM, c [L*D, N, H]; empty for zeros.
-        weights: L*D times the five of `reference.WEIGHTS`.
+        weights: L*D times the five of `specs.WEIGHTS`.
         batch_sizes: int64 [T] on the CPU, not increasing.
         directions: D, 1 or 2.
         dropout: probability of zeroing an element between layers; 0 when not training.
@@ -60,15 +60,15 @@ def run(
         of_layer = slice(index * directions, (index + 1) * directions)
         if index > 0 and dropout > 0:
             output = drop(output, dropout, training=True)
-        output, final = autograd.layer(
+        call = LayerCall(
             cell,
             output,
             states if layers == 1 else [state[of_layer] for state in states],
             [w for direction in weights[of_layer] for w in direction],
             batch_sizes,
-            keep=keep,
-            packed=packed[index] if packed and result_dtypes is None else None,
         )
+        packed_here = packed[index] if packed and result_dtypes is None else None
+        output, final = autograd.run(call, keep=keep, packed=packed_here)
         finals.append(final)
     final_states = finals[0] if layers == 1 else [torch.cat(s) for s in zip(*finals, strict=True)]
     if result_dtypes is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rnnkit import gpu
+from rnnkit import gpu, ops
 
 #: The CPU leaves no trace in a test's name (a pytest before 8.4 knows no nameless parameters).
 DEVICES = (
@@ -49,8 +49,8 @@ def products_without_onednn() -> Iterator[None]:
 class OpsOfGpu:
     """In the place of `torch.ops.rnnkit`: layers take CPU tensors the way of CUDA tensors, other ops are `others`."""
 
-    layer_forward = staticmethod(products_without_onednn()(gpu.layer_forward))
-    layer_backward = staticmethod(products_without_onednn()(gpu.layer_backward))
+    layer_forward = staticmethod(products_without_onednn()(ops.of_call(gpu.layer_forward)))
+    layer_backward = staticmethod(products_without_onednn()(ops.of_call(gpu.layer_backward)))
 
     def __init__(self, others: Any) -> None:
         self._others = others

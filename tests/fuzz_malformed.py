@@ -7,7 +7,7 @@ give what the reference gives. `check` makes the call of one number and tells wh
 import random
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import kernel_cases
@@ -18,11 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence
 
 import rnnkit
-from rnnkit import backends, ops, stack
-from rnnkit.reference import WEIGHTS
+from rnnkit import backends, ops, specs, stack
+from rnnkit.call import Keep, LayerCall
 
-OPS = ("layer_forward", "layer_backward", "packed_forward", "pack_weights")
-KINDS = (*OPS, "layer_backward", "direct_layers", "direct_cell", *["module"] * 5)
+OPS = ("layer_forward", "layer_backward", "pack_weights")
+#: The fields of `LayerCall`.
+CALL = tuple(field.name for field in fields(LayerCall))
+KINDS = (*OPS, "layer_forward", "layer_backward", "direct_layers", "direct_cell", *["module"] * 5)
 
 #: Words in an error's text that tell of a check that was not made.
 INTERNAL = ("_M_", "basic_string", "vector::", "INTERNAL ASSERT", "std::")
@@ -240,7 +242,7 @@ def change(arguments: dict[str, Any], rng: random.Random) -> str:
 
 
 def _op_case(rng: random.Random) -> kernel_cases.Case:
-    cell, hidden = rng.choice(list(ops.CELLS)), rng.randint(2, 9)
+    cell, hidden = rng.choice(list(specs.CELLS)), rng.randint(2, 9)
     ragged = sorted((rng.randint(1, 4) for _ in range(rng.randint(2, 5))), reverse=True)
     return kernel_cases.Case(
         cell,
@@ -258,26 +260,27 @@ def _op_case(rng: random.Random) -> kernel_cases.Case:
 def _op(kind: str, rng: random.Random) -> Call:
     it = kernel_cases.call(_op_case(rng), rng.getrandbits(30))
     keep = rng.choice((0, 1, 2))
-    own: dict[str, Any] = {"cell": it.cell, "input": it.input, "states": it.states}
-    own |= {"weights": it.weights}
+    own: dict[str, Any] = {name: getattr(it, name) for name in CALL}
     if kind == "layer_forward":
-        own |= {"batch_sizes": it.batch_sizes, "keep": keep}
-    elif kind == "packed_forward":
-        packed = torch.ops.rnnkit.pack_weights(it.cell, it.weights)
-        own |= {"packed": packed, "batch_sizes": it.batch_sizes}
+        packed = torch.ops.rnnkit.pack_weights(it.cell, it.weights) if rng.random() < 0.5 else None
+        own |= {"packed": packed, "keep": keep if packed is None else 0}
     elif kind == "layer_backward":
-        output, _, reserve = it.forward(max(keep, 1))
+        keep = max(keep, 1)
+        output, _, reserve = it.forward(keep)
         needs = [need and rng.random() < 0.8 for need in it.all_needs]
-        own = {"cell": own.pop("cell"), "grads": it.grads} | own
-        own |= {"batch_sizes": it.batch_sizes, "output": output, "reserve": reserve, "needs": needs}
+        own |= {"grads": it.grads, "output": output, "reserve": reserve, "keep": keep}
+        own |= {"needs": needs}
     else:
         own = {"cell": it.cell, "weights": it.weights}
     before = dict(own)
     words = change(own, rng)
     # What belongs to other arguments says nothing where those changed.
-    belonging = {"packed_forward": ("cell", "weights", "packed")}
-    belonging["layer_backward"] = ("cell", "input", "states", "weights", "output", "reserve")
-    kept = all(_same(own[name], before[name]) for name in belonging.get(kind, ()))
+    belonging: tuple[str, ...] = ()
+    if kind == "layer_backward":
+        belonging = ("cell", "input", "states", "weights", "output", "reserve", "keep")
+    elif own.get("packed") is not None:
+        belonging = ("cell", "weights", "packed")
+    kept = all(_same(own[name], before[name]) for name in belonging)
     foreign = own.get("packed") is not before.get("packed")
     foreign |= any(own.get(name) is not before.get(name) for name in ("output", "reserve"))
     return Call(
@@ -290,14 +293,15 @@ def _op(kind: str, rng: random.Random) -> Call:
 
 
 def _composite(kind: str, own: dict[str, Any]) -> Callable[[], Any]:
-    def forward() -> Any:
-        last = ops.Keep.NOTHING
-        sizes = own["batch_sizes"]
-        return ops.forward_composite(
-            own["cell"], own["input"], own["states"], own["weights"], sizes, last
-        )[:2]
+    others = {name: value for name, value in own.items() if name not in CALL}
 
-    return forward if kind != "layer_backward" else lambda: ops.backward_composite(**own)
+    def composite() -> Any:
+        call = LayerCall(**{name: own[name] for name in CALL})
+        if kind == "layer_backward":
+            return ops.backward_composite(call, **others)
+        return ops.forward_composite(call, None, Keep.NOTHING)[:2]
+
+    return composite
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -326,7 +330,7 @@ def _direct(kind: str, rng: random.Random) -> Call:
         )
         calls[1] = kernel_cases.call(wide, rng.getrandbits(30))
     flat = [w for it in calls for w in it.weights]
-    weights = [flat[i : i + len(WEIGHTS)] for i in range(0, len(flat), len(WEIGHTS))]
+    weights = [flat[i : i + len(specs.WEIGHTS)] for i in range(0, len(flat), len(specs.WEIGHTS))]
     states = [torch.cat(of_layers) for of_layers in zip(*(it.states for it in calls), strict=True)]
     given, input, step = rng.random() < 0.6, calls[0].input, kind == "direct_cell"
     if step:

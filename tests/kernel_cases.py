@@ -1,6 +1,6 @@
 """Calls of the ops for the kernels' tests: a `Case` says the sizes, a `Call` holds the tensors and runs them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -9,8 +9,8 @@ from tolerances import assert_close_to_truth
 from torch import Tensor
 
 from rnnkit import ops, plan, reference
-from rnnkit.ops import Keep
-from rnnkit.reference import CELLS, WEIGHTS
+from rnnkit.call import Keep, LayerCall
+from rnnkit.specs import CELLS, WEIGHTS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,45 +66,30 @@ class Case:
         return "-".join(parts)
 
 
-@dataclass(frozen=True)
-class Call:
-    """The arguments of both ops. `grads` belongs to the output and each final state."""
+@dataclass(frozen=True, eq=False)
+class Call(LayerCall):
+    """A call of both ops. `grads` belongs to the output and each final state."""
 
-    cell: str
-    input: Tensor
-    states: list[Tensor]
-    weights: list[Tensor | None]
-    batch_sizes: Tensor | None
     grads: list[Tensor | None] = field(default_factory=list)
 
     @property
-    def differentiable(self) -> list[Tensor | None]:
-        """What a gradient can be asked for, in the order of `needs`."""
-        return [self.input, *self.states, *self.weights]
-
-    @property
     def all_needs(self) -> list[bool]:
-        return [tensor is not None for tensor in self.differentiable]
+        return [tensor is not None for tensor in self.tensors]
 
-    def tensors(self) -> list[Tensor]:
-        """Every tensor of the call."""
-        every = [*self.differentiable, self.batch_sizes, *self.grads]
+    def every_tensor(self) -> list[Tensor]:
+        """Of the call and its gradients."""
+        every = [*self.tensors, self.batch_sizes, *self.grads]
         return [tensor for tensor in every if tensor is not None]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Call":
         """The same call with every tensor changed."""
 
-        def changed(tensors: list) -> list:
+        def changed(tensors: Sequence[Tensor | None]) -> list:
             return [None if t is None else change(t) for t in tensors]
 
-        return Call(
-            self.cell,
-            change(self.input),
-            changed(self.states),
-            changed(self.weights),
-            *changed([self.batch_sizes]),
-            changed(self.grads),
-        )
+        (batch_sizes,) = changed([self.batch_sizes])
+        others = replace(self, batch_sizes=batch_sizes, grads=changed(self.grads))
+        return others.with_tensors(changed(self.tensors))
 
     def to(self, dtype: torch.dtype) -> "Call":
         return self.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
@@ -115,63 +100,46 @@ class Call:
 
     def forward(self, keep: Keep = Keep.EVERYTHING) -> tuple[Tensor, list[Tensor], Tensor]:
         """The op: output, final states, reserve."""
-        return torch.ops.rnnkit.layer_forward(
-            self.cell, self.input, self.states, self.weights, self.batch_sizes, keep
-        )
+        return ops.layer_forward(self, None, keep)
 
     def backward(
-        self, output: Tensor, reserve: Tensor, needs: list[bool] | None = None
+        self,
+        output: Tensor,
+        reserve: Tensor,
+        needs: list[bool] | None = None,
+        keep: Keep = Keep.EVERYTHING,
     ) -> list[Tensor]:
         """The op: the gradients that are needed, all by default."""
-        return torch.ops.rnnkit.layer_backward(
-            self.cell,
-            self.grads,
-            self.input,
-            self.states,
-            self.weights,
-            self.batch_sizes,
-            output,
-            reserve,
-            self.all_needs if needs is None else needs,
-        )
+        needs = self.all_needs if needs is None else needs
+        return ops.layer_backward(self, self.grads, output, reserve, keep, needs)
 
     def run(self, keep: Keep = Keep.EVERYTHING) -> dict[str, Tensor]:
         """Every result of both ops by name."""
         output, finals, reserve = self.forward(keep)
-        return self.named(output, finals, self.backward(output, reserve))
+        return self.named(output, finals, self.backward(output, reserve, keep=keep))
 
     def reference(self) -> dict[str, Tensor]:
         """What `run` should return, by plain PyTorch.
 
         On the CPU, where many small ops are fastest, unless the products are large.
         """
-        rows = self.input.shape[:-1].numel()
-        heavy = rows * sum(w.numel() for w in self.weights if w is not None) > 2**30
+        heavy = self.rows * sum(w.numel() for w in self.weights if w is not None) > 2**30
         it = self if heavy else self.on("cpu")
-        output, finals = reference.layer(it.cell, it.input, it.states, it.weights, it.batch_sizes)
-        found = ops.differentiable_backward(
-            it.cell,
-            it.grads,
-            it.input,
-            it.states,
-            it.weights,
-            it.batch_sizes,
-            it.all_needs,
-            create_graph=False,
-        )
+        output, finals = reference.run(it)
+        found = ops.differentiable_backward(it, it.grads, it.all_needs, create_graph=False)
         results = self.named(output, finals, [grad for grad in found if grad is not None])
         return {name: result.to(self.input.device) for name, result in results.items()}
 
     def gradient_names(self) -> list[str]:
         """Names of the gradients that are returned when all are needed."""
-        directions = len(self.weights) // len(WEIGHTS)
-        weights = [name + suffix for suffix in ("", "_reverse")[:directions] for name in WEIGHTS]
+        suffixes = ("", "_reverse")[: self.directions]
+        weights = [name + suffix for suffix in suffixes for name in WEIGHTS]
         names = ["input", *("h_0", "c_0")[: len(self.states)], *weights]
         return [f"grad {name}" for name, need in zip(names, self.all_needs, strict=True) if need]
 
     def named(self, output: Tensor, finals: list[Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
         """Results of both ops by name."""
-        assert len(finals) == CELLS[self.cell].states
+        assert len(finals) == self.spec.states
         names = ["output", *("h_n", "c_n")[: len(finals)], *self.gradient_names()]
         return dict(zip(names, [output, *finals, *grads], strict=True))
 

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import rnnkit
 from rnnkit import autograd, backends
-from rnnkit.ops import Keep
-from rnnkit.reference import CELLS
+from rnnkit.call import Keep
+from rnnkit.specs import CELLS
 
 each_cell = pytest.mark.parametrize("cell", CELLS)
 each_layer = pytest.mark.parametrize(
@@ -41,16 +41,14 @@ on_gradcheck_cases = pytest.mark.parametrize("case", on_each_device(GRADCHECK_CA
 
 def leaves(it: Call) -> list[Tensor]:
     """Input, states and weights, requiring grad."""
-    return [t.detach().clone().requires_grad_() for t in it.differentiable if t is not None]
+    return [t.detach().clone().requires_grad_() for t in it.tensors if t is not None]
 
 
 def results(it: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Output and final states of the call with these tensors for its own."""
     remaining = iter(tensors)
-    x, *rest = [None if t is None else next(remaining) for t in it.differentiable]
-    assert x is not None
-    states, weights = rest[: len(it.states)], rest[len(it.states) :]
-    output, finals = autograd.layer(it.cell, x, states, weights, it.batch_sizes)
+    given = [None if t is None else next(remaining) for t in it.tensors]
+    output, finals = autograd.run(it.with_tensors(given))
     return output, *finals
 
 

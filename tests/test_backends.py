@@ -14,7 +14,8 @@ from kernel_cases import Case, call
 
 import rnnkit
 from rnnkit import autograd, backends
-from rnnkit.reference import CELLS
+from rnnkit.call import LayerCall
+from rnnkit.specs import CELLS
 
 CPU = torch.device("cpu")
 
@@ -153,13 +154,10 @@ def test_backends_agree(device: str, cell: str, directions: int) -> None:
     it = call(Case(cell, (4, 3, 5, 20), directions, dtype=torch.float64, device=device))
     found = []
     for name in ("cpp", "reference"):
-        tensors = [t.clone().requires_grad_() for t in it.differentiable if t is not None]
-        states = tensors[1 : 1 + len(it.states)]
-        weights = iter(tensors[1 + len(states) :])
+        given = [None if t is None else t.clone().requires_grad_() for t in it.tensors]
+        tensors = [t for t in given if t is not None]
         with rnnkit.backend(name):
-            output, finals = autograd.layer(
-                cell, tensors[0], states, [None if w is None else next(weights) for w in it.weights]
-            )
+            output, finals = autograd.run(it.with_tensors(given))
         # The backward pass belongs to the backend of the forward pass, wherever it is called.
         grads = torch.autograd.grad([output, *finals], tensors, it.grads)
         found.append([output, *finals, *grads])
@@ -174,12 +172,12 @@ def test_forward_uses_the_backend_s_code(
     """Layers and cells reach the reference when it is forced, and not otherwise."""
     reached = []
 
-    def layer(*arguments: object) -> object:
-        reached.append(arguments[0])
-        return original(*arguments)
+    def run(call: LayerCall) -> object:
+        reached.append(call.cell)
+        return original(call)
 
-    original = autograd.reference.layer
-    monkeypatch.setattr(autograd.reference, "layer", layer)
+    original = autograd.reference.run
+    monkeypatch.setattr(autograd.reference, "run", run)
     with rnnkit.backend(name):
         rnnkit.GRU(3, 4, device=device)(torch.randn(2, 5, 3, device=device))
         rnnkit.LSTMCell(3, 4, device=device)(torch.randn(5, 3, device=device))

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import rnnkit
 from rnnkit import backends, cuda, plan
-from rnnkit.ops import Keep
-from rnnkit.reference import CELLS
+from rnnkit.call import Keep
+from rnnkit.specs import CELLS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -278,7 +278,7 @@ def late(it: Call, cycles: int = 50_000_000) -> Call:
     empty = it.map(lambda t: t if t.device.type == "cpu" else torch.full_like(t, torch.nan))
     torch.cuda.synchronize()
     torch.cuda._sleep(cycles)
-    for tensor, source in zip(empty.tensors(), it.tensors(), strict=True):
+    for tensor, source in zip(empty.every_tensor(), it.every_tensor(), strict=True):
         tensor.copy_(source)
     return empty
 

@@ -21,8 +21,8 @@ from test_kernels import BAD_BACKWARDS, BAD_CALLS
 from tolerances import assert_close_to_truth
 
 from rnnkit import backends, plan
-from rnnkit.ops import Keep
-from rnnkit.reference import CELLS
+from rnnkit.call import Keep
+from rnnkit.specs import CELLS
 
 pytestmark = pytest.mark.skipif(
     bool(host_build.why_not()), reason=host_build.why_not() or "it can be built"

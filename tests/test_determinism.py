@@ -13,8 +13,8 @@ import torch
 from kernel_cases import Case, assert_case_matches_reference, assert_same_bits, call
 
 from rnnkit import backends
-from rnnkit.ops import Keep
-from rnnkit.reference import CELLS
+from rnnkit.call import Keep
+from rnnkit.specs import CELLS
 
 pytestmark = pytest.mark.skipif(
     backends.EXTENSION is None, reason=f"no C++ kernels: {backends.EXTENSION_REASON}"

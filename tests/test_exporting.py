@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import rnnkit
 from rnnkit import exporting
-from rnnkit.reference import CELLS
+from rnnkit.specs import CELLS
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")

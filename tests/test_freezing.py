@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnkit
-from rnnkit import backends
+from rnnkit import backends, ops
+from rnnkit.call import Keep, LayerCall
 
 CASES = [
     Case(name, hx=hx, **options)
@@ -160,9 +161,10 @@ def test_ops() -> None:
     layer = rnnkit.GRU(5, 20)
     weights = layer._weights()[0]
     packed = torch.ops.rnnkit.pack_weights("gru", weights)
-    arguments = ("gru", torch.randn(4, 3, 5), [torch.randn(1, 3, 20)], weights, packed, None)
+    call = LayerCall("gru", torch.randn(4, 3, 5), [torch.randn(1, 3, 20)], weights)
     with torch.no_grad():
-        torch.library.opcheck(torch.ops.rnnkit.packed_forward.default, arguments)
+        arguments = (*call.arguments, packed, Keep.NOTHING)
+        torch.library.opcheck(torch.ops.rnnkit.layer_forward.default, arguments)
 
 
 @pytest.mark.parametrize("copied", (False, True))
@@ -197,6 +199,7 @@ def test_foreign_packed_weights_are_refused() -> None:
     layer = rnnkit.GRU(5, 20)
     weights = layer._weights()[0]
     packed = torch.ops.rnnkit.pack_weights("gru", weights)
+    call = LayerCall("gru", torch.randn(4, 3, 5), [], weights)
     for wrong in (packed[:-1], packed.float()):
         with pytest.raises(RuntimeError, match=r"expected packed to be"):
-            torch.ops.rnnkit.packed_forward("gru", torch.randn(4, 3, 5), [], weights, wrong, None)
+            ops.layer_forward(call, wrong, Keep.NOTHING)

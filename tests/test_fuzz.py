@@ -30,14 +30,14 @@ def test_a_planted_fault_is_noticed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A result that is off by a hundredth of a thousandth, in one part of many."""
-    right = autograd.layer
+    right = autograd.run
 
     def wrong(*args: Any, **options: Any) -> Any:
         output, finals = right(*args, **options)
         return output * (1 + 1e-5), finals
 
     monkeypatch.setattr(backends, "short_way", lambda name: None)
-    monkeypatch.setattr(autograd, "layer", wrong)
+    monkeypatch.setattr(autograd, "run", wrong)
     threads = torch.get_num_threads()
     try:
         assert fuzz.main(["12", "--here"]) == 1

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from rnnkit import backends
 from rnnkit.__main__ import _cpu
-from rnnkit.ops import Keep
-from rnnkit.reference import CELLS, WEIGHTS
+from rnnkit.call import Keep
+from rnnkit.specs import CELLS, WEIGHTS
 
 pytestmark = pytest.mark.skipif(
     backends.EXTENSION is None and backends.CUDA_REASON != "",
@@ -243,7 +243,7 @@ def test_arguments_are_only_read(case: Case) -> None:
     output, _, reserve = it.forward()
     saved = [output.clone(), reserve.clone()]
     it.backward(output, reserve)
-    assert_same_bits(it.tensors(), before.tensors())
+    assert_same_bits(it.every_tensor(), before.every_tensor())
     assert_same_bits([output, reserve], saved)
 
 
@@ -252,7 +252,7 @@ def test_results_have_memory_of_their_own(case: Case) -> None:
     it = call(case)
     output, finals, reserve = it.forward()
     results = [output, *finals, reserve, *it.backward(output, reserve)]
-    memory = [tensor.untyped_storage().data_ptr() for tensor in [*results, *it.tensors()]]
+    memory = [tensor.untyped_storage().data_ptr() for tensor in [*results, *it.every_tensor()]]
     assert len(set(memory)) == len(memory)
     assert all(result.is_contiguous() for result in results)
 
@@ -398,26 +398,33 @@ BAD_CALLS: dict[str, tuple[Case, Change]] = {
     "batch_sizes of floats": (RAGGED, _batch_sizes(4, 3, 1, dtype=torch.float32)),
 }
 
-#: What only the backward pass is given: changes to (grads, output, reserve, needs).
+#: What only the backward pass is given: changes to (grads, output, reserve, needs, keep).
 BAD_BACKWARDS: dict[str, tuple[Case, Callable]] = {
-    "grads missing one": (LSTM, lambda g, o, r, n: (g[:-1], o, r, n)),
-    "grads one too many": (LSTM, lambda g, o, r, n: ([*g, None], o, r, n)),
-    "grad of output narrow": (LSTM, lambda g, o, r, n: ([g[0][..., 1:], *g[1:]], o, r, n)),
+    "grads missing one": (LSTM, lambda g, o, r, n, k: (g[:-1], o, r, n, k)),
+    "grads one too many": (LSTM, lambda g, o, r, n, k: ([*g, None], o, r, n, k)),
+    "grad of output narrow": (LSTM, lambda g, o, r, n, k: ([g[0][..., 1:], *g[1:]], o, r, n, k)),
     "grad of output of another dtype": (
         LSTM,
-        lambda g, o, r, n: ([g[0].double(), *g[1:]], o, r, n),
+        lambda g, o, r, n, k: ([g[0].double(), *g[1:]], o, r, n, k),
     ),
-    "grad of state short": (LSTM, lambda g, o, r, n: ([g[0], g[1][:1], g[2]], o, r, n)),
-    "grad of packed output short": (RAGGED, lambda g, o, r, n: ([g[0][1:], g[1]], o, r, n)),
-    "output narrow": (LSTM, lambda g, o, r, n: (g, o[..., 1:], r, n)),
-    "output short": (LSTM, lambda g, o, r, n: (g, o[1:], r, n)),
-    "output of another dtype": (LSTM, lambda g, o, r, n: (g, o.double(), r, n)),
-    "reserve empty": (LSTM, lambda g, o, r, n: (g, o, r.flatten()[:0], n)),
-    "reserve short": (LSTM, lambda g, o, r, n: (g, o, r[:, 1:], n)),
-    "reserve of another dtype": (LSTM, lambda g, o, r, n: (g, o, r.double(), n)),
-    "needs missing one": (LSTM, lambda g, o, r, n: (g, o, r, n[:-1])),
-    "needs one too many": (LSTM, lambda g, o, r, n: (g, o, r, [*n, True])),
-    "needs empty": (LSTM, lambda g, o, r, n: (g, o, r, [])),
+    "grad of state short": (LSTM, lambda g, o, r, n, k: ([g[0], g[1][:1], g[2]], o, r, n, k)),
+    "grad of packed output short": (RAGGED, lambda g, o, r, n, k: ([g[0][1:], g[1]], o, r, n, k)),
+    "output narrow": (LSTM, lambda g, o, r, n, k: (g, o[..., 1:], r, n, k)),
+    "output short": (LSTM, lambda g, o, r, n, k: (g, o[1:], r, n, k)),
+    "output of another dtype": (LSTM, lambda g, o, r, n, k: (g, o.double(), r, n, k)),
+    "reserve empty": (LSTM, lambda g, o, r, n, k: (g, o, r.flatten()[:0], n, k)),
+    "reserve short": (LSTM, lambda g, o, r, n, k: (g, o, r[:, 1:], n, k)),
+    "reserve of another dtype": (LSTM, lambda g, o, r, n, k: (g, o, r.double(), n, k)),
+    "needs missing one": (LSTM, lambda g, o, r, n, k: (g, o, r, n[:-1], k)),
+    "needs one too many": (LSTM, lambda g, o, r, n, k: (g, o, r, [*n, True], k)),
+    "needs empty": (LSTM, lambda g, o, r, n, k: (g, o, r, [], k)),
+    "keep of another reserve": (LSTM, lambda g, o, r, n, k: (g, o, r, n, Keep.STATES)),
+    "keep nothing": (LSTM, lambda g, o, r, n, k: (g, o, r, n, Keep.NOTHING)),
+    "keep nothing, no reserve": (
+        LSTM,
+        lambda g, o, r, n, k: (g, o, r[0, 0, 0, :0], n, Keep.NOTHING),
+    ),
+    "keep of no name": (LSTM, lambda g, o, r, n, k: (g, o, r, n, 3)),
 }
 
 
@@ -427,10 +434,9 @@ def test_bad_calls_are_refused(device: str, what: str) -> None:
     it = call(replace(case, device=device))
     output, _, reserve = it.forward()
     bad = replace(it, **change(it))
-    with pytest.raises(RuntimeError):
-        bad.forward()
-    with pytest.raises(RuntimeError):
-        bad.backward(output, reserve)
+    for run in (bad.forward, lambda: bad.backward(output, reserve)):
+        with pytest.raises(RuntimeError, match=r"^[Ee]xpected "):
+            run()
     assert_matches_reference(it)
 
 
@@ -439,9 +445,10 @@ def test_bad_backward_calls_are_refused(device: str, what: str) -> None:
     case, change = BAD_BACKWARDS[what]
     it = call(replace(case, device=device))
     output, _, reserve = it.forward()
-    grads, output, reserve, needs = change(it.grads, output, reserve, it.all_needs)
-    with pytest.raises(RuntimeError):
-        replace(it, grads=grads).backward(output, reserve, needs)
+    given = (it.grads, output, reserve, it.all_needs, Keep.EVERYTHING)
+    grads, output, reserve, needs, keep = change(*given)
+    with pytest.raises(RuntimeError, match=r"^expected "):
+        replace(it, grads=grads).backward(output, reserve, needs, keep)
 
 
 def test_kernels_are_for_this_cpu() -> None:

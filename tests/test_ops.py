@@ -8,8 +8,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from rnnkit.ops import Keep
-from rnnkit.reference import CELLS, WEIGHTS
+from rnnkit.call import Keep
+from rnnkit.specs import CELLS, WEIGHTS
 
 on_small_cases = pytest.mark.parametrize(
     "case",
@@ -34,11 +34,10 @@ OPS = (torch.ops.rnnkit.layer_forward.default, torch.ops.rnnkit.layer_backward.d
 
 def arguments(it: Call, keep: Keep = Keep.EVERYTHING) -> tuple[list, list]:
     """Of both ops."""
-    tensors = [it.input, it.states, it.weights, it.batch_sizes]
     output, _, reserve = it.forward(keep)
     return (
-        [it.cell, *tensors, keep],
-        [it.cell, it.grads, *tensors, output, reserve, it.all_needs],
+        [*it.arguments, None, keep],
+        [*it.arguments, it.grads, output, reserve, keep, it.all_needs],
     )
 
 
@@ -52,9 +51,11 @@ def test_opcheck(case: Case) -> None:
     opcheck(OPS[1], backward)
     for op, values in zip(OPS, arguments(it, Keep.STATES), strict=True):
         opcheck(op, values)
+    packed = torch.ops.rnnkit.pack_weights(it.cell, it.weights)
+    opcheck(OPS[0], [*it.arguments, packed, Keep.NOTHING])
     some = [need and place % 2 == 0 for place, need in enumerate(it.all_needs)]
-    without_grads = [it.cell, [*it.grads[:1], *[None] * (len(it.grads) - 1)], *backward[2:-1], some]
-    opcheck(OPS[1], without_grads)
+    without_grads = [*it.grads[:1], *[None] * (len(it.grads) - 1)]
+    opcheck(OPS[1], [*it.arguments, without_grads, *backward[-4:-1], some])
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)

@@ -10,7 +10,7 @@ import pytest
 
 from rnnkit import plan
 from rnnkit.plan import Device, Plan, Scan, choose, forced
-from rnnkit.reference import CELLS
+from rnnkit.specs import CELLS
 
 H100 = Device(132, 232_448, (9, 0))
 DEVICES = {

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import rnnkit
 from rnnkit import backends
-from rnnkit.reference import CELLS
+from rnnkit.specs import CELLS
 
 needs_cpp = pytest.mark.skipif(
     bool(backends.unavailable("cpp")), reason=f"no C++ kernels: {backends.EXTENSION_REASON}"

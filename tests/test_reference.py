@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkit import reference
-from rnnkit.reference import CELLS
+from rnnkit.specs import CELLS
 
 #: The cells that torch.nn has, too.
 MODULES = {
@@ -68,7 +68,7 @@ def test_against_torch(case: Case) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_initial_states(cell: str) -> None:
     it = call(Case(cell, (3, 2, 5, 4), 2, projected=3 if cell == "lstm" else 0))
-    states = reference.initial_states(cell, it.input, 2, it.weights)
+    states = it.zero_states(2)
     assert [state.shape for state in states] == [state.shape for state in it.states]
     assert all(state.dtype == it.input.dtype and not state.any() for state in states)
 
@@ -89,5 +89,5 @@ def test_spec_fits_the_step(cell: str) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_device_and_dtype_are_the_input_s(cell: str, dtype: torch.dtype, device: str) -> None:
     it = call(replace(Case(cell), dtype=dtype)).map(lambda t: t.to(device))
-    output, finals = reference.layer(cell, it.input, it.states, it.weights)
+    output, finals = reference.run(it)
     assert {(t.device.type, t.dtype) for t in (output, *finals)} == {(device, dtype)}

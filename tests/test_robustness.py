@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,8 +23,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 
 import rnnkit
-from rnnkit import backends
-from rnnkit.reference import CELLS
+from rnnkit import backends, ops
+from rnnkit.call import Keep, LayerCall
+from rnnkit.specs import CELLS
 
 OPS = torch.ops.rnnkit
 
@@ -226,30 +228,31 @@ def test_ops_that_meet_a_tensor_without_memory(cell: str) -> None:
     no_sizes = torch.tensor([5, 5], **on_meta)
     rows = torch.randn(10, 3)
     packed = OPS.pack_weights(cell, weights)
-    y, _, reserve = OPS.layer_forward(cell, x, states, weights, None, 2)
-    needs = [True] * (1 + len(states) + len(weights))
+    call = LayerCall(cell, x, states, weights)
+    y, _, reserve = ops.layer_forward(call, None, Keep.EVERYTHING)
+    needs = [True] * len(call.tensors)
     grads = [torch.ones_like(y), *[None] * len(states)]
-    backward = [cell, grads, x, states, weights, None, y, reserve, needs]
-    of_grads = [cell, [torch.ones_like(y, **on_meta), *grads[1:]], *backward[2:]]
-    calls = [
-        (OPS.layer_forward, [cell, x, states_on_meta, weights, None, 0]),
-        (OPS.layer_forward, [cell, x, states, weights_of(cell, **on_meta), None, 0]),
-        (OPS.layer_forward, [cell, x.to("meta"), states, weights, None, 0]),
-        (OPS.layer_forward, [cell, rows, states, weights, no_sizes, 0]),
-        (OPS.packed_forward, [cell, x, states_on_meta, weights, packed, None]),
-        (OPS.packed_forward, [cell, x, states, weights, packed.to("meta"), None]),
-        (OPS.packed_forward, [cell, rows, states, weights, packed, no_sizes]),
-        (OPS.layer_backward, of_grads),
-        (OPS.layer_backward, [*backward[:3], states_on_meta, *backward[4:]]),
-        (OPS.layer_backward, [*backward[:6], y.to("meta"), *backward[7:]]),
-        (OPS.layer_backward, [*backward[:7], reserve.to("meta"), *backward[8:]]),
+    grads_on_meta = [torch.ones_like(y, **on_meta), *grads[1:]]
+    wrong = [
+        replace(call, states=states_on_meta),
+        replace(call, weights=weights_of(cell, **on_meta)),
+        replace(call, input=x.to("meta")),
+        replace(call, input=rows, batch_sizes=no_sizes),
     ]
-    for op, arguments in calls:
+    forwards = [(bad, given) for bad in wrong for given in (None, packed)]
+    for bad, given in [*forwards, (call, packed.to("meta"))]:
         with pytest.raises(RuntimeError, match=r"expected .* on .*, got"):
-            op(*arguments)
-    assert OPS.layer_forward(cell, x.to("meta"), [], weights_of(cell, **on_meta), None, 0)[
-        0
-    ].is_meta
+            ops.layer_forward(bad, given, Keep.NOTHING)
+    for bad, *given in (
+        (call, grads_on_meta, y, reserve),
+        *((bad, grads, y, reserve) for bad in wrong),
+        (call, grads, y.to("meta"), reserve),
+        (call, grads, y, reserve.to("meta")),
+    ):
+        with pytest.raises(RuntimeError, match=r"expected .* on .*, got"):
+            ops.layer_backward(bad, *given, Keep.EVERYTHING, needs)
+    on_meta_alone = LayerCall(cell, x.to("meta"), [], weights_of(cell, **on_meta))
+    assert ops.layer_forward(on_meta_alone, None, Keep.NOTHING)[0].is_meta
 
 
 def test_pack_weights_without_any() -> None:
@@ -288,16 +291,17 @@ def test_kept_and_packed_memory_that_was_cut(cell: str, size: int) -> None:
     rows = CELLS[cell].gates * 64
     weights = [torch.randn(rows, 64), torch.randn(rows, 64), None, None, None]
     x, packed = torch.randn(5, 2, 64), OPS.pack_weights(cell, weights)
+    call = LayerCall(cell, x, [], weights)
     packed.untyped_storage().resize_(size)
     with pytest.raises(RuntimeError, match=f"expected packed .* bytes of memory, got {size}"):
-        OPS.packed_forward(cell, x, [], weights, packed, None)
-    y, finals, reserve = OPS.layer_forward(cell, x, [], weights, None, 2)
+        ops.layer_forward(call, packed, Keep.NOTHING)
+    y, finals, reserve = ops.layer_forward(call, None, Keep.EVERYTHING)
     reserve.untyped_storage().resize_(size)
     if reserve.numel() > 0:
         with pytest.raises(RuntimeError, match=f"expected reserve .* bytes of memory, got {size}"):
             needs = [True, *[False] * len(weights)]
             grads = [y, *[None] * len(finals)]
-            OPS.layer_backward(cell, grads, x, [], weights, None, y, reserve, needs)
+            ops.layer_backward(call, grads, y, reserve, Keep.EVERYTHING, needs)
 
 
 @each_layer

@@ -26,9 +26,9 @@ from kernel_cases import (
 from tolerances import FORWARD, GRADIENT, assert_close_to_truth, relative_error
 
 import rnnkit
-from rnnkit import backends, plan
-from rnnkit.ops import Keep
-from rnnkit.reference import CELLS
+from rnnkit import backends, ops, plan
+from rnnkit.call import Keep, LayerCall
+from rnnkit.specs import CELLS
 
 interpreted = pytest.mark.skipif(
     bool(interpreter.why_not()), reason=interpreter.why_not() or "it can run"
@@ -218,7 +218,7 @@ def test_tanh_of_small_values(device: str, exponent: int) -> None:
     dtype = torch.float32
     x = torch.linspace(-1, 1, 33, dtype=dtype, device=device).view(1, 1, 33) * 2.0**exponent
     weights = [torch.eye(33, device=device), torch.zeros(33, 33, device=device), None, None, None]
-    output = torch.ops.rnnkit.layer_forward("rnn_tanh", x, [], weights, None, Keep.NOTHING)[0]
+    output = ops.layer_forward(LayerCall("rnn_tanh", x, [], weights), None, Keep.NOTHING)[0]
     torch.testing.assert_close(output, torch.tanh(x.double()).float(), rtol=1e-6, atol=0)
 
 
@@ -449,9 +449,9 @@ def test_more_than_2_31_values() -> None:
     batch = 2**20 + 40
     x = it.input[:, :1].expand(-1, batch, -1)
     weights = it.weights
-    output = torch.ops.rnnkit.layer_forward("rnn_tanh", x, [], weights, None, Keep.NOTHING)[0]
+    output = ops.layer_forward(LayerCall("rnn_tanh", x, [], weights), None, Keep.NOTHING)[0]
     assert output.numel() > 2**31
-    few = torch.ops.rnnkit.layer_forward("rnn_tanh", x[:, :64], [], weights, None, Keep.NOTHING)[0]
+    few = ops.layer_forward(LayerCall("rnn_tanh", x[:, :64], [], weights), None, Keep.NOTHING)[0]
     assert_same_bits([output[:, -64:]], [few])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rnnkit.reference import CELLS
+from rnnkit.specs import CELLS
 
 HERE = Path(__file__).parent
 

@@ -22,8 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rnnkit import gpu
-from rnnkit.ops import Keep
-from rnnkit.reference import CELLS
+from rnnkit.call import Keep
+from rnnkit.specs import CELLS
 from rnnkit.triton import kernels, scan
 
 TYPES = {
@@ -159,14 +159,14 @@ def builds(case: Case, target: GPUTarget) -> Iterator[Build]:
         return Recorder(getattr(kernels, name), target, done)
 
     arguments = call(case)
-    given = (arguments.input, arguments.states, arguments.weights, arguments.batch_sizes)
     with (
         mock.patch.object(gpu, "scans", lambda _: scan),
         mock.patch.object(kernels, "forward", recorder("forward")),
         mock.patch.object(kernels, "backward", recorder("backward")),
     ):
-        output, _, reserve = gpu.layer_forward(case.cell, *given, Keep.EVERYTHING)
-        gpu.layer_backward(case.cell, arguments.grads, *given, output, reserve, arguments.all_needs)
+        output, _, reserve = gpu.layer_forward(arguments, None, Keep.EVERYTHING)
+        needs = arguments.all_needs
+        gpu.layer_backward(arguments, arguments.grads, output, reserve, Keep.EVERYTHING, needs)
     yield from found.values()
 
 

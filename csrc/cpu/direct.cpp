@@ -146,13 +146,13 @@ void exchange_in_place(Tensor& output) {
 }
 
 // A layer's arguments as its op takes them.
-struct Call {
+struct OpCall {
   const std::string& cell;
   const Tensor& x;
   const std::vector<Tensor>& states;
   const Weights& weights;
   bool step;     // one of a cell, whose tensors have neither T nor D, and which returns its final states alone
-  int64_t keep;  // rnnkit.ops.Keep, for where gradients are needed
+  int64_t keep;  // rnnkit.call.Keep, for where gradients are needed
 };
 
 // Puts in the place of the first n tensors tensors on the data that they had in the forward pass. Where the gradients
@@ -172,14 +172,15 @@ void restore_data(variable_list& saved, size_t n, bool differentiated) {
 class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> {
  public:
   // `tensors`: the caller's own of input, states and weights, of those that there are.
-  static variable_list forward(torch::autograd::AutogradContext* ctx, const Call& call, at::TensorList tensors) {
+  static variable_list forward(torch::autograd::AutogradContext* ctx, const OpCall& call, at::TensorList tensors) {
     auto [output, results, reserve] =
         op_of<decltype(layer_forward)>("rnnkit::layer_forward")
-            .call(call.cell, call.x, call.states, OptionalTensors(call.weights), std::nullopt, call.keep);
+            .call(call.cell, call.x, call.states, OptionalTensors(call.weights), std::nullopt, std::nullopt, call.keep);
     ctx->set_materialize_grads(false);
     auto& data = ctx->saved_data;
     data["cell"] = call.cell;
     data["step"] = call.step;
+    data["keep"] = call.keep;
     data["states"] = int64_t(call.states.size());
     int64_t weights_there = 0;
     for (size_t i = 0; i < call.weights.size(); ++i) weights_there |= int64_t(call.weights[i].has_value()) << i;
@@ -212,6 +213,7 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
     auto& data = ctx->saved_data;
     const std::string cell = data["cell"].toStringRef();
     const bool step = data["step"].toBool();
+    const int64_t keep = data["keep"].toInt();
     variable_list saved = ctx->get_saved_variables();
     const size_t n_states = data["states"].toInt(), n = data["tensors"].toInt();
     const Tensor output = saved[n], reserve = saved[n + 1];
@@ -250,16 +252,16 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
     variable_list found(1 + n);  // none for `call`
     if (ordinary && !written) {
       const std::vector<Tensor> needed = op_of<decltype(layer_backward)>("rnnkit::layer_backward")
-                                             .call(cell, OptionalTensors(op_grads), x, states, OptionalTensors(weights),
-                                                   std::nullopt, output, reserve, needs);
+                                             .call(cell, x, states, OptionalTensors(weights), std::nullopt,
+                                                   OptionalTensors(op_grads), output, reserve, keep, needs);
       for (size_t i = 0, next = 0; i < n; ++i)
         if (needs.get(places[i])) found[1 + i] = needed.at(next++);
     } else {
       const py::gil_scoped_acquire acquired;
-      const auto all =
-          py::module_::import("rnnkit.autograd")
-              .attr("gradients")(cell, op_grads, x, states, weights, py::none(), output, reserve, needs.vec(), written)
-              .cast<std::vector<std::optional<Tensor>>>();
+      const auto layer_call = py::module_::import("rnnkit.call").attr("LayerCall")(cell, x, states, weights);
+      const auto all = py::module_::import("rnnkit.autograd")
+                           .attr("gradients")(layer_call, op_grads, output, reserve, keep, needs.vec(), written)
+                           .cast<std::vector<std::optional<Tensor>>>();
       for (size_t i = 0; i < n; ++i) found[1 + i] = all.at(places[i]).value_or(Tensor());
     }
     for (size_t i = 0; i < 1 + n_states; ++i) found[1 + i] = for_caller(found[1 + i]);
@@ -273,7 +275,7 @@ struct Results {
 };
 
 // `x` and `states` are the caller's own, of which those of `call` may be what the op takes.
-Results with_gradients(const Call& call, const Tensor& x, const std::vector<Tensor>& states) {
+Results with_gradients(const OpCall& call, const Tensor& x, const std::vector<Tensor>& states) {
   variable_list tensors = {x};
   tensors.insert(tensors.end(), states.begin(), states.end());
   for (const std::optional<Tensor>& weight : call.weights)
@@ -283,15 +285,10 @@ Results with_gradients(const Call& call, const Tensor& x, const std::vector<Tens
   return {results[0], {results.begin() + 1, results.end()}};
 }
 
-Results without_gradients(const Call& call, const Tensor* packed) {
-  const OptionalTensors weights(call.weights);
-  if (packed != nullptr) {
-    auto [output, finals] = op_of<decltype(packed_forward)>("rnnkit::packed_forward")
-                                .call(call.cell, call.x, call.states, weights, *packed, std::nullopt);
-    return {output, finals};
-  }
+Results without_gradients(const OpCall& call, const std::optional<Tensor>& packed) {
   auto [output, finals, reserve] = op_of<decltype(layer_forward)>("rnnkit::layer_forward")
-                                       .call(call.cell, call.x, call.states, weights, std::nullopt, 0);
+                                       .call(call.cell, call.x, call.states, OptionalTensors(call.weights),
+                                             std::nullopt, packed, int64_t(Keep::nothing));
   return {output, finals};
 }
 
@@ -332,10 +329,10 @@ py::object direct_layers(const std::string& cell, py::handle input, py::handle h
       const std::vector<Tensor> initial = layers == 1 ? states : states_of_layer(states, layer, directions);
       const auto first = given.begin() + layer * per_layer;
       const Weights own(first, first + per_layer);
-      const Call call{cell, x, initial, own, /*step=*/false, keep};
+      const OpCall call{cell, x, initial, own, /*step=*/false, keep};
       Results results = arguments.need_gradients
                             ? with_gradients(call, x, initial)
-                            : without_gradients(call, packed.empty() ? nullptr : &packed.at(layer));
+                            : without_gradients(call, packed.empty() ? std::nullopt : std::optional(packed.at(layer)));
       x = results.output;
       for (size_t i = 0; i < of_layers.size(); ++i) of_layers[i].push_back(results.finals[i]);
     }
@@ -363,11 +360,11 @@ py::object direct_cell(const std::string& cell, py::handle input, py::handle hx,
   std::vector<Tensor> finals;
   {
     const py::gil_scoped_release released;
-    const Call call{cell, x, states, given, /*step=*/true, keep};
+    const OpCall call{cell, x, states, given, /*step=*/true, keep};
     if (arguments.need_gradients) {
       finals = with_gradients(call, own_x, own_states).finals;
     } else {
-      finals = without_gradients(call, nullptr).finals;
+      finals = without_gradients(call, std::nullopt).finals;
       for (Tensor& final : finals) final = squeezed(final);
     }
   }

@@ -8,25 +8,18 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/call.h"
+
 namespace rnnkit {
-
-using OptionalTensors = c10::List<std::optional<at::Tensor>>;
-
-constexpr int64_t kWeights = 5;  // of one direction
 
 std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor> layer_forward(
     std::string_view cell, const at::Tensor& input, at::TensorList states, const OptionalTensors& weights,
-    const std::optional<at::Tensor>& batch_sizes, int64_t keep);
+    const std::optional<at::Tensor>& batch_sizes, const std::optional<at::Tensor>& packed, int64_t kept);
 
-std::tuple<at::Tensor, std::vector<at::Tensor>> packed_forward(std::string_view cell, const at::Tensor& input,
-                                                               at::TensorList states, const OptionalTensors& weights,
-                                                               const at::Tensor& packed,
-                                                               const std::optional<at::Tensor>& batch_sizes);
-
-std::vector<at::Tensor> layer_backward(std::string_view cell, const OptionalTensors& grads, const at::Tensor& input,
-                                       at::TensorList states, const OptionalTensors& weights,
-                                       const std::optional<at::Tensor>& batch_sizes, const at::Tensor& output,
-                                       const at::Tensor& reserve, const c10::List<bool>& needs);
+std::vector<at::Tensor> layer_backward(std::string_view cell, const at::Tensor& input, at::TensorList states,
+                                       const OptionalTensors& weights, const std::optional<at::Tensor>& batch_sizes,
+                                       const OptionalTensors& grads, const at::Tensor& output,
+                                       const at::Tensor& reserve, int64_t keep, const c10::List<bool>& needs);
 
 int64_t gates_of(std::string_view cell);
 int64_t states_of(std::string_view cell);

@@ -1,12 +1,15 @@
-// Threads and clock around the loops of kernels/peak.cpp; benchmarks state rnnkit's speed as a share of what they give.
+// Threads and clock around the loops of kernels/peak.cpp.
 #include "cpu/peak.h"
 
+#include <c10/util/Exception.h>
 #include <omp.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <new>
+
+#include "cpu/isa.h"
 
 namespace rnnkit {
 namespace {
@@ -28,14 +31,25 @@ double rate(double seconds, const Work& work) {
 
 }  // namespace
 
-double gflops(MultiplyAdd loop, int threads, double seconds) {
+double peak_gflops(c10::ScalarType type, int threads, double seconds) {
+  MultiplyAdd loop = nullptr;
+  if (type == c10::kFloat) loop = isa().peak.f32;
+  if (type == c10::kDouble) loop = isa().peak.f64;
+#ifdef RNNKIT_HAS_AVX512_BF16
+  if (type == c10::kBFloat16 && bfloat16_kernels())
+    loop = multiplies_bfloat16() ? avx512_bf16::bfloat16_peak() : isa().peak.f32;
+#endif
+  TORCH_CHECK(loop, "expected dtype to be one that these kernels multiply, got ", type);
+  TORCH_CHECK(threads > 0, "expected threads to be positive, got ", threads);
   double total = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
   total += rate(seconds, [&] { return static_cast<double>(loop(kRepetitions)); });
   return total / 1e9;
 }
 
-double bytes_per_second(Read loop, int64_t bytes, int threads, double seconds) {
+double read_bandwidth(int64_t bytes, int threads, double seconds) {
+  TORCH_CHECK(bytes > 0, "expected bytes to be positive, got ", bytes);
+  TORCH_CHECK(threads > 0, "expected threads to be positive, got ", threads);
   bytes = std::max(bytes / kReadGrain, int64_t{1}) * kReadGrain;
   const int64_t passes = std::max(kBytesAtOnce / bytes, int64_t{1});
   double total = 0;
@@ -46,7 +60,7 @@ double bytes_per_second(Read loop, int64_t bytes, int threads, double seconds) {
     std::memset(buffer, 1, bytes);
 #pragma omp barrier
     total += rate(seconds, [&] {
-      loop(buffer, bytes, passes);
+      isa().peak.read(buffer, bytes, passes);
       return static_cast<double>(bytes * passes);
     });
     ::operator delete(buffer, aligned);

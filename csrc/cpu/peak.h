@@ -1,14 +1,16 @@
-// What this machine can do at most on several threads at once: threads and clock around the loops of kernels/peak.cpp.
+// What this machine can do at most on several threads at once; benchmarks state speed as a share of it.
 #pragma once
 
-#include "cpu/kernels/peak.h"
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
 
 namespace rnnkit {
 
-// GFLOP/s of `threads` threads together, measured for `seconds`.
-double gflops(MultiplyAdd loop, int threads, double seconds);
+// GFLOP/s of `threads` threads together that only multiply and add, measured for `seconds`.
+double peak_gflops(c10::ScalarType type, int threads, double seconds);
 
 // Bytes a second that `threads` threads together read, each from `bytes` of its own, measured for `seconds`.
-double bytes_per_second(Read loop, int64_t bytes, int threads, double seconds);
+double read_bandwidth(int64_t bytes, int threads, double seconds);
 
 }  // namespace rnnkit

@@ -18,9 +18,9 @@ from torch import Tensor
 from triton import language as tl
 
 from rnnkit import plan
-from rnnkit.gpu import Backward, Call, stacked
-from rnnkit.ops import Keep
-from rnnkit.reference import CELLS as SPECS
+from rnnkit.call import Keep
+from rnnkit.gpu import Backward, GpuCall, stacked
+from rnnkit.specs import CELLS as SPECS
 from rnnkit.triton import kernels
 from rnnkit.triton.cells import CELLS
 
@@ -151,7 +151,7 @@ _launched: set[tuple[Any, ...]] = set()
 class _Launcher:
     """Launches one pass's kernel for a call, on its device."""
 
-    def __init__(self, kernel: Any, call: Call, cut: Plan, rows: int, directions: int) -> None:
+    def __init__(self, kernel: Any, call: GpuCall, cut: Plan, rows: int, directions: int) -> None:
         self.kernel, self.cut = kernel, cut
         self.device = call.input.device
         tiles = triton.cdiv(rows, cut.rows)
@@ -170,7 +170,7 @@ class _Launcher:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     @staticmethod
-    def _precision(call: Call) -> str:
+    def _precision(call: GpuCall) -> str:
         """Of float32's products; three in TF32 are as exact as one in float32. AMD's GPUs have no TF32, but for one."""
         if TARGET == "hip" or call.input.dtype != torch.float32:
             return "ieee"
@@ -212,7 +212,7 @@ class _Launcher:
         return states
 
 
-def _states(call: Call, given: Sequence[Tensor | None]) -> Tensor:
+def _states(call: GpuCall, given: Sequence[Tensor | None]) -> Tensor:
     """[S, D, N, H] in the type of sums; zeros for what is not given, and for h where it is projected."""
     shape = (call.spec.states, *call.state_shape(1))
     if all(state is None for state in given):
@@ -226,12 +226,12 @@ def _states(call: Call, given: Sequence[Tensor | None]) -> Tensor:
     return states
 
 
-def _not_projected(call: Call, states: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _not_projected(call: GpuCall, states: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if call.projects and k == 0 else state for k, state in enumerate(states)]
 
 
 def forward(
-    call: Call,
+    call: GpuCall,
     gates: Tensor,
     keep: int,
     output: Tensor,
@@ -348,7 +348,7 @@ def _through_projection(
 
 
 def gates_again(
-    call: Call,
+    call: GpuCall,
     d: int,
     gates: Tensor,
     previous: Sequence[tuple[slice, Tensor | None]],

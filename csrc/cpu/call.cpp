@@ -1,0 +1,150 @@
+#include "cpu/call.h"
+
+#include <ATen/Parallel.h>
+#include <pthread.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <atomic>
+#include <string>
+
+#include "cpu/memory.h"
+
+namespace rnnkit {
+
+using at::Tensor;
+
+namespace {
+
+// The child of a fork has none of its parent's OpenMP threads, and libgomp would wait for them.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+
+// Has rnnkit.call.refuse raise what is wrong with an op's arguments.
+template <class... Others>
+[[noreturn]] void refuse(const char* op, const Call& call, const Others&... others) {
+  TORCH_CHECK(Py_IsInitialized(), "rnnkit::", op, " cannot take these arguments");
+  const py::gil_scoped_acquire acquired;
+  try {
+    py::module_::import("rnnkit.call")
+        .attr("refuse")(op, call.cell.name, call.input, call.states, call.weights.vec(), call.batch_sizes, others...);
+  } catch (py::error_already_set& error) {
+    error.restore();
+  }
+  throw_python_error();
+}
+
+}  // namespace
+
+void throw_python_error() {
+  python_error error;
+  error.persist();
+  throw error;
+}
+
+Call::Call(std::string_view name, const Tensor& x, at::TensorList initial, const OptionalTensors& w,
+           const std::optional<Tensor>& sizes)
+    : cell(find_cell(name)), input(x), states(initial.vec()), weights(w), batch_sizes(sizes) {
+  if (!fits()) refuse("layer_forward", *this);
+}
+
+bool Call::fits() {
+  if (weights.size() != kWeights && weights.size() != 2 * kWeights) return false;
+  directions = weights.size() / kWeights;
+  if (!input.is_floating_point() || input.dim() != (batch_sizes ? 2 : 3) || !has_memory(input)) return false;
+  input_size = input.size(-1);
+  if (batch_sizes) {
+    if (!batch_sizes_fit()) return false;
+  } else {
+    steps = input.size(0);
+    batch = input.size(1);
+  }
+  if (steps == 0 || !weights_fit()) return false;
+  if (!states.empty() && static_cast<int64_t>(states.size()) != cell.states) return false;
+  for (size_t i = 0; i < states.size(); ++i)
+    if (!is_like_input(states[i], state_shape(i))) return false;
+  return true;
+}
+
+// Positive, not increasing, and as many as the input's rows in all.
+bool Call::batch_sizes_fit() {
+  if (batch_sizes->dim() != 1 || batch_sizes->scalar_type() != at::kLong || !batch_sizes->is_cpu()) return false;
+  if (!has_memory(*batch_sizes)) return false;
+  const Tensor held = batch_sizes->contiguous();
+  const int64_t* const counts = held.const_data_ptr<int64_t>();
+  steps = held.numel();
+  batch = steps > 0 ? counts[0] : 0;
+  offsets.reserve(steps + 1);
+  offsets.push_back(0);
+  for (int64_t t = 0; t < steps; ++t) {
+    const bool too_many = counts[t] > (t == 0 ? batch : counts[t - 1]) || counts[t] > input.size(0) - offsets[t];
+    if (counts[t] <= 0 || too_many) return false;
+    offsets.push_back(offsets[t] + counts[t]);
+  }
+  return offsets.back() == input.size(0);
+}
+
+bool Call::weights_fit() {
+  for (int64_t d = 0; d < directions; ++d)
+    for (int64_t k = 0; k < 2; ++k)
+      if (!weight(d, k) || weight(d, k)->dim() != 2) return false;
+  hidden = weight(0, 1)->size(0) / cell.gates;
+  projected = weight(0, 1)->size(1);
+  const bool projects = weight(0, 4).has_value();
+  if (projects ? cell.states != 2 : projected != hidden) return false;
+  const int64_t gates = cell.gates * hidden;
+  const int64_t shapes[][2] = {{gates, input_size}, {gates, projected}, {gates}, {gates}, {projected, hidden}};
+  for (int64_t d = 0; d < directions; ++d)
+    for (int64_t k = 0; k < kWeights; ++k) {
+      const std::optional<Tensor> given = weight(d, k);
+      if (k == 4 && given.has_value() != projects) return false;
+      if (given && !is_like_input(*given, {shapes[k], k == 2 || k == 3 ? size_t(1) : size_t(2)})) return false;
+    }
+  return true;
+}
+
+bool Call::is_like_input(const Tensor& tensor, at::IntArrayRef shape) const {
+  return tensor.sizes() == shape && tensor.scalar_type() == input.scalar_type() && tensor.device() == input.device() &&
+         has_memory(tensor);
+}
+
+void Call::check_backward(const OptionalTensors& grads, const Tensor& output, const Tensor& reserve, int64_t keep,
+                          const c10::List<bool>& needs) const {
+  bool fit = static_cast<int64_t>(grads.size()) == 1 + cell.states && is_like_input(output, output_shape());
+  for (size_t i = 0; fit && i < grads.size(); ++i) {
+    const std::optional<Tensor> grad = grads.get(i);
+    if (grad && grad->defined()) fit = is_like_input(*grad, i == 0 ? output_shape() : state_shape(i - 1));
+  }
+  fit = fit && (keep == int64_t(Keep::states) || keep == int64_t(Keep::everything)) &&
+        reserve.sizes() == reserve_shape(static_cast<Keep>(keep)) && reserve.scalar_type() == compute_type() &&
+        reserve.device() == input.device() && has_memory(reserve);
+  fit = fit && needs.size() == 1 + states.size() + weights.size();
+  if (!fit) refuse("layer_backward", *this, grads.vec(), output, reserve, keep, needs.vec());
+}
+
+at::ScalarType Call::operand_type() const {
+  const bool in_pairs = input_size % 2 == 0 && hidden % 2 == 0 && projected % 2 == 0;
+  const bool direct = input.scalar_type() == at::kBFloat16 && in_pairs && multiplies_bfloat16();
+  return direct ? at::kBFloat16 : compute_type();
+}
+
+std::vector<int64_t> Call::output_shape() const {
+  std::vector<int64_t> shape = input.sizes().vec();
+  shape.back() = directions * projected;
+  return shape;
+}
+
+std::vector<int64_t> Call::reserve_shape(Keep keep) const {
+  if (keep == Keep::nothing) return {0};
+  return {directions, rows(), keep == Keep::everything ? cell.saved : cell.states - 1, hidden};
+}
+
+int Call::threads() const {
+  if (forked.load(std::memory_order_relaxed) || at::in_parallel_region()) return 1;
+  const double work = double(rows()) * directions * cell.gates * hidden * (input_size + projected);
+  constexpr double kWorthOneThread = 200'000;  // multiply-adds
+  return static_cast<int>(std::min<double>(at::get_num_threads(), 1 + work / kWorthOneThread));
+}
+
+}  // namespace rnnkit

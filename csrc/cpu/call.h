@@ -1,0 +1,64 @@
+// One call of an op: its arguments, their sizes, and whether they fit together.
+#pragma once
+
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "cpu/isa.h"
+
+namespace rnnkit {
+
+using OptionalTensors = c10::List<std::optional<at::Tensor>>;
+
+constexpr int64_t kWeights = 5;  // of one direction, see rnnkit/specs.py
+
+// `LayerCall` of rnnkit/call.py, whose `check` says what is wrong with arguments that do not fit: these raise.
+struct Call {
+  const CellKernels& cell;
+  const at::Tensor input;
+  const std::vector<at::Tensor> states;
+  const OptionalTensors& weights;
+  const std::optional<at::Tensor>& batch_sizes;
+  int64_t steps = 0, batch = 0, input_size = 0, hidden = 0, projected = 0, directions = 0;
+  std::vector<int64_t> offsets;  // of a packed sequence, the row where each step begins, and their number; else empty
+
+  Call(std::string_view name, const at::Tensor& x, at::TensorList initial, const OptionalTensors& w,
+       const std::optional<at::Tensor>& sizes);
+
+  // Raises what `LayerCall.check_backward` says of the other arguments of layer_backward, unless they fit.
+  void check_backward(const OptionalTensors& grads, const at::Tensor& output, const at::Tensor& reserve, int64_t keep,
+                      const c10::List<bool>& needs) const;
+
+  std::optional<at::Tensor> weight(int64_t d, int64_t k) const { return weights.get(d * kWeights + k); }
+  int64_t rows() const { return offsets.empty() ? steps * batch : offsets.back(); }
+  bool empty() const { return rows() == 0 || hidden == 0; }
+
+  // Low-precision tensors are computed with in float, and multiplied in it too unless the CPU does better.
+  at::ScalarType compute_type() const { return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+  at::TensorOptions compute_options() const { return input.options().dtype(compute_type()); }
+  at::ScalarType operand_type() const;
+  at::TensorOptions operand_options() const { return input.options().dtype(operand_type()); }
+
+  // h is as wide as its projection.
+  std::vector<int64_t> state_shape(size_t i) const { return {directions, batch, i == 0 ? projected : hidden}; }
+  std::vector<int64_t> output_shape() const;
+  std::vector<int64_t> reserve_shape(Keep keep) const;
+
+  // To use at the most: more threads only for work that outweighs waking them.
+  int threads() const;
+
+ private:
+  bool fits();
+  bool batch_sizes_fit();
+  bool weights_fit();
+  bool is_like_input(const at::Tensor& tensor, at::IntArrayRef shape) const;
+};
+
+// Throws this thread's Python error, whose GIL it holds, as C++ code of torch does.
+[[noreturn]] void throw_python_error();
+
+}  // namespace rnnkit

@@ -1,0 +1,374 @@
+"""`LayerCall`: the arguments of one layer's ops by name, their sizes and checks, and what the results look like.
+
+`torch.ops.rnnkit.layer_forward` and `layer_backward` take flat lists that begin with `ARGUMENTS`; everything above and
+below them in Python takes a `LayerCall`. A kernel in C++ finds for itself whether a call fits, and has `refuse` say
+what does not.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+from itertools import accumulate
+from typing import NamedTuple, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from rnnkit.specs import CELLS, WEIGHTS, CellSpec
+
+#: What the ops' schemas begin with: the fields of `LayerCall`.
+ARGUMENTS = "str cell, Tensor input, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes"
+
+Call = TypeVar("Call", bound="LayerCall")
+
+
+class Keep(IntEnum):
+    """What the forward pass keeps for the backward pass in the reserve: the more, the less is computed again."""
+
+    NOTHING = 0
+    STATES = 1  #: the states other than h, before each step; the gates are computed again
+    EVERYTHING = 2  #: the `saved` values of `CellSpec`
+
+
+class DirectionWeights(NamedTuple):
+    """The weights of one direction, see `specs.WEIGHTS`."""
+
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+    w_hr: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCall:
+    """One layer over a sequence, in one or both directions.
+
+    Attributes:
+        cell: a name in `specs.CELLS`.
+        input: [T, N, I], or the data [rows, I] of a PackedSequence with its `batch_sizes`.
+        states: before the first step, h [D, N, P] and the others [D, N, H]; empty for zeros.
+        weights: for each direction the five of `specs.WEIGHTS`, None for what the layer does not have.
+        batch_sizes: int64 [T] on the CPU, not increasing.
+    """
+
+    cell: str
+    input: Tensor
+    states: Sequence[Tensor]
+    weights: Sequence[Tensor | None]
+    batch_sizes: Tensor | None = None
+
+    @property
+    def arguments(
+        self,
+    ) -> tuple[str, Tensor, Sequence[Tensor], Sequence[Tensor | None], Tensor | None]:
+        """What an op takes them as, see `ARGUMENTS`."""
+        return self.cell, self.input, self.states, self.weights, self.batch_sizes
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """What can have gradients: the input, each state, each weight."""
+        return [self.input, *self.states, *self.weights]
+
+    def with_tensors(self: Call, tensors: Sequence[Tensor | None]) -> Call:
+        """The same call with others in the place of `tensors`."""
+        input, *others = tensors
+        states, weights = others[: len(self.states)], others[len(self.states) :]
+        assert input is not None
+        given = [state for state in states if state is not None]
+        return replace(self, input=input, states=given, weights=weights)
+
+    # Sizes
+
+    @property
+    def spec(self) -> CellSpec:
+        """Of the cell."""
+        return CELLS[self.cell]
+
+    @property
+    def directions(self) -> int:
+        """D."""
+        return len(self.weights) // len(WEIGHTS)
+
+    def direction(self, d: int) -> DirectionWeights:
+        """The weights of direction d."""
+        of_direction = self.weights[d * len(WEIGHTS) : (d + 1) * len(WEIGHTS)]
+        return DirectionWeights(*of_direction)  # type: ignore[arg-type]
+
+    def of_kind(self, name: str) -> list[Tensor | None]:
+        """One of `specs.WEIGHTS` of each direction."""
+        return list(self.weights[WEIGHTS.index(name) :: len(WEIGHTS)])
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+        return self.direction(0).w_hh.size(0) // self.spec.gates
+
+    @property
+    def projected(self) -> int:
+        """P, the width of h; H without a projection."""
+        return self.direction(0).w_hh.size(1)
+
+    @property
+    def projects(self) -> bool:
+        """Whether h is projected."""
+        return self.direction(0).w_hr is not None
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each step."""
+        if self.batch_sizes is None:
+            return [self.input.size(1)] * self.input.size(0)
+        counts: list[int] = self.batch_sizes.tolist()
+        return counts
+
+    @property
+    def starts(self) -> list[int]:
+        """The row where each step begins, and the number of rows."""
+        return [0, *accumulate(self.counts)]
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.input.size(0) if self.batch_sizes is None else self.batch_sizes.numel()
+
+    @property
+    def batch(self) -> int:
+        """N."""
+        return self.input.size(1) if self.batch_sizes is None else self.counts[0]
+
+    @property
+    def rows(self) -> int:
+        """Of input and output over all steps."""
+        return math.prod(self.input.shape[:-1])
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return self.rows == 0 or self.hidden == 0
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """What products are added up in, and the reserve's values are."""
+        low = self.input.dtype in (torch.bfloat16, torch.float16)
+        return torch.float32 if low else self.input.dtype
+
+    # Results
+
+    def state_width(self, index: int) -> int:
+        """Of state `index`: P of h, H of the others."""
+        return self.hidden if index else self.projected
+
+    def state_shape(self, index: int) -> tuple[int, int, int]:
+        """Of the initial and the final state `index`."""
+        return self.directions, self.batch, self.state_width(index)
+
+    @property
+    def output_shape(self) -> list[int]:
+        """[T, N, D*P] or [rows, D*P]."""
+        return [*self.input.shape[:-1], self.directions * self.projected]
+
+    def reserve_shape(self, keep: int) -> list[int]:
+        """[D, rows, values of each hidden unit, H], or [0] if nothing is kept."""
+        if keep == Keep.NOTHING:
+            return [0]
+        values = self.spec.saved if keep == Keep.EVERYTHING else self.spec.states - 1
+        return [self.directions, self.rows, values, self.hidden]
+
+    def zero_states(self, batch: int) -> list[Tensor]:
+        """Zeros for each initial state of `batch` rows."""
+        widths = [self.state_width(index) for index in range(self.spec.states)]
+        return [self.input.new_zeros(self.directions, batch, width) for width in widths]
+
+    def results(self, keep: int) -> tuple[Tensor, list[Tensor], Tensor]:
+        """What `layer_forward` returns, not written yet: output, final states, reserve."""
+        batch: int | torch.SymInt
+        if self.states:
+            batch = self.states[0].size(1)
+        elif isinstance(
+            self.batch_sizes, FakeTensor
+        ):  # in a compiled graph it is known only as it runs
+            batch = torch.library.get_ctx().new_dynamic_size()
+        else:
+            batch = self.batch
+        new = self.input.new_empty
+        widths = [self.state_width(index) for index in range(self.spec.states)]
+        return (
+            new(self.output_shape),
+            [new(self.directions, batch, width) for width in widths],
+            new(self.reserve_shape(keep), dtype=self.sum_dtype),
+        )
+
+    # Checks
+
+    def check(self) -> None:
+        """Raises RuntimeError, which tells what came and what was expected, unless all arguments fit together."""
+        if self.cell not in CELLS:
+            raise RuntimeError(f"expected cell to be the name of a cell, got '{self.cell}'")
+        if len(self.weights) not in (len(WEIGHTS), 2 * len(WEIGHTS)):
+            raise RuntimeError(
+                f"expected weights to hold {len(WEIGHTS)} tensors for each of 1 or 2 directions, got "
+                f"{len(self.weights)}"
+            )
+        input = self.input
+        if not input.is_floating_point():
+            raise RuntimeError(f"expected input to be floating-point, got {input.dtype}")
+        dimensions = 3 if self.batch_sizes is None else 2
+        if input.dim() != dimensions:
+            raise RuntimeError(f"expected input to have {dimensions} dimensions, got {input.dim()}")
+        _check_memory(input, "input")
+        self._check_batch_sizes()
+        if self.steps == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        self._check_weights()
+        if self.states and len(self.states) != self.spec.states:
+            raise RuntimeError(
+                f"expected {self.spec.states} states or none, got {len(self.states)}"
+            )
+        for index, state in enumerate(self.states):
+            self.check_like_input(state, f"hx[{index}]", self.state_shape(index))
+
+    def _check_batch_sizes(self) -> None:
+        sizes = self.batch_sizes
+        if sizes is None:
+            return
+        if sizes.dim() != 1 or sizes.dtype != torch.int64 or not sizes.is_cpu:
+            raise RuntimeError(
+                f"expected batch_sizes to be an int64 vector on the CPU, got {sizes.dtype} of shape "
+                f"{list(sizes.shape)} on {sizes.device}"
+            )
+        _check_memory(sizes, "batch_sizes")
+        counts = self.counts
+        for t, (before, count) in enumerate(zip(counts[:1] + counts, counts, strict=False)):
+            if count <= 0 or count > before:
+                raise RuntimeError(
+                    "expected batch_sizes to be positive and not to increase, got "
+                    f"{count} after {before} at step {t}"
+                )
+        if sum(counts) != self.rows:
+            got = "more" if sum(counts) > self.rows else sum(counts)
+            raise RuntimeError(
+                f"expected batch_sizes to sum to the input's {self.rows} rows, got {got}"
+            )
+
+    def _check_weights(self) -> None:
+        for d in range(self.directions):
+            for name, weight in zip(WEIGHTS[:2], self.direction(d), strict=False):
+                if weight is None:
+                    raise RuntimeError(f"expected {name} of direction {d} to be a tensor, got None")
+                if weight.dim() != 2:
+                    raise RuntimeError(f"expected {name} to have 2 dimensions, got {weight.dim()}")
+        width = self.spec.gates * self.hidden
+        if self.projects and not self.spec.projects:
+            raise RuntimeError(f"expected w_hr to be None for {self.cell}")
+        if not self.projects and self.projected != self.hidden:
+            raise RuntimeError(
+                f"expected w_hh of shape {[width, self.hidden]}, got {list(self.direction(0).w_hh.shape)}"
+            )
+        shapes = (
+            (width, self.input.size(-1)),
+            (width, self.projected),
+            (width,),
+            (width,),
+            (self.projected, self.hidden),
+        )
+        for d in range(self.directions):
+            of_direction = self.direction(d)
+            if (of_direction.w_hr is not None) != self.projects:
+                raise RuntimeError("expected w_hr in all directions or in none")
+            for name, weight, shape in zip(WEIGHTS, of_direction, shapes, strict=True):
+                if weight is not None:
+                    self.check_like_input(weight, name, shape)
+
+    def check_like_input(self, tensor: Tensor, name: str, shape: Sequence[int]) -> None:
+        """A tensor of this shape, in the input's dtype and on its device."""
+        if tuple(tensor.shape) != tuple(shape):
+            raise RuntimeError(f"expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
+        if tensor.dtype != self.input.dtype:
+            raise RuntimeError(
+                f"expected {name} to be {self.input.dtype} like the input, got {tensor.dtype}"
+            )
+        self.check_device(tensor, name)
+        _check_memory(tensor, name)
+
+    def check_device(self, tensor: Tensor, name: str) -> None:
+        """A tensor on the input's device."""
+        if tensor.device != self.input.device:
+            raise RuntimeError(
+                f"expected {name} on {self.input.device} like the input, got {tensor.device}"
+            )
+
+    def check_keep(self, keep: int) -> None:
+        """What the forward pass is to keep."""
+        if keep not in tuple(Keep):
+            raise RuntimeError(f"expected keep to be 0, 1 or 2, got {keep}")
+
+    def check_backward(
+        self,
+        grads: Sequence[Tensor | None],
+        output: Tensor,
+        reserve: Tensor,
+        keep: int,
+        needs: Sequence[bool],
+    ) -> None:
+        """The rest of what `layer_backward` takes."""
+        states = self.spec.states
+        if len(grads) != 1 + states:
+            raise RuntimeError(
+                f"expected grads of the output and of {states} states, got {len(grads)}"
+            )
+        self.check_like_input(output, "output", self.output_shape)
+        for index, grad in enumerate(grads):
+            if grad is not None:
+                shape = self.state_shape(index - 1) if index else self.output_shape
+                self.check_like_input(grad, f"grads[{index}]", shape)
+        if keep not in (Keep.STATES, Keep.EVERYTHING):
+            raise RuntimeError(f"expected keep to be 1 or 2, got {keep}")
+        shape = self.reserve_shape(keep)
+        if list(reserve.shape) != shape or reserve.dtype != self.sum_dtype:
+            raise RuntimeError(
+                f"expected reserve to be {self.sum_dtype} of shape {shape}, got {reserve.dtype} of shape "
+                f"{list(reserve.shape)}"
+            )
+        self.check_device(reserve, "reserve")
+        _check_memory(reserve, "reserve")
+        if len(needs) != len(self.tensors):
+            raise RuntimeError(
+                f"expected needs to have {len(self.tensors)} entries, got {len(needs)}"
+            )
+
+
+def _check_memory(tensor: Tensor, name: str) -> None:
+    """The tensor's memory is there: a storage can be freed, or cut, under it (resize_)."""
+    if tensor.layout != torch.strided:
+        raise RuntimeError(
+            f"expected {name} to be an ordinary dense Tensor, got layout {tensor.layout}"
+        )
+    if tensor.numel() == 0:
+        return
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    there = tensor.untyped_storage().nbytes()
+    if there < needed:
+        raise RuntimeError(
+            f"expected {name} to have {needed} bytes of memory, got {there}: its storage was resized"
+        )
+
+
+def from_arguments(arguments: Sequence[object]) -> tuple[LayerCall, Sequence[object]]:
+    """An op's flat arguments as the call, and the rest."""
+    count = len(fields(LayerCall))
+    return LayerCall(*arguments[:count]), arguments[count:]  # type: ignore[arg-type]
+
+
+def refuse(op: str, *arguments: object) -> NoReturn:
+    """Raises RuntimeError, which tells what is wrong: the C++ kernel of `op` found that its arguments do not fit."""
+    call, others = from_arguments(arguments)
+    call.check()
+    if op == "layer_backward":
+        call.check_backward(*others)  # type: ignore[arg-type]
+    raise RuntimeError(f"rnnkit::{op} cannot take these arguments")

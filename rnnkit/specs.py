@@ -1,0 +1,82 @@
+"""Every cell: its step in plain PyTorch, and what layers and kernels need to know of it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Step = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
+
+#: The weights of one direction: w_ih [G*H, I], w_hh [G*H, P], b_ih [G*H], b_hh [G*H], w_hr [P, H].
+WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """What the layers need to know of a cell.
+
+    Attributes:
+        name: its name in ops and kernels.
+        gates: G, the blocks of H rows in w_ih and w_hh.
+        states: tensors carried from step to step; the first is h, the output.
+        saved: values of each hidden unit and step that a kernel keeps, beside the output, for the backward pass.
+        input_grads: for each gate, the gradient column of its input part. A kernel writes several gradients of each
+            hidden unit, in columns: 0 to G-1 are those of the gates' recurrent parts. Where the input part of a gate
+            has the same gradient, it points to that column; the GRU's n gate has a column of its own, 3.
+        step: (input's part of each gate, recurrent part of each gate, states) -> new states, all [N, H].
+        projects: whether h may be projected (w_hr), which the cell's kernels allow if they never read h.
+    """
+
+    name: str
+    gates: int
+    states: int
+    saved: int
+    input_grads: tuple[int, ...]
+    step: Step
+    projects: bool = False
+
+    @property
+    def grad_columns(self) -> int:
+        """Gradients that a kernel writes for each hidden unit and step."""
+        return max(*self.input_grads, self.gates - 1) + 1
+
+
+def _rnn(activation: Callable[[Tensor], Tensor]) -> Step:
+    """h' = activation(x + h), with x and h the input's and the recurrent part."""
+
+    def step(
+        x: Sequence[Tensor], h: Sequence[Tensor], states: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        return (activation(x[0] + h[0]),)
+
+    return step
+
+
+def _lstm(x: Sequence[Tensor], h: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """i, f, o = σ(x + h); g = tanh(x + h); c' = f⊙c + i⊙g; h' = o⊙tanh(c'); gate order i, f, g, o."""
+    i, f, o = (torch.sigmoid(x[k] + h[k]) for k in (0, 1, 3))
+    g = torch.tanh(x[2] + h[2])
+    c = f * states[1] + i * g
+    return o * torch.tanh(c), c
+
+
+def _gru(x: Sequence[Tensor], h: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """r, z = σ(x + h); n = tanh(x + r⊙h); h' = (1 - z)⊙n + z⊙h; gate order r, z, n."""
+    r, z = (torch.sigmoid(x[k] + h[k]) for k in (0, 1))
+    n = torch.tanh(x[2] + r * h[2])
+    return ((1 - z) * n + z * states[0],)
+
+
+#: Every cell there is. Fakes, kernels and tests iterate this.
+CELLS = {
+    spec.name: spec
+    for spec in (
+        CellSpec("rnn_tanh", gates=1, states=1, saved=0, input_grads=(0,), step=_rnn(torch.tanh)),
+        CellSpec("rnn_relu", gates=1, states=1, saved=0, input_grads=(0,), step=_rnn(torch.relu)),
+        CellSpec(
+            "lstm", gates=4, states=2, saved=5, input_grads=(0, 1, 2, 3), step=_lstm, projects=True
+        ),
+        CellSpec("gru", gates=3, states=1, saved=4, input_grads=(0, 1, 3), step=_gru),
+    )
+}
