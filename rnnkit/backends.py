@@ -106,11 +106,8 @@ TRITON_REASON = _find_triton()
 
 def unavailable(name: str) -> str:
     """Why backend `name` cannot be used here; empty when it can."""
-    if name == "triton":
-        return TRITON_REASON or ("" if TRITON_INTERPRETED else _too_old(None))
-    if name != "cpp" or not EXTENSION_REASON or not (CUDA_REASON or _unusable(None)):
-        return ""
-    return EXTENSION_REASON
+    reasons = [why_not(None) for (of, _), why_not in _WHY_NOT.items() if of == name]
+    return "" if "" in reasons else next(iter(reasons), "")
 
 
 def serving(device: torch.device) -> str:
@@ -157,7 +154,9 @@ _EXTENSIONS = {"cpu": "C++", "cuda": "CUDA"}
 
 
 def _best(device: torch.device) -> str:
-    return next(name for name in BACKENDS if not _no_kernels(name, device))
+    # The interpreter is too slow to be chosen.
+    names = [name for name in BACKENDS if (name, device.type) != ("triton", "cpu")]
+    return next(name for name in names if not _no_kernels(name, device))
 
 
 def provider() -> str:
@@ -209,26 +208,31 @@ def _unusable(index: int | None) -> str:
     return ""
 
 
+def _on_interpreter(index: int | None) -> str:
+    if TRITON_INTERPRETED:
+        return TRITON_REASON
+    return "there are none, unless TRITON_INTERPRET=1"
+
+
+#: Why the kernels of a backend for a kind of device do not run on the device of this index; empty if they do.
+_WHY_NOT: dict[tuple[str, str], Callable[[int | None], str]] = {
+    ("cpp", "cpu"): lambda index: EXTENSION_REASON,
+    ("cpp", "cuda"): lambda index: CUDA_REASON or _unusable(index),
+    ("triton", "cuda"): lambda index: TRITON_REASON or _too_old(index),
+    ("triton", "cpu"): _on_interpreter,
+}
+
+
 def _no_kernels(name: str, device: torch.device) -> str:
     """The reason why a backend cannot serve `device`, in parentheses; empty if it can."""
     if name == "reference" or device.type == "meta":
         return ""
-    if device.type == "cuda" and name == "triton":
-        reason = TRITON_REASON or _too_old(device.index)
-    elif device.type == "cuda":
-        reason = CUDA_REASON or _unusable(device.index)
-    elif device.type == "cpu" and name == "cpp":
-        reason = EXTENSION_REASON if EXTENSION is None else ""
-    elif device.type == "cpu" and name == "triton" and forced_backend() == name:
-        reason = (
-            TRITON_REASON if TRITON_INTERPRETED else "there are none, unless TRITON_INTERPRET=1"
-        )
-    else:
-        reason = "there are none"
+    why_not = _WHY_NOT.get((name, device.type))
+    reason = "there are none" if why_not is None else why_not(device.index)
     return f" ({reason})" if reason else ""
 
 
-def short_way(name: str) -> Callable[..., Any] | None:
+def fast_path(name: str) -> Callable[..., Any] | None:
     """The extension's function `name`, which skips Python where it can; None: do without it."""
     if EXTENSION is None or forced_backend() in ("reference", "triton"):
         return None

@@ -4,7 +4,7 @@ They subclass torch's own cells, which bring parameters, initial values, state_d
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -13,44 +13,55 @@ from rnnkit.call import Keep
 from rnnkit.interop import Interop
 
 
-def _weights(module: nn.RNNCellBase) -> list[Tensor | None]:
-    """The five of `specs.WEIGHTS`."""
-    return [*stack.parameters(module, ("weight_ih", "weight_hh", "bias_ih", "bias_hh")), None]
+class _Cell(Interop, nn.RNNCellBase):
+    """What the three share: from torch.nn's call to `stack.run` and back."""
 
+    input_size: int
+    hidden_size: int
+    _torchs: ClassVar[type[nn.RNNCellBase]]
+    _cell: str  #: The name in `specs.CELLS`.
 
-def _direct(cell: str, input: Tensor, hx: Any, weights: list[Tensor | None]) -> Any:
-    """The new state or pair of states by the short way, None if it cannot be taken."""
-    step = backends.short_way("direct_cell")
-    return None if step is None else step(cell, input, hx, [weights], Keep.EVERYTHING)
+    def _forward(self, input: Tensor, hx: Any) -> Any:
+        """h' or (h', c')."""
+        weight_names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        weights = [*stack.parameters(self, weight_names), None]
+        direct = backends.fast_path("direct_cell")
+        if direct is not None:
+            found = direct(self._cell, input, hx, [weights], Keep.EVERYTHING)
+            if found is not None:
+                return found
+        if interop.is_traced(input, hx):
+            return interop.traced(self, input, hx)
+        if interop.runs_as_torchs(weights):
+            return self._torchs.forward(self, input, hx)
+        if self._cell == "lstm":
+            return self._step(input, stack.as_state_pair(hx, too_few=RuntimeError), weights)
+        return self._step(input, stack.as_states(hx), weights)[0]
 
-
-def _step(
-    name: str,
-    module: "RNNCell | LSTMCell | GRUCell",
-    input: Tensor,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-) -> tuple[Tensor, ...]:
-    """One step: input [N, I] or [I], states [N, H] or [H] (empty for zeros) -> new states."""
-    stack.check_plain("input", input)
-    if input.dim() not in (1, 2):
-        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-    for index, state in enumerate(states):
-        if state.dim() not in (1, 2):
-            argument = "hidden" if len(states) == 1 else f"hx[{index}]"
-            raise ValueError(
-                f"{name}: Expected {argument} to be 1D or 2D, got {state.dim()}D instead"
-            )
-    _check_sizes(module, input, states)
-    batched = input.dim() == 2
-    finals = stack.run(
-        module._cell,
-        input.unsqueeze(0) if batched else input[None, None],
-        [state.unsqueeze(0) if batched else state[None, None] for state in states],
-        [weights],
-        step=True,
-    )[1]
-    return tuple(stack.reshaped(s, "squeeze", 0) if batched else s[0, 0] for s in finals)
+    def _step(
+        self, input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor | None]
+    ) -> tuple[Tensor, ...]:
+        """One step: input [N, I] or [I], states [N, H] or [H] (empty for zeros) -> new states."""
+        stack.check_plain("input", input)
+        name = self._torchs.__name__
+        if input.dim() not in (1, 2):
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        for index, state in enumerate(states):
+            if state.dim() not in (1, 2):
+                argument = "hidden" if len(states) == 1 else f"hx[{index}]"
+                raise ValueError(
+                    f"{name}: Expected {argument} to be 1D or 2D, got {state.dim()}D instead"
+                )
+        _check_sizes(self, input, states)
+        batched = input.dim() == 2
+        finals = stack.run(
+            self._cell,
+            input.unsqueeze(0) if batched else input[None, None],
+            [state.unsqueeze(0) if batched else state[None, None] for state in states],
+            [weights],
+            step=True,
+        )[1]
+        return tuple(stack.reshaped(s, "squeeze", 0) if batched else s[0, 0] for s in finals)
 
 
 def _check_sizes(module: nn.RNNCellBase, input: Tensor, states: Sequence[Tensor]) -> None:
@@ -76,7 +87,7 @@ def _check_sizes(module: nn.RNNCellBase, input: Tensor, states: Sequence[Tensor]
             )
 
 
-class RNNCell(Interop, nn.RNNCell):
+class RNNCell(_Cell, nn.RNNCell):
     r"""One step of an Elman RNN, `torch.nn.RNNCell` on rnnkit's kernels.
 
     .. math:: h' = \tanh(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})
@@ -98,30 +109,23 @@ class RNNCell(Interop, nn.RNNCell):
         RuntimeError: a size does not fit, or the nonlinearity is unknown.
     """
 
+    _torchs = nn.RNNCell
+
     @property
-    def _cell(self) -> str:
-        """The name in `specs.CELLS`."""
+    def _cell(self) -> str:  # type: ignore[override]
         return f"rnn_{self.nonlinearity}"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; see the class."""
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        weights = _weights(self)
-        found: Tensor | None = _direct(self._cell, input, hx, weights)
-        if found is not None:
-            return found
-        if interop.is_traced(input, hx):
-            return interop.traced(self, input, hx)  # type: ignore[no-any-return]
-        if interop.runs_as_torchs(weights):
-            return super().forward(input, hx)
-        return _step("RNNCell", self, input, stack.as_states(hx), weights)[0]
+        return self._forward(input, hx)  # type: ignore[no-any-return]
 
     if TYPE_CHECKING:  # to nn.Module a call returns Any
         __call__ = forward
 
 
-class LSTMCell(Interop, nn.LSTMCell):
+class LSTMCell(_Cell, nn.LSTMCell):
     r"""One step of an LSTM, `torch.nn.LSTMCell` on rnnkit's kernels.
 
     .. math::
@@ -144,29 +148,20 @@ class LSTMCell(Interop, nn.LSTMCell):
         RuntimeError: a size does not fit.
     """
 
+    _torchs = nn.LSTMCell
     _cell = "lstm"
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Take one step; see the class."""
-        weights = _weights(self)
-        found: tuple[Tensor, Tensor] | None = _direct(self._cell, input, hx, weights)
-        if found is not None:
-            return found
-        if interop.is_traced(input, hx):
-            return interop.traced(self, input, hx)  # type: ignore[no-any-return]
-        if interop.runs_as_torchs(weights):
-            return super().forward(input, hx)
-        states = stack.as_state_pair(hx, too_few=RuntimeError)
-        h, c = _step("LSTMCell", self, input, states, weights)
-        return h, c
+        return self._forward(input, hx)  # type: ignore[no-any-return]
 
     if TYPE_CHECKING:  # to nn.Module a call returns Any
         __call__ = forward
 
 
-class GRUCell(Interop, nn.GRUCell):
+class GRUCell(_Cell, nn.GRUCell):
     r"""One step of a GRU, `torch.nn.GRUCell` on rnnkit's kernels.
 
     .. math::
@@ -188,19 +183,12 @@ class GRUCell(Interop, nn.GRUCell):
         RuntimeError: a size does not fit.
     """
 
+    _torchs = nn.GRUCell
     _cell = "gru"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; see the class."""
-        weights = _weights(self)
-        found: Tensor | None = _direct(self._cell, input, hx, weights)
-        if found is not None:
-            return found
-        if interop.is_traced(input, hx):
-            return interop.traced(self, input, hx)  # type: ignore[no-any-return]
-        if interop.runs_as_torchs(weights):
-            return super().forward(input, hx)
-        return _step("GRUCell", self, input, stack.as_states(hx), weights)[0]
+        return self._forward(input, hx)  # type: ignore[no-any-return]
 
     if TYPE_CHECKING:  # to nn.Module a call returns Any
         __call__ = forward

@@ -90,9 +90,12 @@ class _Layers(Interop, nn.RNNBase):
         if not self.frozen or torch.compiler.is_compiling():
             return ()
         if not self._packed:
-            directions = 2 if self.bidirectional else 1
-            self._packed = stack.pack(self._cell, weights, directions=directions)
+            self._packed = stack.pack(self._cell, weights, directions=self._directions)
         return self._packed
+
+    @property
+    def _directions(self) -> int:
+        return 2 if self.bidirectional else 1
 
     @property
     def _keep(self) -> Keep:
@@ -100,8 +103,7 @@ class _Layers(Interop, nn.RNNBase):
 
     def _weights(self) -> Weights:
         """The five tensors of `specs.WEIGHTS` for each layer and direction."""
-        directions = 2 if self.bidirectional else 1
-        if len(self._all_weights) != self.num_layers * directions:
+        if len(self._all_weights) != self.num_layers * self._directions:
             raise RuntimeError(
                 f"expected num_layers={self.num_layers} and bidirectional={self.bidirectional} as when the layer was "
                 f"made, with weights for {len(self._all_weights)} layers and directions"
@@ -139,7 +141,7 @@ class _Layers(Interop, nn.RNNBase):
             states,
             weights,
             batch_sizes,
-            directions=2 if self.bidirectional else 1,
+            directions=self._directions,
             dropout=self.dropout if self.training else 0.0,
             keep=self._keep,
             packed=self._packed_weights(weights),
@@ -195,17 +197,16 @@ class _Layers(Interop, nn.RNNBase):
 
     def _forward(self, input: Tensor | PackedSequence, hx: Any) -> Any:
         weights = self._weights()
-        direct = backends.short_way("direct_layers")
+        direct = backends.fast_path("direct_layers")
         drops = self.training and self.dropout > 0
         if direct is not None and not drops and self._has_torchs_checks():
-            directions = 2 if self.bidirectional else 1
             found = direct(
                 self._cell,
                 input,
                 hx,
                 weights,
                 self._packed_weights(weights),
-                directions,
+                self._directions,
                 self.input_size,
                 self.proj_size or self.hidden_size,
                 self.batch_first,
@@ -245,7 +246,7 @@ class _Layers(Interop, nn.RNNBase):
         return output, self._returned(finals)
 
     def _has_torchs_checks(self) -> bool:
-        """Whether nobody put checks in their place, which the short way would pass by."""
+        """Whether nobody put checks in their place, which the fast path would pass by."""
         cls, own = type(self), self.__dict__
         return all(
             name not in own and getattr(cls, name, None) in torchs

@@ -20,7 +20,7 @@ error may be as large as the result changes in float64 where every input and wei
 1, of which 1 - z is taken, and a chaotic recurrence make much of one. A gradient that torch.nn leaves out may be zero.
 Where torch.nn raises, rnnkit raises an exception of the same type, and the reverse.
 
-Malformed calls: of the modules, of the ops in `torch.ops.rnnkit` and of the short way in `rnnkit._C`, with one to
+Malformed calls: of the modules, of the ops in `torch.ops.rnnkit` and of the fast path in `rnnkit._C`, with one to
 three things wrong. Each must raise, or give what torch.nn or the reference gives. Failures are an end of the process,
 no end in time, more than 2 GB of memory, a result with NaN of finite arguments (memory that was never written:
 torch fills fresh memory with NaN here), another result than the reference's, and an error whose text is of the

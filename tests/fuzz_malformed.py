@@ -1,4 +1,4 @@
-"""Random malformed calls for `fuzz.py`: of the modules, of the ops and of the extension's short way.
+"""Random malformed calls for `fuzz.py`: of the modules, of the ops and of the extension's fast path.
 
 A call is a valid one in which one to three arguments, or attributes of the module, were changed. It may raise, or
 give what the reference gives. `check` makes the call of one number and tells what is wrong with what came of it.

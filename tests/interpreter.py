@@ -35,7 +35,7 @@ def ops() -> Iterator[None]:
     with (
         mock.patch.object(torch.ops, "rnnkit", OpsOfGpu(_OPS)),
         mock.patch.object(backends, "serving", lambda _: "triton"),
-        mock.patch.object(backends, "short_way", lambda _: None),
+        mock.patch.object(backends, "fast_path", lambda _: None),
         _inside_tensors(),
     ):
         yield

@@ -266,7 +266,7 @@ def test_the_backward_pass_is_forced_as_the_forward_pass_was(
     monkeypatch.setattr(autograd.backends, "forcing", lambda name: seen.append(name) or inner(name))
     with rnnkit.backend("cpp"):
         seen.clear()
-        unbatched = torch.ones(2, 3)  # which the short way leaves to Python
+        unbatched = torch.ones(2, 3)  # which the fast path leaves to Python
         output = rnnkit.GRU(3, 4)(unbatched)[0]
 
     def backward() -> None:

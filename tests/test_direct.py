@@ -1,4 +1,4 @@
-"""The short way of a call (csrc/cpu/direct.cpp): the ordinary way's bits, and only where it may be taken."""
+"""The fast path of a call (csrc/cpu/direct.cpp): the ordinary way's bits, and only where it may be taken."""
 
 import dataclasses
 import subprocess
@@ -33,15 +33,15 @@ each_module = pytest.mark.parametrize("module", MODULES)
 
 
 class Ways:
-    """Runs calls by the ordinary way, or notes of each call whether the short way was taken."""
+    """Runs calls by the ordinary way, or notes of each call whether the fast path was taken."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.taken: list[bool] = []
         self._ordinary = False
-        self._real = backends.short_way
-        monkeypatch.setattr(backends, "short_way", self._short_way)
+        self._real = backends.fast_path
+        monkeypatch.setattr(backends, "fast_path", self._fast_path)
 
-    def _short_way(self, name: str) -> Callable[..., Any] | None:
+    def _fast_path(self, name: str) -> Callable[..., Any] | None:
         real = self._real(name)
         if self._ordinary or real is None:
             return None
@@ -245,7 +245,7 @@ def test_a_bias_that_one_direction_does_not_have(ways: Ways, module: str, missin
 
 
 def both(ways: Ways, call: Callable[[], Any]) -> None:
-    """`call` returns the same tensors by either way, and the short way is taken."""
+    """`call` returns the same tensors by either way, and the fast path is taken."""
     ways.taken.clear()
     actual, expected = call(), ways.ordinary(call)
     assert ways.taken

@@ -36,7 +36,7 @@ def test_a_planted_fault_is_noticed(
         output, finals = right(*args, **options)
         return output * (1 + 1e-5), finals
 
-    monkeypatch.setattr(backends, "short_way", lambda name: None)
+    monkeypatch.setattr(backends, "fast_path", lambda name: None)
     monkeypatch.setattr(autograd, "run", wrong)
     threads = torch.get_num_threads()
     try:

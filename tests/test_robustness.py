@@ -177,7 +177,7 @@ def test_packed_weights_of_too_few_layers(name: str) -> None:
 
 
 @on_cpp
-def test_the_short_way_takes_only_what_fits() -> None:
+def test_the_fast_path_takes_only_what_fits() -> None:
     short = backends.EXTENSION
     weights = [torch.randn(18, 4), torch.randn(18, 6), None, None, None]
     x = torch.randn(5, 3, 4)

@@ -1,4 +1,4 @@
-// The short way of a call: from a module's arguments to the op and back in one call from Python, for small layers are
+// The fast path of a call: from a module's arguments to the op and back in one call from Python, for small layers are
 // computed in less time than Python takes to look at their arguments. It is taken where nothing is left to decide: no
 // autocast, no transform or subclass, arguments that fit. Else Python goes its own way, and finds what is wrong.
 #include <ATen/PythonTorchFunctionTLS.h>

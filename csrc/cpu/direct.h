@@ -1,4 +1,4 @@
-// Between register.cpp, which has the ops and the module, and direct.cpp, the short way to them from Python.
+// Between register.cpp, which has the ops and the module, and direct.cpp, the fast path to them from Python.
 #pragma once
 
 #include <ATen/core/Tensor.h>
