@@ -19,7 +19,7 @@ from rnnkit.call import Keep, LayerCall
 
 def run(
     call: LayerCall, *, keep: Keep = Keep.EVERYTHING, packed: Tensor | None = None
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor]]:
     """`reference.run`, on the backend that serves the input's device.
 
     `keep` holds where gradients are needed; `packed`, of frozen weights, where they are not.
@@ -38,15 +38,18 @@ def run(
     if _on_reference(device) or _transformed(tensors):
         return reference.run(call)
     if torch.is_grad_enabled() and _need_grad(tensors):
-        output, *finals = _Layer.apply(
-            call.cell, call.batch_sizes, len(call.states), keep, *call.tensors
+        found = _Layer.apply(
+            *(call.cell, call.batch_sizes, call.all_states, len(call.states), keep),
+            *call.tensors,
         )
-        # Saved for the backward pass, and scripts may write to what they get.
-        return output.clone() if torch.compiler.is_compiling() else output, finals
+        output, *others = found[: call.outputs]
+        if torch.compiler.is_compiling():
+            output = output.clone()  # saved for the backward pass, and scripts may write to what they get
+        return [output, *others], list(found[call.outputs :])
     if _interprets(device):
         packed = None
-    output, finals, _ = _ops(device).layer_forward(call, packed, Keep.NOTHING)
-    return output, finals
+    outputs, finals, _ = _ops(device).layer_forward(call, packed, Keep.NOTHING)
+    return outputs, finals
 
 
 def _interprets(device: torch.device) -> bool:
@@ -137,22 +140,26 @@ _AS_IT_IS = nullcontext()
 
 
 class _Layer(torch.autograd.Function):
-    """(cell, batch_sizes, number of states, keep, *tensors of the call) -> (output, *final states)."""
+    """(fields of the call, number of states, keep, *tensors of the call) -> (*outputs, *final states)."""
+
+    _TENSORS = 5  # where these begin
 
     @staticmethod
     def forward(
         ctx: Any,
         cell: str,
         batch_sizes: Tensor | None,
+        all_states: bool,
         n_states: int,
         keep: Keep,
         input: Tensor,
         *others: Tensor | None,
     ) -> tuple[Tensor, ...]:
         states: Any = others[:n_states]
-        call = LayerCall(cell, input, states, others[n_states:], batch_sizes)
-        output, finals, reserve = _ops(input.device).layer_forward(call, None, keep)
-        ctx.cell, ctx.n_states, ctx.keep = cell, n_states, keep
+        call = LayerCall(cell, input, states, others[n_states:], batch_sizes, all_states)
+        outputs, finals, reserve = _ops(input.device).layer_forward(call, None, keep)
+        output = outputs[0]
+        ctx.cell, ctx.all_states, ctx.n_states, ctx.keep = cell, all_states, n_states, keep
         ctx.backend = None if torch.compiler.is_compiling() else backends.forced_backend()
         ctx.set_materialize_grads(False)
         # torch.nn's output may be written to before the backward pass. So may this one: it is saved
@@ -164,21 +171,20 @@ class _Layer(torch.autograd.Function):
             *(input, *others),
             *(() if compiling else _as_they_are((input, *others))),
         )
-        return output, *finals
+        return *outputs, *finals
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         batch_sizes, output, reserve, *saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[4:]
+        needs = ctx.needs_input_grad[_Layer._TENSORS :]
         input, *others = _with_data(saved, len(needs), _are_differentiated(grads))
-        call = LayerCall(
-            ctx.cell, input, others[: ctx.n_states], others[ctx.n_states :], batch_sizes
-        )
+        states, weights = others[: ctx.n_states], others[ctx.n_states :]
+        call = LayerCall(ctx.cell, input, states, weights, batch_sizes, ctx.all_states)
         written = ctx.watch is not None and ctx.watch.written()
         # Autograd runs a GPU's backward passes in a thread of its own.
         with backends.forcing(ctx.backend) if ctx.backend else _AS_IT_IS:
             found = gradients(call, grads, output, reserve, ctx.keep, needs, written)
-        return None, None, None, None, *found
+        return *[None] * _Layer._TENSORS, *found
 
 
 def gradients(
@@ -199,6 +205,6 @@ def gradients(
         return ops.differentiable_backward(call, grads, needs, torch.is_grad_enabled())
     backend = _ops(call.input.device)
     if written:
-        output = backend.layer_forward(call, None, Keep.NOTHING)[0]
+        output = backend.layer_forward(call, None, Keep.NOTHING)[0][0]
     found = iter(backend.layer_backward(call, grads, output, reserve, keep, list(needs)))
     return [next(found) if need else None for need in needs]

@@ -19,7 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rnnkit.specs import CELLS, WEIGHTS, CellSpec
 
 #: What the ops' schemas begin with: the fields of `LayerCall`.
-ARGUMENTS = "str cell, Tensor input, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes"
+ARGUMENTS = (
+    "str cell, Tensor input, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, bool all_states"
+)
+
+#: Of `layer_forward`: the outputs, the final states, and what is kept for the backward pass.
+Results = tuple[list[Tensor], list[Tensor], Tensor]
 
 Call = TypeVar("Call", bound="LayerCall")
 
@@ -52,6 +57,7 @@ class LayerCall:
         states: before the first step, h [D, N, P] and the others [D, N, H]; empty for zeros.
         weights: for each direction the five of `specs.WEIGHTS`, None for what the layer does not have.
         batch_sizes: int64 [T] on the CPU, not increasing.
+        all_states: whether every state is an output, as it is after each step, and not h alone.
     """
 
     cell: str
@@ -59,13 +65,15 @@ class LayerCall:
     states: Sequence[Tensor]
     weights: Sequence[Tensor | None]
     batch_sizes: Tensor | None = None
+    all_states: bool = False
 
     @property
     def arguments(
         self,
-    ) -> tuple[str, Tensor, Sequence[Tensor], Sequence[Tensor | None], Tensor | None]:
+    ) -> tuple[str, Tensor, Sequence[Tensor], Sequence[Tensor | None], Tensor | None, bool]:
         """What an op takes them as, see `ARGUMENTS`."""
-        return self.cell, self.input, self.states, self.weights, self.batch_sizes
+        tensors = self.input, self.states, self.weights, self.batch_sizes
+        return self.cell, *tensors, self.all_states
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -166,9 +174,13 @@ class LayerCall:
         return self.directions, self.batch, self.state_width(index)
 
     @property
-    def output_shape(self) -> list[int]:
-        """[T, N, D*P] or [rows, D*P]."""
-        return [*self.input.shape[:-1], self.directions * self.projected]
+    def outputs(self) -> int:
+        """The number of states that are outputs."""
+        return self.spec.states if self.all_states else 1
+
+    def output_shape(self, index: int) -> list[int]:
+        """Of state `index` after each step: [T, N, D*width] or [rows, D*width]."""
+        return [*self.input.shape[:-1], self.directions * self.state_width(index)]
 
     def reserve_shape(self, keep: int) -> list[int]:
         """[D, rows, values of each hidden unit, H], or [0] if nothing is kept."""
@@ -182,8 +194,8 @@ class LayerCall:
         widths = [self.state_width(index) for index in range(self.spec.states)]
         return [self.input.new_zeros(self.directions, batch, width) for width in widths]
 
-    def results(self, keep: int) -> tuple[Tensor, list[Tensor], Tensor]:
-        """What `layer_forward` returns, not written yet: output, final states, reserve."""
+    def results(self, keep: int) -> Results:
+        """What `layer_forward` returns, not written yet."""
         batch: int | torch.SymInt
         if self.states:
             batch = self.states[0].size(1)
@@ -196,7 +208,7 @@ class LayerCall:
         new = self.input.new_empty
         widths = [self.state_width(index) for index in range(self.spec.states)]
         return (
-            new(self.output_shape),
+            [new(self.output_shape(index)) for index in range(self.outputs)],
             [new(self.directions, batch, width) for width in widths],
             new(self.reserve_shape(keep), dtype=self.sum_dtype),
         )
@@ -315,21 +327,22 @@ class LayerCall:
     ) -> None:
         """The rest of what `layer_backward` takes."""
         states = self.spec.states
-        if len(grads) != 1 + states:
+        if len(grads) != self.outputs + states:
             raise RuntimeError(
-                f"expected grads of the output and of {states} states, got {len(grads)}"
+                f"expected grads of {self.outputs} outputs and of {states} final states, got {len(grads)}"
             )
-        self.check_like_input(output, "output", self.output_shape)
-        for index, grad in enumerate(grads):
+        self.check_like_input(output, "output", self.output_shape(0))
+        shapes: list[Sequence[int]] = [self.output_shape(index) for index in range(self.outputs)]
+        shapes += [self.state_shape(index) for index in range(states)]
+        for index, (grad, shape) in enumerate(zip(grads, shapes, strict=True)):
             if grad is not None:
-                shape = self.state_shape(index - 1) if index else self.output_shape
                 self.check_like_input(grad, f"grads[{index}]", shape)
         if keep not in (Keep.STATES, Keep.EVERYTHING):
             raise RuntimeError(f"expected keep to be 1 or 2, got {keep}")
-        shape = self.reserve_shape(keep)
-        if list(reserve.shape) != shape or reserve.dtype != self.sum_dtype:
+        kept = self.reserve_shape(keep)
+        if list(reserve.shape) != kept or reserve.dtype != self.sum_dtype:
             raise RuntimeError(
-                f"expected reserve to be {self.sum_dtype} of shape {shape}, got {reserve.dtype} of shape "
+                f"expected reserve to be {self.sum_dtype} of shape {kept}, got {reserve.dtype} of shape "
                 f"{list(reserve.shape)}"
             )
         self.check_device(reserve, "reserve")

@@ -17,15 +17,15 @@ OPERATORS: dict[str, tuple[str, tuple[int, ...], dict[str, int]]] = {
 _ACTIVATIONS = {"rnn_tanh": "Tanh", "rnn_relu": "Relu"}
 
 
-def run(call: LayerCall) -> tuple[Tensor, list[Tensor]]:
+def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
     """`reference.run` as one node of an ONNX graph.
 
-    ONNX's operators take padded sequences and their lengths. They have no projection; there the reference is exported,
-    step by step, for the T of the export.
+    ONNX's operators take padded sequences and their lengths. They have no projection and give no other state than h
+    after each step; there the reference is exported, step by step, for the T of the export.
 
     Source: https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and onnx__RNN.html.
     """
-    if call.cell not in OPERATORS or call.projects:
+    if call.cell not in OPERATORS or call.projects or call.outputs > 1:
         return reference.run(call)
     name, order, attributes = OPERATORS[call.cell]
     input, hidden, directions, states = call.input, call.hidden, call.directions, call.spec.states
@@ -72,4 +72,4 @@ def run(call: LayerCall) -> tuple[Tensor, list[Tensor]]:
         shapes=[[steps, directions, batch, hidden], *[final] * states],
     )
     output = output.transpose(1, 2).reshape(steps, batch, directions * hidden)  # of [T, D, N, H]
-    return output if there is None else output[there], list(finals)
+    return [output if there is None else output[there]], list(finals)

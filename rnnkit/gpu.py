@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rnnkit import backends, ops, plan
-from rnnkit.call import Keep, LayerCall
+from rnnkit.call import Keep, LayerCall, Results
 from rnnkit.specs import WEIGHTS
 
 
@@ -271,23 +271,22 @@ def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
 
 
-def layer_forward(
-    call: LayerCall, packed: Tensor | None, keep: int
-) -> tuple[Tensor, list[Tensor], Tensor]:
+def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
     """`rnnkit::layer_forward` on CUDA tensors."""
     run = scans(call.input.device)
     if run is None:
         return ops.forward_composite(call, packed, keep)
     call.check_keep(keep)
     call = GpuCall.of(call)
-    output, finals, reserve = call.results(keep)
+    outputs, finals, reserve = call.results(keep)
     if call.empty:
-        return output.zero_(), [state.zero_() for state in finals], reserve
+        return [o.zero_() for o in outputs], [state.zero_() for state in finals], reserve
     if not call.states:  # zeros are multiplied, too: a weight that is NaN or infinite makes NaN of them, as in torch.nn
         call = replace(call, states=call.zero_states(call.batch))
     with _products_like_scans(call.input):
-        run.forward(call, call.gates(), keep, output.view(call.rows, -1), finals, reserve)
-    return output, finals, reserve
+        output, *all_states = (o.view(call.rows, -1) for o in outputs)
+        run.forward(call, call.gates(), keep, output, finals, reserve, all_states)
+    return outputs, finals, reserve
 
 
 def layer_backward(

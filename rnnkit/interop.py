@@ -14,7 +14,7 @@ from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkit import backends
-from rnnkit.call import LayerCall
+from rnnkit.call import LayerCall, Results
 from rnnkit.ops import of_call
 
 
@@ -129,9 +129,9 @@ def _no_backward(*_: Any) -> list[Tensor]:
     raise RuntimeError("expected a program for inference, got one with a backward pass")
 
 
-def _forward_as_aten(
-    call: LayerCall, packed: Tensor | None, keep: int
-) -> tuple[Tensor, list[Tensor], Tensor]:
+def _forward_as_aten(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
+    if call.outputs > 1:
+        raise RuntimeError("expected a call for h alone: ATen's operators give no other state after each step")
     states, batch_sizes = call.states, call.batch_sizes
     if not states:
         batch: Any = call.input.size(1) if batch_sizes is None else batch_sizes[0].item()
@@ -147,7 +147,7 @@ def _forward_as_aten(
         output, *finals = op.data(call.input, batch_sizes, hx, *layers)
     # Nobody reads the reserve.
     reserve = call.input.new_zeros(call.reserve_shape(keep), dtype=call.sum_dtype)
-    return output, finals, reserve
+    return [output], finals, reserve
 
 
 # FLOPs: `torch.utils.flop_counter` imports Triton where it is installed, so that it is not imported here.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rnnkit import reference
-from rnnkit.call import ARGUMENTS, LayerCall, from_arguments
+from rnnkit.call import ARGUMENTS, LayerCall, Results, from_arguments
 from rnnkit.specs import CELLS, WEIGHTS
 
 library = torch.library.Library("rnnkit", "DEF")
@@ -38,13 +38,11 @@ def _define(
     library.impl(name, of_call(composite), "CompositeExplicitAutograd")
 
 
-def forward_composite(
-    call: LayerCall, packed: Tensor | None, keep: int
-) -> tuple[Tensor, list[Tensor], Tensor]:
+def forward_composite(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
     """`layer_forward` by the reference."""
     reserve = call.results(keep)[2]
-    output, finals = reference.run(call)
-    return output, finals, reserve.zero_()
+    outputs, finals = reference.run(call)
+    return outputs, finals, reserve.zero_()
 
 
 def backward_composite(
@@ -81,10 +79,10 @@ def differentiable_backward(
             else t.detach().requires_grad_()
             for t, need in zip(call.tensors, needs, strict=True)
         ]
-        output, finals = reference.run(call.with_tensors(tensors))
+        outputs, finals = reference.run(call.with_tensors(tensors))
         pairs = [
             (o, g)
-            for o, g in zip([output, *finals], grads, strict=True)
+            for o, g in zip([*outputs, *finals], grads, strict=True)
             if g is not None and o.requires_grad
         ]
         wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
@@ -118,9 +116,7 @@ def _check_devices(call: LayerCall, **others: Sequence[Tensor | None]) -> None:
         raise RuntimeError(f"expected batch_sizes on the CPU, got {call.batch_sizes.device}")
 
 
-def _forward_fake(
-    call: LayerCall, packed: Tensor | None, keep: int
-) -> tuple[Tensor, list[Tensor], Tensor]:
+def _forward_fake(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
     _check_devices(call)
     if packed is not None and packed.device.type != "cpu":
         raise RuntimeError(f"expected packed on the CPU, got {packed.device}")
@@ -143,16 +139,16 @@ def _backward_fake(
     ]
 
 
-# packed: of these weights by `pack_weights`, or None. keep: see `call.Keep`. Returns the output, the final states and
+# packed: of these weights by `pack_weights`, or None. keep: see `call.Keep`. Returns the outputs, the final states and
 # the reserve: [D, rows, values kept of each hidden unit, H].
 _define(
     "layer_forward",
     "Tensor? packed, int keep",
-    "(Tensor, Tensor[], Tensor)",
+    "(Tensor[], Tensor[], Tensor)",
     fake=_forward_fake,
     composite=forward_composite,
 )
-# grads: of the output, then of each final state; None for zeros. output, reserve, keep: of the forward pass. needs: for
+# grads: of each output, then of each final state; None for zeros. output (h), reserve, keep: of the forward pass. needs: for
 # the input, each of `states`, each of `weights`. Returns the gradients that are needed, in that order.
 _define(
     "layer_backward",
@@ -176,13 +172,9 @@ def _pack_composite(cell: str, weights: Sequence[Tensor | None]) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
-def layer_forward(
-    call: LayerCall, packed: Tensor | None, keep: int
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The op: output, final states, reserve."""
-    found: tuple[Tensor, list[Tensor], Tensor] = torch.ops.rnnkit.layer_forward(
-        *call.arguments, packed, keep
-    )
+def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
+    """The op: outputs, final states, reserve."""
+    found: Results = torch.ops.rnnkit.layer_forward(*call.arguments, packed, keep)
     return found
 
 

@@ -14,8 +14,8 @@ from torch.nn.functional import linear
 from rnnkit.call import LayerCall
 
 
-def run(call: LayerCall) -> tuple[Tensor, list[Tensor]]:
-    """The output [T, N, D*P] or [rows, D*P], and the final states, shaped like the initial ones."""
+def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs, [T, N, D*P] or [rows, D*P] for h, and the final states, shaped like the initial ones."""
     input, batch_sizes = call.input, call.batch_sizes
     if (
         batch_sizes is None
@@ -23,26 +23,33 @@ def run(call: LayerCall) -> tuple[Tensor, list[Tensor]]:
         and input.size(1) == 0
         and input.size(0) > 1
     ):  # of no rows all steps are alike
-        one, last = run(replace(call, input=input[:1]))
-        return one.expand(input.size(0), -1, -1).clone(), last
+        of_one, last = run(replace(call, input=input[:1]))
+        return [one.expand(input.size(0), -1, -1).clone() for one in of_one], last
     counts = call.counts
     steps = input.unbind(0) if batch_sizes is None else input.split(counts)
     initial = call.states if len(call.states) > 0 else call.zero_states(counts[0])
+    join = torch.stack if batch_sizes is None else torch.cat
     outputs, finals = [], []
     for d in range(call.directions):
-        output, final = _scan(call, d, steps, [state[d] for state in initial])
-        outputs.append(torch.stack(output) if batch_sizes is None else torch.cat(output))
+        states, final = _scan(call, d, steps, [state[d] for state in initial])
+        outputs.append([join([new[k] for new in states]) for k in range(call.outputs)])
         finals.append(final)
-    return torch.cat(outputs, -1), [torch.stack(state) for state in zip(*finals, strict=True)]
+    return (
+        [torch.cat(of_state, -1) for of_state in zip(*outputs, strict=True)],
+        [torch.stack(of_state) for of_state in zip(*finals, strict=True)],
+    )
 
 
 def _scan(
     call: LayerCall, d: int, steps: Sequence[Tensor], states: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Direction d. The first n rows of the states are active at a step of n rows; the others are carried."""
+) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """Direction d: the states of the active rows after each step, and those of all rows after the last.
+
+    The first n rows of the states are active at a step of n rows; the others are carried.
+    """
     gates = call.spec.gates
     w_ih, w_hh, b_ih, b_hh, w_hr = call.direction(d)
-    outputs: list[Tensor] = []
+    after: list[list[Tensor]] = []
     for x in reversed(steps) if d else steps:
         rows = x.size(0)
         active = [state[:rows] for state in states]
@@ -55,8 +62,8 @@ def _scan(
         )
         if w_hr is not None:
             new[0] = linear(new[0], w_hr)
-        outputs.append(new[0])
+        after.append(new)
         if rows < states[0].size(0):
             new = [torch.cat([n, s[rows:]]) for n, s in zip(new, states, strict=True)]
         states = new
-    return outputs[::-1] if d else outputs, states
+    return after[::-1] if d else after, states

@@ -68,7 +68,7 @@ def run(
             batch_sizes,
         )
         packed_here = packed[index] if packed and result_dtypes is None else None
-        output, final = autograd.run(call, keep=keep, packed=packed_here)
+        (output,), final = autograd.run(call, keep=keep, packed=packed_here)
         finals.append(final)
     final_states = finals[0] if layers == 1 else [torch.cat(s) for s in zip(*finals, strict=True)]
     if result_dtypes is not None:

@@ -28,7 +28,8 @@ template <class... Others>
   const py::gil_scoped_acquire acquired;
   try {
     py::module_::import("rnnkit.call")
-        .attr("refuse")(op, call.cell.name, call.input, call.states, call.weights.vec(), call.batch_sizes, others...);
+        .attr("refuse")(op, call.cell.name, call.input, call.states, call.weights.vec(), call.batch_sizes,
+                        call.all_states, others...);
   } catch (py::error_already_set& error) {
     error.restore();
   }
@@ -44,8 +45,8 @@ void throw_python_error() {
 }
 
 Call::Call(std::string_view name, const Tensor& x, at::TensorList initial, const OptionalTensors& w,
-           const std::optional<Tensor>& sizes)
-    : cell(find_cell(name)), input(x), states(initial.vec()), weights(w), batch_sizes(sizes) {
+           const std::optional<Tensor>& sizes, bool all)
+    : cell(find_cell(name)), input(x), states(initial.vec()), weights(w), batch_sizes(sizes), all_states(all) {
   if (!fits()) refuse("layer_forward", *this);
 }
 
@@ -111,10 +112,12 @@ bool Call::is_like_input(const Tensor& tensor, at::IntArrayRef shape) const {
 
 void Call::check_backward(const OptionalTensors& grads, const Tensor& output, const Tensor& reserve, int64_t keep,
                           const c10::List<bool>& needs) const {
-  bool fit = static_cast<int64_t>(grads.size()) == 1 + cell.states && is_like_input(output, output_shape());
-  for (size_t i = 0; fit && i < grads.size(); ++i) {
+  const int64_t given = grads.size();
+  bool fit = given == outputs() + cell.states && is_like_input(output, output_shape(0));
+  for (int64_t i = 0; fit && i < given; ++i) {
     const std::optional<Tensor> grad = grads.get(i);
-    if (grad && grad->defined()) fit = is_like_input(*grad, i == 0 ? output_shape() : state_shape(i - 1));
+    if (grad && grad->defined())
+      fit = is_like_input(*grad, i < outputs() ? output_shape(i) : state_shape(i - outputs()));
   }
   fit = fit && (keep == int64_t(Keep::states) || keep == int64_t(Keep::everything)) &&
         reserve.sizes() == reserve_shape(static_cast<Keep>(keep)) && reserve.scalar_type() == compute_type() &&
@@ -129,9 +132,9 @@ at::ScalarType Call::operand_type() const {
   return direct ? at::kBFloat16 : compute_type();
 }
 
-std::vector<int64_t> Call::output_shape() const {
+std::vector<int64_t> Call::output_shape(int64_t i) const {
   std::vector<int64_t> shape = input.sizes().vec();
-  shape.back() = directions * projected;
+  shape.back() = directions * state_width(i);
   return shape;
 }
 

@@ -23,11 +23,12 @@ struct Call {
   const std::vector<at::Tensor> states;
   const OptionalTensors& weights;
   const std::optional<at::Tensor>& batch_sizes;
+  const bool all_states;
   int64_t steps = 0, batch = 0, input_size = 0, hidden = 0, projected = 0, directions = 0;
   std::vector<int64_t> offsets;  // of a packed sequence, the row where each step begins, and their number; else empty
 
   Call(std::string_view name, const at::Tensor& x, at::TensorList initial, const OptionalTensors& w,
-       const std::optional<at::Tensor>& sizes);
+       const std::optional<at::Tensor>& sizes, bool all_states);
 
   // Raises what `LayerCall.check_backward` says of the other arguments of layer_backward, unless they fit.
   void check_backward(const OptionalTensors& grads, const at::Tensor& output, const at::Tensor& reserve, int64_t keep,
@@ -43,9 +44,11 @@ struct Call {
   at::ScalarType operand_type() const;
   at::TensorOptions operand_options() const { return input.options().dtype(operand_type()); }
 
-  // h is as wide as its projection.
-  std::vector<int64_t> state_shape(size_t i) const { return {directions, batch, i == 0 ? projected : hidden}; }
-  std::vector<int64_t> output_shape() const;
+  // State 0, h, is as wide as its projection.
+  int64_t state_width(int64_t i) const { return i == 0 ? projected : hidden; }
+  std::vector<int64_t> state_shape(int64_t i) const { return {directions, batch, state_width(i)}; }
+  int64_t outputs() const { return all_states ? cell.states : 1; }
+  std::vector<int64_t> output_shape(int64_t i) const;
   std::vector<int64_t> reserve_shape(Keep keep) const;
 
   // To use at the most: more threads only for work that outweighs waking them.
