@@ -340,7 +340,7 @@ Layer<S> make_layer(const Call& call, Pinned& pinned) {
     direction.w_hr = pinned.read<S>(call.weight(d, 4));
   }
   layer.x = pinned.read<S>(call.input);
-  for (size_t i = 0; i < call.states.size(); ++i) layer.initial[i] = pinned.read<T>(call.states[i]);
+  for (size_t i = 0; i < call.states.size(); ++i) layer.states[i].initial = pinned.read<T>(call.states[i]);
   layer.threads = call.threads();
   layer.wants_to_stop = wants_to_stop;
   return layer;
@@ -419,7 +419,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> forward(const Call& call, Keep k
     Pinned pinned;
     Layer<S> layer = make_layer<S>(call, pinned);
     layer.y = data<S>(output);
-    for (size_t i = 0; i < finals.size(); ++i) layer.final[i] = data<T>(finals[i]);
+    for (size_t i = 0; i < finals.size(); ++i) layer.states[i].final = data<T>(finals[i]);
     layer.keep = keep;
     layer.reserve = data<T>(reserve);
     const Kernels<S>& kernels = kernels_of<S>(call.cell);
@@ -522,11 +522,11 @@ std::vector<Tensor> layer_backward(std::string_view cell, const OptionalTensors&
     layer.y = const_cast<S*>(pinned.read<S>(output));  // only read in the backward pass
     layer.keep = kept;
     layer.reserve = const_cast<T*>(pinned.read<T>(reserve));
-    layer.grad_y = pinned.read<T>(grads.get(0));
-    for (int64_t i = 0; i < call.cell.states; ++i) layer.grad_final[i] = pinned.read<T>(grads.get(i + 1));
+    layer.states[0].grad_all = pinned.read<T>(grads.get(0));
+    for (int64_t i = 0; i < call.cell.states; ++i) layer.states[i].grad_final = pinned.read<T>(grads.get(i + 1));
     const auto write = [&](size_t i) { return results[i].defined() ? data<T>(results[i]) : nullptr; };
     layer.grad_x = write(0);
-    for (size_t i = 0; i < call.states.size(); ++i) layer.grad_initial[i] = write(1 + i);
+    for (size_t i = 0; i < call.states.size(); ++i) layer.states[i].grad_initial = write(1 + i);
     for (int64_t d = 0; d < call.directions; ++d) {
       const size_t first = 1 + call.states.size() + d * kWeights;
       Direction<S>& direction = layer.direction[d];

@@ -11,13 +11,12 @@ namespace rnnkit::RNNKIT_CAPABILITY {
 
 template <class Cell, class S>
 class Backward {
-  static_assert(kFits<Cell>);
   using T = Sum<S>;
 
  public:
   Backward(const Layer<S>& layer, std::byte* scratch)
       : layer_(layer),
-        projects_(layer.direction[0].w_hr != nullptr),
+        projects_(kCanProject<Cell> && layer.direction[0].w_hr != nullptr),
         recomputes_(layer.keep == Keep::states && Cell::saved > 0),
         pack_recurrent_(kPair > 1 || layer.steps * ((layer.batch + kDotRows - 1) / kDotRows) > kFewSteps ||
                         layer.projected % kLanes<T> != 0),
@@ -32,7 +31,7 @@ class Backward {
     const int64_t R = 2 * D * most_rows_;  // two chunks: the next is begun while this one is multiplied
     grads_ = arena_.take<S>(R * Cell::grads * H);
     grad_h_ = arena_.take<T>(D * N * P);
-    grad_c_ = arena_.take<T>(D * (Cell::states - 1) * N * H);
+    grad_others_ = arena_.take<T>(D * N * kOthers<Cell> * H);
     w_hh_ = arena_.take<S>(pack_recurrent_ ? D * Cell::gates * H * round_up(P, kPanel) : 0);
     w_hr_ = arena_.take<S>(projects_ ? D * round_up(P, kPair) * round_up(H, kPanel) : 0);
     w_ih_ = arena_.take<S>(pack_input_ && layer.grad_x != nullptr ? D * Cell::gates * H * round_up(I, kPanel) : 0);
@@ -67,7 +66,8 @@ class Backward {
           weight_gradients(chunk, d, thread, threads);
         }
       }
-      if (layer_.grad_initial[0] == nullptr && layer_.grad_initial[1] == nullptr) return;
+      if (std::all_of(layer_.states, layer_.states + Cell::states, [](auto& s) { return s.grad_initial == nullptr; }))
+        return;
       for_shares_of(chunks_.back(), thread, threads,
                     [&](const Share<S>& own) { step_all(chunks_.back(), own, -1, own.meets ? all : alone); });
     });
@@ -134,9 +134,12 @@ class Backward {
       pack(w_hr_, weights.w_hr, P, H, d, thread, threads);
     }
     if (recomputes_) recomputed_.pack(thread, threads);
-    start(grad_h_, layer_.grad_final[0], P, thread, threads);
-    start(grad_c_, layer_.grad_final[1], H, thread, threads);
-    start(initial_h_, layer_.initial[0], P, thread, threads);
+    start(grad_h_, layer_.states[0].grad_final, P, thread, threads);
+    start(initial_h_, layer_.states[0].initial, P, thread, threads);
+    const Range rows = share(layer_.directions * layer_.batch, thread, threads);
+    for (int64_t i = rows.begin; i < rows.end; ++i)
+      for (int64_t k = 0; k < kOthers<Cell>; ++k)
+        copy_row(at(layer_.states[k + 1].grad_final, i * H), H, grad_others_ + (i * kOthers<Cell> + k) * H);
     if (layer_.grad_x != nullptr && layer_.directions > 1) {  // otherwise it is written, not added to
       const Range own = share(layer_.rows() * layer_.input, thread, threads, 64);
       std::memset(layer_.grad_x + own.begin, 0, own.size() * sizeof(T));
@@ -185,8 +188,9 @@ class Backward {
         Vector<T> x[Cell::gates], from_h[Cell::gates], state[Cell::states], save[Cell::saved + 1];
         recomputed_.parts(gates[0] + i * width, gates[1] + i * width, recomputed_.bias(d, p), u, lanes, x, from_h);
         state[0] = Cell::uses_previous_h ? load(h + i * P + unit, lanes) : Vector<T>{};
-        if constexpr (Cell::states > 1)
-          state[1] = load(layer_.reserve + (d * layer_.rows() + row + i) * H + unit, lanes);
+        const T* others = layer_.reserve + (d * layer_.rows() + row + i) * kOthers<Cell> * H + unit;
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < kOthers<Cell>; ++k) state[k + 1] = load(others + k * H, lanes);
         Cell::forward(x, from_h, state, save);
         T* to = saved_ + (d * most_rows_ + first + i) * Cell::saved * H + unit;
 #pragma GCC unroll 8
@@ -266,9 +270,10 @@ class Backward {
           continue;
         }
         const int64_t row = rows.first(s) + m + i;
-        const T* grad_y = at(layer_.grad_y, (row * layer_.directions + d) * P + first);
+        const T* grad_y = at(layer_.states[0].grad_all, (row * layer_.directions + d) * P + first);
         S* grad_projected = projects_ ? in_chunk(grad_projected_, chunk, d, row, P) + first : nullptr;
         const RowOfCell of = projects_ ? RowOfCell{} : row_of_cell(chunk, rows, s, row, n);
+        if (!projects_) add_grad_all(of, row, d, first, width);
         for_vectors<T>(width, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
           Vector<T> grad = load(grad_h + u, lanes);
           if (from_product != nullptr) grad += load(from_product + u);
@@ -287,14 +292,15 @@ class Backward {
   // A row's gradients of its initial states.
   template <class Count>
   RNNKIT_INLINE void finish(int64_t state, int64_t unit, int64_t d, int64_t n, Vector<T> grad_h, Count lanes) {
-    if (layer_.grad_initial[0] != nullptr) store(layer_.grad_initial[0] + state, grad_h, lanes);
-    if (!projects_) finish_c(d, n, unit, lanes);
+    if (layer_.states[0].grad_initial != nullptr) store(layer_.states[0].grad_initial + state, grad_h, lanes);
+    if (!projects_) finish_others(d, n, unit, lanes);
   }
   template <class Count>
-  RNNKIT_INLINE void finish_c(int64_t d, int64_t n, int64_t unit, Count lanes) {
-    if (layer_.grad_initial[1] == nullptr) return;
-    const int64_t state = (d * layer_.batch + n) * layer_.hidden + unit;
-    store(layer_.grad_initial[1] + state, load(grad_c_ + state, lanes), lanes);
+  RNNKIT_INLINE void finish_others(int64_t d, int64_t n, int64_t unit, Count lanes) {
+    const int64_t H = layer_.hidden, row = d * layer_.batch + n;
+    for (int64_t k = 0; k < kOthers<Cell>; ++k)
+      if (T* grad_initial = layer_.states[k + 1].grad_initial; grad_initial != nullptr)
+        store(grad_initial + row * H + unit, load(grad_others_ + (row * kOthers<Cell> + k) * H + unit, lanes), lanes);
   }
 
   // The same where h was projected: the gradient of h before the projection, for units first to first + width.
@@ -308,20 +314,22 @@ class Backward {
       gemm<S>(count, round_up(width, kLanes<T>), P,
               rows_of(in_chunk(grad_projected_, chunk, d, rows.first(s) + m, P), P), w, grads, kPanel, false);
       for (int64_t i = 0; i < count; ++i) {
-        const RowOfCell of = row_of_cell(chunk, rows, s, rows.first(s) + m + i, rows.range.begin + m + i);
+        const int64_t row = rows.first(s) + m + i;
+        const RowOfCell of = row_of_cell(chunk, rows, s, row, rows.range.begin + m + i);
+        add_grad_all(of, row, d, first, width);
         for_vectors<T>(width, [&](int64_t u, auto lanes)
                                   RNNKIT_INLINE_LAMBDA { cell(of, first + u, lanes, load(grads + i * kPanel + u)); });
       }
     }
     for (int64_t m = alive; m < alive_after; ++m)
-      for_vectors<T>(width, [&](int64_t u, auto lanes) { finish_c(d, rows.range.begin + m, first + u, lanes); });
+      for_vectors<T>(width, [&](int64_t u, auto lanes) { finish_others(d, rows.range.begin + m, first + u, lanes); });
   }
 
   // What the cell's backward reads and writes of one row, each from unit 0 on; null: not there.
   struct RowOfCell {
-    const T* saved;       // [Cell::saved, H]
-    const S *h, *before;  // h after the step, and before it
-    T* grad_c;
+    const T* saved;          // [Cell::saved, H]
+    const S *h, *before;     // h after the step, and before it
+    T* grad_others;          // [kOthers, H]: in after the step, out before it
     S *grads, *unprojected;  // grads: [Cell::grads, H]
   };
   RowOfCell row_of_cell(const Chunk& chunk, const Rows<S>& rows, int64_t s, int64_t row, int64_t n) const {
@@ -331,10 +339,23 @@ class Backward {
                            : layer_.reserve + (d * layer_.rows() + row) * Cell::saved * H;
     if (Cell::uses_h) of.h = layer_.y + (row * layer_.directions + d) * H;
     if (Cell::uses_previous_h) of.before = previous_h(rows, rows.step(s), n);
-    if (Cell::states > 1) of.grad_c = grad_c_ + (d * layer_.batch + n) * H;
+    of.grad_others = at(grad_others_, (d * layer_.batch + n) * kOthers<Cell> * H);
     of.grads = gate_grads(chunk, d, row);
     if (projects_) of.unprojected = in_chunk(unprojected_, chunk, d, row, H);
     return of;
+  }
+
+  // Adds the gradients of the states other than h after this step, for units first to first + width of a row.
+  void add_grad_all(const RowOfCell& of, int64_t row, int64_t d, int64_t first, int64_t width) const {
+    const int64_t H = layer_.hidden;
+    for (int64_t k = 0; k < kOthers<Cell>; ++k) {
+      const T* grad_all = at(layer_.states[k + 1].grad_all, (row * layer_.directions + d) * H + first);
+      T* sum = of.grad_others + k * H + first;
+      if (grad_all == nullptr) continue;
+      for_vectors<T>(width, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
+        store(sum + u, load(sum + u, lanes) + load(grad_all + u, lanes), lanes);
+      });
+    }
   }
 
   // The cell's backward for some units of a row; returns what it carries to the previous h besides the gates.
@@ -347,11 +368,13 @@ class Backward {
     for (int64_t k = 0; k < Cell::saved; ++k) save[k] = load(of.saved + k * H + unit, lanes);
     if constexpr (Cell::uses_h) h = load(of.h + unit, lanes);
     if constexpr (Cell::uses_previous_h) before = load(of.before + unit, lanes);
-    if constexpr (Cell::states > 1) grad_state[1] = load(of.grad_c + unit, lanes);
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < kOthers<Cell>; ++k) grad_state[k + 1] = load(of.grad_others + k * H + unit, lanes);
     Cell::backward(save, h, before, grad_state, grad);
 #pragma GCC unroll 8
     for (int64_t k = 0; k < Cell::grads; ++k) store(of.grads + k * H + unit, grad[k], lanes);
-    if constexpr (Cell::states > 1) store(of.grad_c + unit, grad_state[1], lanes);
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < kOthers<Cell>; ++k) store(of.grad_others + k * H + unit, grad_state[k + 1], lanes);
     if (of.unprojected != nullptr) store(of.unprojected + unit, Cell::output(save), lanes);
     return grad_state[0];
   }
@@ -583,7 +606,7 @@ class Backward {
   Gates<Cell, S> recomputed_;
   Stop stop_;
   S* grads_;                                   // [2 chunks, D, rows, Cell::grads, H]
-  T *grad_h_, *grad_c_;                        // [D, N, P], [D, N, H]: carried from step to step
+  T *grad_h_, *grad_others_;                   // [D, N, P], [D, N, kOthers, H]: carried from step to step
   S *w_hh_, *w_hr_, *w_ih_;                    // [D, panels, K, kPanel], K = G*H, P, G*H
   S* grad_projected_;                          // [2 chunks, D, rows, P], with a projection
   S* unprojected_;                             // [2 chunks, D, rows, H], with a projection: h before it

@@ -8,7 +8,6 @@ namespace rnnkit::RNNKIT_CAPABILITY {
 
 template <class Cell, class S>
 class Forward {
-  static_assert(kFits<Cell>);
   using T = Sum<S>;
   using GatesOf = Gates<Cell, S>;
 
@@ -23,7 +22,7 @@ class Forward {
         stop_(layer.wants_to_stop, double(layer.batch) * Cell::gates * layer.hidden * (layer.input + layer.projected)) {
     const int64_t D = layer.directions, N = layer.batch, P = layer.projected;
     h_ = arena_.take<S>(D * 2 * N * P);
-    c_ = arena_.take<T>(D * (Cell::states - 1) * N * layer.hidden);
+    others_ = arena_.take<T>(D * N * kOthers<Cell> * layer.hidden);
     unprojected_ = arena_.take<S>(projects(layer) ? D * N * layer.hidden : 0);
     const int64_t row_size = gate_products_.panels() * kWidth;
     gates_size_ = most(least(ahead_, layer.rows() * row_size), N * row_size);
@@ -69,12 +68,13 @@ class Forward {
     const Range states = share(layer_.directions * layer_.batch, thread, threads);
     for (int64_t i = states.begin; i < states.end; ++i) {
       for (int64_t buffer = 0; buffer < 2; ++buffer)
-        copy_row(at(layer_.initial[0], i * P), P, h(i / layer_.batch, buffer) + i % layer_.batch * P);
-      if (Cell::states > 1) copy_row(at(layer_.initial[1], i * H), H, c_ + i * H);
+        copy_row(at(layer_.states[0].initial, i * P), P, h(i / layer_.batch, buffer) + i % layer_.batch * P);
+      for (int64_t k = 0; k < kOthers<Cell>; ++k)
+        copy_row(at(layer_.states[k + 1].initial, i * H), H, others_ + (i * kOthers<Cell> + k) * H);
     }
   }
 
-  static bool projects(const Layer<S>& layer) { return layer.direction[0].w_hr != nullptr; }
+  static bool projects(const Layer<S>& layer) { return kCanProject<Cell> && layer.direction[0].w_hr != nullptr; }
 
   // Whether a matrix is read often enough: `times` by a product of so many rows.
   static bool is_worth_packing(const Layer<S>& layer, int64_t rows, int64_t times = 1) {
@@ -106,7 +106,7 @@ class Forward {
                gates + ((sweep[i] - own.begin) * ahead + done) * kWidth);
         done += rows.alive(s);
         meet.wait();
-        if (layer_.direction[0].w_hr == nullptr) continue;
+        if (!projects(layer_)) continue;
         project_output(rows, s, share(layer_.projected, share_of.member, share_of.members, kPanel));
         meet.wait();
       }
@@ -132,7 +132,7 @@ class Forward {
   void step(const Rows<S>& rows, int64_t s, int64_t p, int64_t next, const T* gates) {
     const int64_t d = rows.direction, P = layer_.projected, alive = rows.alive(s);
     const S* h_before = h(d, s % 2) + rows.range.begin * P;
-    const bool zeros = s == 0 && layer_.initial[0] == nullptr && alive > 0 && gate_products_.annuls_zeros(d, p);
+    const bool zeros = s == 0 && layer_.states[0].initial == nullptr && alive > 0 && gate_products_.annuls_zeros(d, p);
     alignas(64) T recurrent[kRowBlock * kWidth];
     for (int64_t m = 0; m < alive; m += kRowBlock) {
       const int64_t count = least(kRowBlock, alive - m);
@@ -151,36 +151,35 @@ class Forward {
     const int64_t units = gate_products_.units_in(p), unit = p * kUnits;
     const int64_t n = rows.range.begin + m, row = rows.first(s) + m, state_row = d * layer_.batch + n;
     const int64_t ending = rows.alive(s + 1) - m;  // rows from here on are in their last step
-    const bool keeps_states = Cell::states > 1 && layer_.keep == Keep::states;
+    const bool keeps_states = kOthers<Cell> > 0 && layer_.keep == Keep::states;
     const bool keeps_all = Cell::saved > 0 && layer_.keep == Keep::everything;
-    const int64_t kept_row = keeps_states ? H : Cell::saved * H;
+    const int64_t kept_row = (keeps_states ? kOthers<Cell> : Cell::saved) * H;
     // Each of these goes on by a row at the end of the loop.
     const T* bias = gate_products_.bias(d, p);
     const S* h_before = h(d, s % 2) + n * P + unit;
     S* h_after = h(d, (s + 1) % 2) + n * P + unit;
     S* y = layer_.y + row * width + d * P + unit;
     S* unprojected = at(unprojected_, state_row * H + unit);
-    T* c = at(c_, state_row * H + unit);
+    T* others = at(others_, state_row * kOthers<Cell> * H + unit);
     T* kept = keeps_states || keeps_all ? layer_.reserve + (d * layer_.rows() + row) * kept_row + unit : nullptr;
-    T *final_h = layer_.final[0] + state_row * P + unit, *final_c = at(layer_.final[1], state_row * H + unit);
+    T* final_h = layer_.states[0].final + state_row * P + unit;
     for (int64_t i = 0; i < count; ++i) {
       for_vectors<T>(units, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
         V input[Cell::gates], from_h[Cell::gates], state[Cell::states], save[Cell::saved + 1];
         GatesOf::parts(gates, recurrent, bias, u, lanes, input, from_h);
         state[0] = Cell::uses_previous_h ? load(h_before + u, lanes) : V{};
-        if constexpr (Cell::states > 1) {
-          state[1] = load(c + u, lanes);
-          if (keeps_states) store(kept + u, state[1], lanes);
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < kOthers<Cell>; ++k) {
+          state[k + 1] = load(others + k * H + u, lanes);
+          if (keeps_states) store(kept + k * H + u, state[k + 1], lanes);
         }
         Cell::forward(input, from_h, state, save);
         if (keeps_all) {
 #pragma GCC unroll 8
           for (int64_t k = 0; k < Cell::saved; ++k) store(kept + k * H + u, save[k], lanes);
         }
-        if constexpr (Cell::states > 1) {
-          store(c + u, state[1], lanes);
-          if (i >= ending) store(final_c + u, state[1], lanes);
-        }
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < kOthers<Cell>; ++k) store(others + k * H + u, state[k + 1], lanes);
         if (unprojected != nullptr) {
           store(unprojected + u, state[0], lanes);
         } else {
@@ -190,7 +189,15 @@ class Forward {
         }
       });
       gates += kWidth, recurrent += kWidth, h_before += P, h_after += P, y += width, final_h += P;
-      unprojected = at(unprojected, H), c = at(c, H), kept = at(kept, kept_row), final_c = at(final_c, H);
+      unprojected = at(unprojected, H), others = at(others, kOthers<Cell> * H), kept = at(kept, kept_row);
+    }
+    for (int64_t k = 0; k < kOthers<Cell>; ++k) {
+      const State<T>& state = layer_.states[k + 1];
+      const auto after = [&](int64_t i) { return others_ + ((state_row + i) * kOthers<Cell> + k) * H + unit; };
+      for (int64_t i = most(ending, 0); i < count; ++i)
+        copy_row(after(i), units, state.final + (state_row + i) * H + unit);
+      for (int64_t i = 0; state.all != nullptr && i < count; ++i)
+        copy_row(after(i), units, state.all + ((row + i) * layer_.directions + d) * H + unit);
     }
   }
 
@@ -209,7 +216,8 @@ class Forward {
           const T* row = block + i * kPanel;
           copy_row(row, columns, h(d, (s + 1) % 2) + n * P + first);
           copy_row(row, columns, layer_.y + ((rows.first(s) + m + i) * layer_.directions + d) * P + first);
-          if (m + i >= rows.alive(s + 1)) copy_row(row, columns, layer_.final[0] + (d * layer_.batch + n) * P + first);
+          if (m + i >= rows.alive(s + 1))
+            copy_row(row, columns, layer_.states[0].final + (d * layer_.batch + n) * P + first);
         }
       }
     }
@@ -221,7 +229,7 @@ class Forward {
   GatesOf gate_products_;
   Stop stop_;
   S* h_;            // [D, 2, N, P]: read from one, written to the other
-  T* c_;            // [D, N, H]
+  T* others_;       // [D, N, kOthers, H]: the states other than h
   S* unprojected_;  // [D, N, H], null without a projection
   T* gates_;        // for each thread, and behind them the gathered rows of x
   int64_t gates_size_, gathered_size_;

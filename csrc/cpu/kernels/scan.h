@@ -155,9 +155,13 @@ void for_shares(const Layer<S>& layer, int64_t gates, int64_t units, int64_t beg
   }
 }
 
-// What the scans take for granted of a cell.
+// Whether h can be projected: not if the cell reads h, for then only the projected h is there to be read.
 template <class Cell>
-constexpr bool kFits = Cell::states <= 2 && (Cell::states == 1 || !(Cell::uses_h || Cell::uses_previous_h));
+constexpr bool kCanProject = !Cell::uses_h && !Cell::uses_previous_h;
+
+// The states other than h. In memory they lie together for each row: [kOthers, H].
+template <class Cell>
+constexpr int64_t kOthers = Cell::states - 1;
 
 // Gives out consecutive parts of scratch memory, null for none; with no memory, counts the bytes that are wanted.
 class Arena {
