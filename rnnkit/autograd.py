@@ -44,7 +44,9 @@ def run(
         )
         output, *others = found[: call.outputs]
         if torch.compiler.is_compiling():
-            output = output.clone()  # saved for the backward pass, and scripts may write to what they get
+            output = (
+                output.clone()
+            )  # saved for the backward pass, and scripts may write to what they get
         return [output, *others], list(found[call.outputs :])
     if _interprets(device):
         packed = None

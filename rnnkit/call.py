@@ -19,9 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rnnkit.specs import CELLS, WEIGHTS, CellSpec
 
 #: What the ops' schemas begin with: the fields of `LayerCall`.
-ARGUMENTS = (
-    "str cell, Tensor input, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, bool all_states"
-)
+ARGUMENTS = "str cell, Tensor input, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, bool all_states"
 
 #: Of `layer_forward`: the outputs, the final states, and what is kept for the backward pass.
 Results = tuple[list[Tensor], list[Tensor], Tensor]

@@ -131,7 +131,9 @@ def _no_backward(*_: Any) -> list[Tensor]:
 
 def _forward_as_aten(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
     if call.outputs > 1:
-        raise RuntimeError("expected a call for h alone: ATen's operators give no other state after each step")
+        raise RuntimeError(
+            "expected a call for h alone: ATen's operators give no other state after each step"
+        )
     states, batch_sizes = call.states, call.batch_sizes
     if not states:
         batch: Any = call.input.size(1) if batch_sizes is None else batch_sizes[0].item()

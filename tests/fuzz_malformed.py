@@ -266,9 +266,9 @@ def _op(kind: str, rng: random.Random) -> Call:
         own |= {"packed": packed, "keep": keep if packed is None else 0}
     elif kind == "layer_backward":
         keep = max(keep, 1)
-        output, _, reserve = it.forward(keep)
+        outputs, _, reserve = it.forward(keep)
         needs = [need and rng.random() < 0.8 for need in it.all_needs]
-        own |= {"grads": it.grads, "output": output, "reserve": reserve, "keep": keep}
+        own |= {"grads": it.grads, "output": outputs[0], "reserve": reserve, "keep": keep}
         own |= {"needs": needs}
     else:
         own = {"cell": it.cell, "weights": it.weights}

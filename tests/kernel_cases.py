@@ -9,7 +9,7 @@ from tolerances import assert_close_to_truth
 from torch import Tensor
 
 from rnnkit import ops, plan, reference
-from rnnkit.call import Keep, LayerCall
+from rnnkit.call import Keep, LayerCall, Results
 from rnnkit.specs import CELLS, WEIGHTS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -29,6 +29,7 @@ class Case:
         states: whether initial states are given.
         dtype, device: of every tensor.
         off_kink: whether every ReLU stays on its side of zero, where rounding does not decide on it.
+        all_states: whether every state is an output.
     """
 
     cell: str
@@ -41,6 +42,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     off_kink: bool = False
+    all_states: bool = False
 
     def scan(self, backward: bool, precise: bool = True) -> plan.Scan:
         """What decides how its scan runs."""
@@ -61,14 +63,18 @@ class Case:
         ragged = f"ragged{len(self.lengths)}x{self.lengths[0]}" if self.lengths else ""
         parts = [self.cell, ragged or f"T{steps}N{batch}", f"I{inputs}H{hidden}D{self.directions}"]
         parts += [f"P{self.projected}"] * bool(self.projected)
-        parts += ["nobias"] * (not self.bias) + ["nostates"] * (not self.states)
+        parts += (
+            ["all"] * self.all_states
+            + ["nobias"] * (not self.bias)
+            + ["nostates"] * (not self.states)
+        )
         parts += [str(self.dtype).removeprefix("torch."), *[self.device] * (self.device != "cpu")]
         return "-".join(parts)
 
 
 @dataclass(frozen=True, eq=False)
 class Call(LayerCall):
-    """A call of both ops. `grads` belongs to the output and each final state."""
+    """A call of both ops. `grads` belongs to each output and each final state."""
 
     grads: list[Tensor | None] = field(default_factory=list)
 
@@ -98,25 +104,25 @@ class Call(LayerCall):
         """The same call there; the batch sizes stay on the CPU."""
         return replace(self.map(lambda t: t.to(device)), batch_sizes=self.batch_sizes)
 
-    def forward(self, keep: Keep = Keep.EVERYTHING) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The op: output, final states, reserve."""
+    def forward(self, keep: Keep = Keep.EVERYTHING) -> Results:
+        """The op: outputs, final states, reserve."""
         return ops.layer_forward(self, None, keep)
 
     def backward(
         self,
-        output: Tensor,
+        outputs: Sequence[Tensor],
         reserve: Tensor,
         needs: list[bool] | None = None,
         keep: Keep = Keep.EVERYTHING,
     ) -> list[Tensor]:
         """The op: the gradients that are needed, all by default."""
         needs = self.all_needs if needs is None else needs
-        return ops.layer_backward(self, self.grads, output, reserve, keep, needs)
+        return ops.layer_backward(self, self.grads, outputs[0], reserve, keep, needs)
 
     def run(self, keep: Keep = Keep.EVERYTHING) -> dict[str, Tensor]:
         """Every result of both ops by name."""
-        output, finals, reserve = self.forward(keep)
-        return self.named(output, finals, self.backward(output, reserve, keep=keep))
+        outputs, finals, reserve = self.forward(keep)
+        return self.named(outputs, finals, self.backward(outputs, reserve, keep=keep))
 
     def reference(self) -> dict[str, Tensor]:
         """What `run` should return, by plain PyTorch.
@@ -125,9 +131,9 @@ class Call(LayerCall):
         """
         heavy = self.rows * sum(w.numel() for w in self.weights if w is not None) > 2**30
         it = self if heavy else self.on("cpu")
-        output, finals = reference.run(it)
+        outputs, finals = reference.run(it)
         found = ops.differentiable_backward(it, it.grads, it.all_needs, create_graph=False)
-        results = self.named(output, finals, [grad for grad in found if grad is not None])
+        results = self.named(outputs, finals, [grad for grad in found if grad is not None])
         return {name: result.to(self.input.device) for name, result in results.items()}
 
     def gradient_names(self) -> list[str]:
@@ -137,11 +143,14 @@ class Call(LayerCall):
         names = ["input", *("h_0", "c_0")[: len(self.states)], *weights]
         return [f"grad {name}" for name, need in zip(names, self.all_needs, strict=True) if need]
 
-    def named(self, output: Tensor, finals: list[Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
+    def named(
+        self, outputs: list[Tensor], finals: list[Tensor], grads: list[Tensor]
+    ) -> dict[str, Tensor]:
         """Results of both ops by name."""
         assert len(finals) == self.spec.states
-        names = ["output", *("h_n", "c_n")[: len(finals)], *self.gradient_names()]
-        return dict(zip(names, [output, *finals, *grads], strict=True))
+        names = [*("output", "c at all steps")[: self.outputs], *("h_n", "c_n")[: len(finals)]]
+        names += self.gradient_names()
+        return dict(zip(names, [*outputs, *finals, *grads], strict=True))
 
 
 def call(case: Case, seed: int = 0) -> Call:
@@ -178,14 +187,18 @@ def call(case: Case, seed: int = 0) -> Call:
             return uniform.to(case.dtype)
         return (uniform * 2 * bound - bound).to(case.dtype)
 
-    state_shapes = [(case.directions, batch, size) for size in (projected, hidden)[: spec.states]]
+    widths = (projected, hidden)[: spec.states]
+    state_shapes = [(case.directions, batch, width) for width in widths]
+    output_widths = widths if case.all_states else widths[:1]
+    output_shapes = [(*rows, case.directions * width) for width in output_widths]
     return Call(
         cell=case.cell,
         input=given(*rows, inputs),
         states=[given(*shape) for shape in state_shapes if case.states],
         weights=[s and weight(*s) for _ in range(case.directions) for s in shapes],
         batch_sizes=batch_sizes,
-        grads=[normal(*shape) for shape in [(*rows, case.directions * projected), *state_shapes]],
+        all_states=case.all_states,
+        grads=[normal(*shape) for shape in [*output_shapes, *state_shapes]],
     ).on(case.device)
 
 
@@ -266,6 +279,11 @@ _VARIANTS: tuple[dict, ...] = (
     {"bias": False},
     {"states": False},
 )
+_ALL_STATES: tuple[dict, ...] = (
+    {"all_states": True, "lengths": (5, 3, 3, 1)},
+    {"all_states": True},
+    {"all_states": True, "projected": 1, "states": False, "lengths": (6, 5, 2)},
+)
 _PROJECTIONS: tuple[dict, ...] = (
     {"projected": 3, "lengths": (6, 5, 2)},
     {"projected": 1},
@@ -277,6 +295,7 @@ def variants(case: Case, few: bool = False) -> list[Case]:
     """What may vary beside the sizes: the case, packed, without this and that, and projected if it can be."""
     changes = _VARIANTS[:2] if few else _VARIANTS
     if CELLS[case.cell].states > 1:
+        changes += _ALL_STATES[:1] if few else _ALL_STATES
         projections = _PROJECTIONS[:1] if few else _PROJECTIONS
         changes += tuple(p for p in projections if p["projected"] < case.sizes[3])
     return [case, *(replace(case, **change) for change in changes)]

@@ -48,8 +48,8 @@ def results(it: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Output and final states of the call with these tensors for its own."""
     remaining = iter(tensors)
     given = [None if t is None else next(remaining) for t in it.tensors]
-    output, finals = autograd.run(it.with_tensors(given))
-    return output, *finals
+    outputs, finals = autograd.run(it.with_tensors(given))
+    return *outputs, *finals
 
 
 def on_call(it: Call) -> Callable[..., tuple[Tensor, ...]]:

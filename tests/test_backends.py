@@ -157,10 +157,10 @@ def test_backends_agree(device: str, cell: str, directions: int) -> None:
         given = [None if t is None else t.clone().requires_grad_() for t in it.tensors]
         tensors = [t for t in given if t is not None]
         with rnnkit.backend(name):
-            output, finals = autograd.run(it.with_tensors(given))
+            outputs, finals = autograd.run(it.with_tensors(given))
         # The backward pass belongs to the backend of the forward pass, wherever it is called.
-        grads = torch.autograd.grad([output, *finals], tensors, it.grads)
-        found.append([output, *finals, *grads])
+        grads = torch.autograd.grad([*outputs, *finals], tensors, it.grads)
+        found.append([*outputs, *finals, *grads])
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
 
 

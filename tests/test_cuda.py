@@ -148,11 +148,11 @@ def test_the_kernels_agree(case: Case) -> None:
     it, found = call(case), {}
     for forward in KERNELS:
         with plan.forced(forward):
-            output, finals, reserve = it.forward()
+            outputs, finals, reserve = it.forward()
         for backwards in KERNELS:
             with plan.forced(backwards):
-                grads = it.backward(output, reserve)
-            found[forward, backwards] = it.named(output, finals, grads)
+                grads = it.backward(outputs, reserve)
+            found[forward, backwards] = it.named(outputs, finals, grads)
     expected = found.pop((KERNELS[0], KERNELS[0]))
     for kernels, results in found.items():
         for name, share in errors(results, expected).items():
@@ -258,8 +258,9 @@ def test_layout_changes_no_bit(case: Case, layout: Callable[[Tensor], Tensor]) -
     """At sizes whose rows are loaded in whole vectors where they lie well."""
     it = call(case)
     assert_same_bits(it.map(layout).run(), it.run())
-    output, _, reserve = it.forward()
-    assert_same_bits(it.backward(layout(output), layout(reserve)), it.backward(output, reserve))
+    outputs, _, reserve = it.forward()
+    found = it.backward([layout(output) for output in outputs], layout(reserve))
+    assert_same_bits(found, it.backward(outputs, reserve))
 
 
 @each_dtype
@@ -595,8 +596,8 @@ def test_more_elements_than_32_bits_count(cell: str, hidden: int) -> None:
     it = replace(it, input=input, grads=[torch.randn(steps, batch, hidden, **options)])
     assert steps * batch * CELLS[cell].gates * hidden > 2**31
     it = replace(it, grads=[it.grads[0], *[None] * CELLS[cell].states])
-    output, _, reserve = it.forward()
-    grads = dict(zip(it.gradient_names(), it.backward(output, reserve), strict=True))
+    outputs, _, reserve = it.forward()
+    grads = dict(zip(it.gradient_names(), it.backward(outputs, reserve), strict=True))
     del reserve
     part = steps // 4
     parts = chunks(it, part)
@@ -605,9 +606,9 @@ def test_more_elements_than_32_bits_count(cell: str, hidden: int) -> None:
     for index, chunk in reversed(list(enumerate(parts))):
         chunk = replace(chunk, grads=[*chunk.grads[:1], *carried])
         place = slice(index * part, index * part + chunk.input.size(0))
-        expected, _, reserve = chunk.forward()
-        assert relative_error(output[place], expected) < FORWARD[torch.bfloat16]
-        found = dict(zip(it.gradient_names(), chunk.backward(expected, reserve), strict=True))
+        (expected,), _, reserve = chunk.forward()
+        assert relative_error(outputs[0][place], expected) < FORWARD[torch.bfloat16]
+        found = dict(zip(it.gradient_names(), chunk.backward([expected], reserve), strict=True))
         error = relative_error(grads["grad input"][place], found.pop("grad input"))
         assert error < GRADIENT[torch.bfloat16]
         carried = [found.pop(name) for name in ("grad h_0", "grad c_0")[: len(carried)]]

@@ -176,9 +176,9 @@ def test_the_kernels_find_what_another_kept(case: Case) -> None:
     truth, baseline = it.to(torch.float64).reference(), it.reference()
     for first, second in product(plan.KERNELS, repeat=2):
         with plan.forced(first):
-            output, finals, reserve = it.forward()
+            outputs, finals, reserve = it.forward()
         with plan.forced(second):
-            results = it.named(output, finals, it.backward(output, reserve))
+            results = it.named(outputs, finals, it.backward(outputs, reserve))
         for name, result in results.items():
             assert_close_to_truth(
                 result,
@@ -222,9 +222,9 @@ def test_layout(cell: str, dtype: torch.dtype, layout: Callable, kernel: str) ->
     it = call(Case(cell, (2, 3, 8, 16), 1, dtype=dtype, off_kink=True))
     with plan.forced(kernel):
         assert_matches_reference(it, it.map(layout).run())
-        output, finals, reserve = it.forward()
-        grads = it.backward(layout(output), layout(reserve))
-        assert_matches_reference(it, it.named(output, finals, grads))
+        outputs, finals, reserve = it.forward()
+        grads = it.backward([layout(output) for output in outputs], layout(reserve))
+        assert_matches_reference(it, it.named(outputs, finals, grads))
 
 
 @on_host
@@ -291,9 +291,9 @@ cpu_kernels = pytest.mark.skipif(
 def test_bad_calls_are_refused_as_on_the_cpu(what: str) -> None:
     case, change = BAD_CALLS[what]
     it = call(case)
-    output, _, reserve = it.forward()
+    outputs, _, reserve = it.forward()
     bad: Call = replace(it, **change(it))
-    runs = [bad.forward, lambda: bad.backward(output, reserve)]
+    runs = [bad.forward, lambda: bad.backward(outputs, reserve)]
     expected = [refusal(run) for run in runs]
     with host_build.ops():
         assert [refusal(run) for run in runs] == expected
@@ -304,12 +304,13 @@ def test_bad_calls_are_refused_as_on_the_cpu(what: str) -> None:
 def test_bad_backward_calls_are_refused_as_on_the_cpu(what: str) -> None:
     case, change = BAD_BACKWARDS[what]
     it = call(case)
-    output, _, reserve = it.forward()
-    grads, output, reserve, needs = change(it.grads, output, reserve, it.all_needs)
+    outputs, _, reserve = it.forward()
+    given = (it.grads, outputs[0], reserve, it.all_needs, Keep.EVERYTHING)
+    grads, output, reserve, needs, keep = change(*given)
     bad = replace(it, grads=grads)
-    expected = refusal(lambda: bad.backward(output, reserve, needs))
+    expected = refusal(lambda: bad.backward([output], reserve, needs, keep))
     with host_build.ops():
-        assert refusal(lambda: bad.backward(output, reserve, needs)) == expected
+        assert refusal(lambda: bad.backward([output], reserve, needs, keep)) == expected
 
 
 @on_host

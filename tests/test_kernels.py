@@ -87,7 +87,7 @@ def test_empty(
 @pytest.mark.parametrize("cell", CELLS)
 def test_packed_is_each_sequence_alone(device: str, cell: str, lengths: tuple[int, ...]) -> None:
     it = call(Case(cell, (0, 0, 5, 4), 2, lengths, dtype=torch.float64, device=device))
-    output, finals, _ = it.forward()
+    outputs, finals, _ = it.forward()
     assert it.batch_sizes is not None
     first_rows = it.batch_sizes.cumsum(0) - it.batch_sizes
     for n, length in enumerate(lengths):
@@ -96,19 +96,19 @@ def test_packed_is_each_sequence_alone(device: str, cell: str, lengths: tuple[in
         alone = replace(
             it, input=it.input[rows].unsqueeze(1), states=states, batch_sizes=None, grads=[]
         )
-        output_alone, finals_alone, _ = alone.forward()
-        torch.testing.assert_close(output[rows], output_alone[:, 0])
+        (output_alone,), finals_alone, _ = alone.forward()
+        torch.testing.assert_close(outputs[0][rows], output_alone[:, 0])
         torch.testing.assert_close([state[:, n : n + 1] for state in finals], finals_alone)
 
 
 @on_small_cases_of_every_dtype
 def test_what_is_kept_changes_no_bit(case: Case) -> None:
     it = call(case)
-    output, finals, _ = it.forward()
+    outputs, finals, _ = it.forward()
     for keep in (Keep.NOTHING, Keep.STATES):
-        output_alone, finals_alone, reserve = it.forward(keep)
+        outputs_alone, finals_alone, reserve = it.forward(keep)
         assert keep or reserve.numel() == 0
-        assert_same_bits([output, *finals], [output_alone, *finals_alone])
+        assert_same_bits([*outputs, *finals], [*outputs_alone, *finals_alone])
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_gates_computed_again_are_the_same_to_the_last_bit(cell: str) -> None:
 @on_small_cases
 def test_only_needed_gradients(case: Case) -> None:
     it = call(case)
-    output, _, reserve = it.forward()
-    full = it.backward(output, reserve)
+    outputs, _, reserve = it.forward()
+    full = it.backward(outputs, reserve)
     places = [place for place, need in enumerate(it.all_needs) if need]
     random = torch.Generator().manual_seed(0)
     wanted = [{place} for place in places] + [set(places) - {place} for place in places] + [set()]
@@ -136,7 +136,7 @@ def test_only_needed_gradients(case: Case) -> None:
         {place for place in places if torch.rand((), generator=random) < 0.5} for _ in range(20)
     ]
     for want in wanted:
-        found = it.backward(output, reserve, [place in want for place in range(len(it.all_needs))])
+        found = it.backward(outputs, reserve, [place in want for place in range(len(it.all_needs))])
         assert_same_bits(
             found, [grad for place, grad in zip(places, full, strict=True) if place in want]
         )
@@ -156,21 +156,21 @@ def test_one_bias_missing(case: Case, missing: str) -> None:
 @on_small_cases
 def test_needing_what_is_not_there_gives_nothing(case: Case) -> None:
     it = call(replace(case, bias=False))
-    output, _, reserve = it.forward()
-    found = it.backward(output, reserve, [True] * len(it.all_needs))
-    assert_same_bits(found, it.backward(output, reserve))
+    outputs, _, reserve = it.forward()
+    found = it.backward(outputs, reserve, [True] * len(it.all_needs))
+    assert_same_bits(found, it.backward(outputs, reserve))
 
 
 @on_small_cases
 def test_missing_incoming_gradients_are_zero(case: Case) -> None:
     it = call(case)
-    output, _, reserve = it.forward()
+    outputs, _, reserve = it.forward()
     for given_grads in product((True, False), repeat=len(it.grads)):
         grads = [g if keep else None for g, keep in zip(it.grads, given_grads, strict=True)]
         zeros = [g if keep else g * 0 for g, keep in zip(it.grads, given_grads, strict=True)]
         assert_same_bits(
-            replace(it, grads=grads).backward(output, reserve),
-            replace(it, grads=zeros).backward(output, reserve),
+            replace(it, grads=grads).backward(outputs, reserve),
+            replace(it, grads=zeros).backward(outputs, reserve),
         )
         assert_matches_reference(replace(it, grads=grads))
 
@@ -178,8 +178,8 @@ def test_missing_incoming_gradients_are_zero(case: Case) -> None:
 @on_small_cases
 def test_second_backward_is_the_same(case: Case) -> None:
     it = call(case)
-    output, _, reserve = it.forward()
-    assert_same_bits(it.backward(output, reserve), it.backward(output, reserve))
+    outputs, _, reserve = it.forward()
+    assert_same_bits(it.backward(outputs, reserve), it.backward(outputs, reserve))
 
 
 def _offset(tensor: Tensor) -> Tensor:
@@ -223,8 +223,9 @@ def test_layout_changes_no_bit(case: Case, layout: Callable[[Tensor], Tensor]) -
 @on_small_cases
 def test_layout_of_what_the_forward_saved(case: Case, layout: Callable[[Tensor], Tensor]) -> None:
     it = call(case)
-    output, _, reserve = it.forward()
-    assert_same_bits(it.backward(layout(output), layout(reserve)), it.backward(output, reserve))
+    outputs, _, reserve = it.forward()
+    found = it.backward([layout(output) for output in outputs], layout(reserve))
+    assert_same_bits(found, it.backward(outputs, reserve))
 
 
 @on_small_cases
@@ -240,18 +241,18 @@ def test_expanded_tensors(case: Case) -> None:
 def test_arguments_are_only_read(case: Case) -> None:
     it = call(case)
     before = it.map(Tensor.clone)
-    output, _, reserve = it.forward()
-    saved = [output.clone(), reserve.clone()]
-    it.backward(output, reserve)
+    outputs, _, reserve = it.forward()
+    saved = [tensor.clone() for tensor in (*outputs, reserve)]
+    it.backward(outputs, reserve)
     assert_same_bits(it.every_tensor(), before.every_tensor())
-    assert_same_bits([output, reserve], saved)
+    assert_same_bits([*outputs, reserve], saved)
 
 
 @on_small_cases_of_every_dtype
 def test_results_have_memory_of_their_own(case: Case) -> None:
     it = call(case)
-    output, finals, reserve = it.forward()
-    results = [output, *finals, reserve, *it.backward(output, reserve)]
+    outputs, finals, reserve = it.forward()
+    results = [*outputs, *finals, reserve, *it.backward(outputs, reserve)]
     memory = [tensor.untyped_storage().data_ptr() for tensor in [*results, *it.every_tensor()]]
     assert len(set(memory)) == len(memory)
     assert all(result.is_contiguous() for result in results)
@@ -432,9 +433,9 @@ BAD_BACKWARDS: dict[str, tuple[Case, Callable]] = {
 def test_bad_calls_are_refused(device: str, what: str) -> None:
     case, change = BAD_CALLS[what]
     it = call(replace(case, device=device))
-    output, _, reserve = it.forward()
+    outputs, _, reserve = it.forward()
     bad = replace(it, **change(it))
-    for run in (bad.forward, lambda: bad.backward(output, reserve)):
+    for run in (bad.forward, lambda: bad.backward(outputs, reserve)):
         with pytest.raises(RuntimeError, match=r"^[Ee]xpected "):
             run()
     assert_matches_reference(it)
@@ -444,11 +445,11 @@ def test_bad_calls_are_refused(device: str, what: str) -> None:
 def test_bad_backward_calls_are_refused(device: str, what: str) -> None:
     case, change = BAD_BACKWARDS[what]
     it = call(replace(case, device=device))
-    output, _, reserve = it.forward()
-    given = (it.grads, output, reserve, it.all_needs, Keep.EVERYTHING)
+    outputs, _, reserve = it.forward()
+    given = (it.grads, outputs[0], reserve, it.all_needs, Keep.EVERYTHING)
     grads, output, reserve, needs, keep = change(*given)
     with pytest.raises(RuntimeError, match=r"^expected "):
-        replace(it, grads=grads).backward(output, reserve, needs, keep)
+        replace(it, grads=grads).backward([output], reserve, needs, keep)
 
 
 def test_kernels_are_for_this_cpu() -> None:

@@ -34,10 +34,10 @@ OPS = (torch.ops.rnnkit.layer_forward.default, torch.ops.rnnkit.layer_backward.d
 
 def arguments(it: Call, keep: Keep = Keep.EVERYTHING) -> tuple[list, list]:
     """Of both ops."""
-    output, _, reserve = it.forward(keep)
+    outputs, _, reserve = it.forward(keep)
     return (
         [*it.arguments, None, keep],
-        [*it.arguments, it.grads, output, reserve, keep, it.all_needs],
+        [*it.arguments, it.grads, outputs[0], reserve, keep, it.all_needs],
     )
 
 

@@ -54,6 +54,7 @@ CASES = [
         MODULES, (1, 2), ((1, 1, 1, 1), (4, 3, 5, 17), (7, 2, 3, 16))
     )
     for case in variants(Case(cell, sizes, directions, dtype=torch.float64))
+    if not case.all_states  # which torch.nn does not return
 ]
 
 
@@ -63,6 +64,25 @@ def test_against_torch(case: Case) -> None:
     torch.testing.assert_close(
         it.reference(), by_torch(case, it), rtol=1e-12, atol=1e-13, check_stride=False
     )
+
+
+@pytest.mark.parametrize("lengths", [(5, 3, 3, 1), (2, 2)])
+def test_all_states_against_cells_of_torch(lengths: tuple[int, ...]) -> None:
+    it = call(Case("lstm", (0, 0, 5, 4), 2, lengths, dtype=torch.float64, all_states=True))
+    assert it.batch_sizes is not None
+    outputs, _ = reference.run(it)
+    first_rows = it.batch_sizes.cumsum(0) - it.batch_sizes
+    for d, n in product(range(2), range(len(lengths))):
+        cell = nn.LSTMCell(5, 4, dtype=torch.float64)
+        with torch.no_grad():
+            for parameter, weight in zip(cell.parameters(), it.direction(d)[:4], strict=True):
+                parameter.copy_(weight)
+        state = [initial[d, n] for initial in it.states]
+        rows = (first_rows[: lengths[n]] + n).tolist()
+        for row in rows[::-1] if d else rows:
+            state = cell(it.input[row], state)
+            found = [output[row, d * 4 : (d + 1) * 4] for output in outputs]
+            torch.testing.assert_close(found, list(state), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -89,5 +109,5 @@ def test_spec_fits_the_step(cell: str) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_device_and_dtype_are_the_input_s(cell: str, dtype: torch.dtype, device: str) -> None:
     it = call(replace(Case(cell), dtype=dtype)).map(lambda t: t.to(device))
-    output, finals = reference.run(it)
-    assert {(t.device.type, t.dtype) for t in (output, *finals)} == {(device, dtype)}
+    outputs, finals = reference.run(it)
+    assert {(t.device.type, t.dtype) for t in (*outputs, *finals)} == {(device, dtype)}

@@ -229,7 +229,7 @@ def test_ops_that_meet_a_tensor_without_memory(cell: str) -> None:
     rows = torch.randn(10, 3)
     packed = OPS.pack_weights(cell, weights)
     call = LayerCall(cell, x, states, weights)
-    y, _, reserve = ops.layer_forward(call, None, Keep.EVERYTHING)
+    (y,), _, reserve = ops.layer_forward(call, None, Keep.EVERYTHING)
     needs = [True] * len(call.tensors)
     grads = [torch.ones_like(y), *[None] * len(states)]
     grads_on_meta = [torch.ones_like(y, **on_meta), *grads[1:]]
@@ -252,7 +252,7 @@ def test_ops_that_meet_a_tensor_without_memory(cell: str) -> None:
         with pytest.raises(RuntimeError, match=r"expected .* on .*, got"):
             ops.layer_backward(bad, *given, Keep.EVERYTHING, needs)
     on_meta_alone = LayerCall(cell, x.to("meta"), [], weights_of(cell, **on_meta))
-    assert ops.layer_forward(on_meta_alone, None, Keep.NOTHING)[0].is_meta
+    assert ops.layer_forward(on_meta_alone, None, Keep.NOTHING)[0][0].is_meta
 
 
 def test_pack_weights_without_any() -> None:
@@ -295,7 +295,7 @@ def test_kept_and_packed_memory_that_was_cut(cell: str, size: int) -> None:
     packed.untyped_storage().resize_(size)
     with pytest.raises(RuntimeError, match=f"expected packed .* bytes of memory, got {size}"):
         ops.layer_forward(call, packed, Keep.NOTHING)
-    y, finals, reserve = ops.layer_forward(call, None, Keep.EVERYTHING)
+    (y,), finals, reserve = ops.layer_forward(call, None, Keep.EVERYTHING)
     reserve.untyped_storage().resize_(size)
     if reserve.numel() > 0:
         with pytest.raises(RuntimeError, match=f"expected reserve .* bytes of memory, got {size}"):

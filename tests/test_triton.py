@@ -155,9 +155,9 @@ def test_each_design_finds_what_the_other_kept(device: str, cell: str) -> None:
     truth, baseline = it.to(torch.float64).reference(), it.reference()
     for first, second in (("sequence", "stepwise"), ("stepwise", "sequence")):
         with plan.forced(first):
-            output, finals, reserve = it.forward()
+            outputs, finals, reserve = it.forward()
         with plan.forced(second):
-            results = it.named(output, finals, it.backward(output, reserve))
+            results = it.named(outputs, finals, it.backward(outputs, reserve))
         for name, result in results.items():
             gradient = name.startswith("grad")
             assert_close_to_truth(
@@ -218,7 +218,7 @@ def test_tanh_of_small_values(device: str, exponent: int) -> None:
     dtype = torch.float32
     x = torch.linspace(-1, 1, 33, dtype=dtype, device=device).view(1, 1, 33) * 2.0**exponent
     weights = [torch.eye(33, device=device), torch.zeros(33, 33, device=device), None, None, None]
-    output = ops.layer_forward(LayerCall("rnn_tanh", x, [], weights), None, Keep.NOTHING)[0]
+    output = ops.layer_forward(LayerCall("rnn_tanh", x, [], weights), None, Keep.NOTHING)[0][0]
     torch.testing.assert_close(output, torch.tanh(x.double()).float(), rtol=1e-6, atol=0)
 
 
@@ -236,7 +236,7 @@ def test_nan_stays_in_its_row(device: str, cell: str, place: str, design: str) -
 def test_nan_is_not_lost(device: str, cell: str) -> None:
     it = call(Case(cell, (2, 3, 4, 5), device=device))
     it.input[0, 1, 2] = float("nan")
-    output, (final,), _ = it.forward()
+    (output,), (final,), _ = it.forward()
     assert output[:, 1].isnan().all() and final[:, 1].isnan().all()
     assert output[:, ::2].isfinite().all()
 
@@ -449,9 +449,9 @@ def test_more_than_2_31_values() -> None:
     batch = 2**20 + 40
     x = it.input[:, :1].expand(-1, batch, -1)
     weights = it.weights
-    output = ops.layer_forward(LayerCall("rnn_tanh", x, [], weights), None, Keep.NOTHING)[0]
+    output = ops.layer_forward(LayerCall("rnn_tanh", x, [], weights), None, Keep.NOTHING)[0][0]
     assert output.numel() > 2**31
-    few = ops.layer_forward(LayerCall("rnn_tanh", x[:, :64], [], weights), None, Keep.NOTHING)[0]
+    few = ops.layer_forward(LayerCall("rnn_tanh", x[:, :64], [], weights), None, Keep.NOTHING)[0][0]
     assert_same_bits([output[:, -64:]], [few])
 
 

@@ -164,7 +164,7 @@ def builds(case: Case, target: GPUTarget) -> Iterator[Build]:
         mock.patch.object(kernels, "forward", recorder("forward")),
         mock.patch.object(kernels, "backward", recorder("backward")),
     ):
-        output, _, reserve = gpu.layer_forward(arguments, None, Keep.EVERYTHING)
+        (output,), _, reserve = gpu.layer_forward(arguments, None, Keep.EVERYTHING)
         needs = arguments.all_needs
         gpu.layer_backward(arguments, arguments.grads, output, reserve, Keep.EVERYTHING, needs)
     yield from found.values()

@@ -1,7 +1,7 @@
 // The only list of cells: X(struct, name in the ops).
 //
 // A cell has, for one hidden unit of a lane type V:
-//   gates, states, saved   as in rnnkit.reference.CellSpec; at most two states
+//   gates, states, saved   as in rnnkit.reference.CellSpec
 //   units                  hidden units in one panel of packed weights
 //   grads, input_grad[]    gradients of the gates: the recurrent parts' come first, in gate order; input_grad[g] is
 //                          the place of the gradient of gate g's input part

@@ -173,9 +173,10 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
  public:
   // `tensors`: the caller's own of input, states and weights, of those that there are.
   static variable_list forward(torch::autograd::AutogradContext* ctx, const OpCall& call, at::TensorList tensors) {
-    auto [output, results, reserve] =
-        op_of<decltype(layer_forward)>("rnnkit::layer_forward")
-            .call(call.cell, call.x, call.states, OptionalTensors(call.weights), std::nullopt, std::nullopt, call.keep);
+    auto [outputs, results, reserve] = op_of<decltype(layer_forward)>("rnnkit::layer_forward")
+                                           .call(call.cell, call.x, call.states, OptionalTensors(call.weights),
+                                                 std::nullopt, /*all_states=*/false, std::nullopt, call.keep);
+    const Tensor output = outputs[0];
     ctx->set_materialize_grads(false);
     auto& data = ctx->saved_data;
     data["cell"] = call.cell;
@@ -251,9 +252,10 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
 
     variable_list found(1 + n);  // none for `call`
     if (ordinary && !written) {
-      const std::vector<Tensor> needed = op_of<decltype(layer_backward)>("rnnkit::layer_backward")
-                                             .call(cell, x, states, OptionalTensors(weights), std::nullopt,
-                                                   OptionalTensors(op_grads), output, reserve, keep, needs);
+      const std::vector<Tensor> needed =
+          op_of<decltype(layer_backward)>("rnnkit::layer_backward")
+              .call(cell, x, states, OptionalTensors(weights), std::nullopt, /*all_states=*/false,
+                    OptionalTensors(op_grads), output, reserve, keep, needs);
       for (size_t i = 0, next = 0; i < n; ++i)
         if (needs.get(places[i])) found[1 + i] = needed.at(next++);
     } else {
@@ -286,10 +288,10 @@ Results with_gradients(const OpCall& call, const Tensor& x, const std::vector<Te
 }
 
 Results without_gradients(const OpCall& call, const std::optional<Tensor>& packed) {
-  auto [output, finals, reserve] = op_of<decltype(layer_forward)>("rnnkit::layer_forward")
-                                       .call(call.cell, call.x, call.states, OptionalTensors(call.weights),
-                                             std::nullopt, packed, int64_t(Keep::nothing));
-  return {output, finals};
+  auto [outputs, finals, reserve] = op_of<decltype(layer_forward)>("rnnkit::layer_forward")
+                                        .call(call.cell, call.x, call.states, OptionalTensors(call.weights),
+                                              std::nullopt, /*all_states=*/false, packed, int64_t(Keep::nothing));
+  return {outputs[0], finals};
 }
 
 // One layer's share of all layers' states.

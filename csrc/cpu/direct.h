@@ -12,13 +12,14 @@
 
 namespace rnnkit {
 
-std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor> layer_forward(
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor> layer_forward(
     std::string_view cell, const at::Tensor& input, at::TensorList states, const OptionalTensors& weights,
-    const std::optional<at::Tensor>& batch_sizes, const std::optional<at::Tensor>& packed, int64_t kept);
+    const std::optional<at::Tensor>& batch_sizes, bool all_states, const std::optional<at::Tensor>& packed,
+    int64_t kept);
 
 std::vector<at::Tensor> layer_backward(std::string_view cell, const at::Tensor& input, at::TensorList states,
                                        const OptionalTensors& weights, const std::optional<at::Tensor>& batch_sizes,
-                                       const OptionalTensors& grads, const at::Tensor& output,
+                                       bool all_states, const OptionalTensors& grads, const at::Tensor& output,
                                        const at::Tensor& reserve, int64_t keep, const c10::List<bool>& needs);
 
 int64_t gates_of(std::string_view cell);

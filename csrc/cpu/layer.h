@@ -21,11 +21,27 @@ struct Direction {
   Sum<S>*grad_w_ih, *grad_w_hh, *grad_b_ih, *grad_b_hh, *grad_w_hr;
 };
 
+// The most states that a cell can have. Only the length of Layer::states depends on it.
+constexpr int kMaxStates = 4;
+
+// One state of a cell in all rows of a layer, of type T = Sum<S>. State 0 is h, of width P; the others have width H.
+template <class T>
+struct State {
+  const T* initial;  // [D, N, width]: before a row's first step; null: zeros
+  T* final;          // [D, N, width]: after a row's last step
+  T* all;            // [rows, D*width]: after each step; null: not asked for. Null for h, which is Layer::y
+
+  // In the backward pass.
+  const T* grad_final;  // like final; null: zeros
+  const T* grad_all;    // [rows, D*width], for h the gradient of Layer::y; null: zeros
+  T* grad_initial;      // like initial; null: not needed
+};
+
 // What the forward pass keeps for the backward pass.
 enum class Keep {
   nothing,
-  states,      // those after the first, before each step; the backward pass computes the gates again
-  everything,  // what Cell::saved counts
+  states,      // the states other than h, before each step: the backward pass computes the gates again
+  everything,  // the Cell::saved values
 };
 
 template <class S>
@@ -37,18 +53,11 @@ struct Layer {
   Direction<S> direction[2];
   const std::byte* packed;  // these weights as Kernels::pack left them, or null
   const S* x;               // [rows, I]
-  const T* initial[2];      // h_0 [D, N, P], c_0 [D, N, H]; null for zeros
-
-  S* y;         // [rows, D*P]
-  T* final[2];  // h_n [D, N, P], c_n [D, N, H]
+  S* y;                     // [rows, D*P]: h after each step. The backward pass reads it
+  State<T> states[kMaxStates];
   Keep keep;
-  T* reserve;  // [D, rows, what is kept, H], or null: nothing is
-
-  // The backward pass reads y and reserve, and:
-  const T* grad_y;         // [rows, D*P] or null
-  const T* grad_final[2];  // like final, or null
-  T* grad_x;               // [rows, I] or null
-  T* grad_initial[2];      // like initial, or null
+  T* reserve;  // [D, rows, values kept, H], written by the forward and read by the backward pass; null: nothing is kept
+  T* grad_x;   // [rows, I], written by the backward pass; null: not needed
 
   int threads;  // to use at the most
 

@@ -9,6 +9,7 @@
 
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/caches.h"
@@ -81,7 +82,7 @@ Layer<S> make_layer(const Call& call, Operands& operands) {
     direction.w_hr = operands.read<S>(call.weight(d, 4));
   }
   layer.x = operands.read<S>(call.input);
-  for (size_t i = 0; i < call.states.size(); ++i) layer.initial[i] = operands.read<T>(call.states[i]);
+  for (size_t i = 0; i < call.states.size(); ++i) layer.states[i].initial = operands.read<T>(call.states[i]);
   layer.threads = call.threads();
   layer.wants_to_stop = wants_to_stop;
   return layer;
@@ -116,27 +117,28 @@ void with_operand_type(const Call& call, const Body& body) {
 int64_t gates_of(std::string_view cell) { return find_cell(cell).gates; }
 int64_t states_of(std::string_view cell) { return find_cell(cell).states; }
 
-std::tuple<Tensor, std::vector<Tensor>, Tensor> layer_forward(std::string_view cell, const Tensor& input,
-                                                              at::TensorList states, const OptionalTensors& weights,
-                                                              const std::optional<Tensor>& batch_sizes,
-                                                              const std::optional<Tensor>& packed, int64_t kept) {
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> layer_forward(
+    std::string_view cell, const Tensor& input, at::TensorList states, const OptionalTensors& weights,
+    const std::optional<Tensor>& batch_sizes, bool all_states, const std::optional<Tensor>& packed, int64_t kept) {
   TORCH_CHECK(kept >= 0 && kept <= 2, "expected keep to be 0, 1 or 2, got ", kept);
   const Keep keep = static_cast<Keep>(kept);
-  const Call call(cell, input, states, weights, batch_sizes);
-  const Tensor output = call.empty() ? at::zeros(call.output_shape(), call.operand_options())
-                                     : allocate(call.output_shape(), call.operand_options());
-  std::vector<Tensor> finals;
-  for (int64_t i = 0; i < call.cell.states; ++i)
-    finals.push_back(call.empty() ? at::zeros(call.state_shape(i), call.compute_options())
-                                  : at::empty(call.state_shape(i), call.compute_options()));
+  const Call call(cell, input, states, weights, batch_sizes, all_states);
+  const auto result = [&](const std::vector<int64_t>& shape, const at::TensorOptions& options) {
+    return call.empty() ? at::zeros(shape, options) : allocate(shape, options);
+  };
+  // h is written in the type that the next product reads.
+  std::vector<Tensor> outputs = {result(call.output_shape(0), call.operand_options())}, finals;
+  for (int64_t i = 1; i < call.outputs(); ++i) outputs.push_back(result(call.output_shape(i), call.compute_options()));
+  for (int64_t i = 0; i < call.cell.states; ++i) finals.push_back(result(call.state_shape(i), call.compute_options()));
   const Tensor reserve = allocate(call.reserve_shape(keep), call.compute_options());
   with_operand_type(call, [&](auto operand) {
     using S = decltype(operand);
     using T = Sum<S>;
     Operands operands;
     Layer<S> layer = make_layer<S>(call, operands);
-    layer.y = data<S>(output);
-    for (size_t i = 0; i < finals.size(); ++i) layer.final[i] = data<T>(finals[i]);
+    layer.y = data<S>(outputs[0]);
+    for (int64_t i = 1; i < call.outputs(); ++i) layer.states[i].all = data<T>(outputs[i]);
+    for (size_t i = 0; i < finals.size(); ++i) layer.states[i].final = data<T>(finals[i]);
     layer.keep = keep;
     layer.reserve = data<T>(reserve);
     const Kernels<S>& kernels = kernels_of<S>(call.cell);
@@ -150,8 +152,9 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> layer_forward(std::string_view c
     }
     run(kernels.forward_scratch, kernels.forward, layer);
   });
-  for (Tensor& state : finals) state = state.to(call.input.scalar_type());
-  return {output.to(call.input.scalar_type()), finals, reserve};
+  for (std::vector<Tensor>* results : {&outputs, &finals})
+    for (Tensor& tensor : *results) tensor = tensor.to(call.input.scalar_type());
+  return {std::move(outputs), std::move(finals), reserve};
 }
 
 namespace {
@@ -160,7 +163,8 @@ Tensor pack_weights(std::string_view cell, const OptionalTensors& weights) {
   TORCH_CHECK(weights.size() > 0 && weights.get(0) && weights.get(0)->dim() == 2,
               "expected weights to begin with w_ih of 2 dimensions");
   const Tensor w_ih = *weights.get(0);
-  const Call call(cell, at::empty({1, 1, w_ih.size(1)}, w_ih.options()), {}, weights, std::nullopt);
+  const Call call(cell, at::empty({1, 1, w_ih.size(1)}, w_ih.options()), {}, weights, std::nullopt,
+                  /*all_states=*/false);
   Tensor packed = at::empty({0}, at::kByte);
   with_operand_type(call, [&](auto operand) {
     using S = decltype(operand);
@@ -177,9 +181,9 @@ Tensor pack_weights(std::string_view cell, const OptionalTensors& weights) {
 
 std::vector<Tensor> layer_backward(std::string_view cell, const Tensor& input, at::TensorList states,
                                    const OptionalTensors& weights, const std::optional<Tensor>& batch_sizes,
-                                   const OptionalTensors& grads, const Tensor& output, const Tensor& reserve,
-                                   int64_t keep, const c10::List<bool>& needs) {
-  const Call call(cell, input, states, weights, batch_sizes);
+                                   bool all_states, const OptionalTensors& grads, const Tensor& output,
+                                   const Tensor& reserve, int64_t keep, const c10::List<bool>& needs) {
+  const Call call(cell, input, states, weights, batch_sizes, all_states);
   call.check_backward(grads, output, reserve, keep, needs);
   std::vector<Tensor> wanted = {input};
   wanted.insert(wanted.end(), call.states.begin(), call.states.end());
@@ -197,11 +201,12 @@ std::vector<Tensor> layer_backward(std::string_view cell, const Tensor& input, a
     layer.y = const_cast<S*>(operands.read<S>(output));  // only read in the backward pass
     layer.keep = static_cast<Keep>(keep);
     layer.reserve = const_cast<T*>(operands.read<T>(reserve));
-    layer.grad_y = operands.read<T>(grads.get(0));
-    for (int64_t i = 0; i < call.cell.states; ++i) layer.grad_final[i] = operands.read<T>(grads.get(i + 1));
+    for (int64_t i = 0; i < call.outputs(); ++i) layer.states[i].grad_all = operands.read<T>(grads.get(i));
+    for (int64_t i = 0; i < call.cell.states; ++i)
+      layer.states[i].grad_final = operands.read<T>(grads.get(call.outputs() + i));
     const auto write = [&](size_t i) { return results[i].defined() ? data<T>(results[i]) : nullptr; };
     layer.grad_x = write(0);
-    for (size_t i = 0; i < call.states.size(); ++i) layer.grad_initial[i] = write(1 + i);
+    for (size_t i = 0; i < call.states.size(); ++i) layer.states[i].grad_initial = write(1 + i);
     for (int64_t d = 0; d < call.directions; ++d) {
       const size_t first = 1 + call.states.size() + d * kWeights;
       Direction<S>& direction = layer.direction[d];

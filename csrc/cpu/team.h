@@ -1,4 +1,4 @@
-// Threads of one parallel region: a barrier, and even shares of work.
+// Threads of one parallel region: how they meet, how they treat denormals, and how they end early.
 #pragma once
 
 #include <omp.h>
@@ -16,18 +16,6 @@
 #endif
 
 namespace rnnkit::RNNKIT_CAPABILITY {
-
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
-// The part of [0, total) that falls to member `index` of `members`, in multiples of `grain`.
-inline Range share(int64_t total, int64_t index, int64_t members, int64_t grain = 1) {
-  const int64_t grains = (total + grain - 1) / grain;
-  const int64_t begin = grains * index / members * grain, end = grains * (index + 1) / members * grain;
-  return {begin < total ? begin : total, end < total ? end : total};
-}
 
 // Waits by spinning, since a step lasts microseconds, but not for long: when more threads are wanted than the
 // machine has, a member that only spins keeps the others from running.

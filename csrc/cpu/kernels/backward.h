@@ -11,13 +11,12 @@ namespace rnnkit::RNNKIT_CAPABILITY {
 
 template <class Cell, class S>
 class Backward {
-  static_assert(kFits<Cell>);
   using T = Sum<S>;
 
  public:
   Backward(const Layer<S>& layer, std::byte* scratch)
       : layer_(layer),
-        projects_(layer.direction[0].w_hr != nullptr),
+        projects_(kCanProject<Cell> && layer.direction[0].w_hr != nullptr),
         recomputes_(layer.keep == Keep::states && Cell::saved > 0),
         pack_recurrent_(kPair > 1 || layer.steps * ((layer.batch + kDotRows - 1) / kDotRows) > kFewSteps ||
                         layer.projected % kLanes<T> != 0),
@@ -28,11 +27,11 @@ class Backward {
         stop_(layer.wants_to_stop, /*work=*/1e6) {
     const int64_t D = layer.directions, N = layer.batch, H = layer.hidden, P = layer.projected, I = layer.input;
     for (const Chunk& chunk : chunks_)
-      for (int64_t d = 0; d < D; ++d) most_rows_ = most(most_rows_, round_up(chunk.rows[d].size(), kPair));
+      for (int64_t d = 0; d < D; ++d) most_rows_ = max_of(most_rows_, round_up(chunk.rows[d].size(), kPair));
     const int64_t R = 2 * D * most_rows_;  // two chunks: the next is begun while this one is multiplied
     grads_ = arena_.take<S>(R * Cell::grads * H);
     grad_h_ = arena_.take<T>(D * N * P);
-    grad_c_ = arena_.take<T>(D * (Cell::states - 1) * N * H);
+    grad_others_ = arena_.take<T>(D * N * kOthers<Cell> * H);
     w_hh_ = arena_.take<S>(pack_recurrent_ ? D * Cell::gates * H * round_up(P, kPanel) : 0);
     w_hr_ = arena_.take<S>(projects_ ? D * round_up(P, kPair) * round_up(H, kPanel) : 0);
     w_ih_ = arena_.take<S>(pack_input_ && layer.grad_x != nullptr ? D * Cell::gates * H * round_up(I, kPanel) : 0);
@@ -67,7 +66,8 @@ class Backward {
           weight_gradients(chunk, d, thread, threads);
         }
       }
-      if (layer_.grad_initial[0] == nullptr && layer_.grad_initial[1] == nullptr) return;
+      if (std::all_of(layer_.states, layer_.states + Cell::states, [](auto& s) { return s.grad_initial == nullptr; }))
+        return;
       for_shares_of(chunks_.back(), thread, threads,
                     [&](const Share<S>& own) { step_all(chunks_.back(), own, -1, own.meets ? all : alone); });
     });
@@ -118,10 +118,10 @@ class Backward {
   void pack(S* packed, const S* w, int64_t K, int64_t columns, int64_t d, int thread, int threads) {
     if (packed == nullptr) return;
     const int64_t width = round_up(columns, kPanel);
-    const Range panels = share(width / kPanel, thread, threads);
+    const Range panels = range_of(width / kPanel, thread, threads);
     for (int64_t p = panels.begin; p < panels.end; ++p)
       pack_rows<S>(
-          K, least(kPanel, columns - p * kPanel), [&](int64_t k) { return w + k * columns + p * kPanel; },
+          K, min_of(kPanel, columns - p * kPanel), [&](int64_t k) { return w + k * columns + p * kPanel; },
           packed + d * K * width, width, p * kPanel);
   }
 
@@ -134,11 +134,14 @@ class Backward {
       pack(w_hr_, weights.w_hr, P, H, d, thread, threads);
     }
     if (recomputes_) recomputed_.pack(thread, threads);
-    start(grad_h_, layer_.grad_final[0], P, thread, threads);
-    start(grad_c_, layer_.grad_final[1], H, thread, threads);
-    start(initial_h_, layer_.initial[0], P, thread, threads);
+    start(grad_h_, layer_.states[0].grad_final, P, thread, threads);
+    start(initial_h_, layer_.states[0].initial, P, thread, threads);
+    const Range rows = range_of(layer_.directions * layer_.batch, thread, threads);
+    for (int64_t i = rows.begin; i < rows.end; ++i)
+      for (int64_t k = 0; k < kOthers<Cell>; ++k)
+        copy_row(at(layer_.states[k + 1].grad_final, i * H), H, grad_others_ + (i * kOthers<Cell> + k) * H);
     if (layer_.grad_x != nullptr && layer_.directions > 1) {  // otherwise it is written, not added to
-      const Range own = share(layer_.rows() * layer_.input, thread, threads, 64);
+      const Range own = range_of(layer_.rows() * layer_.input, thread, threads, 64);
       std::memset(layer_.grad_x + own.begin, 0, own.size() * sizeof(T));
     }
   }
@@ -146,28 +149,23 @@ class Backward {
   template <class E>
   void start(E* to, const T* from, int64_t width, int thread, int threads) {
     if (to == nullptr) return;
-    const Range own = share(layer_.directions * layer_.batch * width, thread, threads, 64);
+    const Range own = range_of(layer_.directions * layer_.batch * width, thread, threads, 64);
     copy_row(from == nullptr ? nullptr : from + own.begin, own.size(), to + own.begin);
-  }
-
-  const S* previous_h(const Rows<S>& rows, int64_t t, int64_t n) const {
-    const S* h = rows.previous_h(t, n);
-    return h != nullptr ? h : initial_h_ + (rows.direction * layer_.batch + n) * layer_.projected;
   }
 
   // What the forward pass would have saved for the chunk's rows, from x, y and the states that were kept.
   void compute_gates(const Chunk& chunk, int thread, int threads, Barrier& all) {
     const int64_t P = layer_.projected, panels = recomputed_.panels();
     for (int64_t d = 0; d < layer_.directions; ++d) {
-      const Range own = share(chunk.rows[d].size(), thread, threads);
+      const Range own = range_of(chunk.rows[d].size(), thread, threads);
       PreviousH h = previous_rows(chunk, d);
       for (int64_t i = own.begin; i < own.end; ++i) copy_row(h.row(i), P, previous_h_ + (d * most_rows_ + i) * P);
     }
     all.wait();
-    const Range tasks = share(layer_.directions * panels, thread, threads);
+    const Range tasks = range_of(layer_.directions * panels, thread, threads);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t d = task / panels, p = task % panels, count = chunk.rows[d].size();
-      for (int64_t m = 0; m < count; m += kRowBlock) compute_gates(chunk, d, p, m, least(kRowBlock, count - m));
+      for (int64_t m = 0; m < count; m += kRowBlock) compute_gates(chunk, d, p, m, min_of(kRowBlock, count - m));
     }
     all.wait();
   }
@@ -185,8 +183,9 @@ class Backward {
         Vector<T> x[Cell::gates], from_h[Cell::gates], state[Cell::states], save[Cell::saved + 1];
         recomputed_.parts(gates[0] + i * width, gates[1] + i * width, recomputed_.bias(d, p), u, lanes, x, from_h);
         state[0] = Cell::uses_previous_h ? load(h + i * P + unit, lanes) : Vector<T>{};
-        if constexpr (Cell::states > 1)
-          state[1] = load(layer_.reserve + (d * layer_.rows() + row + i) * H + unit, lanes);
+        const T* others = layer_.reserve + (d * layer_.rows() + row + i) * kOthers<Cell> * H + unit;
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < kOthers<Cell>; ++k) state[k + 1] = load(others + k * H, lanes);
         Cell::forward(x, from_h, state, save);
         T* to = saved_ + (d * most_rows_ + first + i) * Cell::saved * H + unit;
 #pragma GCC unroll 8
@@ -218,12 +217,12 @@ class Backward {
   template <class Body>
   static void for_panels(int64_t columns, const Share<S>& share_of, int64_t s, const Body& body) {
     constexpr int64_t grain = 16;
-    const Range own = share(columns, share_of.member, share_of.members, grain);
+    const Range own = range_of(columns, share_of.member, share_of.members, grain);
     if (own.size() == 0) return;
     const Sweep sweep({own.begin / kPanel, (own.end + kPanel - 1) / kPanel}, s);
-    const auto first = [&](int64_t panel) { return most(own.begin, panel * kPanel); };
+    const auto first = [&](int64_t panel) { return max_of(own.begin, panel * kPanel); };
     for (int64_t i = 0; i < sweep.size(); ++i)
-      body(first(sweep[i]), least(own.end, (sweep[i] + 1) * kPanel) - first(sweep[i]), first(sweep.next(i)));
+      body(first(sweep[i]), min_of(own.end, (sweep[i] + 1) * kPanel) - first(sweep[i]), first(sweep.next(i)));
   }
 
   // Where a chunk's values of a row begin, of `width` each, in a buffer of two chunks and all directions.
@@ -236,28 +235,31 @@ class Backward {
     return in_chunk(grads_, chunk, d, row, Cell::grads * layer_.hidden);
   }
 
-  // The gradient of h after visit s, columns first to first + width: from the output, from visit s + 1 through the
-  // recurrent weights, and what was carried. Then the cell; or, for rows that begin after visit s, the result.
-  // `next`: the first column of the step after this one, to be fetched meanwhile; the same: none.
-  void step(const Chunk& chunk, const Rows<S>& rows, int64_t s, int64_t first, int64_t width, int64_t next) {
+  // Columns first to first + width of the gradient of h between steps s and s + 1: what grad_h_ holds and, of rows that
+  // step s + 1 has, the product with its gates' gradients. It belongs to the initial h of rows that begin at s + 1; to
+  // the other rows the gradient of y is added, and the cell's backward of step s follows.
+  // `next`: the first column of the panel after this one, to be fetched meanwhile; `first`: none.
+  void step(const Chunk& chunk, const ActiveRows<S>& rows, int64_t s, int64_t first, int64_t width, int64_t next) {
     const int64_t d = rows.direction, H = layer_.hidden, P = layer_.projected;
-    const int64_t alive = rows.alive(s), alive_after = rows.alive(s + 1);
+    const Carry here = rows.before(s), after_s = rows.before(s + 1);
+    const int64_t touched = max_of(here.active, after_s.active);
     const int64_t K = Cell::gates * H, lda = Cell::grads * H;
     const MatrixB<S> w = matrix(w_hh_, layer_.direction[d].w_hh, K, P, d);
     const S* ahead = next != first ? w.column(next).b : nullptr;
-    const Chunk& after = s + 1 < chunk.end ? chunk : chunks_[most(0, chunk.index - 1)];
+    const Chunk& after = s + 1 < chunk.end ? chunk : chunks_[max_of(0, chunk.index - 1)];
     alignas(64) T recurrent[kRowBlock * kPanel];
-    for (int64_t m = 0; m < most(alive, alive_after); m += kRowBlock) {
-      const int64_t count = least(kRowBlock, most(alive, alive_after) - m);
-      const int64_t from_after = most(0, least(count, alive_after - m));
+    for (int64_t m = 0; m < touched; m += kRowBlock) {
+      const int64_t count = min_of(kRowBlock, touched - m);
+      const int64_t from_after = max_of(0, min_of(count, after_s.active - m));
       if (from_after > 0)
         gemm<S>(from_after, round_up(width, kLanes<T>), K, rows_of(gate_grads(after, d, rows.first(s + 1) + m), lda),
                 w.from(0, first), recurrent, kPanel, false, m == 0 ? ahead : nullptr);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t n = rows.range.begin + m + i, state = (d * layer_.batch + n) * P + first;
-        const T* from_product = i < from_after ? recurrent + i * kPanel : nullptr;
+        const Before before = after_s.of(m + i);
+        const T* from_product = before == Before::carried ? nullptr : recurrent + i * kPanel;
         T* grad_h = grad_h_ + state;
-        if (m + i >= alive) {
+        if (before == Before::initial) {
           for_vectors<T>(width, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
             Vector<T> grad = load(grad_h + u, lanes);
             if (from_product != nullptr) grad += load(from_product + u);
@@ -266,9 +268,10 @@ class Backward {
           continue;
         }
         const int64_t row = rows.first(s) + m + i;
-        const T* grad_y = at(layer_.grad_y, (row * layer_.directions + d) * P + first);
+        const T* grad_y = at(layer_.states[0].grad_all, (row * layer_.directions + d) * P + first);
         S* grad_projected = projects_ ? in_chunk(grad_projected_, chunk, d, row, P) + first : nullptr;
-        const RowOfCell of = projects_ ? RowOfCell{} : row_of_cell(chunk, rows, s, row, n);
+        const RowOfCell of = projects_ ? RowOfCell{} : row_of_cell(chunk, rows, s, m + i, here);
+        if (!projects_) add_grad_all(of, row, d, first, width);
         for_vectors<T>(width, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
           Vector<T> grad = load(grad_h + u, lanes);
           if (from_product != nullptr) grad += load(from_product + u);
@@ -287,54 +290,70 @@ class Backward {
   // A row's gradients of its initial states.
   template <class Count>
   RNNKIT_INLINE void finish(int64_t state, int64_t unit, int64_t d, int64_t n, Vector<T> grad_h, Count lanes) {
-    if (layer_.grad_initial[0] != nullptr) store(layer_.grad_initial[0] + state, grad_h, lanes);
-    if (!projects_) finish_c(d, n, unit, lanes);
+    if (layer_.states[0].grad_initial != nullptr) store(layer_.states[0].grad_initial + state, grad_h, lanes);
+    if (!projects_) finish_others(d, n, unit, lanes);
   }
   template <class Count>
-  RNNKIT_INLINE void finish_c(int64_t d, int64_t n, int64_t unit, Count lanes) {
-    if (layer_.grad_initial[1] == nullptr) return;
-    const int64_t state = (d * layer_.batch + n) * layer_.hidden + unit;
-    store(layer_.grad_initial[1] + state, load(grad_c_ + state, lanes), lanes);
+  RNNKIT_INLINE void finish_others(int64_t d, int64_t n, int64_t unit, Count lanes) {
+    const int64_t H = layer_.hidden, row = d * layer_.batch + n;
+    for (int64_t k = 0; k < kOthers<Cell>; ++k)
+      if (T* grad_initial = layer_.states[k + 1].grad_initial; grad_initial != nullptr)
+        store(grad_initial + row * H + unit, load(grad_others_ + (row * kOthers<Cell> + k) * H + unit, lanes), lanes);
   }
 
   // The same where h was projected: the gradient of h before the projection, for units first to first + width.
-  void step_behind_projection(const Chunk& chunk, const Rows<S>& rows, int64_t s, int64_t first, int64_t width) {
+  void step_behind_projection(const Chunk& chunk, const ActiveRows<S>& rows, int64_t s, int64_t first, int64_t width) {
     const int64_t d = rows.direction, H = layer_.hidden, P = layer_.projected;
-    const int64_t alive = rows.alive(s), alive_after = rows.alive(s + 1);
+    const Carry here = rows.before(s), next = rows.before(s + 1);
     const MatrixB<S> w = matrix(w_hr_, nullptr, P, H, d).from(0, first);
     alignas(64) T grads[kRowBlock * kPanel];
-    for (int64_t m = 0; m < alive; m += kRowBlock) {
-      const int64_t count = least(kRowBlock, alive - m);
+    for (int64_t m = 0; m < here.active; m += kRowBlock) {
+      const int64_t count = min_of(kRowBlock, here.active - m);
       gemm<S>(count, round_up(width, kLanes<T>), P,
               rows_of(in_chunk(grad_projected_, chunk, d, rows.first(s) + m, P), P), w, grads, kPanel, false);
       for (int64_t i = 0; i < count; ++i) {
-        const RowOfCell of = row_of_cell(chunk, rows, s, rows.first(s) + m + i, rows.range.begin + m + i);
+        const RowOfCell of = row_of_cell(chunk, rows, s, m + i, here);
+        add_grad_all(of, rows.first(s) + m + i, d, first, width);
         for_vectors<T>(width, [&](int64_t u, auto lanes)
                                   RNNKIT_INLINE_LAMBDA { cell(of, first + u, lanes, load(grads + i * kPanel + u)); });
       }
     }
-    for (int64_t m = alive; m < alive_after; ++m)
-      for_vectors<T>(width, [&](int64_t u, auto lanes) { finish_c(d, rows.range.begin + m, first + u, lanes); });
+    for (int64_t m = next.continuing; m < next.active; ++m)  // rows that begin at step s + 1
+      for_vectors<T>(width, [&](int64_t u, auto lanes) { finish_others(d, rows.range.begin + m, first + u, lanes); });
   }
 
   // What the cell's backward reads and writes of one row, each from unit 0 on; null: not there.
   struct RowOfCell {
-    const T* saved;       // [Cell::saved, H]
-    const S *h, *before;  // h after the step, and before it
-    T* grad_c;
+    const T* saved;          // [Cell::saved, H]
+    const S *h, *before;     // h after the step, and before it
+    T* grad_others;          // [kOthers, H]: in after the step, out before it
     S *grads, *unprojected;  // grads: [Cell::grads, H]
   };
-  RowOfCell row_of_cell(const Chunk& chunk, const Rows<S>& rows, int64_t s, int64_t row, int64_t n) const {
-    const int64_t d = rows.direction, H = layer_.hidden;
+  // `n`: the row in the range.
+  RowOfCell row_of_cell(const Chunk& chunk, const ActiveRows<S>& rows, int64_t s, int64_t n, const Carry& carry) const {
+    const int64_t d = rows.direction, H = layer_.hidden, row = rows.first(s) + n;
     RowOfCell of{};
     of.saved = recomputes_ ? saved_ + (d * most_rows_ + row - chunk.rows[d].begin) * Cell::saved * H
                            : layer_.reserve + (d * layer_.rows() + row) * Cell::saved * H;
     if (Cell::uses_h) of.h = layer_.y + (row * layer_.directions + d) * H;
-    if (Cell::uses_previous_h) of.before = previous_h(rows, rows.step(s), n);
-    if (Cell::states > 1) of.grad_c = grad_c_ + (d * layer_.batch + n) * H;
+    if (Cell::uses_previous_h) of.before = rows.operand(s, n, carry, initial_h_);
+    of.grad_others = at(grad_others_, (d * layer_.batch + rows.range.begin + n) * kOthers<Cell> * H);
     of.grads = gate_grads(chunk, d, row);
     if (projects_) of.unprojected = in_chunk(unprojected_, chunk, d, row, H);
     return of;
+  }
+
+  // Adds the gradients of the states other than h after this step, for units first to first + width of a row.
+  void add_grad_all(const RowOfCell& of, int64_t row, int64_t d, int64_t first, int64_t width) const {
+    const int64_t H = layer_.hidden;
+    for (int64_t k = 0; k < kOthers<Cell>; ++k) {
+      const T* grad_all = at(layer_.states[k + 1].grad_all, (row * layer_.directions + d) * H + first);
+      T* sum = of.grad_others + k * H + first;
+      if (grad_all == nullptr) continue;
+      for_vectors<T>(width, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
+        store(sum + u, load(sum + u, lanes) + load(grad_all + u, lanes), lanes);
+      });
+    }
   }
 
   // The cell's backward for some units of a row; returns what it carries to the previous h besides the gates.
@@ -347,11 +366,13 @@ class Backward {
     for (int64_t k = 0; k < Cell::saved; ++k) save[k] = load(of.saved + k * H + unit, lanes);
     if constexpr (Cell::uses_h) h = load(of.h + unit, lanes);
     if constexpr (Cell::uses_previous_h) before = load(of.before + unit, lanes);
-    if constexpr (Cell::states > 1) grad_state[1] = load(of.grad_c + unit, lanes);
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < kOthers<Cell>; ++k) grad_state[k + 1] = load(of.grad_others + k * H + unit, lanes);
     Cell::backward(save, h, before, grad_state, grad);
 #pragma GCC unroll 8
     for (int64_t k = 0; k < Cell::grads; ++k) store(of.grads + k * H + unit, grad[k], lanes);
-    if constexpr (Cell::states > 1) store(of.grad_c + unit, grad_state[1], lanes);
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < kOthers<Cell>; ++k) store(of.grad_others + k * H + unit, grad_state[k + 1], lanes);
     if (of.unprojected != nullptr) store(of.unprojected + unit, Cell::output(save), lanes);
     return grad_state[0];
   }
@@ -375,15 +396,15 @@ class Backward {
     const int64_t panels = (I + kPanel - 1) / kPanel;
     const MatrixB<S> w = matrix(w_ih_, layer_.direction[d].w_ih, K, I, d);
     const bool fetch = w_ih_ != nullptr && outgrow_cache<S>(K * I);
-    const Range tasks = share(blocks * panels, thread, threads);
+    const Range tasks = range_of(blocks * panels, thread, threads);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-      const Range rows = share(count, task / panels, blocks);
+      const Range rows = range_of(count, task / panels, blocks);
       const int64_t row = chunk.rows[d].begin + rows.begin;
       const int64_t first = task % panels * kPanel, next = (task + 1) % panels * kPanel;
       bool add = layer_.directions > 1;
       for_input_gates([&](int64_t gate, int64_t gates, int64_t column) {
         const int64_t after = gate + gates < Cell::gates ? gate + gates : 0;
-        gemm<S>(rows.size(), least(kPanel, I - first), gates * H, rows_of(gate_grads(chunk, d, row) + column * H, lda),
+        gemm<S>(rows.size(), min_of(kPanel, I - first), gates * H, rows_of(gate_grads(chunk, d, row) + column * H, lda),
                 w.from(gate * H, first), layer_.grad_x + row * I + first, I, add,
                 fetch ? w.from(after * H, after > 0 ? first : next).column(0).b : nullptr);
         add = true;
@@ -438,19 +459,21 @@ class Backward {
   }
   struct PreviousH {
     const Backward& of;
-    Rows<S> rows;
+    ActiveRows<S> rows;
     int64_t first, t;  // row 0 of the chunk, and a step near those asked for
     const S* row(int64_t r) {
       r += first;
       while (r < rows.layer.begin(t)) --t;
       while (r >= rows.layer.begin(t + 1)) ++t;
-      return of.previous_h(rows, t, r - rows.layer.begin(t));
+      const int64_t s = rows.time(t);
+      return rows.operand(s, r - rows.layer.begin(t), rows.before(s), of.initial_h_);
     }
+    // The operands of rows that all continue lie in y, evenly if each step has the same rows.
     int64_t distance(int64_t r, int64_t depth) const {
       const int64_t N = rows.layer.batch, R = rows.layer.rows();
       const bool dense = R == rows.layer.steps * N;
-      const bool inside = rows.direction == 0 ? first + r >= N : first + r + depth <= R - N;
-      return dense && inside ? rows.layer.directions * rows.layer.projected : 0;
+      const bool continuing = rows.direction == 0 ? first + r >= N : first + r + depth <= R - N;
+      return dense && continuing ? rows.layer.directions * rows.layer.projected : 0;
     }
   };
 
@@ -489,13 +512,13 @@ class Backward {
   template <class B>
   static void pack_operand(B b, int64_t rows, int64_t columns, S* to, int thread, int threads) {
     const int64_t panels = panelled(columns) / kPanel, blocks = (rows + kDepth - 1) / kDepth;
-    const Range tasks = share(blocks * panels, thread, threads);
+    const Range tasks = range_of(blocks * panels, thread, threads);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t r = task / panels * kDepth, n = task % panels * kPanel;
-      const int64_t depth = least(kDepth, rows - r), K = round_up(depth, kPair);
+      const int64_t depth = min_of(kDepth, rows - r), K = round_up(depth, kPair);
       if (lie_well(b, r, depth, columns)) continue;
       pack_rows<S>(
-          depth, least(kPanel, columns - n), [&](int64_t k) { return b.row(r + k) + n; },
+          depth, min_of(kPanel, columns - n), [&](int64_t k) { return b.row(r + k) + n; },
           to + r * panelled(columns) + n * K, kPanel, 0);
     }
   }
@@ -521,15 +544,15 @@ class Backward {
   // copied, so that the micro-kernel walks packed memory.
   template <class... Products>
   void products(const Sums& of, const S* a, int64_t M, Products... each) {
-    const Range own = share(M, of.thread, of.threads, 16);
+    const Range own = range_of(M, of.thread, of.threads, 16);
     if (own.size() == 0 || ((each.c == nullptr && each.sums == nullptr) && ...)) return;
     for (T* sums : {each.sums...})
       if (sums != nullptr && !of.add) std::memset(sums + own.begin, 0, own.size() * sizeof(T));
     S* copied = products_ + of.thread * kDepth * kProductRows;
     for (int64_t r = 0; r < of.rows; r += kDepth) {
-      const int64_t depth = least(kDepth, of.rows - r);
+      const int64_t depth = min_of(kDepth, of.rows - r);
       for (int64_t m = own.begin; m < own.end; m += kProductRows) {
-        const int64_t rows = least(kProductRows, own.end - m);
+        const int64_t rows = min_of(kProductRows, own.end - m);
         MatrixA<S, true> of_a{a + r * of.lda + m, of.lda};
         if (!is_near(of.lda)) {
           copy_rows<S>(depth, rows, [&](int64_t k) { return a + (r + k) * of.lda + m; }, copied, kProductRows);
@@ -552,7 +575,7 @@ class Backward {
     for (int64_t n = 0; n < N; n += kPanel) {
       const MatrixB<S> b =
           lying != nullptr ? MatrixB<S>::lying(lying + n, distance) : MatrixB<S>::packed(packed + n * K, K, kPanel);
-      gemm<S>(rows, least(kPanel, N - n), K, a, b, product.c + m * N + n, N, add);
+      gemm<S>(rows, min_of(kPanel, N - n), K, a, b, product.c + m * N + n, N, add);
     }
   }
 
@@ -561,7 +584,7 @@ class Backward {
   static void add_rows(MatrixA<S, true> a, int64_t pairs, int64_t rows, std::initializer_list<T*> each) {
     if (std::all_of(each.begin(), each.end(), [](const T* sums) { return sums == nullptr; })) return;
     for (int64_t m = 0; m < rows; m += kLanes<T>) {
-      const int64_t lanes = least(kLanes<T>, rows - m);
+      const int64_t lanes = min_of(kLanes<T>, rows - m);
       Vector<T> part[4] = {};
       for (int64_t q = 0; q < pairs; q += 4)
 #pragma GCC unroll 4
@@ -583,7 +606,7 @@ class Backward {
   Gates<Cell, S> recomputed_;
   Stop stop_;
   S* grads_;                                   // [2 chunks, D, rows, Cell::grads, H]
-  T *grad_h_, *grad_c_;                        // [D, N, P], [D, N, H]: carried from step to step
+  T *grad_h_, *grad_others_;                   // [D, N, P], [D, N, kOthers, H]: carried from step to step
   S *w_hh_, *w_hr_, *w_ih_;                    // [D, panels, K, kPanel], K = G*H, P, G*H
   S* grad_projected_;                          // [2 chunks, D, rows, P], with a projection
   S* unprojected_;                             // [2 chunks, D, rows, H], with a projection: h before it

@@ -24,11 +24,11 @@ class Gates {
   }
 
   int64_t panels() const { return panels_; }
-  int64_t units_in(int64_t panel) const { return least(kUnits, layer_.hidden - panel * kUnits); }
+  int64_t units_in(int64_t panel) const { return min_of(kUnits, layer_.hidden - panel * kUnits); }
 
   // Packs the weights and lays out the biases, this thread's part of them.
   void pack(int thread, int threads) const {
-    const Range tasks = share(layer_.directions * panels_, thread, threads);
+    const Range tasks = range_of(layer_.directions * panels_, thread, threads);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t d = task / panels_, p = task % panels_;
       const Direction<S>& weights = layer_.direction[d];
@@ -97,10 +97,10 @@ class Gates {
 
   void pack_projection(int thread, int threads) const {
     const int64_t H = layer_.hidden, per_direction = (layer_.projected + kPanel - 1) / kPanel;
-    const Range tasks = share(layer_.directions * per_direction, thread, threads);
+    const Range tasks = range_of(layer_.directions * per_direction, thread, threads);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t d = task / per_direction, first = task % per_direction * kPanel;
-      const int64_t columns = least(kPanel, layer_.projected - first);
+      const int64_t columns = min_of(kPanel, layer_.projected - first);
       S* panel = w_hr_ + task * H * kPanel;
       if (columns < kPanel) std::memset(panel, 0, H * kPanel * sizeof(S));
       pack_transposed(columns, H, layer_.direction[d].w_hr + first * H, H, panel, kPanel, 0);

@@ -8,6 +8,8 @@ namespace rnnkit::RNNKIT_CAPABILITY {
 
 template <class Cell, class S>
 struct Build {
+  static_assert(Cell::states <= kMaxStates);
+
   static int64_t forward_scratch(const Layer<S>& layer) { return Forward<Cell, S>(layer, nullptr).scratch(); }
   static void forward(const Layer<S>& layer, std::byte* scratch) { Forward<Cell, S>(layer, scratch).run(); }
   static int64_t backward_scratch(const Layer<S>& layer) { return Backward<Cell, S>(layer, nullptr).scratch(); }

@@ -1,4 +1,4 @@
-// What the forward and the backward scan share: the split of a layer over threads, and views of its rows.
+// What the forward and the backward scan share: the split of a layer over threads, and its scratch memory.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +6,7 @@
 
 #include "cpu/caches.h"
 #include "cpu/gemm.h"
-#include "cpu/layer.h"
+#include "cpu/kernels/carry.h"
 #include "cpu/team.h"
 
 namespace rnnkit::RNNKIT_CAPABILITY {
@@ -14,10 +14,6 @@ namespace rnnkit::RNNKIT_CAPABILITY {
 constexpr int64_t kRowBlock = 64;  // rows of one recurrent product, so that its result stays in L1
 constexpr int64_t kPanel = 64;     // columns of a panel that is not made of gates
 constexpr int64_t kFewSteps = 16;  // up to so many passes over a matrix it is read as it lies, not packed
-
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // How the recurrence is split. Directions are independent, and so are rows of the batch: a thread that owns rows
 // waits for nobody, but reads all weights. Or the threads of a direction share its hidden units, each reads its share
@@ -39,7 +35,7 @@ struct Split {
     const double by_units = cycles_of_step<S>(rows, weights * panels_of_share / panels) + meeting + from_others;
     const double worth_waking = 0.9 * alone;
     if (by_rows < worth_waking && (by_rows <= by_units || panels < share_of))
-      blocks = least(share_of, layer.batch);
+      blocks = min_of(share_of, layer.batch);
     else if (by_units < worth_waking && panels >= share_of)
       members = share_of;
   }
@@ -83,36 +79,10 @@ class Sweep {
   bool back_;
 };
 
-// One direction of a layer, or some of its rows, in the order in which the forward scan visits the steps.
-template <class S>
-struct Rows {
-  const Layer<S>& layer;
-  int64_t direction;
-  Range range;  // of the batch
-
-  int64_t step(int64_t s) const { return direction == 0 ? s : layer.steps - 1 - s; }
-
-  // Rows of `range` that are alive at visit s; none after the last.
-  int64_t alive(int64_t s) const {
-    if (s < 0 || s >= layer.steps) return 0;
-    return most(0, least(layer.count(step(s)), range.end) - range.begin);
-  }
-
-  // The index in x and y of the range's first row at visit s.
-  int64_t first(int64_t s) const { return layer.begin(step(s)) + range.begin; }
-
-  // h after the step before t for row n of the batch; null if that is the initial h.
-  const S* previous_h(int64_t t, int64_t n) const {
-    const int64_t before = direction == 0 ? t - 1 : t + 1;
-    if (before < 0 || before >= layer.steps || n >= layer.count(before)) return nullptr;
-    return layer.y + ((layer.begin(before) + n) * layer.directions + direction) * layer.projected;
-  }
-};
-
 // Block `index` of `blocks` of the batch, cut so that each has nearly the same number of rows over the steps `times`.
 template <class S>
 Range row_block(const Layer<S>& layer, Range times, int64_t index, int64_t blocks) {
-  if (layer.rows() == layer.steps * layer.batch) return share(layer.batch, index, blocks);
+  if (layer.rows() == layer.steps * layer.batch) return range_of(layer.batch, index, blocks);
   const int64_t total = layer.begin(times.end) - layer.begin(times.begin);
   int64_t cuts[2] = {0, layer.batch};  // rows that are not there at any of these steps fall to the last block
   for (int side = 0; side < 2; ++side) {
@@ -132,7 +102,7 @@ Range row_block(const Layer<S>& layer, Range times, int64_t index, int64_t block
 // units are shared, all threads meet after each step, those of the other direction too.
 template <class S>
 struct Share {
-  Rows<S> rows;
+  ActiveRows<S> rows;
   int64_t member, members;
   bool meets;
 };
@@ -155,9 +125,13 @@ void for_shares(const Layer<S>& layer, int64_t gates, int64_t units, int64_t beg
   }
 }
 
-// What the scans take for granted of a cell.
+// Whether h can be projected: not if the cell reads h, for then only the projected h is there to be read.
 template <class Cell>
-constexpr bool kFits = Cell::states <= 2 && (Cell::states == 1 || !(Cell::uses_h || Cell::uses_previous_h));
+constexpr bool kCanProject = !Cell::uses_h && !Cell::uses_previous_h;
+
+// The states other than h. In memory they lie together for each row: [kOthers, H].
+template <class Cell>
+constexpr int64_t kOthers = Cell::states - 1;
 
 // Gives out consecutive parts of scratch memory, null for none; with no memory, counts the bytes that are wanted.
 class Arena {
@@ -192,7 +166,7 @@ void copy_row(const From* from, int64_t count, To* to) {
     std::memcpy(to, from, count * sizeof(To));
   else
     for (int64_t i = 0; i < count; i += kLanes<Sum<To>>) {
-      const int64_t lanes = least(kLanes<Sum<To>>, count - i);
+      const int64_t lanes = min_of(kLanes<Sum<To>>, count - i);
       store(to + i, load(from + i, lanes), lanes);
     }
 }

@@ -1,0 +1,62 @@
+// What a row of the batch has before a step of a scan. Each scan asks in two places: where it writes the operand of the
+// next product, and where it takes the gradient of that operand.
+//
+// Further cases belong here and in these two places. A row that a mask puts back to its initial state before a step has
+// Before::initial there, whether it was active or not. A mask that is multiplied with the operand of the recurrent
+// product changes no state: it is applied where the operand is written, and again to the operand's gradient.
+#pragma once
+
+#include "cpu/layer.h"
+#include "cpu/partition.h"
+
+namespace rnnkit::RNNKIT_CAPABILITY {
+
+enum class Before {
+  previous,  // the state that the step before left
+  initial,   // the initial state: the row's sequence begins at this step
+  carried,   // the state stays as it is, and the step leaves the row out: its sequence is over or has yet to begin
+};
+
+// The rows of a range before one step. In a ragged batch the longest sequences come first, so that rows which have the
+// same lie together: first those that continue, then those that begin at this step; all others are carried.
+struct Carry {
+  int64_t continuing, active;
+
+  Before of(int64_t n) const {
+    return n >= active ? Before::carried : n < continuing ? Before::previous : Before::initial;
+  }
+};
+
+// Some rows of the batch in one direction. Steps are counted in the order in which the forward scan takes them.
+template <class S>
+struct ActiveRows {
+  const Layer<S>& layer;
+  int64_t direction;
+  Range range;  // of the batch
+
+  // Where step s stands in x and y. It is its own inverse.
+  int64_t time(int64_t s) const { return direction == 0 ? s : layer.steps - 1 - s; }
+
+  // How many rows of the range step s has, from the first on; none before the first and after the last step.
+  int64_t active(int64_t s) const {
+    if (s < 0 || s >= layer.steps) return 0;
+    return max_of(0, min_of(layer.count(time(s)), range.end) - range.begin);
+  }
+
+  Carry before(int64_t s) const {
+    const int64_t now = active(s);
+    return {min_of(active(s - 1), now), now};
+  }
+
+  // The index in x and y of the range's first row at step s.
+  int64_t first(int64_t s) const { return layer.begin(time(s)) + range.begin; }
+
+  // The recurrent operand of step s in row n of the range: h after the step before, or of `initial_h` [D, N, P].
+  const S* operand(int64_t s, int64_t n, Carry carry, const S* initial_h) const {
+    if (carry.of(n) != Before::previous)
+      return initial_h + (direction * layer.batch + range.begin + n) * layer.projected;
+    return layer.y + ((first(s - 1) + n) * layer.directions + direction) * layer.projected;
+  }
+};
+
+}  // namespace rnnkit::RNNKIT_CAPABILITY
