@@ -427,7 +427,8 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> forward(const Call& call, Keep k
       const int64_t size = kernels.packed_size(layer);
       check_memory(*packed, "packed");
       TORCH_CHECK(packed->scalar_type() == at::kByte && packed->is_contiguous() && packed->numel() == size &&
-                      reinterpret_cast<uintptr_t>(packed->const_data_ptr()) % 64 == 0,
+                      reinterpret_cast<uintptr_t>(packed->const_data_ptr()) % 64 == 0 &&
+                      kernels.check(layer, static_cast<const std::byte*>(packed->const_data_ptr())),
                   "expected packed to be ", size, " bytes from pack_weights, got ", packed->scalar_type(), " of shape ",
                   packed->sizes());
       layer.packed = static_cast<const std::byte*>(packed->const_data_ptr());
