@@ -2,13 +2,17 @@
 
 import copy
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from configurations import LAYERS, Case, named_results
 from devices import on_each_device
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnkit
@@ -193,13 +197,52 @@ def test_nothing_to_freeze(module: nn.Module) -> None:
         rnnkit.freeze(module)
 
 
+needs_cpp = pytest.mark.skipif(
+    bool(backends.unavailable("cpp")), reason=f"no C++ kernels: {backends.EXTENSION_REASON}"
+)
+
+
+def refuses(layer: rnnkit.GRU | rnnkit.RNN, packed: Tensor) -> None:
+    """What was packed for something else is refused, even where it has as many bytes."""
+    x = torch.randn(4, 3, layer.input_size)
+    call = LayerCall(layer._cell, x, [], layer._weights()[0])
+    with pytest.raises(RuntimeError, match=r"expected packed to be \d+ bytes from pack_weights"):
+        ops.layer_forward(call, packed, Keep.NOTHING)
+
+
+@needs_cpp
 def test_foreign_packed_weights_are_refused() -> None:
-    if backends.unavailable("cpp"):
-        pytest.skip(f"no C++ kernels: {backends.unavailable('cpp')}")
     layer = rnnkit.GRU(5, 20)
-    weights = layer._weights()[0]
-    packed = torch.ops.rnnkit.pack_weights("gru", weights)
-    call = LayerCall("gru", torch.randn(4, 3, 5), [], weights)
-    for wrong in (packed[:-1], packed.float()):
-        with pytest.raises(RuntimeError, match=r"expected packed to be"):
-            ops.layer_forward(call, wrong, Keep.NOTHING)
+    packed = torch.ops.rnnkit.pack_weights("gru", layer._weights()[0])
+    assert packed.data_ptr() % 64 == 0
+    beyond = torch.cat([packed, packed.new_zeros(64)])
+    for wrong in (packed[:-1], packed[64:], beyond, packed.float(), torch.zeros_like(packed)):
+        refuses(layer, wrong)
+
+
+@needs_cpp
+def test_weights_packed_for_other_sizes_are_refused() -> None:
+    layer = rnnkit.GRU(5, 20)
+    packed = torch.ops.rnnkit.pack_weights("gru", rnnkit.GRU(7, 18)._weights()[0])
+    assert packed.numel() == torch.ops.rnnkit.pack_weights("gru", layer._weights()[0]).numel()
+    refuses(layer, packed)
+
+
+@needs_cpp
+def test_weights_packed_for_another_cell_are_refused() -> None:
+    layer = rnnkit.RNN(5, 20)
+    refuses(layer, torch.ops.rnnkit.pack_weights("rnn_relu", layer._weights()[0]))
+
+
+@needs_cpp
+def test_weights_packed_for_another_instruction_set_are_refused(tmp_path: Path) -> None:
+    if backends.EXTENSION.capability() == "baseline":
+        pytest.skip("no kernels for a lesser CPU")
+    file = tmp_path / "packed"
+    program = f"""
+import torch, rnnkit
+torch.save(torch.ops.rnnkit.pack_weights("gru", rnnkit.GRU(5, 20)._weights()[0]), {str(file)!r})
+"""
+    environment = {"ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, **environment}, check=True)
+    refuses(rnnkit.GRU(5, 20), torch.load(file))

@@ -3,15 +3,18 @@
 // A cell has, for one hidden unit of a lane type V:
 //   gates, states, saved   as in rnnkit.reference.CellSpec
 //   units                  hidden units in one panel of packed weights
-//   grads, input_grad[]    gradients of the gates: the recurrent parts' come first, in gate order; input_grad[g] is
-//                          the place of the gradient of gate g's input part
-//   uses_h                 whether backward() reads h_t; then h cannot be projected
-//   uses_previous_h        whether forward() and backward() read h_{t-1}; likewise
-//   forward(x, h, state, save)        x[g], h[g] the two parts of each gate; state: in t-1, out t
-//   output(save)                      h_t before a projection, from what was saved
+//   grads, input_grad[]    how many gradients the gates have, and the place of that of gate g's input part. Those of the
+//                          recurrent parts come first, in gate order
+//   uses_h                 whether backward() reads h_t; if so, h cannot be projected
+//   uses_previous_h        whether forward() and backward() read h_{t-1}; if so, h cannot be projected
+//   forward(x, h, state, save)
+//                          x[g], h[g]: the input's and the recurrent part of gate g, with their biases. state: on entry
+//                          of step t-1, on return of step t. save: on return what backward() needs
+//   output(save)           h_t before a projection
 //   backward(save, h, previous_h, grad_state, grad)
-//                                     grad_state: in of the states t, out of the states t-1 but for what goes
-//                                     through the recurrent weights
+//                          grad_state: on entry the gradients of the states of step t; on return those of step t-1
+//                          without what comes through the recurrent weights, which the caller adds. grad: on return
+//                          the gradients of the gates
 #pragma once
 
 #include "cells/gru.h"

@@ -23,7 +23,7 @@ struct Gru {
 
   template <class V>
   static RNNKIT_INLINE V output(const V* /*save*/) {
-    return V{};  // needed only where h is projected
+    return V{};  // never called: h is not projected
   }
 
   template <class V>

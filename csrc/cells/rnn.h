@@ -1,4 +1,4 @@
-// h' = f(x + h), f = tanh or ReLU, with x and h the input's and the recurrent part of the one gate.
+// h' = f(x + h), where f is tanh or ReLU, and x and h are the input's and the recurrent part of the only gate.
 #pragma once
 
 #include "common/lanes.h"
@@ -8,8 +8,8 @@ namespace rnnkit::RNNKIT_CAPABILITY {
 template <bool kRelu>
 struct Rnn {
   static constexpr int gates = 1, states = 1, units = 64;
-  static constexpr int saved = 0;  // the output says everything
-  static constexpr int grads = 1;  // of the gate, both parts
+  static constexpr int saved = 0;  // backward() needs only h
+  static constexpr int grads = 1;  // both parts of the gate have the same
   static constexpr int input_grad[] = {0};
   static constexpr bool uses_h = true, uses_previous_h = false;
 
@@ -20,7 +20,7 @@ struct Rnn {
 
   template <class V>
   static RNNKIT_INLINE V output(const V* /*save*/) {
-    return V{};  // needed only where h is projected
+    return V{};  // never called: h is not projected
   }
 
   template <class V>

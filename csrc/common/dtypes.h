@@ -1,4 +1,4 @@
-// Element types that are not C++'s own, the type that each is summed in, and how it is made from one.
+// Element types that C++ does not have, and for each type the one in which it is summed.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ struct SumOf<Half> {
   using type = float;
 };
 
-// What values of type S are computed and accumulated in.
+// The type in which values of type S are computed and summed.
 template <class S>
 using Sum = typename SumOf<S>::type;
 

@@ -1,4 +1,4 @@
-// Lane types and the functions of a lane that cells are written in.
+// Lane types, and the functions of a lane with which cells are written.
 //
 // A cell is a template over a lane type V: a GCC/Clang vector of float or double here, so that the compiler's
 // flags (SSE2, AVX2, AVX-512, NEON) choose the instructions; a plain float or double elsewhere (scalar.h).
@@ -54,9 +54,9 @@ struct VectorOf<BFloat16> {};  // in registers it is float
 template <class T>
 using Vector = typename VectorOf<T>::type;
 
-// The bits of a floating-point type, and what exp needs to know of them. exp_series: the coefficients of
-// (exp(r) - 1 - r) / r^2 for |r| <= ln(2)/2, from the constant on; of a float the minimax ones, which leave exp(r) a
-// sixteenth of a unit in the last place off, of a double Taylor's.
+// A floating-point type's format, and constants of exp and tanh. exp_series: coefficients of (exp(r) - 1 - r) / r^2 for
+// |r| <= ln(2)/2, the constant first. Those of float are minimax, which leaves exp(r) a sixteenth of a unit in the last
+// place off; those of double are Taylor's.
 template <class T>
 struct Format;
 template <>
@@ -95,7 +95,7 @@ RNNKIT_INLINE void store(T* to, Vector<T> value) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = value;
 }
 
-// The first `count` lanes, the others 0.
+// Loads the first `count` lanes; the others are 0.
 template <class T>
 RNNKIT_INLINE Vector<T> load(const T* from, int64_t count) {
   if (count >= kLanes<T>) return load(from);
@@ -112,7 +112,7 @@ RNNKIT_INLINE void store(T* to, Vector<T> value, int64_t count) {
     std::memcpy(to, &value, count * sizeof(T));
 }
 
-// Stands for a count of all lanes, known to the compiler.
+// A count that is all lanes, which the compiler knows.
 struct AllLanes {};
 
 template <class T>
@@ -125,7 +125,7 @@ RNNKIT_INLINE void store(T* to, Vector<T> value, AllLanes) {
   store(to, value);
 }
 
-// Calls body(first lane, count) for `count` values, a vector at a time; the count is AllLanes but for the last few.
+// Calls body(first value, count) for `count` values, a vector at a time. The count of whole vectors is AllLanes.
 template <class T, class Body>
 RNNKIT_INLINE void for_vectors(int64_t count, const Body& body) {
   int64_t i = 0;
@@ -134,7 +134,7 @@ RNNKIT_INLINE void for_vectors(int64_t count, const Body& body) {
 }
 
 #if defined(__AVX512BF16__)
-// bfloat16 in memory, float in the register; rounded to nearest, ties to even.
+// bfloat16 in memory, float in registers; rounded to nearest, ties to even.
 RNNKIT_INLINE Vector<float> load(const BFloat16* from, int64_t count) {
   typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
   typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
@@ -156,8 +156,8 @@ RNNKIT_INLINE void store(BFloat16* to, Vector<float> value, AllLanes) { store(to
 template <class V>
 using Element = std::remove_cvref_t<decltype(std::declval<V>()[0])>;
 
-// The smaller of x and limit; NaN stays NaN. Written out for x86, whose minimum gives the second operand where either
-// is NaN; the compiler makes a comparison and a blend of the general form.
+// min(x, limit); NaN stays NaN. x86's minimum, which gives its second operand if either is NaN, is written out: of the
+// general form the compiler makes a comparison and a blend.
 template <class V, class T = Element<V> >
 RNNKIT_INLINE V at_most(V x, T limit) {
   const V most = splat(limit);
@@ -181,11 +181,11 @@ RNNKIT_INLINE V at_most(V x, T limit) {
 #endif
 }
 
-// The bit that is a number's sign.
+// The sign bit.
 template <class T>
 constexpr typename Format<T>::Bits kSign = typename Format<T>::Bits(1) << (8 * sizeof(T) - 1);
 
-// A vector of the bits of the numbers in a vector V.
+// A vector of the bits of a vector V.
 template <class V>
 struct BitsOfVector {
   typedef typename Format<Element<V> >::Bits type __attribute__((vector_size(kVectorBytes)));
@@ -193,8 +193,8 @@ struct BitsOfVector {
 template <class V>
 using BitsOf = typename BitsOfVector<V>::type;
 
-// exp(x) = scale * (1 + p), with scale a power of two and p = exp(r) - 1 for |r| <= ln(2)/2, so that p keeps
-// its relative precision as x goes to 0. |x| is at most exp_limit, or NaN, which stays NaN.
+// exp(x) = scale * (1 + p), with scale a power of two and p = exp(r) - 1 for |r| <= ln(2)/2, so that p keeps its
+// relative precision as x goes to 0. |x| is at most exp_limit, or x is NaN, which stays NaN.
 template <class V>
 struct SplitExp {
   V p, scale;
@@ -219,8 +219,9 @@ RNNKIT_INLINE SplitExp<V> split_exp(V x) {
   return {r * r * series + r, scale};
 }
 
-// With e = exp(-|x|): e / (e + 1) for x < 0, else 1 - e / (e + 1). Exactly 0 and 1 far out, as torch's, so that a
-// saturated gate's gradient is 0. Of a float, up to 2.4 units in the last place off below 0 (torch's: 2.5), 1.2 above.
+// With e = exp(-|x|): e / (e + 1) for x < 0, else 1 - e / (e + 1). Far out it is exactly 0 or 1, as torch's is, so that
+// a saturated gate has gradient 0. Largest error for float: 2.4 units in the last place for x < 0 (torch: 2.5), 1.2 for
+// x > 0.
 template <class V>
 RNNKIT_INLINE V sigmoid(V x) {
   using T = Element<V>;
@@ -230,9 +231,9 @@ RNNKIT_INLINE V sigmoid(V x) {
   return x < T(0) ? small : T(1) - small;
 }
 
-// Of a float, up to 1 unit in the last place off (0.96; 1.08 without fused multiply-adds; torch's: 0.5): for small x it
-// is x + x^3 P(x^2), with the minimax P of degree 6, and further out 1 - 2 / (exp(2 |x|) + 1). Of a double it is, with
-// e = exp(2 x), (e - 1) / (e + 1), up to 3 units off.
+// For float: x + x^3 P(x^2) near 0, with the minimax P of degree 6, and 1 - 2 / (exp(2 |x|) + 1) further out. Largest
+// error: 0.96 units in the last place, 1.08 without fused multiply-adds (torch: 0.5). For double: (e - 1) / (e + 1)
+// with e = exp(2 x), up to 3 units off.
 template <class V>
 RNNKIT_INLINE V tanh(V x) {
   using T = Element<V>;
@@ -255,13 +256,13 @@ RNNKIT_INLINE V tanh(V x) {
   }
 }
 
-// NaN passes.
+// max(x, 0); NaN stays NaN.
 template <class V>
 RNNKIT_INLINE V relu(V x) {
   return x < Element<V>(0) ? V{} : x;
 }
 
-// grad where the ReLU was open, that is, where its output is not 0 (NaN counts as open).
+// The gradient of relu(x): grad where its output is not 0 (NaN counts as open), else 0.
 template <class V>
 RNNKIT_INLINE V relu_backward(V grad, V output) {
   return output <= Element<V>(0) ? V{} : grad;

@@ -1,5 +1,5 @@
-// The lane type of a GPU's thread, and of the host build that tests the GPU's kernels: a plain float or double.
-// The same names as lanes.h has for vectors, so that cells are written once.
+// The lane type of a GPU's thread, and of the host build that tests the GPU's kernels: a plain float or double. The
+// names are those of lanes.h, so that cells are written once.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@ namespace rnnkit::RNNKIT_CAPABILITY {
 template <class V>
 using Element = V;
 
-// Exactly 0 and 1 far out, as torch's, so that a saturated gate's gradient is 0.
+// Far out it is exactly 0 or 1, as torch's is, so that a saturated gate has gradient 0.
 RNNKIT_INLINE float sigmoid(float x) {
 #if defined(__CUDA_ARCH__)
   return __fdividef(1.f, 1.f + expf(-x));
@@ -29,13 +29,13 @@ RNNKIT_INLINE double sigmoid(double x) { return 1. / (1. + ::exp(-x)); }
 RNNKIT_INLINE float tanh(float x) { return ::tanhf(x); }
 RNNKIT_INLINE double tanh(double x) { return ::tanh(x); }
 
-// NaN passes.
+// max(x, 0); NaN stays NaN.
 template <class V>
 RNNKIT_INLINE V relu(V x) {
   return x < V(0) ? V(0) : x;
 }
 
-// grad where the ReLU was open, that is, where its output is not 0 (NaN counts as open).
+// The gradient of relu(x): grad where its output is not 0 (NaN counts as open), else 0.
 template <class V>
 RNNKIT_INLINE V relu_backward(V grad, V output) {
   return output <= V(0) ? V(0) : grad;

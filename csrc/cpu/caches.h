@@ -1,4 +1,4 @@
-// The sizes of this machine's caches, which decide how work is split and how much is kept ready.
+// The sizes of this machine's caches, by which work is divided among threads and kept ready.
 #pragma once
 
 #include <unistd.h>
@@ -8,7 +8,7 @@
 
 namespace rnnkit {
 
-// Bytes of a core's L1 (for data) and L2, and of the L3 that cores share; 0 for an L3 that the system does not tell.
+// Bytes of a core's L1 (for data) and L2, and of the L3 that cores share; 0 for an L3 that the system does not report.
 struct CacheSizes {
   int64_t l1, l2, l3;
 };

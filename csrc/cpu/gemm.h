@@ -1,14 +1,15 @@
 // The one micro-kernel under every matrix product, and the packing of its operands.
 //
-// Each element of C is summed over k in order, one fused multiply-add at a time, in blocks of kDepthOfBlock; the sums
-// of the blocks are added in order. How rows and columns are tiled changes nothing of it: the same bits for every split
-// of them over threads. Operands of type bfloat16 are multiplied two k at a time, so that these lie side by side: an
-// operand [K, N] is packed as [K/2, N, 2].
+// Each element of C is summed over k in order, one fused multiply-add at a time, in blocks of kDepthOfBlock whose sums
+// are added in order. How rows and columns are tiled does not change this order: the bits are the same however they are
+// divided among threads. bfloat16 is multiplied two k at a time, which stand side by side: an operand [K, N] is packed
+// as [K/2, N, 2].
 #pragma once
 
 #include <utility>
 
 #include "common/lanes.h"
+#include "cpu/partition.h"
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -16,7 +17,7 @@
 
 namespace rnnkit::RNNKIT_CAPABILITY {
 
-// How operands of type S are multiplied: `pair` neighbours in k at once. `lanes` columns make a vector.
+// How operands of type S are multiplied: `pair` consecutive k at once, `lanes` columns in a vector.
 template <class S>
 struct Operand {
   using Values = Vector<S>;
@@ -32,7 +33,7 @@ struct Operand {
 #if defined(__AVX512BF16__)
 template <>
 struct Operand<BFloat16> {
-  typedef uint32_t Values __attribute__((vector_size(kVectorBytes)));  // a pair each, the earlier k in the lower half
+  typedef uint32_t Values __attribute__((vector_size(kVectorBytes)));  // of pairs, the earlier k in the lower half
   static constexpr int64_t pair = 2, lanes = kLanes<float>;
 
   static RNNKIT_INLINE Values splat_pair(const BFloat16* from) {
@@ -60,8 +61,8 @@ struct Operand<BFloat16> {
 };
 #endif
 
-// Operand A, row-major or transposed: the pair of k that begins at pair * q in row m lies at
-// a[m * row() + q * column()]. Which it is, the compiler knows in the innermost loop.
+// Operand A, row-major or transposed. Pair q of k in row m is at a[m * row() + q * column()]. kTransposed is a template
+// parameter so that one of the two is a constant in the innermost loop.
 template <class S, bool kTransposed = false>
 struct MatrixA {
   const S* a;
@@ -72,14 +73,14 @@ struct MatrixA {
   MatrixA from(int64_t m, int64_t q) const { return {a + m * row() + q * column(), stride}; }
 };
 
-// A as it lies, row-major.
+// Row-major A; `lda`: from row to row.
 template <class S>
 MatrixA<S> rows_of(const S* a, int64_t lda) {
   return {a, lda};
 }
 
-// A tile of C is kept in registers: so many vectors of columns, so many rows. Without AVX-512 a block of kDepthOfBlock
-// rows of a strip of B is 16 KiB, half of a small L1.
+// A tile of C stays in registers: kVectorsInTile vectors of columns, rows_in_tile rows. Without AVX-512, kDepthOfBlock
+// rows of a strip of B are 16 KiB, half of a small L1.
 #if defined(__AVX512F__)
 constexpr int kVectorsInTile = 4;
 constexpr int64_t kDepthOfBlock = 512;
@@ -94,30 +95,30 @@ constexpr int64_t kDepthOfBlock = 512;
 constexpr int rows_in_tile(int vectors) { return vectors == 2 ? 4 : 6; }
 #endif
 
-// Rows of A that are so few that a strip's sums would wait for each other: they multiply several strips at once.
+// Products of so few rows multiply several strips at once: the sums of one strip are too few to hide the latency of a
+// multiply-add.
 constexpr int64_t kFewRows = kVectorsInTile == 2 ? 2 : 0;
 
-// Vectors of sums that are worked on at once where `rows` are multiplied.
+// The vectors of sums in a tile when `rows` rows are multiplied. They are independent of each other.
 constexpr int64_t sums_at_once(int64_t rows) {
-  const int64_t most = rows_in_tile(kVectorsInTile);
-  return rows <= kFewRows ? 8 : kVectorsInTile * (rows < most ? rows : most);
+  return rows <= kFewRows ? 8 : kVectorsInTile * min_of(rows, rows_in_tile(kVectorsInTile));
 }
 
 // Columns of B that one tile multiplies.
 template <class S>
 constexpr int64_t kStrip = kVectorsInTile * Operand<S>::lanes;
 
-// Operand B [K, N]. Packed, it is strips of kStrip columns, the last one perhaps narrower, each row-major by itself, so
-// that a tile reads consecutive memory. Or it is row-major as a whole.
+// Operand B [K, N]: packed into strips of kStrip columns, the last one perhaps narrower, each row-major by itself so
+// that a tile reads consecutive memory; or row-major as a whole.
 template <class S>
 class MatrixB {
  public:
-  // [depth, width], packed by pack_rows or pack_transposed.
+  // [depth, width], as pack_rows or pack_transposed left it.
   static MatrixB packed(const S* b, int64_t depth, int64_t width) { return {b, 0, depth, width}; }
-  // Row-major with `row` elements from row to row. A row is read up to the next multiple of the lanes.
-  static MatrixB lying(const S* b, int64_t row) { return {b, row, 0, 0}; }
+  // Row-major; `row`: elements from row to row. A row is read up to the next multiple of the lanes.
+  static MatrixB row_major(const S* b, int64_t row) { return {b, row, 0, 0}; }
 
-  // The part that begins at row k and column n.
+  // The part from row k and column n on.
   MatrixB from(int64_t k, int64_t n) const { return {b_, row_, depth_, width_, k_ + k, n_ + n}; }
 
   // Column n of row 0, and the distance to it in the next pair of rows.
@@ -130,12 +131,12 @@ class MatrixB {
     n += n_;
     if (row_ > 0) return {b_ + k_ * row_ + n * pair, row_ * pair};
     const int64_t first = n / kStrip<S> * kStrip<S>;
-    const int64_t columns = kStrip<S> < width_ - first ? kStrip<S> : width_ - first;
+    const int64_t columns = min_of(kStrip<S>, width_ - first);
     return {b_ + first * depth_ + k_ * columns + (n - first) * pair, columns * pair};
   }
   // Columns from n to the end of its strip.
   int64_t left_in_strip(int64_t n) const { return kStrip<S> - (row_ > 0 ? 0 : (n_ + n) % kStrip<S>); }
-  // How many whole strips the columns from n on are, if it is packed.
+  // How many whole strips the columns from n on have; 0 if B is not packed.
   int64_t whole_strips(int64_t n, int64_t columns) const {
     return row_ > 0 || (n_ + n) % kStrip<S> != 0 ? 0 : columns / kStrip<S>;
   }
@@ -148,17 +149,18 @@ class MatrixB {
   int64_t row_, depth_, width_, k_, n_;
 };
 
-// What a product fetches into L2 meanwhile: bytes from `from` on, `stride` of them for each step in k; null: nothing.
-struct Ahead {
+// Memory that a product prefetches into L2 while it multiplies: from `from` on, `stride` bytes for each pair of k.
+// Null: none.
+struct Prefetch {
   const char* from;
   int64_t stride;
 };
 
-// C[kRows, kVectors * lanes] (+)= A B, all of C in registers. kLines: cache lines that are fetched for each step in k.
-// More vectors than kVectorsInTile are of several strips of B, `strip_stride` elements apart.
+// C[kRows, kVectors * lanes] (+)= A B, with all of C in registers. kLines: cache lines prefetched for each pair of k.
+// Vectors beyond kVectorsInTile belong to the next strips of B, `strip_stride` elements apart.
 template <class S, int kRows, int kVectors, int kLines, bool kTransposed>
 RNNKIT_INLINE void tile(int64_t K, MatrixA<S, kTransposed> A, const S* b, int64_t ldb, Sum<S>* c, int64_t ldc, bool add,
-                        Ahead ahead, int64_t strip_stride = 0) {
+                        Prefetch ahead, int64_t strip_stride = 0) {
   using Op = Operand<S>;
   Vector<Sum<S>> sums[kRows][kVectors];
 #pragma GCC unroll 16
@@ -191,28 +193,28 @@ RNNKIT_INLINE void tile(int64_t K, MatrixA<S, kTransposed> A, const S* b, int64_
 
 template <class S, int kVectors, int kLines = 0, int kRows = rows_in_tile(kVectors), bool kTransposed>
 inline void tile_of(int64_t rows, int64_t K, MatrixA<S, kTransposed> A, const S* b, int64_t ldb, Sum<S>* c, int64_t ldc,
-                    bool add, Ahead ahead = {}) {
+                    bool add, Prefetch ahead = {}) {
   if (rows == kRows)
     tile<S, kRows, kVectors, kLines>(K, A, b, ldb, c, ldc, add, ahead);
   else if constexpr (kRows > 1)
     tile_of<S, kVectors, kLines, kRows - 1>(rows, K, A, b, ldb, c, ldc, add, ahead);
 }
 
-// C[M, kVectors * lanes] (+)= A B, in tiles of nearly equal height, a block of k for all tiles before the next one.
-// `ahead`: memory as large as B, which the first tiles fetch: B comes from L3 once, then from L2.
+// C[M, kVectors * lanes] (+)= A B in tiles of nearly equal height; a block of k is done for all tiles before the next
+// one. `ahead`: memory as large as B that the first tiles prefetch, so that B comes from L3 once and then from L2.
 template <class S, int kVectors, bool kTransposed>
 void strip(int64_t M, int64_t K, MatrixA<S, kTransposed> A, typename MatrixB<S>::Column B, Sum<S>* c, int64_t ldc,
            bool add, const S* ahead = nullptr) {
-  constexpr int64_t most = rows_in_tile(kVectors), bytes = kVectors * kVectorBytes, spread = 4;
+  constexpr int64_t max_rows = rows_in_tile(kVectors), bytes = kVectors * kVectorBytes, spread = 4;
   constexpr int lines = bytes <= 128 ? 1 : bytes / 128;
-  const int64_t tiles = (M + most - 1) / most, fetching = tiles < spread ? tiles : spread;
+  const int64_t tiles = (M + max_rows - 1) / max_rows, fetching = min_of(tiles, spread);
   for (int64_t k = 0; k < K; k += kDepthOfBlock) {
-    const int64_t depth = K - k < kDepthOfBlock ? K - k : kDepthOfBlock, q = k / Operand<S>::pair;
+    const int64_t depth = min_of(K - k, kDepthOfBlock), q = k / Operand<S>::pair;
     const S* b = B.b + q * B.row;
     for (int64_t i = 0, m = 0; i < tiles; ++i) {
       const int64_t rows = (M - m) / (tiles - i);
       const MatrixA<S, kTransposed> own = A.from(m, q);
-      if (kTransposed && add && k == 0)  // sums over many rows, which are not in L1
+      if (kTransposed && add && k == 0)  // C of a sum over many rows is not in L1
         for (int64_t row = m; row < m + rows; ++row)
           for (int64_t at = 0; at < bytes; at += 64)
             __builtin_prefetch(reinterpret_cast<const char*>(c + row * ldc) + at, 1);
@@ -228,48 +230,47 @@ void strip(int64_t M, int64_t K, MatrixA<S, kTransposed> A, typename MatrixB<S>:
   }
 }
 
-// C[kRows, kStrips strips] (+)= A B, of few rows: a strip's sums alone are too few to keep the units busy, for each waits
-// for the one before. `strip_stride`: elements from strip to strip.
+// C[kRows, kStrips strips] (+)= A B for few rows (kFewRows). `strip_stride`: elements from strip to strip.
 template <class S, int kRows, int kStrips>
 void few_rows(int64_t K, MatrixA<S> A, typename MatrixB<S>::Column B, int64_t strip_stride, Sum<S>* c, int64_t ldc,
               bool add) {
   for (int64_t k = 0; k < K; k += kDepthOfBlock) {
-    const int64_t depth = K - k < kDepthOfBlock ? K - k : kDepthOfBlock, q = k / Operand<S>::pair;
+    const int64_t depth = min_of(K - k, kDepthOfBlock), q = k / Operand<S>::pair;
     tile<S, kRows, kStrips * kVectorsInTile, 0>(depth, A.from(0, q), B.b + q * B.row, B.row, c, ldc, add || k > 0, {},
                                                 strip_stride);
   }
 }
 
-// Like strip, for fewer columns than lanes.
+// C[M, columns] (+)= A B for fewer columns than lanes.
 template <class S, bool kTransposed>
 void edge(int64_t M, int64_t columns, int64_t K, MatrixA<S, kTransposed> A, typename MatrixB<S>::Column B, Sum<S>* c,
           int64_t ldc, bool add) {
   constexpr int64_t lanes = Operand<S>::lanes, block = 16;
   alignas(64) Sum<S> whole[block * lanes];
   for (int64_t m = 0; m < M; m += block) {
-    const int64_t rows = M - m < block ? M - m : block;
+    const int64_t rows = min_of(M - m, block);
     for (int64_t i = 0; add && i < rows; ++i) store(whole + i * lanes, load(c + (m + i) * ldc, columns));
     strip<S, 1>(rows, K, A.from(m, 0), B, whole, lanes, add);
     for (int64_t i = 0; i < rows; ++i) store(c + (m + i) * ldc, load(whole + i * lanes), columns);
   }
 }
 
-// C[M, N] (+)= A[M, K] B[K, N]; K is even where pairs are multiplied. C is written in its N columns only. `ahead`:
-// packed memory that is multiplied next and is fetched meanwhile, as much as is read of B, but for few_rows and edge,
-// which fetch nothing; null: nothing is.
+// C[M, N] (+)= A[M, K] B[K, N]. K is a multiple of Operand<S>::pair. Nothing is written beside the N columns of C.
+// `ahead`: packed memory that is multiplied next. As much of it is prefetched as is read of B; few_rows and edge
+// prefetch nothing. Null: none.
 template <class S, bool kTransposed>
 void gemm(int64_t M, int64_t N, int64_t K, MatrixA<S, kTransposed> A, MatrixB<S> B, Sum<S>* c, int64_t ldc, bool add,
           const S* ahead = nullptr) {
   constexpr int64_t lanes = Operand<S>::lanes;
   if (M == 0) return;
   for (int64_t n = 0; n < N;) {
-    const int64_t in_strip = B.left_in_strip(n), columns = N - n < in_strip ? N - n : in_strip;
+    const int64_t in_strip = B.left_in_strip(n), columns = min_of(N - n, in_strip);
     const auto b = B.column(n);
     if constexpr (kFewRows > 0 && !kTransposed) {
       const int64_t strips = M <= kFewRows ? B.whole_strips(n, N - n) : 0;
       if (strips > 1) {
         const int64_t distance = B.column(n + kStrip<S>).b - b.b;
-        const int64_t taken = M == 2 ? 2 : strips < 4 ? strips : 4;
+        const int64_t taken = M == 2 ? 2 : min_of(strips, 4);
         if (M == 2)
           few_rows<S, 2, 2>(K, A, b, distance, c + n, ldc, add);
         else if (taken == 2)
@@ -302,7 +303,8 @@ void gemm(int64_t M, int64_t N, int64_t K, MatrixA<S, kTransposed> A, MatrixB<S>
   }
 }
 
-// Exchanges, between rows i and i + kStride of a square block, the lanes that are on the wrong side of its diagonal.
+// One stage of a transposition: swaps the lanes of `a` whose number has the bit kStride with the lanes of `b` whose
+// number has not.
 template <class T, size_t kStride, size_t... kLane>
 RNNKIT_INLINE void exchange(Vector<T>& a, Vector<T>& b, std::index_sequence<kLane...>) {
   constexpr size_t lanes = kLanes<T>;
@@ -325,7 +327,8 @@ RNNKIT_INLINE void transpose(Vector<T>* rows) {
   if constexpr (kStride > 1) transpose<T, kStride / 2>(rows);
 }
 
-// The sum of each vector's lanes, `rows` being as many vectors as these have lanes.
+// Lane i of the result is the sum of the lanes of rows[i], for as many rows as a vector has lanes. The rows are
+// overwritten.
 template <class T>
 RNNKIT_INLINE Vector<T> sum_each(Vector<T>* rows) {
   transpose<T>(rows);
@@ -336,8 +339,8 @@ RNNKIT_INLINE Vector<T> sum_each(Vector<T>* rows) {
   return rows[0];
 }
 
-// C[M, rows] = A[M, K] W^T for few rows of A, W [rows, K] as it lies: nothing is packed. C(m, j) goes to
-// c[m * ldc + j], or is added to it; each dot product is summed over the lanes, then across them.
+// C[kM, rows] (+)= A[kM, K] Wᵀ, with W [rows, K] unpacked. C(m, j) is c[m * ldc + j]. A dot product is summed over k in
+// lanes, then over the lanes.
 template <class S, int kM>
 void dot_rows(int64_t rows, int64_t K, const S* a, int64_t lda, const S* w, int64_t ldw, Sum<S>* c, int64_t ldc,
               bool add) {
@@ -347,7 +350,7 @@ void dot_rows(int64_t rows, int64_t K, const S* a, int64_t lda, const S* w, int6
   constexpr int kBlock = (kM * kAtOnce + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   constexpr int64_t stretch = Op::lanes * Op::pair;
   for (int64_t j = 0; j < rows; j += kAtOnce) {
-    const int64_t here = rows - j < kAtOnce ? rows - j : kAtOnce;
+    const int64_t here = min_of(rows - j, kAtOnce);
     const S* row[kAtOnce];
     for (int i = 0; i < kAtOnce; ++i) row[i] = w + (j + (i < here ? i : 0)) * ldw;
     Vector<T> sums[kBlock] = {};  // of rows m and j + i in [m * kAtOnce + i]
@@ -376,7 +379,7 @@ void dot_rows(int64_t rows, int64_t K, const S* a, int64_t lda, const S* w, int6
   }
 }
 
-// Whether none of `count` values is NaN or infinite: 0 times these is NaN.
+// Whether none of `count` values is NaN or infinite. Times 0, both give NaN.
 template <class S>
 bool all_finite(const S* from, int64_t count) {
   using Op = Operand<S>;
@@ -395,14 +398,15 @@ bool all_finite(const S* from, int64_t count) {
   return true;
 }
 
-constexpr int64_t kDotRows = 4;  // rows of A that share one reading of W
+constexpr int64_t kDotRows = 4;  // rows of A for which W is read once
 
-// In blocks of k, whose sums are added: a long chain of sums would round too often.
+// C[M, rows] = A[M, K] Wᵀ for few rows of A, with W [rows, K] unpacked. Blocks of k are summed by themselves, since one
+// long chain of sums would round too often.
 template <class S>
 void dot(int64_t M, int64_t rows, int64_t K, const S* a, int64_t lda, const S* w, int64_t ldw, Sum<S>* c, int64_t ldc) {
   constexpr int64_t block = 128 * Operand<S>::lanes * Operand<S>::pair;
   for (int64_t k = 0; k == 0 || k < K; k += block) {
-    const int64_t depth = K - k < block ? K - k : block;
+    const int64_t depth = min_of(K - k, block);
     const bool add = k > 0;
     int64_t m = 0;
     for (; M - m >= kDotRows; m += kDotRows)
@@ -413,8 +417,8 @@ void dot(int64_t M, int64_t rows, int64_t K, const S* a, int64_t lda, const S* w
   }
 }
 
-// The packed B [K, width] (MatrixB) of column n + j from row j of w: w[j * ldw + k] for j < rows, k < K. Up to the next
-// multiple of the lanes, j >= rows give 0. n is a multiple of the lanes.
+// Writes row j of w, which is w[j * ldw + k], to column n + j of the packed B [K, width] (MatrixB), for j < rows and k
+// < K; and zeros to the columns after them up to the next multiple of the lanes. n is a multiple of the lanes.
 template <class S>
 void pack_transposed(int64_t rows, int64_t K, const S* w, int64_t ldw, S* packed, int64_t width, int64_t n) {
   if constexpr (Operand<S>::pair == 2) {  // a pair is as wide as a float, and moves as one
@@ -424,7 +428,7 @@ void pack_transposed(int64_t rows, int64_t K, const S* w, int64_t ldw, S* packed
     constexpr int64_t lanes = kLanes<S>;
     for (int64_t j = 0; j < rows; j += lanes) {
       const int64_t first = (n + j) / kStrip<S> * kStrip<S>;
-      const int64_t row = kStrip<S> < width - first ? kStrip<S> : width - first;
+      const int64_t row = min_of(kStrip<S>, width - first);
       S* to = packed + first * K + (n + j - first);
       for (int64_t k = 0; k < K; k += lanes) {
         Vector<S> block[lanes];
@@ -446,7 +450,7 @@ inline void interleave(const BFloat16* even, const BFloat16* odd, int64_t count,
   typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
   using Pairs = Operand<BFloat16>::Values;
   for (int64_t j = 0; j < count; j += lanes) {
-    const int64_t here = count - j < lanes ? count - j : lanes;
+    const int64_t here = min_of(count - j, lanes);
     Halves low{}, high{};
     std::memcpy(&low, even + j, here * sizeof(BFloat16));
     if (odd != nullptr) std::memcpy(&high, odd + j, here * sizeof(BFloat16));
@@ -456,17 +460,17 @@ inline void interleave(const BFloat16* even, const BFloat16* odd, int64_t count,
 }
 #endif
 
-// to[k * width + j] = row(k)[j] for k < K, j < columns, in pairs of k where these are multiplied; all else 0.
+// to[k * width + j] = row(k)[j] for k < K and j < columns, in pairs of k for bfloat16. The rest of `to` becomes 0.
 template <class S, class Row>
 void copy_rows(int64_t K, int64_t columns, const Row& row, S* to, int64_t width) {
   for (int64_t k = 0; k < K; k += Operand<S>::pair, to += Operand<S>::pair * width) {
     if constexpr (Operand<S>::pair == 2) {
-      const S* even = row(k);  // in this order: a row may be found from the one before
+      const S* even = row(k);  // before row(k + 1): a row may be found from the one before
       interleave(even, k + 1 < K ? row(k + 1) : nullptr, columns, to);
     } else {
       const S* from = row(k);
       for (int64_t j = 0; j < columns; j += kLanes<S>) {
-        const int64_t lanes = columns - j < kLanes<S> ? columns - j : kLanes<S>;
+        const int64_t lanes = min_of(columns - j, kLanes<S>);
         store(to + j, load(from + j, lanes), lanes);
       }
     }
@@ -475,16 +479,14 @@ void copy_rows(int64_t K, int64_t columns, const Row& row, S* to, int64_t width)
   }
 }
 
-// Columns n to n + columns of the packed B [K, width] (MatrixB) from row(k)[j]; columns beyond, up to a whole strip, 0.
-// n is a multiple of kStrip.
+// Writes row(k)[j] to column n + j of the packed B [K, width] (MatrixB), for k < K and j < columns; and zeros to the
+// rest of the last strip. n is a multiple of kStrip.
 template <class S, class Row>
 void pack_rows(int64_t K, int64_t columns, const Row& row, S* packed, int64_t width, int64_t n) {
   const int64_t depth = (K + Operand<S>::pair - 1) / Operand<S>::pair * Operand<S>::pair;
   for (int64_t j = 0; j < columns; j += kStrip<S>, n += kStrip<S>) {
-    const int64_t in_strip = kStrip<S> < width - n ? kStrip<S> : width - n;
-    copy_rows<S>(
-        K, columns - j < in_strip ? columns - j : in_strip, [&](int64_t k) { return row(k) + j; }, packed + n * depth,
-        in_strip);
+    const int64_t in_strip = min_of(kStrip<S>, width - n);
+    copy_rows<S>(K, min_of(columns - j, in_strip), [&](int64_t k) { return row(k) + j; }, packed + n * depth, in_strip);
   }
 }
 

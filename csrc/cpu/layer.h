@@ -10,14 +10,14 @@
 
 namespace rnnkit {
 
-// One direction's weights, and in the backward pass where their gradients go (null: not needed).
+// One direction's weights, and where the backward pass writes their gradients; null: not needed.
 template <class S>
 struct Direction {
   const S* w_ih;       // [G*H, I]
   const S* w_hh;       // [G*H, P]
   const Sum<S>* b_ih;  // [G*H] or null
   const Sum<S>* b_hh;  // [G*H] or null
-  const S* w_hr;       // [P, H] or null: no projection, P = H
+  const S* w_hr;       // [P, H], or null: no projection, P = H
   Sum<S>*grad_w_ih, *grad_w_hh, *grad_b_ih, *grad_b_hh, *grad_w_hr;
 };
 
@@ -51,7 +51,7 @@ struct Layer {
   int64_t steps, batch, input, hidden, projected, directions;  // T, N, I, H, P, D
   const int64_t* offsets;  // [T + 1]: the row where each step begins; a step's rows do not increase. Null: N rows each
   Direction<S> direction[2];
-  const std::byte* packed;  // these weights as Kernels::pack left them, or null
+  const std::byte* packed;  // these weights as Kernels::pack left them; null: they are packed in the call
   const S* x;               // [rows, I]
   S* y;                     // [rows, D*P]: h after each step. The backward pass reads it
   State<T> states[kMaxStates];
@@ -59,9 +59,9 @@ struct Layer {
   T* reserve;  // [D, rows, values kept, H], written by the forward and read by the backward pass; null: nothing is kept
   T* grad_x;   // [rows, I], written by the backward pass; null: not needed
 
-  int threads;  // to use at the most
+  int threads;  // at most
 
-  // Asks whether the user wants the call to end early; only its own thread asks. Null: nobody does.
+  // Whether the user wants the call to end early, asked by the thread that made the call; null: never.
   bool (*wants_to_stop)();
 
   int64_t begin(int64_t t) const { return offsets == nullptr ? t * batch : offsets[t]; }  // the row where step t begins
@@ -69,19 +69,23 @@ struct Layer {
   int64_t count(int64_t t) const { return begin(t + 1) - begin(t); }
 };
 
-// One cell's kernels for one type: how many bytes of scratch memory a call needs, and the call; and the weights packed
-// ahead, for many forward calls.
+// One cell's kernels for one type. The memory that they are given is aligned to 64 bytes.
 template <class S>
 struct Kernels {
+  // Bytes of scratch memory that a call needs, and the call.
   int64_t (*forward_scratch)(const Layer<S>&);
   void (*forward)(const Layer<S>&, std::byte* scratch);
   int64_t (*backward_scratch)(const Layer<S>&);
   void (*backward)(const Layer<S>&, std::byte* scratch);
+
+  // Weights packed ahead, for many forward calls: how many bytes, packing them, and whether a buffer of that many bytes
+  // was packed by these kernels for a layer of these sizes.
   int64_t (*packed_size)(const Layer<S>&);
   void (*pack)(const Layer<S>&, std::byte* packed);
+  bool (*check)(const Layer<S>&, const std::byte* packed);
 };
 
-// What is built for one CPU capability: a row for each cell in cells/all.h.
+// What is built for one instruction set: a row for each cell in cells/all.h.
 struct CellKernels {
   const char* name;
   int64_t gates, states, saved;

@@ -9,10 +9,10 @@ namespace rnnkit::RNNKIT_CAPABILITY {
 
 // In place of std::min and std::max: the linker keeps one copy of an inline function of std, and if that is the one
 // compiled here for AVX-512, an older CPU crashes in code that has nothing to do with these kernels.
-inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 struct Range {
   int64_t begin, end;

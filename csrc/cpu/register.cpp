@@ -144,8 +144,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> layer_forward(
     const Kernels<S>& kernels = kernels_of<S>(call.cell);
     if (packed) {
       const int64_t size = kernels.packed_size(layer);
+      TORCH_CHECK(has_memory(*packed), "expected packed to have ", size, " bytes of memory, got ",
+                  packed->storage().nbytes(), ": its storage was resized");
       TORCH_CHECK(packed->scalar_type() == at::kByte && packed->is_contiguous() && packed->numel() == size &&
-                      has_memory(*packed) && reinterpret_cast<uintptr_t>(packed->const_data_ptr()) % 64 == 0,
+                      reinterpret_cast<uintptr_t>(packed->const_data_ptr()) % 64 == 0 &&
+                      kernels.check(layer, static_cast<const std::byte*>(packed->const_data_ptr())),
                   "expected packed to be ", size, " bytes from pack_weights, got ", packed->scalar_type(), " of shape ",
                   packed->sizes());
       layer.packed = static_cast<const std::byte*>(packed->const_data_ptr());

@@ -1,11 +1,10 @@
-// Threads of one parallel region: how they meet, how they treat denormals, and how they end early.
+// A parallel region: the barrier at which its threads meet, and how they treat denormals.
 #pragma once
 
 #include <omp.h>
 #include <sched.h>
 
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <new>
 
@@ -17,8 +16,8 @@
 
 namespace rnnkit::RNNKIT_CAPABILITY {
 
-// Waits by spinning, since a step lasts microseconds, but not for long: when more threads are wanted than the
-// machine has, a member that only spins keeps the others from running.
+// Waits by spinning, since a step lasts microseconds, but only briefly: if there are more threads than the machine has
+// free, a thread that spins keeps the others from running.
 class Barrier {
  public:
   explicit Barrier(int members) : members_(members) {}
@@ -49,7 +48,7 @@ class Barrier {
   alignas(64) std::atomic<uint32_t> phase_{0};
 };
 
-// Sets whether this thread's operations take denormals for 0, in this scope.
+// Sets whether this thread's operations take denormals for 0, for the life of the object.
 class DenormalsAreZero {
  public:
 #if defined(__x86_64__)
@@ -74,48 +73,11 @@ class DenormalsAreZero {
 #endif
 };
 
-// Ends a long call early where the user wants that (Ctrl-C). The calling thread asks, every 20 ms; all threads stop.
-class Stop {
- public:
-  // `work`: the multiply-adds of a visit. Short visits do not look at the clock each.
-  Stop(bool (*wants_to_stop)(), double work)
-      : wants_to_stop_(wants_to_stop), stride_(1 + static_cast<int64_t>(1e6 / (work + 100))) {}
-
-  // Whether visit `visit` is not to begin. Threads that meet after each visit stop before the same one: what the
-  // calling thread, number 0, hears before a visit holds from the visit after the next on.
-  bool before(int64_t visit, int thread, bool meets) {
-    if (wants_to_stop_ == nullptr) return false;
-    if (thread == 0 && visit % stride_ == 0 && first_.load(std::memory_order_relaxed) == kNever && is_due()) {
-      const DenormalsAreZero as_elsewhere(false);  // a signal's handler may compute
-      if (wants_to_stop_()) first_.store(visit + 2, std::memory_order_release);
-    }
-    const int64_t first = first_.load(std::memory_order_acquire);
-    return meets ? visit >= first : first < kNever;
-  }
-
- private:
-  static constexpr int64_t kNever = INT64_MAX;
-  using Clock = std::chrono::steady_clock;
-
-  bool is_due() {
-    const Clock::time_point now = Clock::now();
-    if (asked_ == Clock::time_point()) asked_ = now;
-    if (now - asked_ < std::chrono::milliseconds(20)) return false;
-    asked_ = now;
-    return true;
-  }
-
-  bool (*const wants_to_stop_)();
-  const int64_t stride_;
-  Clock::time_point asked_;  // of the calling thread
-  std::atomic<int64_t> first_{kNever};
-};
-
 // Runs body(thread, threads, barrier) on up to `threads` threads at once; on one if already in a parallel region.
 template <class Body>
 void parallel(int threads, const Body& body) {
   if (threads <= 1 || omp_in_parallel()) {
-    const DenormalsAreZero flush(true);  // they are slow on many CPUs and carry nothing here
+    const DenormalsAreZero flush(true);  // denormals are slow on many CPUs, and too small to matter here
     Barrier alone(1);
     body(0, 1, alone);
     return;

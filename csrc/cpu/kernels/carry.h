@@ -17,17 +17,18 @@ enum class Before {
   carried,   // the state stays as it is, and the step leaves the row out: its sequence is over or has yet to begin
 };
 
-// The rows of a range before one step. In a ragged batch the longest sequences come first, so that rows which have the
-// same lie together: first those that continue, then those that begin at this step; all others are carried.
+// The rows of a range before one step. The longest sequences of a ragged batch come first, so that rows with the same
+// answer are consecutive: first those that continue, then those that begin at this step; all others are carried.
 struct Carry {
   int64_t continuing, active;
 
+  bool carries(int64_t n) const { return n >= active; }
   Before of(int64_t n) const {
-    return n >= active ? Before::carried : n < continuing ? Before::previous : Before::initial;
+    return carries(n) ? Before::carried : n < continuing ? Before::previous : Before::initial;
   }
 };
 
-// Some rows of the batch in one direction. Steps are counted in the order in which the forward scan takes them.
+// Some rows of the batch in one direction. Steps are numbered in the order in which the forward scan takes them.
 template <class S>
 struct ActiveRows {
   const Layer<S>& layer;
@@ -51,7 +52,8 @@ struct ActiveRows {
   // The index in x and y of the range's first row at step s.
   int64_t first(int64_t s) const { return layer.begin(time(s)) + range.begin; }
 
-  // The recurrent operand of step s in row n of the range: h after the step before, or of `initial_h` [D, N, P].
+  // The recurrent operand of step s in row n of the range: h after the step before, in y, or the row's initial h, in
+  // `initial_h` [D, N, P].
   const S* operand(int64_t s, int64_t n, Carry carry, const S* initial_h) const {
     if (carry.of(n) != Before::previous)
       return initial_h + (direction * layer.batch + range.begin + n) * layer.projected;

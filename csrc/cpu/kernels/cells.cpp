@@ -1,4 +1,4 @@
-// The table of kernels of this CPU capability.
+// The table of kernels for this instruction set.
 #include "cpu/kernels/instantiate.h"
 
 namespace rnnkit::RNNKIT_CAPABILITY {

@@ -1,8 +1,9 @@
-// The products that make the gates, in panels of Cell::units hidden units with all their gates, so that the cell runs
-// on a product that is still in L1.
+// The weights and biases that make the gates, for both directions, and the cell's forward on a row of gates. Gates come
+// in panels of Cell::units hidden units, so that the cell works on a product that is still in L1.
 #pragma once
 
 #include "cells/all.h"
+#include "cpu/kernels/matrix.h"
 #include "cpu/kernels/scan.h"
 
 namespace rnnkit::RNNKIT_CAPABILITY {
@@ -11,30 +12,39 @@ template <class Cell, class S>
 class Gates {
  public:
   using T = Sum<S>;
+  using V = Vector<T>;
   static constexpr int64_t kUnits = Cell::units, kWidth = Cell::gates * kUnits;
+  using OfGates = TransposedMatrix<S, Cell::gates, kUnits>;
+  using OfProjection = TransposedMatrix<S, 1, kPanel>;
 
-  // A matrix that is not packed is read as it lies.
+  OfGates w_ih[2], w_hh[2];  // one for each direction
+  OfProjection w_hr[2];
+
+  // A matrix that is not packed is read where the layer has it.
   Gates(const Layer<S>& layer, bool pack_input, bool pack_recurrent, bool pack_projection, Arena& arena)
-      : layer_(layer), panels_((layer.hidden + kUnits - 1) / kUnits) {
-    const int64_t panels = layer.directions * panels_;
-    w_ih_ = arena.take<S>(pack_input ? panels * layer.input * kWidth : 0);
-    w_hh_ = arena.take<S>(pack_recurrent ? panels * layer.projected * kWidth : 0);
-    bias_ = arena.take<T>(panels * 2 * kWidth);
-    w_hr_ = arena.take<S>(pack_projection ? layer.directions * layer.hidden * round_up(layer.projected, kPanel) : 0);
+      : layer_(layer) {
+    const int64_t I = layer.input, H = layer.hidden, P = layer.projected;
+    for (int64_t d = 0; d < layer.directions; ++d) {
+      const Direction<S>& weights = layer.direction[d];
+      w_ih[d] = {weights.w_ih, H, I, arena.take<S>(pack_input ? OfGates::packed_size(H, I) : 0)};
+      w_hh[d] = {weights.w_hh, H, P, arena.take<S>(pack_recurrent ? OfGates::packed_size(H, P) : 0)};
+      w_hr[d] = {weights.w_hr, P, H, arena.take<S>(pack_projection ? OfProjection::packed_size(P, H) : 0)};
+      bias_[d] = arena.take<T>(panels() * 2 * kWidth);
+    }
   }
 
-  int64_t panels() const { return panels_; }
-  int64_t units_in(int64_t panel) const { return min_of(kUnits, layer_.hidden - panel * kUnits); }
+  int64_t panels() const { return OfGates::panels(layer_.hidden); }
+  int64_t units_in(int64_t p) const { return w_hh[0].units_in(p); }
 
   // Packs the weights and lays out the biases, this thread's part of them.
   void pack(int thread, int threads) const {
-    const Range tasks = range_of(layer_.directions * panels_, thread, threads);
+    const Range tasks = range_of(layer_.directions * panels(), thread, threads);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-      const int64_t d = task / panels_, p = task % panels_;
+      const int64_t d = task / panels(), p = task % panels();
       const Direction<S>& weights = layer_.direction[d];
-      pack_panel(weights.w_ih, layer_.input, w_ih_, d, p);
-      pack_panel(weights.w_hh, layer_.projected, w_hh_, d, p);
-      T* bias = bias_ + task * 2 * kWidth;
+      w_ih[d].pack(p);
+      w_hh[d].pack(p);
+      T* bias = bias_[d] + p * 2 * kWidth;
       std::memset(bias, 0, 2 * kWidth * sizeof(T));
       for (int64_t g = 0; g < Cell::gates; ++g) {
         const int64_t from = g * layer_.hidden + p * kUnits;
@@ -42,88 +52,48 @@ class Gates {
         if (weights.b_hh != nullptr) copy_row(weights.b_hh + from, units_in(p), bias + kWidth + g * kUnits);
       }
     }
-    if (w_hr_ != nullptr) pack_projection(thread, threads);
+    const int64_t projection_panels = OfProjection::panels(layer_.projected);
+    const Range of_projection = range_of(layer_.directions * projection_panels, thread, threads);
+    for (int64_t task = of_projection.begin; task < of_projection.end; ++task)
+      w_hr[task / projection_panels].pack(task % projection_panels);
   }
 
-  // to[M, G*units] = the panel's part of x W_ih^T and of h W_hh^T.
-  // `next` is the panel that is multiplied after this one, to be fetched meanwhile; p itself: none.
-  void input(int64_t M, const S* x, int64_t d, int64_t p, int64_t next, T* to) const {
-    multiply(M, layer_.input, x, w_ih_, layer_.direction[d].w_ih, d, p, next, to);
-  }
-  void recurrent(int64_t M, const S* h, int64_t d, int64_t p, int64_t next, T* to) const {
-    multiply(M, layer_.projected, h, w_hh_, layer_.direction[d].w_hh, d, p, next, to);
-  }
+  // The biases of panel p [2, G*units]: of the input's and of the recurrent parts.
+  const T* bias(int64_t d, int64_t p) const { return bias_[d] + p * 2 * kWidth; }
 
-  // Whether the panel's part of W_hh times zeros is zeros.
-  bool annuls_zeros(int64_t d, int64_t p) const {
-    const int64_t K = layer_.projected;
-    if (w_hh_ != nullptr) return all_finite(w_hh_ + (d * panels_ + p) * K * kWidth, K * kWidth);
-    for (int64_t g = 0; g < Cell::gates; ++g)
-      if (!all_finite(layer_.direction[d].w_hh + (g * layer_.hidden + p * kUnits) * K, units_in(p) * K)) return false;
-    return true;
-  }
-
-  // to[M, kPanel] = columns first to first + columns of h W_hr^T, for h before the projection.
-  void project(int64_t M, const S* h, int64_t d, int64_t first, int64_t columns, T* to) const {
-    const int64_t H = layer_.hidden;
-    if (w_hr_ == nullptr) return dot(M, columns, H, h, H, layer_.direction[d].w_hr + first * H, H, to, kPanel);
-    const S* panel = w_hr_ + (d * round_up(layer_.projected, kPanel) + first) * H;
-    gemm<S>(M, kPanel, H, rows_of(h, H), MatrixB<S>::packed(panel, H, kPanel), to, kPanel, false);
-  }
-
-  // A panel's biases [2, G*units].
-  const T* bias(int64_t d, int64_t p) const { return bias_ + (d * panels_ + p) * 2 * kWidth; }
-
-  // Both parts of each gate for the units from u on, with their biases; `input` and `recurrent` are rows of the above.
+  // The states of the units from u on before a step: from h, which is read only if the cell reads it, and from the other
+  // states [kOthers, H].
   template <class Count>
-  static RNNKIT_INLINE void parts(const T* input, const T* recurrent, const T* bias, int64_t u, Count lanes,
-                                  Vector<T>* x, Vector<T>* h) {
+  static RNNKIT_INLINE void load_states(const S* h, const T* others, int64_t H, int64_t u, Count lanes, V* state) {
+    state[0] = Cell::uses_previous_h ? load(h + u, lanes) : V{};
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < kOthers<Cell>; ++k) state[k + 1] = load(others + k * H + u, lanes);
+  }
+
+  // The cell's forward for the units from u on of a panel. `input`, `recurrent`: a row of w_ih's and of w_hh's product;
+  // `state`: on entry before the step, on return after it; `save`: on return what Cell::saved counts.
+  template <class Count>
+  static RNNKIT_INLINE void cell(const T* input, const T* recurrent, const T* bias, int64_t u, Count lanes, V* state,
+                                 V* save) {
+    V x[Cell::gates], h[Cell::gates];
 #pragma GCC unroll 4
     for (int64_t g = 0; g < Cell::gates; ++g) {
       x[g] = load(input + g * kUnits + u, lanes) + load(bias + g * kUnits + u);
       h[g] = load(recurrent + g * kUnits + u, lanes) + load(bias + kWidth + g * kUnits + u);
     }
+    Cell::forward(x, h, state, save);
+  }
+
+  // Stores what a cell saves of some units to [Cell::saved, H].
+  template <class Count>
+  static RNNKIT_INLINE void store_saved(const V* save, int64_t H, Count lanes, T* to) {
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < Cell::saved; ++k) store(to + k * H, save[k], lanes);
   }
 
  private:
-  // One panel of a weight matrix [G*H, K]: [K, G, units], in pairs of k where these are multiplied.
-  void pack_panel(const S* w, int64_t K, S* packed, int64_t d, int64_t p) const {
-    if (packed == nullptr) return;
-    S* panel = packed + (d * panels_ + p) * K * kWidth;
-    if (units_in(p) < kUnits) std::memset(panel, 0, K * kWidth * sizeof(S));
-    for (int64_t g = 0; g < Cell::gates; ++g)
-      pack_transposed(units_in(p), K, w + (g * layer_.hidden + p * kUnits) * K, K, panel, kWidth, g * kUnits);
-  }
-
-  void pack_projection(int thread, int threads) const {
-    const int64_t H = layer_.hidden, per_direction = (layer_.projected + kPanel - 1) / kPanel;
-    const Range tasks = range_of(layer_.directions * per_direction, thread, threads);
-    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-      const int64_t d = task / per_direction, first = task % per_direction * kPanel;
-      const int64_t columns = min_of(kPanel, layer_.projected - first);
-      S* panel = w_hr_ + task * H * kPanel;
-      if (columns < kPanel) std::memset(panel, 0, H * kPanel * sizeof(S));
-      pack_transposed(columns, H, layer_.direction[d].w_hr + first * H, H, panel, kPanel, 0);
-    }
-  }
-
-  void multiply(int64_t M, int64_t K, const S* a, const S* packed, const S* w, int64_t d, int64_t p, int64_t next,
-                T* to) const {
-    if (packed == nullptr) {
-      for (int64_t g = 0; g < Cell::gates; ++g)
-        dot(M, units_in(p), K, a, K, w + (g * layer_.hidden + p * kUnits) * K, K, to + g * kUnits, kWidth);
-      return;
-    }
-    const S* panels = packed + d * panels_ * K * kWidth;
-    gemm<S>(M, kWidth, K, rows_of(a, K), MatrixB<S>::packed(panels + p * K * kWidth, K, kWidth), to, kWidth, false,
-            next != p ? panels + next * K * kWidth : nullptr);
-  }
-
   const Layer<S>& layer_;
-  const int64_t panels_;
-  S *w_ih_, *w_hh_;  // [D, panels, I or P, G*units], or null
-  T* bias_;          // [D, panels, 2, G*units]
-  S* w_hr_;          // [D, panels, H, kPanel], or null
+  T* bias_[2];  // [panels, 2, G*units]
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

@@ -16,7 +16,10 @@ struct Build {
   static void backward(const Layer<S>& layer, std::byte* scratch) { Backward<Cell, S>(layer, scratch).run(); }
   static int64_t packed_size(const Layer<S>& layer) { return Forward<Cell, S>::packed_size(layer); }
   static void pack(const Layer<S>& layer, std::byte* packed) { Forward<Cell, S>::pack(layer, packed); }
-  static Kernels<S> kernels() { return {forward_scratch, forward, backward_scratch, backward, packed_size, pack}; }
+  static bool check(const Layer<S>& layer, const std::byte* packed) { return Forward<Cell, S>::check(layer, packed); }
+  static Kernels<S> kernels() {
+    return {forward_scratch, forward, backward_scratch, backward, packed_size, pack, check};
+  }
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

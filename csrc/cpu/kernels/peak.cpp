@@ -1,4 +1,4 @@
-// What one core can do at most with this CPU capability: multiply and add in registers, read memory. Benchmarks state
+// What one core can do at most with this instruction set: multiply and add in registers, read memory. Benchmarks state
 // rnnkit's speed as a share of it; no layer uses it.
 #include "cpu/kernels/peak.h"
 

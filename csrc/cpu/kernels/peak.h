@@ -1,5 +1,5 @@
-// Loops that measure what one core can do at most, as csrc/cpu/peak.cpp calls them. They are compiled once for each CPU
-// capability and know nothing of torch.
+// Loops that measure what one core can do at most, called by csrc/cpu/peak.cpp. They are compiled once for each
+// instruction set and know nothing of torch.
 #pragma once
 
 #include <cstddef>

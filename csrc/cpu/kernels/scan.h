@@ -1,4 +1,4 @@
-// What the forward and the backward scan share: the split of a layer over threads, and its scratch memory.
+// What the forward and the backward scan share: the plan by which threads divide a layer, and scratch memory.
 #pragma once
 
 #include <cstddef>
@@ -7,46 +7,44 @@
 #include "cpu/caches.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels/carry.h"
-#include "cpu/team.h"
+#include "cpu/stop.h"
 
 namespace rnnkit::RNNKIT_CAPABILITY {
 
 constexpr int64_t kRowBlock = 64;  // rows of one recurrent product, so that its result stays in L1
-constexpr int64_t kPanel = 64;     // columns of a panel that is not made of gates
-constexpr int64_t kFewSteps = 16;  // up to so many passes over a matrix it is read as it lies, not packed
 
-// How the recurrence is split. Directions are independent, and so are rows of the batch: a thread that owns rows
-// waits for nobody, but reads all weights. Or the threads of a direction share its hidden units, each reads its share
-// of the weights, and they meet after each step. What is estimated to take the least time is chosen.
+// How the recurrence is divided. Directions are independent, and so are rows of the batch: a thread that owns rows
+// waits for nobody, but reads all weights. Or the threads of a direction divide its hidden units: each reads its part
+// of the weights, and they meet after each step. The plan is the one that is estimated to take the least time.
 struct Split {
   int64_t blocks = 1;   // of rows in each direction
-  int64_t members = 1;  // threads that share the units of a direction; 1 if blocks > 1
+  int64_t members = 1;  // threads that divide the units of a direction; 1 if blocks > 1
 
   template <class S>
   Split(const Layer<S>& layer, int64_t gates, int64_t units, int threads) {
-    const int64_t share_of = (threads + layer.directions - 1) / layer.directions;
-    if (share_of <= 1) return;
-    const int64_t panels = (layer.hidden + units - 1) / units, panels_of_share = (panels + share_of - 1) / share_of;
+    const int64_t available = (threads + layer.directions - 1) / layer.directions;
+    if (available <= 1) return;
+    const int64_t panels = (layer.hidden + units - 1) / units, own_panels = (panels + available - 1) / available;
     const double weights = double(gates) * layer.hidden * layer.projected, rows = layer.batch;
     const double alone = cycles_of_step<S>(rows, weights);
-    const double by_rows = cycles_of_step<S>((layer.batch + share_of - 1) / share_of, weights);
+    const double by_rows = cycles_of_step<S>((layer.batch + available - 1) / available, weights);
     const double meeting = kMeeting * threads * (layer.direction[0].w_hr == nullptr ? 1 : 2);
-    const double from_others = rows * layer.projected * (share_of - 1) / share_of * sizeof(S);  // of h
-    const double by_units = cycles_of_step<S>(rows, weights * panels_of_share / panels) + meeting + from_others;
+    const double from_others = rows * layer.projected * (available - 1) / available * sizeof(S);  // bytes of h
+    const double by_units = cycles_of_step<S>(rows, weights * own_panels / panels) + meeting + from_others;
     const double worth_waking = 0.9 * alone;
-    if (by_rows < worth_waking && (by_rows <= by_units || panels < share_of))
-      blocks = min_of(share_of, layer.batch);
-    else if (by_units < worth_waking && panels >= share_of)
-      members = share_of;
+    if (by_rows < worth_waking && (by_rows <= by_units || panels < available))
+      blocks = min_of(available, layer.batch);
+    else if (by_units < worth_waking && panels >= available)
+      members = available;
   }
 
  private:
-  // In cycles: each thread's part of a meeting, after which a byte of what another core wrote takes about one; and of a
-  // multiply-add, of which two begin in each. In bytes a cycle: what a core reads.
+  // In cycles: what meeting costs for each thread, and the latency of a multiply-add, of which two begin in a cycle. In
+  // bytes a cycle: what a core reads from its L2 and from L3. What another core wrote comes at about one byte a cycle.
   static constexpr double kMeeting = 750, kLatency = 4, kFromL2 = 32, kFromL3 = 8;
 
-  // A core's cycles for a step that multiplies `rows` with so many weights: to multiply and to read them, for the most
-  // part at the same time. Of more weights than its L2 holds it finds there what it read last (Sweep).
+  // A core's cycles for a step that multiplies `rows` rows with so many weights: to multiply and to read them, for the
+  // most part at the same time. Of more weights than its L2 holds it finds there what it read last (Sweep).
   template <class S>
   static double cycles_of_step(double rows, double weights) {
     const double wait = 2 * kLatency / sums_at_once(int64_t(rows));
@@ -57,79 +55,81 @@ struct Split {
   }
 };
 
-// Whether a thread that goes through so many weights again and again does not find all of them in its L2.
+// Whether a thread that reads so many weights in every step finds only some of them in its L2.
 template <class S>
 bool outgrow_cache(int64_t weights) {
   return weights * int64_t(sizeof(S)) > cache_sizes().l2 / 2;
 }
 
-// The order in which a thread goes through its panels at visit s: forth, and back at the next visit, which so begins
-// with what was read last.
+// The order in which a thread goes through its panels at step s: upwards at even steps and downwards at odd ones, so
+// that each step begins with the panels that the one before read last.
 class Sweep {
  public:
-  Sweep(Range panels, int64_t s) : panels_(panels), back_(s % 2 != 0) {}
+  Sweep(Range panels, int64_t s) : panels_(panels), down_(s % 2 != 0) {}
 
   int64_t size() const { return panels_.size(); }
-  int64_t operator[](int64_t i) const { return back_ ? panels_.end - 1 - i : panels_.begin + i; }
-  // What comes after the i-th; at the end it again.
+  int64_t operator[](int64_t i) const { return down_ ? panels_.end - 1 - i : panels_.begin + i; }
+  // The panel after the i-th one; after the last, the last.
   int64_t next(int64_t i) const { return (*this)[i + 1 < size() ? i + 1 : i]; }
 
  private:
   Range panels_;
-  bool back_;
+  bool down_;
 };
 
-// Block `index` of `blocks` of the batch, cut so that each has nearly the same number of rows over the steps `times`.
+// Block `index` of `blocks` of the batch. Summed over the times `times`, all blocks have nearly the same number of
+// rows.
 template <class S>
 Range row_block(const Layer<S>& layer, Range times, int64_t index, int64_t blocks) {
   if (layer.rows() == layer.steps * layer.batch) return range_of(layer.batch, index, blocks);
   const int64_t total = layer.begin(times.end) - layer.begin(times.begin);
-  int64_t cuts[2] = {0, layer.batch};  // rows that are not there at any of these steps fall to the last block
+  int64_t ends[2] = {0, layer.batch};  // the last block has the rows that none of these times has
   for (int side = 0; side < 2; ++side) {
     if (index + side == blocks) continue;
-    int64_t t = times.end - 1, before = 0;  // before: rows of all steps that belong to the first `n` rows
+    int64_t t = times.end - 1,
+            before = 0;  // before: rows of all times that belong to the first `n` of the batch
     int64_t n = 0;
     for (; n < layer.batch && before < total * (index + side) / blocks; ++n) {
       while (t >= times.begin && layer.count(t) <= n) --t;
       before += t + 1 - times.begin;
     }
-    cuts[side] = n;
+    ends[side] = n;
   }
-  return {cuts[0], cuts[1]};
+  return {ends[0], ends[1]};
 }
 
-// What falls to one thread: some rows of a direction, whose units it shares with `members`, itself included. Where
-// units are shared, all threads meet after each step, those of the other direction too.
+// One thread's part of a scan: some rows of a direction. Their units are divided among `members` threads, and this is
+// number `member` of them. If there are several, all threads meet after each step, also those of the other direction.
 template <class S>
-struct Share {
+struct Partition {
   ActiveRows<S> rows;
   int64_t member, members;
   bool meets;
 };
 
-// Calls body(share) for each share of the visits begin to end - 1 that falls to `thread`. A thread's rows differ from
-// call to call where begin and end do.
+// Calls body(partition) for each of `thread`'s parts of steps begin to end - 1. For another begin and end a thread may
+// have other rows.
 template <class S, class Body>
-void for_shares(const Layer<S>& layer, int64_t gates, int64_t units, int64_t begin, int64_t end, int thread,
-                int threads, const Body& body) {
+void for_partitions(const Layer<S>& layer, int64_t gates, int64_t units, int64_t begin, int64_t end, int thread,
+                    int threads, const Body& body) {
   const Split split(layer, gates, units, threads);
   if (split.members > 1) {
     const int64_t d = thread % layer.directions;
     const int64_t members = (threads - d + layer.directions - 1) / layer.directions;
-    return body(Share<S>{{layer, d, {0, layer.batch}}, thread / layer.directions, members, true});
+    return body(Partition<S>{{layer, d, {0, layer.batch}}, thread / layer.directions, members, true});
   }
   for (int64_t i = thread; i < layer.directions * split.blocks; i += threads) {
     const int64_t d = i % layer.directions;
     const Range times = d == 0 ? Range{begin, end} : Range{layer.steps - end, layer.steps - begin};
-    body(Share<S>{{layer, d, row_block(layer, times, i / layer.directions, split.blocks)}, 0, 1, false});
+    body(Partition<S>{{layer, d, row_block(layer, times, i / layer.directions, split.blocks)}, 0, 1, false});
   }
 }
 
-// Whether h can be projected: not if the cell reads h, for then only the projected h is there to be read.
+// Whether h can be projected: not if the cell reads h, for only the projected one is kept.
 template <class Cell>
 constexpr bool kCanProject = !Cell::uses_h && !Cell::uses_previous_h;
 
-// The states other than h. In memory they lie together for each row: [kOthers, H].
+// The number of states other than h. For each row they are consecutive in memory: [kOthers, H].
 template <class Cell>
 constexpr int64_t kOthers = Cell::states - 1;
 

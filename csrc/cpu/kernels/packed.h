@@ -1,0 +1,39 @@
+// The header of a buffer that holds weights packed ahead: what they were packed for.
+#pragma once
+
+#include "cells/all.h"
+#include "cpu/kernels/matrix.h"
+#include "cpu/layer.h"
+
+#define RNNKIT_STRING(name) RNNKIT_STRING_OF(name)
+#define RNNKIT_STRING_OF(name) #name
+
+namespace rnnkit::RNNKIT_CAPABILITY {
+
+template <class Cell>
+constexpr const char* kCellName = nullptr;
+#define X(Cell, name) \
+  template <>         \
+  inline constexpr const char* kCellName<Cell> = name;
+RNNKIT_CELLS(X)
+#undef X
+
+// Aligned like the panels that follow it.
+struct alignas(64) PackedHeader {
+  char magic[8] = "rnnkit1", isa[16] = RNNKIT_STRING(RNNKIT_CAPABILITY), cell[16] = {};
+  PanelFormat format;
+  int64_t input, hidden, projected, directions;
+
+  template <class S>
+  PackedHeader(const char* name, const Layer<S>& layer)
+      : format(kFormat<S>),
+        input(layer.input),
+        hidden(layer.hidden),
+        projected(layer.projected),
+        directions(layer.directions) {
+    for (size_t i = 0; i + 1 < sizeof cell && name[i] != 0; ++i) cell[i] = name[i];
+  }
+  bool operator==(const PackedHeader&) const = default;
+};
+
+}  // namespace rnnkit::RNNKIT_CAPABILITY

@@ -1,0 +1,80 @@
+// What the forward pass would have saved of a segment, computed again from x, y and the states that it kept: one step
+// of the forward scan whose rows are those of all steps of the segment, for each has its recurrent operand already.
+#pragma once
+
+#include "cpu/kernels/gates.h"
+#include "cpu/kernels/segment.h"
+
+namespace rnnkit::RNNKIT_CAPABILITY {
+
+template <class Cell, class S>
+class Recompute {
+  using T = Sum<S>;
+  using GatesOf = Gates<Cell, S>;
+
+ public:
+  // `initial_h`: [D, N, P].
+  Recompute(const Layer<S>& layer, int64_t max_rows, const S* initial_h, Arena& arena)
+      : layer_(layer),
+        initial_h_(initial_h),
+        gates_(layer, needed(layer), needed(layer), false, arena),
+        saved_(arena, 1, needed(layer) ? layer.directions : 0, max_rows, Cell::saved * layer.hidden),
+        h_(arena, 1, needed(layer) ? layer.directions : 0, max_rows, layer.projected) {}
+
+  static bool needed(const Layer<S>& layer) { return layer.keep == Keep::states && Cell::saved > 0; }
+
+  // This thread's part of the weights.
+  void pack(int thread, int threads) const {
+    if (needed(layer_)) gates_.pack(thread, threads);
+  }
+
+  // All threads' parts are there when the last one returns.
+  void run(const Segment& segment, int thread, int threads, Barrier& all) const {
+    for (int64_t d = 0; d < layer_.directions; ++d) {
+      const Range own = range_of(segment.rows[d].size(), thread, threads);
+      RecurrentOperands<S> operands(layer_, segment, d, initial_h_);
+      for (int64_t r = own.begin; r < own.end; ++r)
+        copy_row(operands.row(r), layer_.projected, h_.begin(segment, d) + r * layer_.projected);
+    }
+    all.wait();
+    const int64_t panels = gates_.panels();
+    const Range tasks = range_of(layer_.directions * panels, thread, threads);
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t d = task / panels, p = task % panels, count = segment.rows[d].size();
+      for (int64_t m = 0; m < count; m += kRowBlock) step(segment, d, p, m, min_of(kRowBlock, count - m));
+    }
+    all.wait();
+  }
+
+  // Of one row [Cell::saved, H].
+  const T* saved(const Segment& segment, int64_t d, int64_t row) const { return saved_.at(segment, d, row); }
+
+ private:
+  void step(const Segment& segment, int64_t d, int64_t p, int64_t first, int64_t count) const {
+    constexpr int64_t width = GatesOf::kWidth;
+    const int64_t H = layer_.hidden, P = layer_.projected, unit = p * GatesOf::kUnits;
+    const int64_t row = segment.rows[d].begin + first;
+    const S* h = h_.at(segment, d, row);
+    const T* others =
+        kOthers<Cell> > 0 ? layer_.reserve + (d * layer_.rows() + row) * kOthers<Cell> * H + unit : nullptr;
+    T* saved = saved_.at(segment, d, row) + unit;
+    alignas(64) T input[kRowBlock * width], recurrent[kRowBlock * width];
+    gates_.w_ih[d].multiply(count, layer_.x + row * layer_.input, p, p, input);
+    gates_.w_hh[d].multiply(count, h, p, p, recurrent);
+    for (int64_t i = 0; i < count; ++i)
+      for_vectors<T>(gates_.units_in(p), [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
+        Vector<T> state[Cell::states], save[Cell::saved + 1];
+        GatesOf::load_states(h + i * P + unit, others + i * kOthers<Cell> * H, H, u, lanes, state);
+        GatesOf::cell(input + i * width, recurrent + i * width, gates_.bias(d, p), u, lanes, state, save);
+        GatesOf::store_saved(save, H, lanes, saved + i * Cell::saved * H + u);
+      });
+  }
+
+  const Layer<S>& layer_;
+  const S* initial_h_;
+  GatesOf gates_;
+  SegmentValues<T> saved_;  // [D, rows, Cell::saved, H]
+  SegmentValues<S> h_;      // [D, rows, P]: the recurrent operands
+};
+
+}  // namespace rnnkit::RNNKIT_CAPABILITY

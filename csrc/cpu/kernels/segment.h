@@ -1,0 +1,96 @@
+// The backward pass goes through a layer by segments: runs of time steps, so short that what is computed of their rows
+// is still in cache for the products that follow.
+#pragma once
+
+#include "cpu/kernels/scan.h"
+
+namespace rnnkit::RNNKIT_CAPABILITY {
+
+constexpr int64_t kSegmentRows = 192;  // at most, in each direction; one step in any case
+
+// Steps begin to end - 1 of the forward scan, and their rows of x and y in each direction.
+struct Segment {
+  int64_t begin, end, index;
+  Range rows[2];
+};
+
+// All segments of a layer, the last steps first.
+template <class S>
+std::vector<Segment> segments_of(const Layer<S>& layer) {
+  std::vector<Segment> segments;
+  const auto rows_of = [&](int64_t begin, int64_t end, int64_t d) -> Range {
+    if (d == 0) return {layer.begin(begin), layer.begin(end)};
+    return {layer.begin(layer.steps - end), layer.begin(layer.steps - begin)};
+  };
+  for (int64_t end = layer.steps; end > 0; end = segments.back().begin) {
+    int64_t begin = end - 1;
+    while (begin > 0 && rows_of(begin - 1, end, 0).size() <= kSegmentRows &&
+           rows_of(begin - 1, end, layer.directions - 1).size() <= kSegmentRows)
+      --begin;
+    const auto index = static_cast<int64_t>(segments.size());
+    segments.push_back({begin, end, index, {rows_of(begin, end, 0), rows_of(begin, end, 1)}});
+  }
+  return segments;
+}
+
+// Values of a segment's rows, `width` of each: [segments, D, rows, width]. With memory for two segments, a thread can
+// begin one while others still multiply the one before it.
+template <class E>
+class SegmentValues {
+ public:
+  SegmentValues(Arena& arena, int64_t segments, int64_t directions, int64_t max_rows, int64_t width)
+      : segments_(segments),
+        directions_(directions),
+        max_rows_(max_rows),
+        width_(width),
+        values_(arena.take<E>(segments * directions * max_rows * width)) {}
+
+  // `row`: its index in x and y.
+  E* at(const Segment& segment, int64_t d, int64_t row) const {
+    return begin(segment, d) + (row - segment.rows[d].begin) * width_;
+  }
+  E* begin(const Segment& segment, int64_t d) const {
+    return values_ + (segment.index % segments_ * directions_ + d) * max_rows_ * width_;
+  }
+  int64_t width() const { return width_; }
+
+ private:
+  int64_t segments_, directions_, max_rows_, width_;
+  E* values_;
+};
+
+// The recurrent operands of a segment's rows: h before each step. row(r): pointer to that of row r of the segment.
+// stride(r, n): the distance between those of rows r to r + n - 1, or 0 if it is not the same for all.
+template <class S>
+class RecurrentOperands {
+ public:
+  RecurrentOperands(const Layer<S>& layer, const Segment& segment, int64_t d, const S* initial_h)
+      : rows_{layer, d, {0, layer.batch}},
+        first_(segment.rows[d].begin),
+        t_(d == 0 ? segment.begin : layer.steps - segment.end),
+        initial_h_(initial_h) {}
+
+  // Begins to look for the row's step at the one found before.
+  const S* row(int64_t r) {
+    r += first_;
+    while (r < rows_.layer.begin(t_)) --t_;
+    while (r >= rows_.layer.begin(t_ + 1)) ++t_;
+    const int64_t s = rows_.time(t_);
+    return rows_.operand(s, r - rows_.layer.begin(t_), rows_.before(s), initial_h_);
+  }
+
+  // The operands of rows that continue are in y, at even distances if all steps have the same rows.
+  int64_t stride(int64_t r, int64_t n) const {
+    const int64_t N = rows_.layer.batch, R = rows_.layer.rows();
+    const bool dense = R == rows_.layer.steps * N;
+    const bool continue_all = rows_.direction == 0 ? first_ + r >= N : first_ + r + n <= R - N;
+    return dense && continue_all ? rows_.layer.directions * rows_.layer.projected : 0;
+  }
+
+ private:
+  ActiveRows<S> rows_;
+  int64_t first_, t_;
+  const S* initial_h_;
+};
+
+}  // namespace rnnkit::RNNKIT_CAPABILITY

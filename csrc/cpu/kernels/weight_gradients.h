@@ -1,0 +1,209 @@
+// The gradients of weights and biases: sums over the rows of all segments, to which each segment's are added while they
+// are in cache.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "cpu/kernels/segment.h"
+
+namespace rnnkit::RNNKIT_CAPABILITY {
+
+// What the reverse scan leaves of a segment's rows.
+template <class S>
+struct SegmentGrads {
+  SegmentValues<S> gates;        // [Cell::grads, H]: gradients of the gates
+  SegmentValues<S> projected;    // [P]: with a projection, the gradient of h behind it
+  SegmentValues<S> unprojected;  // [H]: with a projection, h before it
+};
+
+template <class Cell, class S>
+class WeightGradients {
+  using T = Sum<S>;
+
+ public:
+  // `initial_h`: [D, N, P].
+  WeightGradients(const Layer<S>& layer, bool projects, int64_t max_rows, const SegmentGrads<S>& grads,
+                  const S* initial_h, Arena& arena)
+      : layer_(layer), projects_(projects), grads_(grads), initial_h_(initial_h) {
+    for (int64_t d = 0; d < layer.directions; ++d) {
+      packed_x_[d] = arena.take<S>(max_rows * round_up(layer.input, kPanel));
+      packed_h_[d] = arena.take<S>(max_rows * round_up(layer.projected, kPanel));
+      packed_unprojected_[d] = arena.take<S>(projects ? max_rows * round_up(layer.hidden, kPanel) : 0);
+    }
+    copies_ = arena.take<S>(layer.threads * kSegmentRows * kTileRows);
+  }
+
+  // Packs what a segment's gradients are multiplied with, this thread's part. All threads wait before add().
+  void pack(const Segment& segment, int thread, int threads) const {
+    for (int64_t d = 0; d < layer_.directions; ++d) {
+      const Direction<S>& weights = layer_.direction[d];
+      const int64_t rows = segment.rows[d].size();
+      if (weights.grad_w_ih != nullptr) pack(inputs(segment, d), rows, layer_.input, packed_x_[d], thread, threads);
+      if (weights.grad_w_hh != nullptr)
+        pack(operands(segment, d), rows, layer_.projected, packed_h_[d], thread, threads);
+      if (weights.grad_w_hr != nullptr)
+        pack(unprojected(segment, d), rows, layer_.hidden, packed_unprojected_[d], thread, threads);
+    }
+  }
+
+  // Adds a segment's part to direction d's gradients, the first segment's to nothing.
+  void add(const Segment& segment, int64_t d, int thread, int threads) const {
+    const int64_t H = layer_.hidden, P = layer_.projected, I = layer_.input;
+    const Direction<S>& weights = layer_.direction[d];
+    const S* gates = grads_.gates.begin(segment, d);
+    const Sums of{segment.index > 0, segment.rows[d].size(), grads_.gates.width(), thread, threads};
+    const auto with_x = [&](int64_t gate) {
+      return Product{inputs(segment, d), packed_x_[d], I, at(weights.grad_w_ih, gate * H * I),
+                     at(weights.grad_b_ih, gate * H)};
+    };
+    const auto with_h = [&](int64_t gate) {
+      return Product{operands(segment, d), packed_h_[d], P, at(weights.grad_w_hh, gate * H * P),
+                     at(weights.grad_b_hh, gate * H)};
+    };
+    // Gates whose two parts have the same gradient go together: it is then copied and summed once.
+    for (int64_t g = 0; g < Cell::gates;) {
+      int64_t end = g;
+      while (end < Cell::gates && Cell::input_grad[end] == end) ++end;
+      if (end > g) {
+        products(of, gates + g * H, (end - g) * H, with_x(g), with_h(g));
+      } else {
+        end = g + 1;
+        products(of, gates + Cell::input_grad[g] * H, H, with_x(g));
+        products(of, gates + g * H, H, with_h(g));
+      }
+      g = end;
+    }
+    if (projects_)
+      products({of.add, of.rows, P, thread, threads}, grads_.projected.begin(segment, d), P,
+               Product{unprojected(segment, d), packed_unprojected_[d], H, weights.grad_w_hr, nullptr});
+  }
+
+ private:
+  static constexpr int64_t kPair = Operand<S>::pair;
+  static constexpr int64_t kTileRows = 96;  // rows of a weight's gradient that are worked on at once
+
+  // The right-hand operand of a product over a segment's rows. row(r): pointer to row r of the segment. stride(r, n):
+  // the distance between rows r to r + n - 1, or 0 if it is not the same for all. RecurrentOperands is another one.
+  struct EvenRows {
+    const S* base;
+    int64_t width;
+    const S* row(int64_t r) const { return base + r * width; }
+    int64_t stride(int64_t /*r*/, int64_t /*n*/) const { return width; }
+  };
+  EvenRows inputs(const Segment& segment, int64_t d) const {
+    return {layer_.x + segment.rows[d].begin * layer_.input, layer_.input};
+  }
+  EvenRows unprojected(const Segment& segment, int64_t d) const {
+    return {grads_.unprojected.begin(segment, d), layer_.hidden};
+  }
+  RecurrentOperands<S> operands(const Segment& segment, int64_t d) const { return {layer_, segment, d, initial_h_}; }
+
+  // Rows so near to each other are read unpacked: a block of them is within reach of the first-level TLB.
+  static bool is_near(int64_t stride) { return kPair == 1 && stride > 0 && stride * int64_t(sizeof(S)) <= 1024; }
+  template <class B>
+  static bool can_stay(const B& b, int64_t r, int64_t depth, int64_t columns) {
+    return is_near(b.stride(r, depth)) && columns % kLanes<T> == 0;
+  }
+
+  // Packs b [rows, columns] in blocks of kSegmentRows rows, except for blocks that are read unpacked.
+  template <class B>
+  static void pack(B b, int64_t rows, int64_t columns, S* to, int thread, int threads) {
+    const int64_t width = round_up(columns, kPanel), panels = width / kPanel;
+    const Range tasks = range_of((rows + kSegmentRows - 1) / kSegmentRows * panels, thread, threads);
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t r = task / panels * kSegmentRows, n = task % panels * kPanel;
+      const int64_t depth = min_of(kSegmentRows, rows - r), K = round_up(depth, kPair);
+      if (can_stay(b, r, depth, columns)) continue;
+      pack_rows<S>(
+          depth, min_of(kPanel, columns - n), [&](int64_t k) { return b.row(r + k) + n; }, to + r * width + n * K,
+          kPanel, 0);
+    }
+  }
+
+  // One result of a(r, m), a gradient of gate m in row r: c[M, columns] = the sum over r of a(r, m) b(r), and sums[M] =
+  // that of a(r, m). Null: not needed. `packed`: what pack() made of b.
+  template <class B>
+  struct Product {
+    B b;
+    const S* packed;
+    int64_t columns;
+    T *c, *sums;
+  };
+
+  // What the products over one segment have in common: whether they are added to those before, the number of its rows,
+  // and the distance from a(r, m) to a(r + 1, m).
+  struct Sums {
+    bool add;
+    int64_t rows, lda;
+    int thread, threads;
+  };
+
+  // Products with the same a(r, m), each thread for some of the M. Rows of a that are far apart are copied first, a
+  // block at a time, so that the micro-kernel walks packed memory.
+  template <class... Products>
+  void products(const Sums& of, const S* a, int64_t M, Products... each) const {
+    const Range own = range_of(M, of.thread, of.threads, 16);
+    if (own.size() == 0 || ((each.c == nullptr && each.sums == nullptr) && ...)) return;
+    for (T* sums : {each.sums...})
+      if (sums != nullptr && !of.add) std::memset(sums + own.begin, 0, own.size() * sizeof(T));
+    S* copy = copies_ + of.thread * kSegmentRows * kTileRows;
+    for (int64_t r = 0; r < of.rows; r += kSegmentRows) {
+      const int64_t depth = min_of(kSegmentRows, of.rows - r);
+      for (int64_t m = own.begin; m < own.end; m += kTileRows) {
+        const int64_t rows = min_of(kTileRows, own.end - m);
+        MatrixA<S, true> of_a{a + r * of.lda + m, of.lda};
+        if (!is_near(of.lda)) {
+          copy_rows<S>(depth, rows, [&](int64_t k) { return a + (r + k) * of.lda + m; }, copy, kTileRows);
+          of_a = {copy, kTileRows * kPair};
+        }
+        add_rows(of_a, round_up(depth, kPair) / kPair, rows, {at(each.sums, m)...});
+        (multiply(of_a, rows, r, depth, m, of.add || r > 0, each), ...);
+      }
+    }
+  }
+
+  // One block of a product: rows m to m + rows - 1 of c, over the segment's rows r to r + depth - 1.
+  template <class B>
+  static void multiply(MatrixA<S, true> a, int64_t rows, int64_t r, int64_t depth, int64_t m, bool add,
+                       Product<B>& product) {
+    const int64_t N = product.columns, K = round_up(depth, kPair), stride = product.b.stride(r, depth);
+    if (product.c == nullptr) return;
+    const S* unpacked = can_stay(product.b, r, depth, N) ? product.b.row(r) : nullptr;
+    const S* packed = product.packed + r * round_up(N, kPanel);
+    for (int64_t n = 0; n < N; n += kPanel) {
+      const MatrixB<S> b = unpacked != nullptr ? MatrixB<S>::row_major(unpacked + n, stride)
+                                               : MatrixB<S>::packed(packed + n * K, K, kPanel);
+      gemm<S>(rows, min_of(kPanel, N - n), K, a, b, product.c + m * N + n, N, add);
+    }
+  }
+
+  // Adds to each[m] the sum of a's row m over its pairs; null: nothing. Four sums side by side, apart from those of
+  // earlier blocks, keep rounding errors small.
+  static void add_rows(MatrixA<S, true> a, int64_t pairs, int64_t rows, std::initializer_list<T*> each) {
+    if (std::all_of(each.begin(), each.end(), [](const T* sums) { return sums == nullptr; })) return;
+    for (int64_t m = 0; m < rows; m += kLanes<T>) {
+      const int64_t lanes = min_of(kLanes<T>, rows - m);
+      Vector<T> part[4] = {};
+      for (int64_t q = 0; q < pairs; q += 4)
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < 4; ++i)
+          if (q + i < pairs)
+            part[i] +=
+                Operand<S>::sum_pairs(Operand<S>::load_pairs(a.a + m * kPair + (q + i) * a.column(), lanes * kPair));
+      for (T* sums : each)
+        if (sums != nullptr)
+          store(sums + m, load(sums + m, lanes) + ((part[0] + part[1]) + (part[2] + part[3])), lanes);
+    }
+  }
+
+  const Layer<S>& layer_;
+  const bool projects_;
+  const SegmentGrads<S>& grads_;
+  const S* initial_h_;
+  S *packed_x_[2], *packed_h_[2],
+      *packed_unprojected_[2];  // [rows, columns] of a segment, in panels of kPanel columns
+  S* copies_;                   // for each thread [kSegmentRows, kTileRows]
+};
+
+}  // namespace rnnkit::RNNKIT_CAPABILITY
