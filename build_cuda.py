@@ -139,8 +139,9 @@ def build(target: Path, inplace: bool) -> Built:
         Part([*nvcc_command, "-Icsrc"], source, folder / f"{source.stem}.o", version)
         for source in sorted(Path("csrc/cuda").glob("*.cu"))
     ]
-    register = torch_folder / "register.o"
-    parts.append(Part([*cxx_command, "-Icsrc"], Path("csrc/cuda/register.cpp"), register, version))
+    stepwise, register = Path("csrc/cuda/stepwise.cpp"), Path("csrc/cuda/register.cpp")
+    parts.append(Part([*cxx, *CXX_FLAGS, "-Icsrc"], stepwise, folder / "stepwise.o", version))
+    parts.append(Part([*cxx_command, "-Icsrc"], register, torch_folder / "register.o", version))
     objects = compile_all(parts)
 
     # libtorch.so brings in what the torch at hand has, libtorch_cuda.so too; loaded before this library, it

@@ -4,6 +4,7 @@
 (`Scans`): the CUDA extension's (cuda.py) or Triton's (triton/scan.py).
 """
 
+import copy
 import importlib
 import threading
 from collections.abc import Iterator, Sequence
@@ -42,31 +43,20 @@ class Scans(Protocol):
         call: "Call",
         gates: Tensor,
         keep: int,
-        output: Tensor,
+        output: Tensor | None,
         finals: Sequence[Tensor],
         reserve: Tensor,
     ) -> None:
-        """Writes output [rows, D*P], final states and reserve; gates [rows, D*G*H] are the inputs' parts."""
+        """Writes output [rows, D*P], final states and reserve; gates [rows, D*G*H] are the inputs' parts.
+
+        A call of one step may want the reserve only: then there is no output and are no finals, and the states but h
+        may be of the type of sums.
+        """
 
     def backward(self, back: "Backward", initial_grads: Sequence[Tensor | None]) -> Tensor | None:
         """Writes `back.grad_gates` and those of the initial states, where there are any.
 
         Returns the gradients of h after its projection, [D, rows, P], with all that reaches it; None without one.
-        """
-
-    def gates_again(
-        self,
-        call: "Call",
-        d: int,
-        gates: Tensor,
-        previous: Sequence[tuple[slice, Tensor | None]],
-        states: Tensor,
-        reserve: Tensor,
-    ) -> None:
-        """Writes a direction's reserve [rows, V, H] as `forward` would keep it.
-
-        previous: h before each step, parts of all rows with a matrix for each, None for zeros; states: those but h
-        before each step, [rows, S - 1, H].
         """
 
 
@@ -317,6 +307,15 @@ class Call:
             self.directions,
             self.precise,
         )
+
+    def one_step(self, d: int, states: list[Tensor]) -> "Call":
+        """A step of direction d whose batch is all rows."""
+        step = copy.copy(self)
+        step.steps, step.batch, step.directions, step.ragged = 1, self.rows, 1, False
+        step.states = states
+        for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr"):
+            setattr(step, name, [getattr(self, name)[d]])
+        return step
 
     def rows_of(self, d: int, step: int) -> slice:
         """Of the step that direction d processes as number `step`."""
@@ -595,8 +594,22 @@ class Backward:
         call = self.call
         states, gates = self.reserve, call.gates()
         self.reserve = states.new_empty(call.reserve_shape(Keep.EVERYTHING))
+        width = call.spec.gates * call.hidden
         for d in range(call.directions):
-            self.scans.gates_again(call, d, gates, self._previous(d), states[d], self.reserve[d])
+            if again := getattr(self.scans, "gates_again", None):
+                again(call, d, gates, self._previous(d), states[d], self.reserve[d])
+                continue
+            h = call.input.new_zeros(1, call.rows, call.projected)
+            for rows, part in self._previous(d):
+                if part is not None:
+                    h[0, rows] = part
+            others = [state.contiguous().unsqueeze(0) for state in states[d].unbind(1)]
+            step = call.one_step(d, [h, *others])
+            of_direction = gates[:, d * width : (d + 1) * width]
+            with plan.forced("stepwise"):  # a product of all rows, and a kernel for the cell
+                self.scans.forward(
+                    step, of_direction, Keep.EVERYTHING, None, [], self.reserve[d : d + 1]
+                )
 
 
 if not (backends.CUDA_REASON and backends.TRITON_REASON):

@@ -103,9 +103,9 @@ class Plan:
     microseconds: float = 0.0
 
     @property
-    def numbers(self) -> list[int]:
+    def numbers(self) -> tuple[int, int, int, bool]:
         """What the extension's ops take."""
-        return [self.units, self.tiles, self.columns, int(self.kernel == "cluster")]
+        return self.units, self.tiles, self.columns, self.kernel == "cluster"
 
     def __str__(self) -> str:
         if self.kernel == "stepwise":

@@ -113,7 +113,10 @@ def _compile(compiler: list[str], target: Path) -> None:
     tables = target.with_suffix(".tables.cpp")
     tables.write_text(TABLES)
     include = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-    sources = [CSRC / "cuda/host.cpp", CSRC / "cuda/register.cpp", tables]
+    sources = [
+        *(CSRC / "cuda" / f"{name}.cpp" for name in ("host", "register", "stepwise")),
+        tables,
+    ]
     objects = [target.with_suffix(f".{index}.o") for index in range(len(sources))]
 
     def run(command: list[str | Path]) -> None:

@@ -3,7 +3,9 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import host_build
 import pytest
@@ -19,8 +21,10 @@ from kernel_cases import (
 )
 from test_kernels import BAD_BACKWARDS, BAD_CALLS
 from tolerances import assert_close_to_truth
+from torch import Tensor
 
-from rnnkit import backends, plan
+from rnnkit import backends, cuda, gpu, plan
+from rnnkit import ops as ops_of_layers
 from rnnkit.ops import Keep
 from rnnkit.reference import CELLS
 
@@ -187,6 +191,101 @@ def test_the_kernels_find_what_another_kept(case: Case) -> None:
                 gradient=name.startswith("grad"),
                 name=f"{name} by {first}, {second}",
             )
+
+
+# Beside the ops of a layer
+
+
+def run_scan(
+    it: Call, keep: Keep, all_states: list[Tensor] | None = None
+) -> tuple[gpu.Call, Tensor, list[Tensor], Tensor]:
+    """The call, and what its scan writes: output, final states, reserve."""
+    layer = gpu.Call(it.cell, it.input, it.states, it.weights, it.batch_sizes)
+    results = ops_of_layers.empty_results(
+        it.cell, it.input, it.weights, it.batch_sizes, it.states, keep
+    )
+    output, finals, reserve = results
+    rows = output.view(layer.rows, -1)
+    cuda.forward(layer, layer.gates(), keep, rows, finals, reserve, all_states or ())
+    return layer, output, finals, reserve
+
+
+@on_host
+@pytest.mark.parametrize("lengths", ((), (4, 3, 3, 1)), ids=("dense", "ragged"))
+@pytest.mark.parametrize("dtype", (*host_build.DTYPES, torch.float64), ids=str)
+def test_h_before_its_projection(dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
+    """Found from the reserve it is what the projection made the output of."""
+    it = call(Case("lstm", (4, 9, 5, 33), 2, lengths, projected=11, dtype=dtype))
+    layer, output, _, reserve = run_scan(it, Keep.EVERYTHING)
+    h = cuda.unprojected(layer, reserve)
+    assert h.shape == (2, layer.rows, 33) and h.dtype == dtype
+    weights = [w for w in layer.w_hr if w is not None]
+    products = [of_direction @ w.t() for of_direction, w in zip(h, weights, strict=True)]
+    torch.testing.assert_close(output.view(layer.rows, -1), torch.cat(products, 1))
+
+
+several_states = pytest.mark.parametrize("cell", [c for c, s in CELLS.items() if s.states > 1])
+
+
+@on_host
+@each_kernel
+@each_dtype
+@pytest.mark.parametrize("lengths", ((), (4, 3, 3, 1)), ids=("dense", "ragged"))
+@several_states
+def test_states_at_all_steps(
+    cell: str, lengths: tuple[int, ...], dtype: torch.dtype, kernel: str
+) -> None:
+    """Each is what the next step of its row finds, or the final state."""
+    it = call(Case(cell, (4, 9, 5, 33), 2, lengths, dtype=dtype))
+    rows, others = it.input.shape[:-1].numel(), CELLS[cell].states - 1
+    found = [it.input.new_full((rows, 2 * 33), float("nan")) for _ in range(others)]
+    with plan.forced(kernel):
+        layer, _, finals, before = run_scan(it, Keep.STATES, found)
+    counts = layer.counts
+    starts = [sum(counts[:t]) for t in range(len(counts) + 1)]
+    for d, k, t in product(range(2), range(others), range(layer.steps)):
+        after = t - 1 if d else t + 1
+        expected = finals[1 + k][d, : counts[t]].clone()
+        if 0 <= after < layer.steps:
+            count = min(counts[t], counts[after])
+            expected[:count] = before[d, starts[after] : starts[after] + count, k].to(dtype)
+        here = found[k][starts[t] : starts[t + 1], d * 33 : (d + 1) * 33]
+        assert torch.equal(here, expected), (d, k, t)
+
+
+@on_host
+@each_kernel
+@several_states
+def test_gradients_of_states_at_all_steps(cell: str, kernel: str) -> None:
+    """The sum of those of calls that end where each one is."""
+    steps, batch, hidden = 4, 9, 17
+    it = call(Case(cell, (steps, batch, 5, hidden), 2))
+    others = CELLS[cell].states - 1
+    grads = [torch.randn(steps, batch, 2 * hidden) for _ in range(others)]
+
+    def gradients(part: Call, of_finals: list, of_all: list) -> list[Tensor]:
+        layer, output, _, reserve = run_scan(part, Keep.EVERYTHING)
+        scans = SimpleNamespace(backward=partial(cuda.backward, grad_all_states=of_all))
+        back = gpu.Backward(layer, scans, [None, None, *of_finals], output, reserve, part.all_needs)
+        found = back.run()
+        return [found[index] for index, need in enumerate(part.all_needs) if need]
+
+    with plan.forced(kernel):
+        rows = [grad.view(steps * batch, -1) for grad in grads]
+        actual = gradients(it, [None] * others, rows)
+        expected = [torch.zeros_like(grad) for grad in actual]
+        for t, d in product(range(steps), range(2)):
+            of_finals = [torch.zeros(2, batch, hidden) for _ in range(others)]
+            for of_final, grad in zip(of_finals, grads, strict=True):
+                of_final[d] = grad[t, :, d * hidden : (d + 1) * hidden]
+            seen = slice(t, None) if d else slice(0, t + 1)
+            first, *rest = gradients(
+                replace(it, input=it.input[seen].clone()), of_finals, [None] * others
+            )
+            expected[0][seen] += first
+            for total, grad in zip(expected[1:], rest, strict=True):
+                total += grad
+    torch.testing.assert_close(actual, expected)
 
 
 # Arguments

@@ -60,7 +60,7 @@ def assert_fits(it: Scan, cut: Plan, device: Device) -> None:
     assert (cut.slices - 1) * cut.columns < it.batch <= cut.slices * cut.columns
     assert cut.columns > 0 and cut.columns % 8 == 0
     assert cut.microseconds > 0
-    assert cut.numbers == [cut.units, cut.tiles, cut.columns, int(cut.kernel == "cluster")]
+    assert cut.numbers == (cut.units, cut.tiles, cut.columns, cut.kernel == "cluster")
     if cut.kernel == "cluster":
         assert device.capability >= (9, 0)
         # More than 16 there are nowhere, and more than 8 only on GPUs for data centres.

@@ -19,7 +19,7 @@ namespace rnnkit::cuda {
 using BlockOfBuild = DeviceBlock;
 
 template <class Pass>
-__global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_constant__ Scan scan) {
+__global__ void __launch_bounds__(kThreads, 1) persistent_kernel(const __grid_constant__ PersistentScan scan) {
 #if __CUDA_ARCH__ < 900
   if (Pass::kCluster) {  // there are no such instructions; the plan and the launch see to it that it is not run
     __trap();
@@ -38,7 +38,7 @@ using BlockOfBuild = HostBlock;
 
 // Every block in turn, a step at a time. A cluster's blocks write to one another, so all memory is there before any runs.
 template <class Pass>
-void persistent_kernel(const Scan& scan) {
+void persistent_kernel(const PersistentScan& scan) {
   const int64_t blocks = scan.directions * scan.slices * scan.blocks;
   const size_t bytes = shared_bytes_of<Pass>(scan.hidden, scan.columns);
   std::vector<std::vector<std::byte>> shared(blocks);

@@ -17,6 +17,7 @@
 
 #include <type_traits>
 
+#include "cuda/carry.h"
 #include "cuda/scan.h"
 
 namespace rnnkit::cuda {
@@ -37,7 +38,8 @@ class Recurrence {
   static constexpr int kItems = (kUnits * kColumns + kThreads - 1) / kThreads, kStep = kThreads / kUnits;
   static_assert(kThreads % kUnits == 0 && kStep % 8 == 0);
 
-  RNNKIT_DEVICE Recurrence(const Block& block, const Scan& scan, std::byte* shared) : block_(block), scan_(scan) {
+  RNNKIT_DEVICE Recurrence(const Block& block, const PersistentScan& scan, std::byte* shared)
+      : block_(block), scan_(scan) {
     block_in_slice_ = block.index % scan.blocks;
     const int group = block.index / scan.blocks;
     direction_ = group / scan.slices;
@@ -263,7 +265,7 @@ class Recurrence {
   }
 
   const Block block_;
-  const Scan& scan_;
+  const PersistentScan& scan_;
   int direction_, block_in_slice_, first_unit_, columns_;
   int64_t first_row_;
   float* rest_;  // shared memory that is left: states and biases
@@ -312,7 +314,7 @@ class Pass {
   static constexpr int kItems = Exchange::kItems, kStep = Exchange::kStep, kColumns = Exchange::kColumns;
 
  protected:
-  RNNKIT_DEVICE Pass(const Block& block, const Scan& scan, std::byte* shared)
+  RNNKIT_DEVICE Pass(const Block& block, const PersistentScan& scan, std::byte* shared)
       : block_(block), scan_(scan), exchange_(block, scan, shared), direction_(exchange_.direction_) {
     backwards_ = (direction_ == 1) != kBackward;
     states_ = exchange_.rest_;
@@ -340,7 +342,7 @@ class Pass {
   }
 
   const Block block_;
-  const Scan& scan_;
+  const PersistentScan& scan_;
   const Exchange exchange_;
   const int direction_;
   bool backwards_;
@@ -357,7 +359,8 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
   using Base::kUnits, Base::kGates, Base::kStates, Base::kRows, Base::kItems, Base::kStep, Base::kColumns;
   using typename Base::Cell, typename Base::S, typename Base::Part, typename Base::Place;
 
-  RNNKIT_DEVICE ForwardScan(const Block& block, const Scan& scan, std::byte* shared) : Base(block, scan, shared) {}
+  RNNKIT_DEVICE ForwardScan(const Block& block, const PersistentScan& scan, std::byte* shared)
+      : Base(block, scan, shared) {}
 
   RNNKIT_DEVICE void enter() {
     block_.threads(registers_, [&](int thread, Registers& r) {
@@ -392,15 +395,15 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
 #pragma unroll
           for (int k = 0; k < kStates; ++k)
             state(k, r.part, column) =
-                scan_.initial[k] ? widened(*at<S>(scan_.initial[k], state_at(r.part, column))) : 0;
-          if (scan_.initial[0]) {  // in both buffers: a row may begin at any step
+                scan_.states[k].initial ? widened(*at<S>(scan_.states[k].initial, state_at(r.part, column))) : 0;
+          if (scan_.states[0].initial) {  // in both buffers: a row may begin at any step
             exchange_.give(0, r.part, 0, item, group, narrowed<S>(state(0, r.part, column)));
             exchange_.give(1, r.part, 0, item, group, narrowed<S>(state(0, r.part, column)));
           }
         });
     });
     block_.sync();
-    if (scan_.initial[0]) {
+    if (scan_.states[0].initial) {
       block_.threads(registers_, [&](int thread, Registers&) {
         exchange_.share(thread, 0);
         exchange_.share(thread, 1);
@@ -413,7 +416,7 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
   }
 
   RNNKIT_DEVICE void step(int64_t s) {
-    const bool first = s == 0 && !scan_.initial[0];  // h is zero then, and no block tells
+    const bool first = s == 0 && !scan_.states[0].initial;  // h is zero then, and no block tells
     const bool last = s + 1 == scan_.steps;
     const int groups = exchange_.groups();
     for (int group = 0; group < groups; ++group) {
@@ -461,7 +464,7 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
         exchange_.each_item(r.part, group, exchange_.columns_, [&](int, int column) {
 #pragma unroll
           for (int k = 0; k < kStates; ++k)
-            static_cast<S*>(scan_.final[k])[state_at(r.part, column)] = narrowed<S>(state(k, r.part, column));
+            static_cast<S*>(scan_.states[k].final)[state_at(r.part, column)] = narrowed<S>(state(k, r.part, column));
         });
     });
   }
@@ -493,11 +496,16 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
   RNNKIT_DEVICE void keep(int group) {
     const int64_t hidden = scan_.hidden, row = now_.row + group * kColumns, wide = scan_.directions * hidden;
     const int values = scan_.keep == Keep::everything ? Cell::saved : kStates - 1;
-    S* const output = static_cast<S*>(scan_.output) + row * wide;
-    float* const reserve = scan_.reserve + row * values * hidden;
+    S* const output = static_cast<S*>(scan_.states[0].all) + row * wide;
+    float* const reserve = static_cast<float*>(scan_.reserve) + row * values * hidden;
     block_.threads(registers_, [&](int, Registers& r) {
-      exchange_.each_item(r.part, group, now_.alive, [&](int item, int) {
-        output[r.output + item * kStep * wide] = r.h[item];
+      exchange_.each_item(r.part, group, now_.alive, [&](int item, int column) {
+        const int64_t output_at = r.output + item * kStep * wide;
+        output[output_at] = r.h[item];
+#pragma unroll
+        for (int k = 1; k < kStates; ++k)
+          if (scan_.states[k].all)
+            static_cast<S*>(scan_.states[k].all)[row * wide + output_at] = narrowed<S>(state(k, r.part, column));
         float* const to = reserve + r.reserve + item * kStep * values * hidden;
         if (scan_.keep == Keep::everything) {
 #pragma unroll
@@ -525,7 +533,8 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   using Base::kUnits, Base::kGates, Base::kStates, Base::kRows, Base::kItems, Base::kStep, Base::kColumns;
   using typename Base::Cell, typename Base::S, typename Base::Part, typename Base::Place;
 
-  RNNKIT_DEVICE BackwardScan(const Block& block, const Scan& scan, std::byte* shared) : Base(block, scan, shared) {}
+  RNNKIT_DEVICE BackwardScan(const Block& block, const PersistentScan& scan, std::byte* shared)
+      : Base(block, scan, shared) {}
 
   RNNKIT_DEVICE void enter() {
     block_.threads(registers_, [&](int thread, Registers& r) {
@@ -550,7 +559,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
 #pragma unroll
           for (int k = 0; k < kStates; ++k)
             state(k, r.part, column) =
-                scan_.grad_final[k] ? widened(*at<S>(scan_.grad_final[k], state_at(r.part, column))) : 0;
+                scan_.states[k].grad_final ? widened(*at<S>(scan_.states[k].grad_final, state_at(r.part, column))) : 0;
         });
     });
     now_ = place(0);
@@ -610,15 +619,15 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   RNNKIT_DEVICE void end() {
     exchange_.await();  // nobody may leave a cluster while others write to its memory
     for (int group = 0; group < exchange_.groups(); ++group) {
-      if (scan_.grad_initial[0])
+      if (scan_.states[0].grad_initial)
         block_.warps([&](const auto& warp) { exchange_.product(warp, uint32_t(scan_.steps - 1), group); });
       block_.sync();
       block_.threads(registers_, [&](int, Registers& r) {
         exchange_.each_item(r.part, group, exchange_.columns_, [&](int item, int column) {
 #pragma unroll
           for (int k = 0; k < kStates; ++k)
-            if (scan_.grad_initial[k])
-              static_cast<S*>(scan_.grad_initial[k])[state_at(r.part, column)] =
+            if (scan_.states[k].grad_initial)
+              static_cast<S*>(scan_.states[k].grad_initial)[state_at(r.part, column)] =
                   narrowed<S>(state(k, r.part, column) + (k == 0 ? exchange_.product_of(r.part, 0, item) : 0));
         });
       });
@@ -637,13 +646,13 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   // Where a thread has many items, the registers to hold what they read during a product would not be there.
   static constexpr bool kEarly = kItems < 4;
 
-  // What a step reads of the forward pass, long before it is needed. `before`: the step before in time, if there is one.
+  // What a step reads of the forward pass and of other states' gradients, long before it is needed. `before`: the step before in time, if there is one.
   RNNKIT_DEVICE void prefetch(const Place& place, const Place& before, bool has_before, int group) {
     const int64_t hidden = scan_.hidden, wide = scan_.directions * hidden, row = place.row + group * kColumns;
-    const float* const saved = scan_.reserve + row * Cell::saved * hidden;
-    const S* const output = at<S>(scan_.output, row * wide);
-    const S* const previous = at<S>(scan_.output, (before.row + group * kColumns) * wide);
-    const S* const grad_output = scan_.grad_output ? at<S>(scan_.grad_output, row * wide) : nullptr;
+    const float* const saved = static_cast<const float*>(scan_.reserve) + row * Cell::saved * hidden;
+    const S* const output = at<S>(scan_.states[0].all, row * wide);
+    const S* const previous = at<S>(scan_.states[0].all, (before.row + group * kColumns) * wide);
+    const S* const grad_output = scan_.states[0].grad_all ? at<S>(scan_.states[0].grad_all, row * wide) : nullptr;
     const int alive_before = has_before ? before.alive : 0;
     block_.threads(registers_, [&](int, Registers& r) {
       exchange_.each_item(r.part, group, place.alive, [&](int item, int column) {
@@ -651,14 +660,18 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
 #pragma unroll
         for (int k = 0; k < Cell::saved; ++k) r.values[item][k] = from[k * hidden];
         const int64_t output_at = r.output + item * kStep * wide;
+#pragma unroll
+        for (int k = 1; k < kStates; ++k)
+          if (scan_.states[k].grad_all)
+            state(k, r.part, column) += widened(*at<S>(scan_.states[k].grad_all, row * wide + output_at));
         r.grad_y[item] = grad_output ? grad_output[output_at] : S{};
         r.h[item] = Cell::uses_h ? output[output_at] : S{};
         r.previous_h[item] = S{};
         if constexpr (Cell::uses_previous_h) {
           if (column < alive_before)
             r.previous_h[item] = previous[output_at];
-          else if (scan_.initial[0])
-            r.previous_h[item] = *at<S>(scan_.initial[0], state_at(r.part, column));
+          else if (scan_.states[0].initial)
+            r.previous_h[item] = *at<S>(scan_.states[0].initial, state_at(r.part, column));
         }
       });
     });

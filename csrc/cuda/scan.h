@@ -34,30 +34,42 @@ constexpr int kChunk = 4 * kVector<S>;
 // What the forward pass keeps for the backward pass; the numbers are those of rnnkit.ops.Keep.
 enum class Keep : int { nothing, states, everything };
 
+constexpr int kMaxStates = 4;  // of any cell; arrays over a cell's states are as long
+
+// One state of the cell; state 0 is h. Arrays of S, or null where they are zeros or not asked for.
+struct State {
+  const void* initial;     // [D, N, H]
+  bool initial_is_wide;    // initial is of Sum<S>, as a reserve keeps it; stepwise only
+  void* final;             // [D, N, H]
+  void* all;               // [rows, D*H]: the state after each step; h's is the output, which the backward pass reads
+  const void* grad_final;  // [D, N, H]
+  const void* grad_all;    // [rows, D*H]
+  void* grad_initial;      // [D, N, H]
+};
+
+// What every kernel for a scan gets.
 struct Scan {
   int64_t steps, batch, hidden, directions;  // T, N, H, D
   int64_t rows;                              // of input and output
-  const int64_t* offsets;                    // [T + 1] row where each step begins; null: dense
-  int units, blocks, slices, columns;        // a block's units; blocks and slices of a direction; a slice's rows
+  bool precise;                              // float is multiplied as such, not as TF32
 
-  const void* weight[2];          // of S: w_hh [G*H, H]; in the backward pass its transpose [H, G*H]
+  const void* weight[2];  // of S: w_hh [G*H, P]; in the persistent kernels' backward pass its transpose [H, G*H]
   const void *b_ih[2], *b_hh[2];  // of S, [G*H] or null
   const void* gates;              // of S, [rows, D*G*H]: w_ih x
-  const void* initial[2];         // of S, [D, N, H] or null for zeros
-  void* output;                   // of S, [rows, D*H]; the backward pass reads it
-  void* final[2];                 // of S, [D, N, H]
-  float* reserve;                 // [D, rows, what is kept, H]
+  State states[kMaxStates];
+  void* reserve;  // of Sum<S>, [D, rows, what is kept, H]
   Keep keep;
+  void* grad_gates;  // of S, [rows, D*grads*H]
+};
 
-  const void* grad_output;    // of S, [rows, D*H] or null
-  const void* grad_final[2];  // of S, [D, N, H] or null
-  void* grad_gates;           // of S, [rows, D*grads*H]
-  void* grad_initial[2];      // of S, [D, N, H] or null
+// A scan in one launch.
+struct PersistentScan : Scan {
+  const int64_t* offsets;              // [T + 1] row where each step begins; null: dense
+  int units, blocks, slices, columns;  // a block's units; blocks and slices of a direction; a slice's rows
 
   // Where the blocks are no cluster:
   uint32_t* flags;  // [D, slices, blocks, kFlagStride], zeros: how many exchanges each block has completed
   void* exchanged;  // of S, [D, slices, 2, chunks, columns / 8, 32, kVector], zeros
-  bool precise;     // float is multiplied as such, not as TF32
 
   RNNKIT_ANYWHERE int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * batch; }
   RNNKIT_ANYWHERE int64_t count(int64_t t) const { return offsets ? offsets[t + 1] - offsets[t] : batch; }
