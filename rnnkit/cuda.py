@@ -61,7 +61,7 @@ def forward(
         return
     torch.ops.rnnkit.persistent_forward(
         call.cell,
-        *chosen.numbers,
+        *chosen.arguments,
         gates,
         call.w_hh,
         call.b_ih,
@@ -131,7 +131,7 @@ def backward(
         return _stepwise_backward(back, grad_outputs, grad_finals, initial_grads)
     torch.ops.rnnkit.persistent_backward(
         call.cell,
-        *chosen.numbers,
+        *chosen.arguments,
         [w.t().contiguous() for w in call.w_hh if w is not None],
         call.states,
         call.offsets(),

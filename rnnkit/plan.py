@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from rnnkit import instances
 from rnnkit.reference import CELLS
 
-KERNELS = ("cluster", "persistent", "stepwise")
+KERNELS = (*instances.KERNELS, "stepwise")
 #: Those of rnnkit/triton/scan.py.
 TRITON_KERNELS = ("sequence", "stepwise")
 
@@ -103,9 +104,10 @@ class Plan:
     microseconds: float = 0.0
 
     @property
-    def numbers(self) -> tuple[int, int, int, bool]:
-        """What the extension's ops take."""
-        return self.units, self.tiles, self.columns, self.kernel == "cluster"
+    def arguments(self) -> tuple[int, int, int, int, bool]:
+        """What the extension's ops take of it: units, tiles, columns, shared_bytes, cluster."""
+        cluster = self.kernel == "cluster"
+        return self.units, self.tiles, self.columns, self.shared_bytes, cluster
 
     def __str__(self) -> str:
         if self.kernel == "stepwise":
@@ -193,18 +195,13 @@ def _never_persistent(scan: Scan, device: Device) -> str:
     return ""
 
 
-def units_of(scan: Scan) -> dict[int, tuple[int, ...]]:
-    """The kernels that are built: hidden units of a block -> tiles (csrc/cuda/instances.h)."""
-    if scan.backward:
-        return {8: (1, 2), 16: (1, 2, 4, 8)}
-    if CELLS[scan.cell].gates == 1:
-        return {16: (1, 2, 4, 8)}
-    return {4: (1, 2), 8: (1, 2, 4, 8), 16: (1, 2, 4)}
+def _units_of(scan: Scan, kernel: str) -> dict[int, tuple[int, ...]]:
+    return instances.units_of(kernel, scan.backward, CELLS[scan.cell].gates)
 
 
 def persistent_plans(scan: Scan, device: Device) -> Iterator[Plan]:
     """Every way of cutting the scan into blocks that can be on the device together."""
-    for units, built in units_of(scan).items():
+    for units, built in _units_of(scan, "persistent").items():
         blocks = -(-scan.hidden // units)
         at_once = device.processors // (scan.directions * blocks)
         for tiles, columns in _columns(scan, range(1, at_once + 1), built):
@@ -215,13 +212,9 @@ def persistent_plans(scan: Scan, device: Device) -> Iterator[Plan]:
             )
 
 
-#: Hidden units of a block of a cluster -> tiles, of the kernels that are built.
-CLUSTER_UNITS = {16: (1,)}
-
-
 def cluster_plans(scan: Scan, device: Device) -> Iterator[Plan]:
     """Every way of cutting the scan into clusters; they need not all be on the device together."""
-    for units, built in CLUSTER_UNITS.items():
+    for units, built in _units_of(scan, "cluster").items():
         blocks = -(-scan.hidden // units)
         if blocks > min(device.cluster_blocks, device.processors) or device.cluster_blocks == 1:
             continue

@@ -18,7 +18,7 @@ from tolerances import FORWARD, GRADIENT, assert_close_to_truth, relative_error
 from torch import Tensor, nn
 
 import rnnkit
-from rnnkit import backends, cuda, plan
+from rnnkit import backends, cuda, instances, plan
 from rnnkit.ops import Keep
 from rnnkit.reference import CELLS
 
@@ -137,7 +137,10 @@ def test_every_persistent_kernel(
         ]
         large = device.shared_bytes >= 160 * 1024
         assert not large or kernels == [
-            "persistent" if units in plan.units_of(scan) else "stepwise" for scan in passes
+            "persistent"
+            if units in instances.units_of("persistent", scan.backward, CELLS[cell].gates)
+            else "stepwise"
+            for scan in passes
         ]
         assert_case_matches_reference(case)
 

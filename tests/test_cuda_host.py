@@ -23,7 +23,7 @@ from test_kernels import BAD_BACKWARDS, BAD_CALLS
 from tolerances import assert_close_to_truth
 from torch import Tensor
 
-from rnnkit import backends, cuda, gpu, plan
+from rnnkit import backends, cuda, gpu, instances, plan
 from rnnkit import ops as ops_of_layers
 from rnnkit.ops import Keep
 from rnnkit.reference import CELLS
@@ -129,28 +129,24 @@ def test_projection(lengths: tuple[int, ...], dtype: torch.dtype, kernel: str) -
 @each_cell
 def test_every_kernel_that_is_built(cell: str, dtype: torch.dtype) -> None:
     """In one slice and in several, the last of them not full; those of most tiles also with more than they take."""
-    built = [k for k in host_build.tables(1, 8) if (k.cell, k.dtype) == (cell, dtype)]
-    most = {(k.kernel, k.units): k.tiles for k in sorted(built, key=lambda k: k.tiles)}
-    for kernel, units, tiles in sorted({(k.kernel, k.units, k.tiles) for k in built}):
-        columns = 8 * tiles
-        batches = [(columns - 3, columns), (2 * columns - 3, columns)]
-        if most[kernel, units] == tiles:
-            batches.append((2 * columns - 3, 2 * columns))
-        for index, (batch, columns) in enumerate(batches):
-            case = Case(cell, (3, batch, 5, 37), 1 + index % 2, dtype=dtype, off_kink=True)
-            with plan.forced(kernel, units=units, columns=columns):
-                cuts = kernels_of(case)
-                found = {
-                    (backward, cut.kernel, cut.units, cut.tiles)
-                    for backward, cut in enumerate(cuts)
-                }
-                expected = {
-                    (k.backward, kernel, units, tiles)
-                    for k in built
-                    if (k.kernel, k.units, k.tiles) == (kernel, units, tiles)
-                }
-                assert expected and expected <= found, (kernel, units, tiles, columns)
-                assert_case_matches_reference(case)
+    for kernel in IN_ONE_LAUNCH:
+        of_passes = [
+            instances.units_of(kernel, backward, CELLS[cell].gates) for backward in (False, True)
+        ]
+        for units in sorted({*of_passes[0], *of_passes[1]}):
+            built = [of_pass.get(units, ()) for of_pass in of_passes]
+            for tiles in sorted({*built[0], *built[1]}):
+                columns = 8 * tiles
+                batches = [(columns - 3, columns), (2 * columns - 3, columns)]
+                if tiles == max(*built[0], *built[1]):
+                    batches.append((2 * columns - 3, 2 * columns))
+                for index, (batch, columns) in enumerate(batches):
+                    case = Case(cell, (3, batch, 5, 37), 1 + index % 2, dtype=dtype, off_kink=True)
+                    with plan.forced(kernel, units=units, columns=columns):
+                        for cut, tiles_of in zip(kernels_of(case), built, strict=True):
+                            found = (cut.kernel, cut.units, cut.tiles)
+                            assert tiles not in tiles_of or found == (kernel, units, tiles)
+                        assert_case_matches_reference(case)
 
 
 @on_host
@@ -417,7 +413,13 @@ def test_the_plan_is_checked() -> None:
     it = call(Case("gru"))
     with plan.forced("persistent"), pytest.MonkeyPatch.context() as patch:
         real = plan.choose
-        for wrong in ({"units": 5}, {"tiles": 3}, {"columns": 12}, {"workspace_bytes": 16}):
+        for wrong in (
+            {"units": 5},
+            {"tiles": 3},
+            {"columns": 12},
+            {"shared_bytes": 4096},
+            {"workspace_bytes": 16},
+        ):
             patch.setattr(plan, "choose", lambda *a, wrong=wrong: replace(real(*a), **wrong))
             with pytest.raises(RuntimeError, match=r"plan|kernel|workspace"):
                 it.forward()

@@ -5,10 +5,9 @@ import threading
 from dataclasses import replace
 from itertools import pairwise, product
 
-import host_build
 import pytest
 
-from rnnkit import plan
+from rnnkit import instances, plan
 from rnnkit.plan import Device, Plan, Scan, choose, forced
 from rnnkit.reference import CELLS
 
@@ -60,17 +59,18 @@ def assert_fits(it: Scan, cut: Plan, device: Device) -> None:
     assert (cut.slices - 1) * cut.columns < it.batch <= cut.slices * cut.columns
     assert cut.columns > 0 and cut.columns % 8 == 0
     assert cut.microseconds > 0
-    assert cut.numbers == (cut.units, cut.tiles, cut.columns, cut.kernel == "cluster")
+    arguments = (cut.units, cut.tiles, cut.columns, cut.shared_bytes, cut.kernel == "cluster")
+    assert cut.arguments == arguments
+    built = instances.units_of(cut.kernel, it.backward, CELLS[it.cell].gates)
+    assert cut.tiles in built[cut.units]
     if cut.kernel == "cluster":
         assert device.capability >= (9, 0)
         # More than 16 there are nowhere, and more than 8 only on GPUs for data centres.
         assert cut.blocks <= (16 if device.capability in ((9, 0), (10, 0)) else 8)
-        assert cut.tiles in plan.CLUSTER_UNITS[cut.units]
         assert cut.workspace_bytes == 0
     else:
         assert cut.kernel == "persistent"
         assert it.directions * cut.blocks * cut.slices <= device.processors
-        assert cut.tiles in plan.units_of(it)[cut.units]
         assert cut.workspace_bytes % 4 == 0
 
 
@@ -164,47 +164,6 @@ def test_shared_memory_holds_the_weights(cell: str) -> None:
             weights = cut.units * CELLS[cell].gates * it.hidden * it.element_bytes
             exchanged = 2 * values * cut.columns * it.element_bytes
             assert cut.shared_bytes >= weights + (exchanged if cut.kernel == "cluster" else 0)
-
-
-# Against csrc/cuda
-
-needs_host_build = pytest.mark.skipif(
-    bool(host_build.why_not()), reason=host_build.why_not() or "it can be built"
-)
-
-
-@needs_host_build
-def test_the_kernels_are_those_that_are_built() -> None:
-    expected = set()
-    for dtype, backward, cell in product(host_build.DTYPES, (False, True), CELLS):
-        it = scan(cell, element_bytes=dtype.itemsize, backward=backward)
-        for kernel, units_of in (
-            ("persistent", plan.units_of(it)),
-            ("cluster", plan.CLUSTER_UNITS),
-        ):
-            expected |= {
-                host_build.Kernel(dtype, backward, cell, kernel, units, tiles)
-                for units, built in units_of.items()
-                for tiles in built
-            }
-    assert host_build.tables(1, 8).keys() == expected
-
-
-@needs_host_build
-def test_shared_memory_is_what_a_launch_asks_for() -> None:
-    """Every kernel's own count is the plan's."""
-    checked = set()
-    for hidden, batch in product((1, 16, 37, 130, 256, 650, 1024), (3, 16, 24, 60, 90)):
-        built: dict[int, dict[host_build.Kernel, int]] = {}
-        for cell, dtype, backward in product(CELLS, host_build.DTYPES, (False, True)):
-            it = scan(cell, hidden, batch, element_bytes=dtype.itemsize, backward=backward)
-            for cut in cuts_of(it, BOUNDLESS):
-                if cut.columns not in built:
-                    built[cut.columns] = host_build.tables(hidden, cut.columns)
-                kernel = host_build.Kernel(dtype, backward, cell, cut.kernel, cut.units, cut.tiles)
-                assert built[cut.columns][kernel] == cut.shared_bytes, (it, cut)
-                checked.add(kernel)
-    assert checked == host_build.tables(1, 8).keys()
 
 
 # Choice

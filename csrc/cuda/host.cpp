@@ -5,18 +5,12 @@
 
 namespace rnnkit::cuda {
 
-#define RNNKIT_TABLES(S)                               \
-  const std::vector<Persistent>& forward_kernels(S) {  \
-    static const auto table = forward_kernels<S>();    \
-    return table;                                      \
-  }                                                    \
-  const std::vector<Persistent>& backward_kernels(S) { \
-    static const auto table = backward_kernels<S>();   \
-    return table;                                      \
-  }
-RNNKIT_TABLES(BFloat16)
-RNNKIT_TABLES(Half)
-RNNKIT_TABLES(float)
+template const std::vector<Persistent>& persistent_kernels<BFloat16, false>();
+template const std::vector<Persistent>& persistent_kernels<BFloat16, true>();
+template const std::vector<Persistent>& persistent_kernels<Half, false>();
+template const std::vector<Persistent>& persistent_kernels<Half, true>();
+template const std::vector<Persistent>& persistent_kernels<float, false>();
+template const std::vector<Persistent>& persistent_kernels<float, true>();
 
 std::string launch_persistent(const Persistent& kernel, const PersistentScan& scan, Stream) {
   reinterpret_cast<void (*)(const PersistentScan&)>(const_cast<void*>(kernel.function))(scan);

@@ -42,13 +42,12 @@ struct Persistent {
   bool cluster;
   int units, tiles;
   const void* function;
-  int64_t (*shared_bytes)(int64_t hidden, int columns);
 };
 
-const std::vector<Persistent>&forward_kernels(BFloat16), &forward_kernels(Half), &forward_kernels(float);
-const std::vector<Persistent>&backward_kernels(BFloat16), &backward_kernels(Half), &backward_kernels(float);
+template <class S, bool kBackward>
+const std::vector<Persistent>& persistent_kernels();
 
-// Each returns what went wrong, or an empty string.
+// Each launch returns what went wrong, or an empty string.
 std::string launch_persistent(const Persistent& kernel, const PersistentScan& scan, Stream stream);
 
 // Throws what a launch returned, unless that is empty.

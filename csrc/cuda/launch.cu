@@ -27,7 +27,6 @@ std::string error_of(cudaError_t status, const char* what) {
 }  // namespace
 
 std::string launch_persistent(const Persistent& kernel, const PersistentScan& scan, Stream stream) {
-  const auto bytes = static_cast<int>(kernel.shared_bytes(scan.hidden, scan.columns));
   const auto blocks = static_cast<unsigned>(scan.directions * scan.slices * scan.blocks);
   // As much as there is, always: another thread may launch the same kernel for other sizes.
   int device = 0, most = 0;
@@ -56,7 +55,7 @@ std::string launch_persistent(const Persistent& kernel, const PersistentScan& sc
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.dynamicSmemBytes = static_cast<size_t>(scan.shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;

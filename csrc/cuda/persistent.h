@@ -313,6 +313,11 @@ class Pass {
   using Part = typename Exchange::Part;
   static constexpr int kItems = Exchange::kItems, kStep = Exchange::kStep, kColumns = Exchange::kColumns;
 
+  // Where the block's shared memory ends; the plan has counted it.
+  RNNKIT_ANYWHERE const std::byte* memory_end() const {
+    return reinterpret_cast<const std::byte*>(states_ + kStates * scan_.columns * kUnits);
+  }
+
  protected:
   RNNKIT_DEVICE Pass(const Block& block, const PersistentScan& scan, std::byte* shared)
       : block_(block), scan_(scan), exchange_(block, scan, shared), direction_(exchange_.direction_) {
@@ -694,11 +699,8 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   typename Block::template PerThread<Registers> registers_;
 };
 
-// Bytes of shared memory that a pass's block needs.
-template <class Pass>
-int64_t shared_bytes_of(int64_t hidden, int columns) {
-  return shared_bytes<typename Pass::S>(hidden, Pass::kRows, Pass::kParts, Pass::kTiles, Pass::kStates, Pass::kUnits,
-                                        columns, Pass::kCluster);
-}
+template <bool kBackward, class Block, class Cell, class S, int kUnits, int kTiles, bool kCluster>
+using ScanOf = std::conditional_t<kBackward, BackwardScan<Block, Cell, S, kUnits, kTiles, kCluster>,
+                                  ForwardScan<Block, Cell, S, kUnits, kTiles, kCluster>>;
 
 }  // namespace rnnkit::cuda

@@ -37,21 +37,16 @@ Type type_of(const Tensor& tensor) {
   }
 }
 
-const std::vector<Persistent>* table_of(Type type, bool backward) {
-  switch (type) {
-    case Type::bfloat16:
-      return backward ? &backward_kernels(BFloat16()) : &forward_kernels(BFloat16());
-    case Type::half:
-      return backward ? &backward_kernels(Half()) : &forward_kernels(Half());
-    case Type::float32:
-      return backward ? &backward_kernels(float()) : &forward_kernels(float());
-    default:
-      return nullptr;
-  }
+template <class S>
+const std::vector<Persistent>* kernels_of(bool backward) {
+  return backward ? &persistent_kernels<S, true>() : &persistent_kernels<S, false>();
 }
 
 const Persistent* find_persistent(std::string_view cell, Type type, bool backward, bool cluster, int units, int tiles) {
-  const std::vector<Persistent>* table = table_of(type, backward);
+  const auto* const table = type == Type::bfloat16  ? kernels_of<BFloat16>(backward)
+                            : type == Type::half    ? kernels_of<Half>(backward)
+                            : type == Type::float32 ? kernels_of<float>(backward)
+                                                    : nullptr;
   if (table == nullptr) return nullptr;
   for (const Persistent& kernel : *table)
     if (kernel.cell == cell && kernel.cluster == cluster && kernel.units == units && kernel.tiles == tiles)
@@ -135,6 +130,7 @@ void set_backward(Scan& scan, const CellSizes& sizes, const Tensors& initial, co
 // How a persistent scan is cut, as rnnkit/plan.py says.
 struct Plan {
   int64_t units, tiles, columns;  // hidden units of a block; groups of 8 rows that it multiplies at a time; its rows
+  int64_t shared_bytes;           // of a block
   bool cluster;
 };
 
@@ -150,6 +146,7 @@ PersistentScan persistent_scan(const Plan& plan, int64_t element_bytes, const Te
   scan.offsets = static_cast<const int64_t*>(data(offsets));
   scan.units = static_cast<int>(plan.units);
   scan.columns = static_cast<int>(plan.columns);
+  scan.shared_bytes = static_cast<int>(plan.shared_bytes);
   STD_TORCH_CHECK(plan.units > 0 && plan.tiles > 0 && plan.columns > 0 && plan.columns % (8 * plan.tiles) == 0,
                   "unexpected plan");
   scan.blocks = static_cast<int>((hidden + scan.units - 1) / scan.units);
@@ -177,12 +174,12 @@ void launch(const std::string& cell, Type type, bool backward, const Plan& plan,
   check(launch_persistent(*kernel, scan, stream_of(on)));
 }
 
-void persistent_forward(std::string cell, int64_t units, int64_t tiles, int64_t columns, bool cluster, Tensor gates,
-                        Tensors w_hh, Optionals b_ih, Optionals b_hh, Tensors initial, Optional offsets, int64_t steps,
-                        int64_t batch, int64_t keep, bool precise, Tensor workspace, Optionals outputs, Tensors finals,
-                        Tensor reserve) {
+void persistent_forward(std::string cell, int64_t units, int64_t tiles, int64_t columns, int64_t shared_bytes,
+                        bool cluster, Tensor gates, Tensors w_hh, Optionals b_ih, Optionals b_hh, Tensors initial,
+                        Optional offsets, int64_t steps, int64_t batch, int64_t keep, bool precise, Tensor workspace,
+                        Optionals outputs, Tensors finals, Tensor reserve) {
   const Type type = type_of(gates);
-  const Plan plan{units, tiles, columns, cluster};
+  const Plan plan{units, tiles, columns, shared_bytes, cluster};
   PersistentScan scan = persistent_scan(plan, gates.element_size(), w_hh, offsets, steps, batch, w_hh[0].size(1),
                                         gates.size(0), workspace, precise, 1);
   set_forward(scan, sizes_of(cell), gates, b_ih, b_hh, initial, keep, outputs, finals, reserve);
@@ -190,12 +187,12 @@ void persistent_forward(std::string cell, int64_t units, int64_t tiles, int64_t 
 }
 
 // weights: w_hh of each direction, transposed.
-void persistent_backward(std::string cell, int64_t units, int64_t tiles, int64_t columns, bool cluster, Tensors weights,
-                         Tensors initial, Optional offsets, int64_t steps, int64_t batch, Tensor output, Tensor reserve,
-                         Optionals grad_outputs, Optionals grad_finals, bool precise, Tensor workspace,
-                         Tensor grad_gates, Optionals grad_initial) {
+void persistent_backward(std::string cell, int64_t units, int64_t tiles, int64_t columns, int64_t shared_bytes,
+                         bool cluster, Tensors weights, Tensors initial, Optional offsets, int64_t steps, int64_t batch,
+                         Tensor output, Tensor reserve, Optionals grad_outputs, Optionals grad_finals, bool precise,
+                         Tensor workspace, Tensor grad_gates, Optionals grad_initial) {
   const Type type = type_of(output);
-  const Plan plan{units, tiles, columns, cluster};
+  const Plan plan{units, tiles, columns, shared_bytes, cluster};
   const CellSizes sizes = sizes_of(cell);
   PersistentScan scan = persistent_scan(plan, output.element_size(), weights, offsets, steps, batch, weights[0].size(0),
                                         output.size(0), workspace, precise, sizes.gates);
@@ -262,12 +259,14 @@ void unprojected(std::string cell, Tensor reserve, Tensor h) {
 // In lists over the cell's states the first is h; outputs: the values of each at all steps, [rows, D*H].
 STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
   m.def(
-      "persistent_forward(str cell, int units, int tiles, int columns, bool cluster, Tensor gates, Tensor[] w_hh,"
+      "persistent_forward(str cell, int units, int tiles, int columns, int shared_bytes, bool cluster, Tensor gates, "
+      "Tensor[] w_hh,"
       " Tensor?[] b_ih, Tensor?[] b_hh, Tensor[] initial, Tensor? offsets, int steps, int batch, int keep, bool "
       "precise,"
       " Tensor(a!) workspace, Tensor(b!)?[] outputs, Tensor(c!)[] finals, Tensor(d!) reserve) -> ()");
   m.def(
-      "persistent_backward(str cell, int units, int tiles, int columns, bool cluster, Tensor[] weights,"
+      "persistent_backward(str cell, int units, int tiles, int columns, int shared_bytes, bool cluster, Tensor[] "
+      "weights,"
       " Tensor[] initial, Tensor? offsets, int steps, int batch, Tensor output, Tensor reserve,"
       " Tensor?[] grad_outputs, Tensor?[] grad_finals, bool precise, Tensor(a!) workspace, Tensor(b!) grad_gates,"
       " Tensor(c!)?[] grad_initial) -> ()");

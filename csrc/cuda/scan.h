@@ -67,6 +67,8 @@ struct PersistentScan : Scan {
   const int64_t* offsets;              // [T + 1] row where each step begins; null: dense
   int units, blocks, slices, columns;  // a block's units; blocks and slices of a direction; a slice's rows
 
+  int shared_bytes;  // of a block
+
   // Where the blocks are no cluster:
   uint32_t* flags;  // [D, slices, blocks, kFlagStride], zeros: how many exchanges each block has completed
   void* exchanged;  // of S, [D, slices, 2, chunks, columns / 8, 32, kVector], zeros
@@ -98,18 +100,5 @@ RNNKIT_ANYWHERE int64_t place_of(int64_t unit, int part, int parts, int column, 
 constexpr int row_blocks(int rows) { return (rows + 7) / 8; }
 // Floats between two rows of partial sums.
 constexpr int sum_stride(int tiles) { return tiles * 8 + 4; }
-
-// Bytes of shared memory of a block: its rows of weights, in a cluster two exchanges and the block's part of one, the
-// warps' partial sums, and states.
-template <class S>
-RNNKIT_ANYWHERE int64_t shared_bytes(int64_t hidden, int rows, int parts, int tiles, int states, int units, int columns,
-                                     bool cluster) {
-  const int64_t chunks = chunks_of<S>(hidden, parts);
-  const int64_t exchanged =
-      2 * chunks * (columns / 8) * kPieceBytes + int64_t(parts) * columns * units * int64_t(sizeof(S));
-  const int64_t weights = int64_t(row_blocks(rows)) * chunks * kPieceBytes + (cluster ? exchanged : 0);
-  const int64_t sums = int64_t(kWarps) * row_blocks(rows) * 8 * sum_stride(tiles);
-  return weights + (sums + int64_t(states) * units * columns) * int64_t(sizeof(float));
-}
 
 }  // namespace rnnkit::cuda
