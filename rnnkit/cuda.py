@@ -15,10 +15,10 @@ from rnnkit.gpu import Backward, Call, stacked
 
 
 @lru_cache
-def device_of(index: int) -> plan.Device:
+def device_of(index: int) -> plan.Gpu:
     """What the plan needs to know of CUDA device `index`, and of what the extension was built for."""
     facts = torch.cuda.get_device_properties(index)
-    return plan.Device(
+    return plan.Gpu(
         facts.multi_processor_count,
         facts.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         min((facts.major, facts.minor), backends.newest_architecture()),

@@ -1,6 +1,6 @@
 """Builds the CUDA kernels' host build, their source compiled for the CPU, and puts it in the place of the ops.
 
-One lane after the other it computes what the blocks of a GPU compute (csrc/cuda/host.h), so that errors of cutting,
+One lane after the other it computes what the blocks of a GPU compute (csrc/cuda/host.h), so that errors of splitting,
 tails, masks, layout and order show without a GPU. `ops` runs `torch.ops.rnnkit` on CPU tensors this way.
 """
 
@@ -37,7 +37,7 @@ FLAGS += ["-DRNNKIT_HOST", f"-Drnnkit={NAMESPACE}"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 #: An H100, as far as a plan knows it.
-DEVICE = plan.Device(processors=132, shared_bytes=232448, capability=(9, 0))
+DEVICE = plan.Gpu(processors=132, shared_bytes=232448, capability=(9, 0))
 
 
 def why_not() -> str:
@@ -103,7 +103,7 @@ def _compile(compiler: list[str], target: Path) -> None:
 
 
 @contextmanager
-def ops(device: plan.Device = DEVICE) -> Iterator[None]:
+def ops(device: plan.Gpu = DEVICE) -> Iterator[None]:
     """In this block `torch.ops.rnnkit` runs on CPU tensors what it would run on `device`."""
     torch.ops.load_library(library())
     with (

@@ -108,7 +108,7 @@ CASES = list(cases())
 )
 def test_against_reference(case: Case, kernel: str, keep: Keep) -> None:
     with plan.forced(kernel):
-        assert [cut.kernel for cut in kernels_of(case)] == [kernel] * 2
+        assert [chosen.kernel for chosen in kernels_of(case)] == [kernel] * 2
         assert_case_matches_reference(case, keep)
 
 
@@ -120,7 +120,7 @@ def test_projection(lengths: tuple[int, ...], dtype: torch.dtype, kernel: str) -
     """Runs step by step, whatever is forced."""
     case = Case("lstm", (4, 9, 5, 33), 2, lengths, projected=11, dtype=dtype)
     with plan.forced(kernel):
-        assert [cut.kernel for cut in kernels_of(case)] == ["stepwise"] * 2
+        assert [chosen.kernel for chosen in kernels_of(case)] == ["stepwise"] * 2
         assert_case_matches_reference(case)
 
 
@@ -136,15 +136,15 @@ def test_every_kernel_that_is_built(cell: str, dtype: torch.dtype) -> None:
         for units in sorted({*of_passes[0], *of_passes[1]}):
             built = [of_pass.get(units, ()) for of_pass in of_passes]
             for tiles in sorted({*built[0], *built[1]}):
-                columns = 8 * tiles
-                batches = [(columns - 3, columns), (2 * columns - 3, columns)]
+                batch_tile = 8 * tiles
+                batches = [(batch_tile - 3, batch_tile), (2 * batch_tile - 3, batch_tile)]
                 if tiles == max(*built[0], *built[1]):
-                    batches.append((2 * columns - 3, 2 * columns))
-                for index, (batch, columns) in enumerate(batches):
+                    batches.append((2 * batch_tile - 3, 2 * batch_tile))
+                for index, (batch, batch_tile) in enumerate(batches):
                     case = Case(cell, (3, batch, 5, 37), 1 + index % 2, dtype=dtype, off_kink=True)
-                    with plan.forced(kernel, units=units, columns=columns):
-                        for cut, tiles_of in zip(kernels_of(case), built, strict=True):
-                            found = (cut.kernel, cut.units, cut.tiles)
+                    with plan.forced(kernel, units=units, batch_tile=batch_tile):
+                        for chosen, tiles_of in zip(kernels_of(case), built, strict=True):
+                            found = (chosen.kernel, chosen.units, chosen.tiles)
                             assert tiles not in tiles_of or found == (kernel, units, tiles)
                         assert_case_matches_reference(case)
 
@@ -416,7 +416,7 @@ def test_the_plan_is_checked() -> None:
         for wrong in (
             {"units": 5},
             {"tiles": 3},
-            {"columns": 12},
+            {"batch_tile": 12},
             {"shared_bytes": 4096},
             {"workspace_bytes": 16},
         ):

@@ -35,8 +35,8 @@ inline CellSizes sizes_of(std::string_view cell) {
   throw std::runtime_error("rnnkit: no such cell: " + std::string(cell));
 }
 
-// One persistent kernel of a pass and type: of a cell, for blocks of so many hidden units, which multiply so many groups
-// of 8 rows of the batch at a time, and where they are a cluster exchange through its shared memory.
+// One persistent kernel of a pass and type. A block has `units` hidden units and multiplies `tiles` groups of 8 rows of the
+// batch at a time; where the blocks of a slice are a cluster, they exchange through its shared memory.
 struct Persistent {
   std::string_view cell;
   bool cluster;
@@ -63,7 +63,7 @@ struct StepState : State {
 // One step of one direction, element by element: the cell between two products.
 struct Step {
   Carry<int64_t> carry;
-  int64_t rows;  // of the batch that the step may change: the active ones, backward also those that get a gradient
+  int64_t rows;  // of the batch that the step changes: the active ones; backward also carried ones that get a gradient
   int64_t hidden;
   int64_t stride;  // between rows of arrays [rows, D*H]
   StepState states[kMaxStates];
@@ -91,7 +91,7 @@ struct Steps {
 };
 std::string launch_step(std::string_view cell, Type type, bool backward, const Steps& steps, Stream stream);
 
-// h [D, rows, H], of S, before its projection, from a reserve [D, rows, saved, H] of Sum<S>; rows: D times those.
+// Writes h before its projection, [rows, H] of S, from a reserve [rows, saved, H] of Sum<S>.
 std::string launch_unprojected(std::string_view cell, Type type, const void* reserve, void* h, int64_t rows,
                                int64_t hidden, Stream stream);
 

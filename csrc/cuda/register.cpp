@@ -129,14 +129,14 @@ void set_backward(Scan& scan, const CellSizes& sizes, const Tensors& initial, co
 
 // How a persistent scan is cut, as rnnkit/plan.py says.
 struct Plan {
-  int64_t units, tiles, columns;  // hidden units of a block; groups of 8 rows that it multiplies at a time; its rows
-  int64_t shared_bytes;           // of a block
+  int64_t units, tiles, batch_tile;  // hidden units of a block; groups of 8 rows that it multiplies at a time; its rows
+  int64_t shared_bytes;              // of a block
   bool cluster;
 };
 
 PersistentScan persistent_scan(const Plan& plan, int64_t element_bytes, const Tensors& weights, const Optional& offsets,
                                int64_t steps, int64_t batch, int64_t hidden, int64_t rows, const Tensor& workspace,
-                               bool precise, int parts) {
+                               bool precise, int exchange_gates) {
   PersistentScan scan{};
   scan.steps = steps;
   scan.batch = batch;
@@ -145,18 +145,19 @@ PersistentScan persistent_scan(const Plan& plan, int64_t element_bytes, const Te
   scan.rows = rows;
   scan.offsets = static_cast<const int64_t*>(data(offsets));
   scan.units = static_cast<int>(plan.units);
-  scan.columns = static_cast<int>(plan.columns);
+  scan.batch_tile = static_cast<int>(plan.batch_tile);
   scan.shared_bytes = static_cast<int>(plan.shared_bytes);
-  STD_TORCH_CHECK(plan.units > 0 && plan.tiles > 0 && plan.columns > 0 && plan.columns % (8 * plan.tiles) == 0,
+  STD_TORCH_CHECK(plan.units > 0 && plan.tiles > 0 && plan.batch_tile > 0 && plan.batch_tile % (8 * plan.tiles) == 0,
                   "unexpected plan");
   scan.blocks = static_cast<int>((hidden + scan.units - 1) / scan.units);
-  scan.slices = static_cast<int>((batch + scan.columns - 1) / scan.columns);
+  scan.slices = static_cast<int>((batch + scan.batch_tile - 1) / scan.batch_tile);
   for (size_t d = 0; d < weights.size(); ++d) scan.weight[d] = data(weights[d]);
   const int64_t groups = scan.directions * scan.slices;
   scan.precise = precise;
   if (plan.cluster) return scan;
   const int64_t flags = groups * scan.blocks * kFlagStride * int64_t(sizeof(uint32_t));
-  const int64_t exchanged = groups * 2 * chunks_of(hidden, element_bytes, parts) * scan.tiles() * kPieceBytes;
+  const int64_t exchanged =
+      groups * 2 * slabs_of(hidden, element_bytes, exchange_gates) * scan.tiles() * kFragmentBytes;
   STD_TORCH_CHECK(workspace.numel() >= flags + exchanged, "expected a workspace of ", flags + exchanged, " bytes, got ",
                   workspace.numel());
   scan.exchanged = mutable_data(workspace);
@@ -174,12 +175,12 @@ void launch(const std::string& cell, Type type, bool backward, const Plan& plan,
   check(launch_persistent(*kernel, scan, stream_of(on)));
 }
 
-void persistent_forward(std::string cell, int64_t units, int64_t tiles, int64_t columns, int64_t shared_bytes,
+void persistent_forward(std::string cell, int64_t units, int64_t tiles, int64_t batch_tile, int64_t shared_bytes,
                         bool cluster, Tensor gates, Tensors w_hh, Optionals b_ih, Optionals b_hh, Tensors initial,
                         Optional offsets, int64_t steps, int64_t batch, int64_t keep, bool precise, Tensor workspace,
                         Optionals outputs, Tensors finals, Tensor reserve) {
   const Type type = type_of(gates);
-  const Plan plan{units, tiles, columns, shared_bytes, cluster};
+  const Plan plan{units, tiles, batch_tile, shared_bytes, cluster};
   PersistentScan scan = persistent_scan(plan, gates.element_size(), w_hh, offsets, steps, batch, w_hh[0].size(1),
                                         gates.size(0), workspace, precise, 1);
   set_forward(scan, sizes_of(cell), gates, b_ih, b_hh, initial, keep, outputs, finals, reserve);
@@ -187,12 +188,12 @@ void persistent_forward(std::string cell, int64_t units, int64_t tiles, int64_t 
 }
 
 // weights: w_hh of each direction, transposed.
-void persistent_backward(std::string cell, int64_t units, int64_t tiles, int64_t columns, int64_t shared_bytes,
+void persistent_backward(std::string cell, int64_t units, int64_t tiles, int64_t batch_tile, int64_t shared_bytes,
                          bool cluster, Tensors weights, Tensors initial, Optional offsets, int64_t steps, int64_t batch,
                          Tensor output, Tensor reserve, Optionals grad_outputs, Optionals grad_finals, bool precise,
                          Tensor workspace, Tensor grad_gates, Optionals grad_initial) {
   const Type type = type_of(output);
-  const Plan plan{units, tiles, columns, shared_bytes, cluster};
+  const Plan plan{units, tiles, batch_tile, shared_bytes, cluster};
   const CellSizes sizes = sizes_of(cell);
   PersistentScan scan = persistent_scan(plan, output.element_size(), weights, offsets, steps, batch, weights[0].size(0),
                                         output.size(0), workspace, precise, sizes.gates);
@@ -259,13 +260,14 @@ void unprojected(std::string cell, Tensor reserve, Tensor h) {
 // In lists over the cell's states the first is h; outputs: the values of each at all steps, [rows, D*H].
 STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
   m.def(
-      "persistent_forward(str cell, int units, int tiles, int columns, int shared_bytes, bool cluster, Tensor gates, "
+      "persistent_forward(str cell, int units, int tiles, int batch_tile, int shared_bytes, bool cluster, Tensor "
+      "gates, "
       "Tensor[] w_hh,"
       " Tensor?[] b_ih, Tensor?[] b_hh, Tensor[] initial, Tensor? offsets, int steps, int batch, int keep, bool "
       "precise,"
       " Tensor(a!) workspace, Tensor(b!)?[] outputs, Tensor(c!)[] finals, Tensor(d!) reserve) -> ()");
   m.def(
-      "persistent_backward(str cell, int units, int tiles, int columns, int shared_bytes, bool cluster, Tensor[] "
+      "persistent_backward(str cell, int units, int tiles, int batch_tile, int shared_bytes, bool cluster, Tensor[] "
       "weights,"
       " Tensor[] initial, Tensor? offsets, int steps, int batch, Tensor output, Tensor reserve,"
       " Tensor?[] grad_outputs, Tensor?[] grad_finals, bool precise, Tensor(a!) workspace, Tensor(b!) grad_gates,"
