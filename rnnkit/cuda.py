@@ -56,7 +56,7 @@ def forward(
     """
     outputs = [output, *all_states, *[None] * (call.spec.states - 1 - len(all_states))]
     chosen = choose(call.scan(backward=False), call.input.device)
-    if chosen.kernel == "stepwise" or output is None:
+    if chosen.kernel == "stepwise" or output is None:  # the others always write an output
         _stepwise_forward(call, gates, keep, outputs, finals, reserve)
         return
     torch.ops.rnnkit.persistent_forward(

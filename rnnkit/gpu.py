@@ -606,10 +606,9 @@ class Backward:
             others = [state.contiguous().unsqueeze(0) for state in states[d].unbind(1)]
             step = call.one_step(d, [h, *others])
             of_direction = gates[:, d * width : (d + 1) * width]
-            with plan.forced("stepwise"):  # a product of all rows, and a kernel for the cell
-                self.scans.forward(
-                    step, of_direction, Keep.EVERYTHING, None, [], self.reserve[d : d + 1]
-                )
+            self.scans.forward(
+                step, of_direction, Keep.EVERYTHING, None, [], self.reserve[d : d + 1]
+            )
 
 
 if not (backends.CUDA_REASON and backends.TRITON_REASON):

@@ -1,5 +1,5 @@
-// The GPU's kernels as the code that launches them sees them (register.cpp, stepwise.cpp): names, sizes, launches. No torch, and no
-// CUDA header but for the stream.
+// The GPU's kernels as the code that launches them sees them (register.cpp, stepwise.cpp): names, sizes, launches. No
+// torch and no CUDA header.
 #pragma once
 
 #include <cstddef>
@@ -28,7 +28,8 @@ struct CellSizes {
   int kept(Keep keep) const { return keep == Keep::everything ? saved : keep == Keep::states ? states - 1 : 0; }
 };
 inline CellSizes sizes_of(std::string_view cell) {
-#define RNNKIT_SIZES(Cell, name) \
+#define RNNKIT_SIZES(Cell, name)             \
+  static_assert(Cell::states <= kMaxStates); \
   if (cell == name) return {Cell::gates, Cell::states, Cell::saved, Cell::grads};
   RNNKIT_CELLS(RNNKIT_SIZES)
 #undef RNNKIT_SIZES

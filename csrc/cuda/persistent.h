@@ -651,7 +651,8 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
     S h[kItems], previous_h[kItems], grad_y[kItems];
   };
 
-  // Where a thread has many items, the registers to hold what they read during a product would not be there.
+  // Whether a step's loads are under way during the step before. A thread with many items has no registers for that, and
+  // loads between product and cell.
   static constexpr bool kEarly = kItems < 4;
 
   // Loads what a step reads of the forward pass long before it is needed, and adds the other states' gradients.

@@ -224,8 +224,10 @@ void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, Optionals b_i
                       Tensors initial, std::vector<int64_t> counts, int64_t keep, bool precise, Optional values,
                       Tensor recurrent, Optional unprojected, Optionals outputs, Tensors finals, Tensor reserve) {
   const Type type = type_of(gates);
-  STD_TORCH_CHECK(counts.size() == 1 || (values && !outputs.empty() && !finals.empty()),
-                  "expected values, outputs and finals of more than one step");
+  STD_TORCH_CHECK(counts.size() == 1 || values, "expected values of more than one step");
+  const bool asked = !outputs.empty() && outputs[0];
+  STD_TORCH_CHECK(asked == !finals.empty() && (asked || counts.size() == 1),
+                  "expected an output and finals, or neither of a single step");
   StepwiseScan scan =
       stepwise_scan(w_hh, w_hr, std::move(counts), gates.size(0), precise, values, recurrent, unprojected);
   set_forward(scan, sizes_of(cell), gates, b_ih, b_hh, initial, keep, outputs, finals, reserve);

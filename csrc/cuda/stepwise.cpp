@@ -20,7 +20,8 @@ class Stepwise {
         stream_(stream),
         blas_(blas),
         sizes_(sizes_of(cell)),
-        width_(sizes_.gates * scan.hidden) {
+        w_hh_{scan.weight[0], sizes_.gates * scan.hidden, scan.projected},
+        w_hr_{scan.w_hr, scan.projected, scan.hidden} {
     for (const int64_t count : scan.counts) {
       dense_ = dense_ && count == scan.batch;
       offsets_.push_back(offsets_.back() + count);
@@ -32,7 +33,7 @@ class Stepwise {
   void run(void (Stepwise::*pass)(int first, int directions) const) const {
     constexpr double kSmall = 1e9;  // floating-point operations
     const int directions = int(scan_.directions);
-    if (dense_ && 2. * double(scan_.batch) * double(width_) * double(scan_.projected) < kSmall)
+    if (dense_ && 2. * double(scan_.batch) * double(w_hh_.height) * double(scan_.projected) < kSmall)
       (this->*pass)(0, directions);
     else
       for (int d = 0; d < directions; ++d) (this->*pass)(d, 1);
@@ -42,7 +43,7 @@ class Stepwise {
     const State& h = scan_.states[0];
     const Matrices initial = of_directions(h.initial, first, scan_.batch, scan_.projected);
     const Matrices operand = of_directions(h.final, first, scan_.batch, scan_.projected);
-    const Matrices recurrent = of_directions(scan_.recurrent, first, scan_.batch, width_);
+    const Matrices recurrent = of_directions(scan_.recurrent, first, scan_.batch, w_hh_.height);
     const Matrices unprojected = of_directions(scan_.unprojected, first, scan_.batch, scan_.hidden);
     Steps steps = begin(first, directions);
     for (int j = 0; j < directions; ++j) {
@@ -56,20 +57,20 @@ class Stepwise {
     for (int64_t s = 0; s < scan_.steps; ++s) {
       const bool zeros = s == 0 && initial.data == nullptr;
       const int64_t active = scan_.counts[time(first, s)];
-      if (!zeros) multiply(last, scan_.weight[0], first, directions, width_, scan_.projected, true, recurrent, active);
+      if (!zeros) multiply(last, w_hh_, first, directions, true, recurrent, active);
       for (int j = 0; j < directions; ++j) {
         const int d = first + j;
         Step& step = steps.of[j];
         begin_step(step, d, time(d, s));
         step.rows = active;
-        step.gates = moved(scan_.gates, (offsets_[time(d, s)] * scan_.gate_stride + d * width_) * bytes());
+        step.gates = moved(scan_.gates, (offsets_[time(d, s)] * scan_.gate_stride + d * w_hh_.height) * bytes());
         step.recurrent = zeros ? nullptr : nth(recurrent, j).data;
       }
       check(launch_step(cell_, type_, false, steps, stream_));
       last = operand;
       if (!scan_.w_hr || !(h.all || s + 1 < scan_.steps)) continue;
       if (direct) last = side_by_side(h.all, offsets_[time(first, s)], first, scan_.projected);
-      multiply(unprojected, scan_.w_hr, first, directions, scan_.projected, scan_.hidden, true, last, active);
+      multiply(unprojected, w_hr_, first, directions, true, last, active);
       for (int j = 0; j < directions && !direct; ++j)
         add(nth(operand, j), {}, side_by_side(h.all, offsets_[time(first + j, s)], first + j, scan_.projected), active,
             scan_.projected);
@@ -81,7 +82,6 @@ class Stepwise {
     const State& h = scan_.states[0];
     const Matrices recurrent = of_directions(scan_.recurrent, first, scan_.batch, scan_.projected);
     const Matrices unprojected = of_directions(scan_.unprojected, first, scan_.batch, scan_.hidden);
-    const int64_t grad_gate_stride = scan_.directions * sizes_.grads * scan_.hidden;
     Steps steps = begin(first, directions);
     for (int j = 0; j < directions && scan_.w_hr; ++j)
       add(of_directions(h.grad_final, first + j, scan_.batch, scan_.projected), {}, nth(recurrent, j), scan_.batch,
@@ -95,15 +95,15 @@ class Stepwise {
         begin_step(step, d, t);
         if (step.carry.before > 0)
           step.previous_output = side_by_side(h.all, offsets_[time(d, s - 1)], d, scan_.projected).data;
-        step.grad_gates = moved(scan_.grad_gates, (row * grad_gate_stride + d * sizes_.grads * scan_.hidden) * bytes());
+        step.grad_gates = side_by_side(scan_.grad_gates, row, d, sizes_.grads * scan_.hidden).data;
         step.grad_recurrent = nth(recurrent, j).data;
         step.grad_recurrent_rows = step.carry.after;
         if (scan_.w_hr) {
-          const Matrices grad_projected = {
-              moved(scan_.grad_projected, (d * scan_.rows + row) * scan_.projected * bytes()), scan_.projected, 0};
-          add(nth(recurrent, j), side_by_side(h.grad_all, row, d, scan_.projected), grad_projected, active,
-              scan_.projected);
-          multiply(grad_projected, scan_.w_hr, d, 1, scan_.projected, scan_.hidden, false, nth(unprojected, j), active);
+          // The whole gradient of the projected h, for that of w_hr, and from it the gradient of h before its projection.
+          const Matrices whole = {moved(scan_.grad_projected, (d * scan_.rows + row) * scan_.projected * bytes()),
+                                  scan_.projected, 0};
+          add(nth(recurrent, j), side_by_side(h.grad_all, row, d, scan_.projected), whole, active, scan_.projected);
+          multiply(whole, w_hr_, d, 1, false, nth(unprojected, j), active);
           step.grad_recurrent = nth(unprojected, j).data;
           step.grad_recurrent_rows = active;
         }
@@ -113,13 +113,19 @@ class Stepwise {
       if (s == 0 && !h.grad_initial) break;
       // The gates' gradients of both directions lie in different rows: each its own product.
       for (int j = 0; j < directions; ++j)
-        multiply({steps.of[j].grad_gates, grad_gate_stride, 0}, scan_.weight[0], first + j, 1, width_, scan_.projected,
-                 false, nth(recurrent, j), active);
+        multiply({steps.of[j].grad_gates, steps.of[j].grad_gate_stride, 0}, w_hh_, first + j, 1, false,
+                 nth(recurrent, j), active);
     }
     initial_gradients(first, steps, recurrent);
   }
 
  private:
+  // A matrix [height, width] of each direction, in one piece.
+  struct Weight {
+    const void* data;
+    int64_t height, width;
+  };
+
   int64_t bytes() const { return type_ == Type::float64 ? 8 : type_ == Type::float32 ? 4 : 2; }
   int64_t sum_bytes() const { return type_ == Type::float64 ? 8 : 4; }
 
@@ -140,7 +146,7 @@ class Stepwise {
     return {moved(data, (row * stride + d * width) * bytes()), stride, 0};
   }
 
-  // What stays the same from step to step. With a projection the cell knows nothing of h's arrays: products stand between.
+  // What stays the same from step to step. With a projection products stand between h's arrays and the cell.
   Steps begin(int first, int directions) const {
     Steps steps{};
     steps.directions = directions;
@@ -202,14 +208,13 @@ class Stepwise {
     if (any) check(launch_step(cell_, type_, true, steps, stream_));
   }
 
-  // c [rows, .] = a [rows, .] w, or a w^T, for `count` matrices of w [D, height, width] from `first` on.
-  void multiply(const Matrices& a, const void* w, int first, int count, int64_t height, int64_t width, bool transposed,
-                const Matrices& c, int64_t rows) const {
-    Matrices b = of_directions(w, first, height, width);
-    b.stride = std::max<int64_t>(width, 1);
-    check(cuda::multiply({type_, transposed, scan_.precise, rows, transposed ? height : width,
-                          transposed ? width : height, a, b, c, count},
-                         blas_));
+  // c [rows, .] = a [rows, .] w, or a w^T, for the weights of `count` directions from `first` on.
+  void multiply(const Matrices& a, const Weight& w, int first, int count, bool transposed, const Matrices& c,
+                int64_t rows) const {
+    Matrices b = of_directions(w.data, first, w.height, w.width);
+    b.stride = std::max<int64_t>(b.stride, 1);
+    const int64_t columns = transposed ? w.height : w.width, depth = transposed ? w.width : w.height;
+    check(cuda::multiply({type_, transposed, scan_.precise, rows, columns, depth, a, b, c, count}, blas_));
   }
   void add(const Matrices& a, const Matrices& b, const Matrices& sum, int64_t rows, int64_t width) const {
     check(launch_add(type_, {a, b, sum, rows, width}, stream_));
@@ -221,7 +226,7 @@ class Stepwise {
   Stream stream_;
   void* blas_;
   CellSizes sizes_;
-  int64_t width_;  // G*H
+  Weight w_hh_, w_hr_;
   bool dense_ = true;
   std::vector<int64_t> offsets_ = {0};  // row where each step begins
 };

@@ -8,7 +8,7 @@
 
 namespace rnnkit::cuda {
 
-// The weights [D, G*H, P] lie in one piece. With a projection all arrays of state 0 are P wide.
+// weight[0] is w_hh [D, G*H, P] of all directions. With a projection all arrays of state 0 are P wide.
 struct StepwiseScan : Scan {
   int64_t projected;            // P
   std::vector<int64_t> counts;  // rows of each step
@@ -22,7 +22,7 @@ struct StepwiseScan : Scan {
   void* grad_projected;  // of S, [D, rows, P], with a projection; on return the whole gradient of each projected h
 };
 
-// The last h of each row is left in states[0].final, which is also the operand of the next product. blas: torch's handle
+// states[0].final is also the operand of the next product, so that each row leaves its last h there. blas: torch's handle
 // of cuBLAS for the stream.
 void run_stepwise(std::string_view cell, Type type, bool backward, const StepwiseScan& scan, Stream stream, void* blas);
 
