@@ -9,12 +9,14 @@ import os
 import platform
 import re
 import shutil
+from itertools import product
 from pathlib import Path
+from runpy import run_path
 from typing import NamedTuple
 
 import torch
 
-from build_objects import Part, compile_all, run
+from build_objects import Part, compile_all, run, write_generated
 
 #: Built by default, as far as nvcc knows them. A GPU runs the code of its major version up to its minor one,
 #: and one newer than all of these compiles the PTX of the newest.
@@ -135,12 +137,22 @@ def build(target: Path, inplace: bool) -> Built:
     torch_folder = folder / re.sub(r"\W", "_", f"torch_{torch.__version__}")
     include = [*cpp_extension.include_paths(), str(root / "include")]
     cxx_command = [*cxx, *CXX_FLAGS, *(flag for path in include for flag in ("-isystem", path))]
-    parts = [
-        Part([*nvcc_command, "-Icsrc"], source, folder / f"{source.stem}.o", version)
-        for source in sorted(Path("csrc/cuda").glob("*.cu"))
-    ]
-    register = torch_folder / "register.o"
-    parts.append(Part([*cxx_command, "-Icsrc"], Path("csrc/cuda/register.cpp"), register, version))
+    write_generated(folder / "instances.inc", run_path("rnnkit/instances.py")["header"]())
+
+    def part(command: list[str], source: str, target: Path) -> Part:
+        return Part([*command, "-Icsrc"], Path("csrc/cuda", source), target, version)
+
+    parts = [part(nvcc_command, f"{name}.cu", folder / f"{name}.o") for name in ("launch", "step")]
+    for backward, element in product((True, False), ("BFloat16", "float", "Half")):
+        defines = [
+            f"-I{folder}",
+            f"-DRNNKIT_BACKWARD={int(backward)}",
+            f"-DRNNKIT_ELEMENT={element}",
+        ]
+        name = f"{'backward' if backward else 'forward'}_{element.lower()}"
+        parts.append(part([*nvcc_command, *defines], "persistent.cu", folder / f"{name}.o"))
+    parts.append(part([*cxx, *CXX_FLAGS], "stepwise.cpp", folder / "stepwise.o"))
+    parts.append(part(cxx_command, "register.cpp", torch_folder / "register.o"))
     objects = compile_all(parts)
 
     # libtorch.so brings in what the torch at hand has, libtorch_cuda.so too; loaded before this library, it

@@ -156,6 +156,13 @@ def compile(part: Part) -> None:
     target.with_suffix(".command").write_text(record(part))
 
 
+def write_generated(path: Path, text: str) -> None:
+    """Writes a header, unless it says so already: what includes it is then not compiled again."""
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
 def compile_all(parts: list[Part]) -> list[str]:
     """Compiles the objects that are not up to date; returns all of them, in the order of `parts`.
 

@@ -43,32 +43,43 @@ class Scans(Protocol):
         call: "GpuCall",
         gates: Tensor,
         keep: int,
-        output: Tensor,
+        output: Tensor | None,
         finals: Sequence[Tensor],
         reserve: Tensor,
+        all_states: Sequence[Tensor] = (),
     ) -> None:
-        """Writes output [rows, D*P], final states and reserve; gates [rows, D*G*H] are the inputs' parts."""
+        """Runs the scan.
 
-    def backward(self, back: "Backward", initial_grads: Sequence[Tensor | None]) -> Tensor | None:
-        """Writes `back.grad_gates` and those of the initial states, where there are any.
-
-        Returns the gradients of h after its projection, [D, rows, P], with all that reaches it; None without one.
+        Args:
+            call: the call; its states are given.
+            gates: the input's part of the gates, [rows, D*G*H].
+            keep: what to write into the reserve.
+            output: [rows, D*P], h after each step, on return. None, with no finals, where a call of one step is to
+                write the reserve alone; its states other than h may be in the type of sums.
+            finals: the final states, on return.
+            reserve: [D, rows, values, H], on return; see `LayerCall.reserve_shape`.
+            all_states: the states other than h after each step, [rows, D*H], on return; empty if not asked for.
         """
 
-    def gates_again(
+    def backward(
         self,
-        call: "GpuCall",
-        d: int,
-        gates: Tensor,
-        previous: Sequence[tuple[slice, Tensor | None]],
-        states: Tensor,
-        reserve: Tensor,
-    ) -> None:
-        """Writes a direction's reserve [rows, V, H] as `forward` would keep it.
+        back: "Backward",
+        initial_grads: Sequence[Tensor | None],
+        grad_all_states: Sequence[Tensor | None] = (),
+    ) -> Tensor | None:
+        """Runs the scan in reverse.
 
-        previous: h before each step, parts of all rows with a matrix for each, None for zeros; states: those but h
-        before each step, [rows, S - 1, H].
+        Args:
+            back: the backward pass, whose `grad_gates` are written.
+            initial_grads: the gradients of the initial states, on return; None where there are no such states.
+            grad_all_states: the gradients of `forward`'s `all_states`; None for zeros.
+
+        Returns:
+            The whole gradient of h after its projection, [D, rows, P]; None without a projection.
         """
+
+    def unprojected(self, call: "GpuCall", reserve: Tensor) -> Tensor:
+        """h before its projection after each step, [D, rows, H], from a reserve that holds everything."""
 
 
 #: Where each backend's scans are; imported at the first use.
@@ -320,11 +331,12 @@ class Backward:
 
     Attributes:
         call: the call.
-        grads: of the output and of each final state.
+        grads: of the output h and of each final state.
+        grad_all_states: of the other outputs.
         output: [rows, D*P].
-        reserve: [D, rows, V, H].
-        values: W, gradients that a unit's gates have: of the recurrent parts, and of input parts that differ.
-        grad_gates: they, [rows, D*W*H].
+        reserve: [D, rows, saved values, H].
+        values: the gradient columns of a hidden unit, see `CellSpec.input_grads`.
+        grad_gates: the gates' gradients, [rows, D*values*H].
     """
 
     def __init__(
@@ -337,13 +349,17 @@ class Backward:
         keep: int,
         needs: Sequence[bool],
     ) -> None:
-        self.call, self.scans, self.grads, self.needs = call, run, grads, needs
+        self.call, self.scans, self.needs = call, run, needs
+        self.grads = [grads[0], *grads[call.outputs :]]
+        self.grad_all_states = [
+            None if grad is None else grad.view(call.rows, -1) for grad in grads[1 : call.outputs]
+        ]
         self.output = plain(output).view(call.rows, -1)
         self.reserve = reserve.contiguous()
         self.values = call.spec.grad_columns
         self.first_weight = 1 + len(call.states)
         if keep != Keep.EVERYTHING and call.spec.saved > 0:
-            self._gates_again()
+            self._compute_reserve()
 
     def run(self) -> dict[int, Tensor]:
         """Gradients by their place among [input, *states, *weights]."""
@@ -355,24 +371,20 @@ class Backward:
             call.input.new_empty(call.state_shape(k)) if call.states else None
             for k in range(call.spec.states)
         ]
-        grad_projected = self.scans.backward(self, initial)
+        grad_projected = self.scans.backward(self, initial, self.grad_all_states)
         for k, grad in enumerate(initial):
             if grad is not None:
                 self.found[1 + k] = grad
-        if grad_projected is not None:
-            for d in range(call.directions):
-                if self.needs[self._place(d, 4)]:
-                    self.found[self._place(d, 4)] = grad_projected[d].t() @ self._unprojected(d)
+        needed = [d for d in range(call.directions) if self.needs[self._place(d, 4)]]
+        if grad_projected is not None and needed:
+            unprojected = self.scans.unprojected(call, self.reserve)
+            for d in needed:
+                self.found[self._place(d, 4)] = grad_projected[d].t() @ unprojected[d]
         for d in range(call.directions):
             self._weights(d, self.grad_gates[:, d * width : (d + 1) * width])
         if self.needs[0]:
             self.found[0] = self._input()
         return self.found
-
-    def _unprojected(self, d: int) -> Tensor:
-        """The LSTM's h before its projection, [rows, H]: o tanh(f c + i g)."""
-        i, f, g, o, c = self.reserve[d].unbind(1)
-        return (o * torch.tanh(f * c + i * g)).to(self.call.input.dtype)
 
     def _place(self, d: int, k: int) -> int:
         """Of a weight among [input, *states, *weights]."""
@@ -457,13 +469,22 @@ class Backward:
         assert grad is not None
         return grad.view(call.input.shape)
 
-    def _gates_again(self) -> None:
-        """Computes what the forward pass did not keep, for all steps at once, since every h is known."""
+    def _compute_reserve(self) -> None:
+        """Computes what the forward pass did not keep: by one step over all rows, since every h is known."""
         call = self.call
         states, gates = self.reserve, call.gates()
         self.reserve = states.new_empty(call.reserve_shape(Keep.EVERYTHING))
+        width = call.spec.gates * call.hidden
         for d in range(call.directions):
-            self.scans.gates_again(call, d, gates, self._previous(d), states[d], self.reserve[d])
+            h = call.input.new_zeros(1, call.rows, call.projected)
+            for rows, part in self._previous(d):
+                if part is not None:
+                    h[0, rows] = part
+            others = [state.contiguous().unsqueeze(0) for state in states[d].unbind(1)]
+            step = GpuCall(call.cell, call.matrix().unsqueeze(0), [h, *others], call.direction(d))
+            of_direction = gates[:, d * width : (d + 1) * width]
+            reserve = self.reserve[d : d + 1]
+            self.scans.forward(step, of_direction, Keep.EVERYTHING, None, [], reserve)
 
 
 if not (backends.CUDA_REASON and backends.TRITON_REASON):

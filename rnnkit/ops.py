@@ -148,9 +148,8 @@ _define(
     fake=_forward_fake,
     composite=forward_composite,
 )
-# grads: of each output, then of each final state; None for zeros. output: h after each step, of the forward pass, as are
-# reserve and keep. needs: for the input, each of `states`, each of `weights`. Returns the gradients that are needed, in
-# that order.
+# grads: of each output, then of each final state; None for zeros. output (that is h), reserve and keep: of the forward
+# pass. needs: for the input, each of `states`, each of `weights`. Returns the gradients that are needed, in that order.
 _define(
     "layer_backward",
     "Tensor?[] grads, Tensor output, Tensor reserve, int keep, bool[] needs",

@@ -1,4 +1,4 @@
-"""Which CUDA kernel runs a scan, and how it is cut into blocks: plain arithmetic, tested without a GPU.
+"""Which CUDA kernel runs a scan, and how it is split into blocks: plain arithmetic, tested without a GPU.
 
 The persistent kernels keep the recurrent weights in shared memory for the whole sequence: a block owns some
 hidden units for a slice of the batch, and what the blocks of a slice exchange each step goes through the shared
@@ -12,15 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from rnnkit import instances
 from rnnkit.specs import CELLS
 
-KERNELS = ("cluster", "persistent", "stepwise")
+KERNELS = (*instances.KERNELS, "stepwise")
 #: Those of rnnkit/triton/scan.py.
 TRITON_KERNELS = ("sequence", "stepwise")
 
 WARPS = 8
-#: Bytes that a warp loads at once, in 32 vectors.
-PIECE = 512
+#: Bytes of a fragment, what a warp loads at once: 64 bytes of each of 8 rows.
+FRAGMENT = 512
 #: 32-bit words between the flags of two blocks.
 FLAG_STRIDE = 4
 
@@ -28,7 +29,7 @@ _forced = threading.local()
 
 
 @dataclass(frozen=True)
-class Device:
+class Gpu:
     """What the plan needs to know of a GPU.
 
     Attributes:
@@ -84,7 +85,7 @@ class Plan:
         reason: why this one.
         units: hidden units of a block.
         tiles: groups of 8 rows of the batch that a block multiplies at a time.
-        columns: rows of the batch in a slice, a multiple of 8.
+        batch_tile: rows of the batch that a block owns, a slice; a multiple of 8.
         blocks, slices: of each direction.
         shared_bytes: shared memory of a block.
         workspace_bytes: global memory for what the blocks exchange, and their flags.
@@ -95,7 +96,7 @@ class Plan:
     reason: str
     units: int = 0
     tiles: int = 0
-    columns: int = 0
+    batch_tile: int = 0
     blocks: int = 0
     slices: int = 0
     shared_bytes: int = 0
@@ -103,16 +104,17 @@ class Plan:
     microseconds: float = 0.0
 
     @property
-    def numbers(self) -> list[int]:
-        """What the extension's ops take."""
-        return [self.units, self.tiles, self.columns, int(self.kernel == "cluster")]
+    def arguments(self) -> tuple[int, int, int, int, bool]:
+        """What the extension's ops take of it: units, tiles, batch_tile, shared_bytes, cluster."""
+        cluster = self.kernel == "cluster"
+        return self.units, self.tiles, self.batch_tile, self.shared_bytes, cluster
 
     def __str__(self) -> str:
         if self.kernel == "stepwise":
             return f"stepwise: {self.reason}"
         return (
             f"{self.kernel}: {self.slices} x {self.blocks} blocks a direction, each {self.units} units x "
-            f"{self.columns} rows in tiles of {8 * self.tiles}, {self.shared_bytes} bytes of shared memory; "
+            f"{self.batch_tile} rows in tiles of {8 * self.tiles}, {self.shared_bytes} bytes of shared memory; "
             f"{self.reason}"
         )
 
@@ -123,7 +125,7 @@ def forced(kernel: str, **choice: int) -> Iterator[None]:
 
     Args:
         kernel: a name in `KERNELS`, or of those that run on Triton in `TRITON_KERNELS`.
-        choice: `units`, `columns`: only plans with these.
+        choice: `units`, `batch_tile`: only plans with these.
 
     A backward pass that autograd runs is launched by a thread of its own, which this does not reach.
 
@@ -147,14 +149,14 @@ def forced_kernel() -> str:
     return choice[0] if choice else ""
 
 
-def choose(scan: Scan, device: Device) -> Plan:
+def choose(scan: Scan, device: Gpu) -> Plan:
     """The plan that is expected to be fastest, or the one that `forced` asks for."""
     return _choose(scan, device, getattr(_forced, "choice", None))
 
 
 @lru_cache(maxsize=4096)
 def _choose(
-    scan: Scan, device: Device, wanted: tuple[str, tuple[tuple[str, int], ...]] | None
+    scan: Scan, device: Gpu, wanted: tuple[str, tuple[tuple[str, int], ...]] | None
 ) -> Plan:
     kernel, choice = wanted or ("", ())
     stepwise = Plan("stepwise", "", microseconds=_stepwise_microseconds(scan))
@@ -183,7 +185,7 @@ def _choose(
     return best
 
 
-def _never_persistent(scan: Scan, device: Device) -> str:
+def _never_persistent(scan: Scan, device: Gpu) -> str:
     if device.capability < (8, 0):
         return "the persistent kernel needs compute capability 8.0"
     if scan.element_bytes == 8:
@@ -193,50 +195,45 @@ def _never_persistent(scan: Scan, device: Device) -> str:
     return ""
 
 
-def units_of(scan: Scan) -> dict[int, tuple[int, ...]]:
-    """The kernels that are built: hidden units of a block -> tiles (csrc/cuda/instances.h)."""
-    if scan.backward:
-        return {8: (1, 2), 16: (1, 2, 4, 8)}
-    if CELLS[scan.cell].gates == 1:
-        return {16: (1, 2, 4, 8)}
-    return {4: (1, 2), 8: (1, 2, 4, 8), 16: (1, 2, 4)}
+def _units_of(scan: Scan, kernel: str) -> dict[int, tuple[int, ...]]:
+    return instances.units_of(kernel, scan.backward, CELLS[scan.cell].gates)
 
 
-def persistent_plans(scan: Scan, device: Device) -> Iterator[Plan]:
-    """Every way of cutting the scan into blocks that can be on the device together."""
-    for units, built in units_of(scan).items():
+def persistent_plans(scan: Scan, device: Gpu) -> Iterator[Plan]:
+    """Every way of splitting the scan into blocks that can be on the device together."""
+    for units, built in _units_of(scan, "persistent").items():
         blocks = -(-scan.hidden // units)
         at_once = device.processors // (scan.directions * blocks)
-        for tiles, columns in _columns(scan, range(1, at_once + 1), built):
-            slices = -(-scan.batch // columns)
-            expected = _microseconds(scan, units, tiles, columns, scan.directions * blocks * slices)
+        for tiles, batch_tile in _batch_tiles(scan, range(1, at_once + 1), built):
+            slices = -(-scan.batch // batch_tile)
+            expected = _microseconds(
+                scan, units, tiles, batch_tile, scan.directions * blocks * slices
+            )
             yield from _fitting(
-                scan, device, "persistent", units, tiles, columns, blocks, slices, expected
+                scan, device, "persistent", units, tiles, batch_tile, blocks, slices, expected
             )
 
 
-#: Hidden units of a block of a cluster -> tiles, of the kernels that are built.
-CLUSTER_UNITS = {16: (1,)}
-
-
-def cluster_plans(scan: Scan, device: Device) -> Iterator[Plan]:
-    """Every way of cutting the scan into clusters; they need not all be on the device together."""
-    for units, built in CLUSTER_UNITS.items():
+def cluster_plans(scan: Scan, device: Gpu) -> Iterator[Plan]:
+    """Every way of splitting the scan into clusters; they need not all be on the device together."""
+    for units, built in _units_of(scan, "cluster").items():
         blocks = -(-scan.hidden // units)
         if blocks > min(device.cluster_blocks, device.processors) or device.cluster_blocks == 1:
             continue
         at_once = device.clusters(blocks)
-        for tiles, columns in _columns(scan, range(1, at_once // scan.directions + 2), built):
-            slices = -(-scan.batch // columns)
-            expected = _cluster_microseconds(scan, units, tiles, columns)
+        for tiles, batch_tile in _batch_tiles(
+            scan, range(1, at_once // scan.directions + 2), built
+        ):
+            slices = -(-scan.batch // batch_tile)
+            expected = _cluster_microseconds(scan, units, tiles, batch_tile)
             expected *= -(-slices * scan.directions // at_once)
             yield from _fitting(
-                scan, device, "cluster", units, tiles, columns, blocks, slices, expected
+                scan, device, "cluster", units, tiles, batch_tile, blocks, slices, expected
             )
 
 
-def _columns(scan: Scan, slices: range, built: tuple[int, ...]) -> list[tuple[int, int]]:
-    """For each number of slices, tiles and the rows of the batch in a slice: whole tiles."""
+def _batch_tiles(scan: Scan, slices: range, built: tuple[int, ...]) -> list[tuple[int, int]]:
+    """For each number of slices, tiles and the rows of the batch that a block owns: whole groups of tiles."""
     found: dict[tuple[int, int], None] = {}
     for n in slices:
         eights = -(-scan.batch // (8 * n))
@@ -247,26 +244,26 @@ def _columns(scan: Scan, slices: range, built: tuple[int, ...]) -> list[tuple[in
 
 def _fitting(
     scan: Scan,
-    device: Device,
+    device: Gpu,
     kernel: str,
     units: int,
     tiles: int,
-    columns: int,
+    batch_tile: int,
     blocks: int,
     slices: int,
     microseconds: float,
 ) -> Iterator[Plan]:
     """The plan, if a block's shared memory holds what it must."""
     cluster = kernel == "cluster"
-    shared = _shared_bytes(scan, units, tiles, columns, cluster)
+    shared = _shared_bytes(scan, units, tiles, batch_tile, cluster)
     if shared <= device.shared_bytes:
-        workspace = 0 if cluster else _workspace_bytes(scan, blocks, slices, columns)
+        workspace = 0 if cluster else _workspace_bytes(scan, blocks, slices, batch_tile)
         yield Plan(
             kernel,
             "expected to be fastest",
             units,
             tiles,
-            columns,
+            batch_tile,
             blocks,
             slices,
             shared,
@@ -275,42 +272,42 @@ def _fitting(
         )
 
 
-def _rows(scan: Scan, units: int) -> int:
+def _weight_rows(scan: Scan, units: int) -> int:
     """Rows of weights of a block."""
     return units if scan.backward else units * CELLS[scan.cell].gates
 
 
-def _chunks(scan: Scan) -> int:
-    """Pieces of 8 rows of weights: 64 bytes of each row."""
-    parts = CELLS[scan.cell].gates if scan.backward else 1
-    return -(-scan.hidden * scan.element_bytes // 64) * parts
+def _slabs(scan: Scan) -> int:
+    """Slabs of 64 bytes in a row of weights, and of an exchange."""
+    exchange_gates = CELLS[scan.cell].gates if scan.backward else 1
+    return -(-scan.hidden * scan.element_bytes // 64) * exchange_gates
 
 
-def _shared_bytes(scan: Scan, units: int, tiles: int, columns: int, cluster: bool) -> int:
-    rows = _rows(scan, units)
+def _shared_bytes(scan: Scan, units: int, tiles: int, batch_tile: int, cluster: bool) -> int:
+    rows = _weight_rows(scan, units)
     row_blocks = -(-rows // 8)
     sums = WARPS * row_blocks * 8 * (tiles * 8 + 4)
-    states = CELLS[scan.cell].states * units * columns
+    states = CELLS[scan.cell].states * units * batch_tile
     exchanged = 0
     if cluster:
-        parts = CELLS[scan.cell].gates if scan.backward else 1
-        exchanged = 2 * _chunks(scan) * (columns // 8) * PIECE
-        exchanged += parts * columns * units * scan.element_bytes
-    return row_blocks * _chunks(scan) * PIECE + exchanged + 4 * (sums + states)
+        exchange_gates = CELLS[scan.cell].gates if scan.backward else 1
+        exchanged = 2 * _slabs(scan) * (batch_tile // 8) * FRAGMENT
+        exchanged += exchange_gates * batch_tile * units * scan.element_bytes
+    return row_blocks * _slabs(scan) * FRAGMENT + exchanged + 4 * (sums + states)
 
 
-def _workspace_bytes(scan: Scan, blocks: int, slices: int, columns: int) -> int:
-    exchanged = 2 * _chunks(scan) * (columns // 8) * PIECE
+def _workspace_bytes(scan: Scan, blocks: int, slices: int, batch_tile: int) -> int:
+    exchanged = 2 * _slabs(scan) * (batch_tile // 8) * FRAGMENT
     return scan.directions * slices * (exchanged + blocks * FLAG_STRIDE * 4)
 
 
-def _work(scan: Scan, units: int, tiles: int, columns: int) -> tuple[float, ...]:
-    """Of a block in a step: bytes it loads, products of the tensor cores, bytes of sums, items, groups of columns."""
-    row_blocks = -(-_rows(scan, units) // 8)
-    groups = columns // (8 * tiles)
-    loaded = _chunks(scan) * (columns // 8) * PIECE
-    products = -(-row_blocks // 2) * (columns // 8) * _chunks(scan) * 2
-    sums = 2 * WARPS * row_blocks * 8 * columns * 4
+def _work(scan: Scan, units: int, tiles: int, batch_tile: int) -> tuple[float, ...]:
+    """Of a block in a step: bytes it loads, products of tensor cores, bytes of sums, items, groups of rows."""
+    row_blocks = -(-_weight_rows(scan, units) // 8)
+    groups = batch_tile // (8 * tiles)
+    loaded = _slabs(scan) * (batch_tile // 8) * FRAGMENT
+    products = -(-row_blocks // 2) * (batch_tile // 8) * _slabs(scan) * 2
+    sums = 2 * WARPS * row_blocks * 8 * batch_tile * 4
     items = -(-units * 8 * tiles // 256) * groups
     return loaded, products, sums, items, groups
 
@@ -318,10 +315,10 @@ def _work(scan: Scan, units: int, tiles: int, columns: int) -> tuple[float, ...]
 # Fitted to times on an H100 (docs/cuda.md): within 13 % of the persistent kernel's, 7 % of the cluster's.
 
 
-def _microseconds(scan: Scan, units: int, tiles: int, columns: int, grid: int) -> float:
+def _microseconds(scan: Scan, units: int, tiles: int, batch_tile: int, grid: int) -> float:
     """Of a persistent step: the exchange, what all blocks load, what a block multiplies, adds up and computes."""
-    loaded, products, sums, items, groups = _work(scan, units, tiles, columns)
-    weights = -(-_rows(scan, units) // 8) * _chunks(scan) * PIECE * groups
+    loaded, products, sums, items, groups = _work(scan, units, tiles, batch_tile)
+    weights = -(-_weight_rows(scan, units) // 8) * _slabs(scan) * FRAGMENT * groups
     return (
         1.0
         + 0.57 * groups
@@ -333,9 +330,9 @@ def _microseconds(scan: Scan, units: int, tiles: int, columns: int, grid: int) -
     )
 
 
-def _cluster_microseconds(scan: Scan, units: int, tiles: int, columns: int) -> float:
-    """Likewise where the exchange stays in a cluster: each block writes its part to all."""
-    loaded, products, sums, items, groups = _work(scan, units, tiles, columns)
+def _cluster_microseconds(scan: Scan, units: int, tiles: int, batch_tile: int) -> float:
+    """Of a step where the exchange stays in a cluster: each block writes its part to all."""
+    loaded, products, sums, items, groups = _work(scan, units, tiles, batch_tile)
     return (
         0.77
         + 0.1 * groups

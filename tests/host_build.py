@@ -1,11 +1,9 @@
 """Builds the CUDA kernels' host build, their source compiled for the CPU, and puts it in the place of the ops.
 
-One lane after the other it computes what the blocks of a GPU compute (csrc/cuda/host.h), so that errors of cutting,
-tails, masks, layout and order show without a GPU. `ops` runs `torch.ops.rnnkit` on CPU tensors this way, `tables`
-tells which kernels are built.
+One lane after the other it computes what the blocks of a GPU compute (csrc/cuda/host.h), so that errors of splitting,
+tails, masks, layout and order show without a GPU. `ops` runs `torch.ops.rnnkit` on CPU tensors this way.
 """
 
-import ctypes
 import fcntl
 import functools
 import hashlib
@@ -16,16 +14,14 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 import torch
 from devices import OpsOfGpu
 from torch.utils import cpp_extension
 
-from rnnkit import cuda, gpu, plan
+from rnnkit import cuda, gpu, instances, plan
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -37,39 +33,11 @@ FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"
 FLAGS += ["-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 FLAGS += ["-DRNNKIT_HOST", f"-Drnnkit={NAMESPACE}"]
 
-#: The kernels that are built, for `tables`: of a type (bfloat16, half, float) and pass, the one at `index`.
-TABLES = """
-#include "cuda/kernels.h"
-
-namespace rnnkit::cuda {
-
-static const std::vector<Persistent>& table(int type, bool backward) {
-  switch (type) {
-    case 0: return backward ? backward_kernels(BFloat16()) : forward_kernels(BFloat16());
-    case 1: return backward ? backward_kernels(Half()) : forward_kernels(Half());
-    default: return backward ? backward_kernels(float()) : forward_kernels(float());
-  }
-}
-
-extern "C" [[gnu::visibility("default")]] int count(int type, int backward) {
-  return int(table(type, backward).size());
-}
-
-extern "C" [[gnu::visibility("default")]] int64_t facts(int type, int backward, int index, char* cell, int* cluster,
-                                                        int* units, int* tiles, int64_t hidden, int columns) {
-  const Persistent& kernel = table(type, backward)[index];
-  cell[kernel.cell.copy(cell, 31)] = 0;
-  *cluster = kernel.cluster;
-  *units = kernel.units;
-  *tiles = kernel.tiles;
-  return kernel.shared_bytes(hidden, columns);
-}
-
-}  // namespace rnnkit::cuda
-"""
+#: What the kernels multiply; float64 goes stepwise.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 #: An H100, as far as a plan knows it.
-DEVICE = plan.Device(processors=132, shared_bytes=232448, capability=(9, 0))
+DEVICE = plan.Gpu(processors=132, shared_bytes=232448, capability=(9, 0))
 
 
 def why_not() -> str:
@@ -94,7 +62,7 @@ def library() -> Path:
     compiler = cpp_extension.get_cxx_compiler().split()
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
     kind = hashlib.sha256(
-        repr([torch.__version__, version.stdout, FLAGS, str(CSRC), TABLES]).encode()
+        repr([torch.__version__, version.stdout, FLAGS, str(CSRC), instances.header()]).encode()
     )
     for path in sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".inc")):
         if "cpu" not in path.relative_to(CSRC).parts:
@@ -110,17 +78,18 @@ def library() -> Path:
 
 
 def _compile(compiler: list[str], target: Path) -> None:
-    tables = target.with_suffix(".tables.cpp")
-    tables.write_text(TABLES)
+    (target.parent / "instances.inc").write_text(instances.header())
     include = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-    sources = [CSRC / "cuda/host.cpp", CSRC / "cuda/register.cpp", tables]
+    sources = [CSRC / "cuda" / f"{name}.cpp" for name in ("host", "register", "stepwise")]
     objects = [target.with_suffix(f".{index}.o") for index in range(len(sources))]
 
     def run(command: list[str | Path]) -> None:
         subprocess.run(command, check=True)
 
     def compile_source(source: Path, to: Path) -> None:
-        run([*compiler, *FLAGS, f"-I{CSRC}", *include, "-c", source, "-o", to])
+        run(
+            [*compiler, *FLAGS, f"-I{CSRC}", f"-I{target.parent}", *include, "-c", source, "-o", to]
+        )
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_source, sources, objects))
@@ -129,12 +98,12 @@ def _compile(compiler: list[str], target: Path) -> None:
     unfinished = target.with_suffix(".unfinished.so")
     run([*compiler, "-shared", *objects, *libraries, "-o", unfinished])
     unfinished.replace(target)
-    for path in (*objects, tables):
+    for path in objects:
         path.unlink()
 
 
 @contextmanager
-def ops(device: plan.Device = DEVICE) -> Iterator[None]:
+def ops(device: plan.Gpu = DEVICE) -> Iterator[None]:
     """In this block `torch.ops.rnnkit` runs on CPU tensors what it would run on `device`."""
     torch.ops.load_library(library())
     with (
@@ -143,43 +112,3 @@ def ops(device: plan.Device = DEVICE) -> Iterator[None]:
         mock.patch.object(cuda, "device_of", lambda index: device),
     ):
         yield
-
-
-class Kernel(NamedTuple):
-    """A kernel that is built for scans in one launch."""
-
-    dtype: torch.dtype
-    backward: bool
-    cell: str
-    kernel: str
-    units: int
-    tiles: int
-
-
-#: In the order of `TABLES`.
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def tables(hidden: int, columns: int) -> dict[Kernel, int]:
-    """Every kernel for scans in one launch, and the bytes of shared memory that its blocks need for these sizes."""
-    native = ctypes.CDLL(str(library()))
-    native.facts.restype = ctypes.c_int64
-    found = {}
-    for type, backward in product(range(len(DTYPES)), (False, True)):
-        for index in range(native.count(type, backward)):
-            cell = ctypes.create_string_buffer(32)
-            cluster, units, tiles = (ctypes.c_int() for _ in range(3))
-            by_reference = (ctypes.byref(number) for number in (cluster, units, tiles))
-            sizes = ctypes.c_int64(hidden), columns
-            shared = native.facts(type, backward, index, cell, *by_reference, *sizes)
-            kernel = Kernel(
-                DTYPES[type],
-                backward,
-                cell.value.decode(),
-                "cluster" if cluster.value else "persistent",
-                units.value,
-                tiles.value,
-            )
-            assert kernel not in found, kernel
-            found[kernel] = shared
-    return found

@@ -18,7 +18,7 @@ from tolerances import FORWARD, GRADIENT, assert_close_to_truth, relative_error
 from torch import Tensor, nn
 
 import rnnkit
-from rnnkit import backends, cuda, plan
+from rnnkit import backends, cuda, instances, plan
 from rnnkit.call import Keep
 from rnnkit.specs import CELLS
 
@@ -109,19 +109,21 @@ def test_either_kernel_against_reference(case: Case, keep: Keep, kernel: str) ->
 SLICES = ((13, 16), (30, 32), (60, 64), (125, 128), (90, 32), (20, 8))
 
 
-def _cut(scan: plan.Scan, device: plan.Device, units: int, columns: int) -> Iterator[plan.Plan]:
-    """The plans so cut: a small GPU may have no room for it."""
+def _plans_of(
+    scan: plan.Scan, device: plan.Gpu, units: int, batch_tile: int
+) -> Iterator[plan.Plan]:
+    """The plans with these: a small GPU may have no room for it."""
     for found in plan.persistent_plans(scan, device):
-        if (found.units, found.columns) == (units, columns):
+        if (found.units, found.batch_tile) == (units, batch_tile):
             yield found
 
 
-@pytest.mark.parametrize(("batch", "columns"), SLICES)
+@pytest.mark.parametrize(("batch", "batch_tile"), SLICES)
 @pytest.mark.parametrize("units", (4, 8, 16))
 @each_dtype
 @each_cell
 def test_every_persistent_kernel(
-    cell: str, dtype: torch.dtype, units: int, batch: int, columns: int
+    cell: str, dtype: torch.dtype, units: int, batch: int, batch_tile: int
 ) -> None:
     """Each that is built, of both passes; where one of the passes has none, it runs step by step."""
     case = Case(cell, (5, batch, 20, 45), 2, dtype=dtype, device="cuda", off_kink=True)
@@ -130,14 +132,18 @@ def test_every_persistent_kernel(
         plan.Scan(cell, dtype.itemsize, back, precise=True, **sizes) for back in (False, True)
     ]
     device = cuda.device_of(torch.cuda.current_device())
-    with plan.forced("persistent", units=units, columns=columns):
+    with plan.forced("persistent", units=units, batch_tile=batch_tile):
         kernels = [plan.choose(scan, device).kernel for scan in passes]
         assert kernels == [
-            "persistent" if [*_cut(scan, device, units, columns)] else "stepwise" for scan in passes
+            "persistent" if [*_plans_of(scan, device, units, batch_tile)] else "stepwise"
+            for scan in passes
         ]
         large = device.shared_bytes >= 160 * 1024
         assert not large or kernels == [
-            "persistent" if units in plan.units_of(scan) else "stepwise" for scan in passes
+            "persistent"
+            if units in instances.units_of("persistent", scan.backward, CELLS[cell].gates)
+            else "stepwise"
+            for scan in passes
         ]
         assert_case_matches_reference(case)
 

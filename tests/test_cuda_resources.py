@@ -11,15 +11,16 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "build/cuda"
-SOURCES = sorted((Path(__file__).parents[1] / "csrc/cuda").glob("*.cu"))
-#: Those of the persistent kernels.
-SCANS = [s.stem for s in SOURCES if s.stem.startswith(("forward_", "backward_"))]
+#: Objects of the persistent kernels, and all that hold machine code of the GPU.
+SCANS = ["_".join(it) for it in product(("backward", "forward"), ("bfloat16", "float", "half"))]
+OBJECTS = ["launch", "step", *SCANS]
 
 #: Of every kernel's blocks (kThreads), and of a multiprocessor.
 THREADS, REGISTERS = 256, 65_536
@@ -96,9 +97,9 @@ needs_cuobjdump = pytest.mark.skipif(
 
 
 @needs_reports
-def test_every_source_has_a_report() -> None:
+def test_every_object_has_a_report() -> None:
     """Those that hold kernels hold them for the same architectures."""
-    assert {f"{source.stem}.ptxas.txt" for source in SOURCES} == {
+    assert {f"{name}.ptxas.txt" for name in OBJECTS} == {
         report.name for report in FOLDER.glob("*.ptxas.txt")
     }
     of_source = {source: set() for source in ("step", *SCANS)}

@@ -5,26 +5,25 @@ import threading
 from dataclasses import replace
 from itertools import pairwise, product
 
-import host_build
 import pytest
 
-from rnnkit import plan
-from rnnkit.plan import Device, Plan, Scan, choose, forced
+from rnnkit import instances, plan
+from rnnkit.plan import Gpu, Plan, Scan, choose, forced
 from rnnkit.specs import CELLS
 
-H100 = Device(132, 232_448, (9, 0))
+H100 = Gpu(132, 232_448, (9, 0))
 DEVICES = {
     "H100": H100,
-    "B200": Device(148, 232_448, (10, 0)),
-    "RTX 5090": Device(170, 101_376, (12, 0)),
-    "A100": Device(108, 166_912, (8, 0)),
-    "RTX 3070": Device(46, 101_376, (8, 6)),
-    "RTX A6000": Device(84, 101_376, (8, 6)),
-    "L4": Device(58, 101_376, (8, 9)),
-    "one processor": Device(1, 101_376, (8, 9)),
+    "B200": Gpu(148, 232_448, (10, 0)),
+    "RTX 5090": Gpu(170, 101_376, (12, 0)),
+    "A100": Gpu(108, 166_912, (8, 0)),
+    "RTX 3070": Gpu(46, 101_376, (8, 6)),
+    "RTX A6000": Gpu(84, 101_376, (8, 6)),
+    "L4": Gpu(58, 101_376, (8, 9)),
+    "one processor": Gpu(1, 101_376, (8, 9)),
 }
 #: More than any device has.
-BOUNDLESS = Device(5000, 2**40, (9, 0))
+BOUNDLESS = Gpu(5000, 2**40, (9, 0))
 
 each_device = pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 each_cell = pytest.mark.parametrize("cell", CELLS)
@@ -48,54 +47,55 @@ def scans(cell: str) -> list[Scan]:
     ]
 
 
-def cuts_of(it: Scan, device: Device) -> list[Plan]:
+def plans_of(it: Scan, device: Gpu) -> list[Plan]:
     """Every plan for one launch of all steps."""
     return [*plan.persistent_plans(it, device), *plan.cluster_plans(it, device)]
 
 
-def assert_fits(it: Scan, cut: Plan, device: Device) -> None:
+def assert_fits(it: Scan, one: Plan, device: Gpu) -> None:
     """Blocks that wait for each other are on the device at once, and every unit of every row belongs to just one."""
-    assert 0 < cut.shared_bytes <= device.shared_bytes
-    assert (cut.blocks - 1) * cut.units < it.hidden <= cut.blocks * cut.units
-    assert (cut.slices - 1) * cut.columns < it.batch <= cut.slices * cut.columns
-    assert cut.columns > 0 and cut.columns % 8 == 0
-    assert cut.microseconds > 0
-    assert cut.numbers == [cut.units, cut.tiles, cut.columns, int(cut.kernel == "cluster")]
-    if cut.kernel == "cluster":
+    assert 0 < one.shared_bytes <= device.shared_bytes
+    assert (one.blocks - 1) * one.units < it.hidden <= one.blocks * one.units
+    assert (one.slices - 1) * one.batch_tile < it.batch <= one.slices * one.batch_tile
+    assert one.batch_tile > 0 and one.batch_tile % 8 == 0
+    assert one.microseconds > 0
+    sizes = (one.units, one.tiles, one.batch_tile, one.shared_bytes)
+    assert one.arguments == (*sizes, one.kernel == "cluster")
+    built = instances.units_of(one.kernel, it.backward, CELLS[it.cell].gates)
+    assert one.tiles in built[one.units]
+    if one.kernel == "cluster":
         assert device.capability >= (9, 0)
         # More than 16 there are nowhere, and more than 8 only on GPUs for data centres.
-        assert cut.blocks <= (16 if device.capability in ((9, 0), (10, 0)) else 8)
-        assert cut.tiles in plan.CLUSTER_UNITS[cut.units]
-        assert cut.workspace_bytes == 0
+        assert one.blocks <= (16 if device.capability in ((9, 0), (10, 0)) else 8)
+        assert one.workspace_bytes == 0
     else:
-        assert cut.kernel == "persistent"
-        assert it.directions * cut.blocks * cut.slices <= device.processors
-        assert cut.tiles in plan.units_of(it)[cut.units]
-        assert cut.workspace_bytes % 4 == 0
+        assert one.kernel == "persistent"
+        assert it.directions * one.blocks * one.slices <= device.processors
+        assert one.workspace_bytes % 4 == 0
 
 
 @each_device
 @each_cell
-def test_every_plan_fits(cell: str, device: Device) -> None:
+def test_every_plan_fits(cell: str, device: Gpu) -> None:
     for it in scans(cell):
-        cuts = cuts_of(it, device)
-        for cut in cuts:
-            assert_fits(it, cut, device)
-        shapes = [(cut.kernel, cut.units, cut.columns) for cut in cuts]
+        plans = plans_of(it, device)
+        for one in plans:
+            assert_fits(it, one, device)
+        shapes = [(one.kernel, one.units, one.batch_tile) for one in plans]
         assert len(set(shapes)) == len(shapes)
 
 
 @each_device
 @each_cell
-def test_the_fastest_is_chosen(cell: str, device: Device) -> None:
+def test_the_fastest_is_chosen(cell: str, device: Gpu) -> None:
     """Of the plans of a kernel that is forced, and of all kernels; each choice has a reason."""
     for it in scans(cell):
         chosen, found = choose(it, device), {}
-        cuts = cuts_of(it, device)
+        plans = plans_of(it, device)
         for kernel in plan.KERNELS:
             with forced(kernel):
                 found[kernel] = choose(it, device)
-            times = [cut.microseconds for cut in cuts if cut.kernel == kernel]
+            times = [one.microseconds for one in plans if one.kernel == kernel]
             if times:
                 assert found[kernel].kernel == kernel
                 assert found[kernel].microseconds == min(times)
@@ -103,7 +103,7 @@ def test_the_fastest_is_chosen(cell: str, device: Device) -> None:
                 assert found[kernel].kernel == "stepwise"
         if chosen.kernel != "stepwise":
             assert chosen == replace(found[chosen.kernel], reason=chosen.reason)
-            assert chosen.microseconds == min(cut.microseconds for cut in cuts)
+            assert chosen.microseconds == min(one.microseconds for one in plans)
         assert chosen.reason
         assert str(chosen).startswith(f"{chosen.kernel}: ")
         assert chosen.reason in str(chosen)
@@ -114,11 +114,12 @@ def test_the_fastest_is_chosen(cell: str, device: Device) -> None:
 @each_cell
 def test_what_a_plan_says_of_itself(cell: str) -> None:
     it = scan(cell, 256, 20)
-    for cut in cuts_of(it, H100):
-        numbers = [int(number) for number in re.findall(r"\d+", str(cut))]
-        said = [cut.slices, cut.blocks, cut.units, cut.columns, 8 * cut.tiles, cut.shared_bytes]
+    for one in plans_of(it, H100):
+        numbers = [int(number) for number in re.findall(r"\d+", str(one))]
+        of_block = [one.units, one.batch_tile, 8 * one.tiles, one.shared_bytes]
+        said = [one.slices, one.blocks, *of_block]
         assert numbers == said
-        assert len(str(cut)) < 200 and "\n" not in str(cut)
+        assert len(str(one)) < 200 and "\n" not in str(one)
 
 
 @pytest.mark.parametrize("capability", ((8, 0), (9, 0)), ids=str)
@@ -132,7 +133,7 @@ def test_a_larger_device_is_no_slower(cell: str, capability: tuple[int, int]) ->
             continue
         found = []
         for size in sizes:
-            device = Device(*size, capability)
+            device = Gpu(*size, capability)
             if kernel:
                 with forced(kernel):
                     found.append(choose(it, device))
@@ -149,10 +150,10 @@ def test_workspace_holds_two_exchanges_and_the_flags(cell: str) -> None:
     """Of every slice: a value for each unit and row, twice; in the backward pass one for each gate."""
     for it in scans(cell):
         values = it.hidden * (CELLS[cell].gates if it.backward else 1)
-        for cut in plan.persistent_plans(it, H100):
-            exchanged = 2 * values * cut.columns * it.element_bytes
-            flags = cut.blocks * plan.FLAG_STRIDE * 4
-            assert cut.workspace_bytes >= it.directions * cut.slices * (exchanged + flags)
+        for one in plan.persistent_plans(it, H100):
+            exchanged = 2 * values * one.batch_tile * it.element_bytes
+            flags = one.blocks * plan.FLAG_STRIDE * 4
+            assert one.workspace_bytes >= it.directions * one.slices * (exchanged + flags)
 
 
 @each_cell
@@ -160,51 +161,10 @@ def test_shared_memory_holds_the_weights(cell: str) -> None:
     """In a cluster two exchanges, too."""
     for it in scans(cell):
         values = it.hidden * (CELLS[cell].gates if it.backward else 1)
-        for cut in cuts_of(it, H100):
-            weights = cut.units * CELLS[cell].gates * it.hidden * it.element_bytes
-            exchanged = 2 * values * cut.columns * it.element_bytes
-            assert cut.shared_bytes >= weights + (exchanged if cut.kernel == "cluster" else 0)
-
-
-# Against csrc/cuda
-
-needs_host_build = pytest.mark.skipif(
-    bool(host_build.why_not()), reason=host_build.why_not() or "it can be built"
-)
-
-
-@needs_host_build
-def test_the_kernels_are_those_that_are_built() -> None:
-    expected = set()
-    for dtype, backward, cell in product(host_build.DTYPES, (False, True), CELLS):
-        it = scan(cell, element_bytes=dtype.itemsize, backward=backward)
-        for kernel, units_of in (
-            ("persistent", plan.units_of(it)),
-            ("cluster", plan.CLUSTER_UNITS),
-        ):
-            expected |= {
-                host_build.Kernel(dtype, backward, cell, kernel, units, tiles)
-                for units, built in units_of.items()
-                for tiles in built
-            }
-    assert host_build.tables(1, 8).keys() == expected
-
-
-@needs_host_build
-def test_shared_memory_is_what_a_launch_asks_for() -> None:
-    """Every kernel's own count is the plan's."""
-    checked = set()
-    for hidden, batch in product((1, 16, 37, 130, 256, 650, 1024), (3, 16, 24, 60, 90)):
-        built: dict[int, dict[host_build.Kernel, int]] = {}
-        for cell, dtype, backward in product(CELLS, host_build.DTYPES, (False, True)):
-            it = scan(cell, hidden, batch, element_bytes=dtype.itemsize, backward=backward)
-            for cut in cuts_of(it, BOUNDLESS):
-                if cut.columns not in built:
-                    built[cut.columns] = host_build.tables(hidden, cut.columns)
-                kernel = host_build.Kernel(dtype, backward, cell, cut.kernel, cut.units, cut.tiles)
-                assert built[cut.columns][kernel] == cut.shared_bytes, (it, cut)
-                checked.add(kernel)
-    assert checked == host_build.tables(1, 8).keys()
+        for one in plans_of(it, H100):
+            weights = one.units * CELLS[cell].gates * it.hidden * it.element_bytes
+            exchanged = 2 * values * one.batch_tile * it.element_bytes
+            assert one.shared_bytes >= weights + (exchanged if one.kernel == "cluster" else 0)
 
 
 # Choice
@@ -215,13 +175,13 @@ def test_shared_memory_is_what_a_launch_asks_for() -> None:
     [
         (scan(element_bytes=8), H100, "float64"),
         (scan(projected=64), H100, "projection"),
-        (scan(), Device(80, 98_304, (7, 0)), "capability"),
-        (scan(), Device(40, 65_536, (7, 5)), "capability"),
+        (scan(), Gpu(80, 98_304, (7, 0)), "capability"),
+        (scan(), Gpu(40, 65_536, (7, 5)), "capability"),
         (scan(hidden=20_000), H100, "shared memory"),
         (scan(hidden=256, element_bytes=4), DEVICES["one processor"], "shared memory"),
     ],
 )
-def test_where_the_steps_cannot_be_one_launch(it: Scan, device: Device, reason: str) -> None:
+def test_where_the_steps_cannot_be_one_launch(it: Scan, device: Gpu, reason: str) -> None:
     """Not even where it is forced; and the plan says why."""
     assert choose(it, device).kernel == "stepwise"
     for kernel in ("persistent", "cluster"):
@@ -250,12 +210,12 @@ def test_no_clusters_where_there_are_none() -> None:
 
 
 def test_forced_cuts() -> None:
-    """Only plans of so many units and columns; the stepwise kernel where there are none."""
+    """Only plans of so many units and rows of the batch; the stepwise kernel where there are none."""
     it = scan(batch=90)
-    for cut in cuts_of(it, H100):
-        with forced(cut.kernel, units=cut.units, columns=cut.columns):
-            assert choose(it, H100) == replace(cut, reason="forced")
-        with forced(cut.kernel, units=7):
+    for one in plans_of(it, H100):
+        with forced(one.kernel, units=one.units, batch_tile=one.batch_tile):
+            assert choose(it, H100) == replace(one, reason="forced")
+        with forced(one.kernel, units=7):
             assert choose(it, H100).kernel == "stepwise"
 
 

@@ -53,18 +53,18 @@ struct DeviceWarp {
   static __device__ __forceinline__ Vector upper23(const Vector& words) { return {words.z, 0, words.w, 0}; }
   __device__ __forceinline__ void clear(Sums& sums) const { sums[0] = sums[1] = sums[2] = sums[3] = 0; }
 
-  // Where this lane's part of a piece is, and the part: of shared memory, or of what other blocks wrote, from the cache
-  // that all share.
+  // This lane's 16 bytes of a fragment: lanes() says where they are; read() takes them from shared memory, and
+  // read_exchanged() takes what other blocks wrote from L2, past L1.
   template <class Byte>
-  __device__ __forceinline__ Byte* lanes(Byte* piece) const {
-    return piece + lane * kVectorBytes;
+  __device__ __forceinline__ Byte* lanes(Byte* fragment) const {
+    return fragment + lane * kVectorBytes;
   }
-  __device__ __forceinline__ Vector read(const std::byte* part) const { return *reinterpret_cast<const uint4*>(part); }
-  __device__ __forceinline__ Vector read_exchanged(const std::byte* part) const {
-    return __ldcg(reinterpret_cast<const uint4*>(part));
+  __device__ __forceinline__ Vector read(const std::byte* from) const { return *reinterpret_cast<const uint4*>(from); }
+  __device__ __forceinline__ Vector read_exchanged(const std::byte* from) const {
+    return __ldcg(reinterpret_cast<const uint4*>(from));
   }
 
-  // sums += a b for one chunk: a is 16 rows of weights, their words 0 and 1, and 2 and 3; b 8 rows of the batch.
+  // sums += a b for one slab: a is 16 rows of weights, their words 0 and 1, and 2 and 3; b 8 rows of the batch.
   template <class S>
   __device__ __forceinline__ void multiply_add(Sums& sums, const Vector& a01, const Vector& a23, const Vector& b,
                                                bool precise) const {
@@ -95,9 +95,9 @@ struct DeviceWarp {
     if (both) *reinterpret_cast<float2*>(upper_row + 8 * stride) = make_float2(sums[2], sums[3]);
   }
 
-  // Until blocks first..last have completed `epoch` exchanges. What they wrote before is visible to the warp then: each
-  // lane acquires what its block released, and the lanes' barrier hands it on. A block that never comes stops the
-  // program with an error instead of the GPU.
+  // Waits until blocks first..last have published `epoch` exchanges. What they wrote before is then visible to the warp:
+  // each lane acquires what its block released, and the lanes' barrier hands it on. If a block never publishes, the
+  // program ends with an error instead of hanging.
   __device__ __forceinline__ void wait(const uint32_t* flags, int first, int last, uint32_t epoch) const {
     for (int block = first + lane; block <= last; block += 32) {
       const uint32_t* flag = flags + block * kFlagStride;
@@ -129,8 +129,8 @@ struct DeviceBlock {
   }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
 
-  // Tells the others that this block's part of an exchange is written, by all its threads, before the last sync().
-  __device__ __forceinline__ void release(uint32_t* flag, uint32_t epoch) const {
+  // Publishes this block's part of an exchange, which all its threads wrote before the last sync().
+  __device__ __forceinline__ void publish(uint32_t* flag, uint32_t epoch) const {
     if (threadIdx.x == 0) asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(epoch) : "memory");
   }
 

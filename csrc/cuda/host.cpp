@@ -5,21 +5,15 @@
 
 namespace rnnkit::cuda {
 
-#define RNNKIT_TABLES(S)                               \
-  const std::vector<Persistent>& forward_kernels(S) {  \
-    static const auto table = forward_kernels<S>();    \
-    return table;                                      \
-  }                                                    \
-  const std::vector<Persistent>& backward_kernels(S) { \
-    static const auto table = backward_kernels<S>();   \
-    return table;                                      \
-  }
-RNNKIT_TABLES(BFloat16)
-RNNKIT_TABLES(Half)
-RNNKIT_TABLES(float)
+template const std::vector<Persistent>& persistent_kernels<BFloat16, false>();
+template const std::vector<Persistent>& persistent_kernels<BFloat16, true>();
+template const std::vector<Persistent>& persistent_kernels<Half, false>();
+template const std::vector<Persistent>& persistent_kernels<Half, true>();
+template const std::vector<Persistent>& persistent_kernels<float, false>();
+template const std::vector<Persistent>& persistent_kernels<float, true>();
 
-std::string launch_persistent(const Persistent& kernel, const Scan& scan, Stream) {
-  reinterpret_cast<void (*)(const Scan&)>(const_cast<void*>(kernel.function))(scan);
+std::string launch_persistent(const Persistent& kernel, const PersistentScan& scan, Stream) {
+  reinterpret_cast<void (*)(const PersistentScan&)>(const_cast<void*>(kernel.function))(scan);
   return "";
 }
 
@@ -28,7 +22,7 @@ std::string launch_step(std::string_view cell, Type type, bool backward, const S
     using S = decltype(element);
     for (int d = 0; d < steps.directions; ++d) {
       const Step& step = steps.of[d];
-      for (int64_t n = 0; n < (backward ? step.visited() : step.count); ++n)
+      for (int64_t n = 0; n < step.rows; ++n)
         for (int64_t unit = 0; unit < step.hidden; ++unit) {
 #define RNNKIT_LAUNCH(Cell, name) \
   if (cell == name) backward ? backward_element<Cell, S>(step, n, unit) : forward_element<Cell, S>(step, n, unit);
@@ -40,7 +34,24 @@ std::string launch_step(std::string_view cell, Type type, bool backward, const S
   return "";
 }
 
+std::string launch_unprojected(std::string_view cell, Type type, const void* reserve, void* h, int64_t rows,
+                               int64_t hidden, Stream) {
+  with_type(type, [&](auto element) {
+    using S = decltype(element);
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t unit = 0; unit < hidden; ++unit) {
+#define RNNKIT_LAUNCH(Cell, name) \
+  if (cell == name)               \
+    unprojected_element<Cell, S>(static_cast<const Sum<S>*>(reserve), static_cast<S*>(h), row, hidden, unit);
+        RNNKIT_CELLS(RNNKIT_LAUNCH)
+#undef RNNKIT_LAUNCH
+      }
+  });
+  return "";
+}
+
 std::string multiply(const Product& product, void*) {
+  const Matrices &a = product.a, &b = product.b, &c = product.c;
   with_type(product.type, [&](auto element) {
     using S = decltype(element);
     for (int n = 0; n < product.count; ++n)
@@ -48,11 +59,10 @@ std::string multiply(const Product& product, void*) {
         for (int64_t column = 0; column < product.columns; ++column) {
           Sum<S> sum = 0;
           for (int64_t k = 0; k < product.depth; ++k) {
-            const int64_t at = product.transposed ? column * product.b_stride + k : k * product.b_stride + column;
-            sum += read<S>(product.a, n * product.next_a + row * product.a_stride + k) *
-                   read<S>(product.b, n * product.next_b + at);
+            const int64_t at = product.transposed ? column * b.stride + k : k * b.stride + column;
+            sum += read<S>(a.data, n * a.next + row * a.stride + k) * read<S>(b.data, n * b.next + at);
           }
-          write<S>(product.c, n * product.next_c + row * product.c_stride + column, sum);
+          write<S>(c.data, n * c.next + row * c.stride + column, sum);
         }
   });
   return "";

@@ -1,5 +1,5 @@
 // A block and a warp on the host, one lane after the other: what device.cuh does with instructions, by definition.
-// Built for tests alone, so that errors of cutting, tails, layout and order show without a GPU.
+// Built for tests alone, so that errors of splitting, tails, layout and order show without a GPU.
 #pragma once
 
 #include <array>
@@ -28,15 +28,15 @@ struct HostWarp {
   void clear(Sums& sums) const { sums = {}; }
 
   template <class Byte>
-  Byte* lanes(Byte* piece) const {
-    return piece;
+  Byte* lanes(Byte* fragment) const {
+    return fragment;
   }
-  Vector read(const std::byte* piece) const {
+  Vector read(const std::byte* fragment) const {
     Vector vector;
-    std::memcpy(&vector, piece, sizeof vector);
+    std::memcpy(&vector, fragment, sizeof vector);
     return vector;
   }
-  Vector read_exchanged(const std::byte* piece) const { return read(piece); }
+  Vector read_exchanged(const std::byte* fragment) const { return read(fragment); }
 
   template <class S>
   static float dot(uint32_t a, uint32_t b, bool precise) {
@@ -100,7 +100,7 @@ struct HostBlock {
   }
   void arrive() const {}
   void wait() const {}
-  void release(uint32_t* flag, uint32_t epoch) const { *flag = epoch; }
+  void publish(uint32_t* flag, uint32_t epoch) const { *flag = epoch; }
 };
 
 }  // namespace rnnkit::cuda

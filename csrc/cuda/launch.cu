@@ -26,8 +26,7 @@ std::string error_of(cudaError_t status, const char* what) {
 
 }  // namespace
 
-std::string launch_persistent(const Persistent& kernel, const Scan& scan, Stream stream) {
-  const auto bytes = static_cast<int>(kernel.shared_bytes(scan.hidden, scan.columns));
+std::string launch_persistent(const Persistent& kernel, const PersistentScan& scan, Stream stream) {
   const auto blocks = static_cast<unsigned>(scan.directions * scan.slices * scan.blocks);
   // As much as there is, always: another thread may launch the same kernel for other sizes.
   int device = 0, most = 0;
@@ -56,11 +55,11 @@ std::string launch_persistent(const Persistent& kernel, const Scan& scan, Stream
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.dynamicSmemBytes = static_cast<size_t>(scan.shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  Scan argument = scan;
+  PersistentScan argument = scan;
   void* arguments[] = {&argument};
   status = cudaLaunchKernelExC(&config, kernel.function, arguments);
   return error_of(status, "launch of the persistent kernel");
@@ -78,14 +77,15 @@ std::string multiply(const Product& product, void* blas) {
   const void* beta = wide ? static_cast<const void*>(&wide_zero) : &zero;
   // cuBLAS goes column by column: to it every matrix is its transpose.
   const int m = int(product.columns), n = int(product.rows), k = int(product.depth);
-  const int a_stride = int(product.b_stride), b_stride = int(product.a_stride), c_stride = int(product.c_stride);
+  const Matrices &a = product.b, &b = product.a, &c = product.c;
+  const int a_stride = int(a.stride), b_stride = int(b.stride), c_stride = int(c.stride);
   const int status =
       product.count == 1
-          ? cublasGemmEx(blas, product.transposed, 0, m, n, k, alpha, product.b, type, a_stride, product.a, type,
-                         b_stride, beta, product.c, type, c_stride, compute, kDefaultAlgorithm)
-          : cublasGemmStridedBatchedEx(blas, product.transposed, 0, m, n, k, alpha, product.b, type, a_stride,
-                                       product.next_b, product.a, type, b_stride, product.next_a, beta, product.c, type,
-                                       c_stride, product.next_c, product.count, compute, kDefaultAlgorithm);
+          ? cublasGemmEx(blas, product.transposed, 0, m, n, k, alpha, a.data, type, a_stride, b.data, type, b_stride,
+                         beta, c.data, type, c_stride, compute, kDefaultAlgorithm)
+          : cublasGemmStridedBatchedEx(blas, product.transposed, 0, m, n, k, alpha, a.data, type, a_stride, a.next,
+                                       b.data, type, b_stride, b.next, beta, c.data, type, c_stride, c.next,
+                                       product.count, compute, kDefaultAlgorithm);
   return status == 0 ? "" : "cuBLAS: status " + std::to_string(status);
 }
 

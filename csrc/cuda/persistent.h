@@ -3,7 +3,7 @@
 // each into the shared memory of all.
 //
 // What happens between two exchanges is written once, over a Block of device.cuh or host.h. In a step, a warp waits for
-// those blocks whose units it multiplies, multiplies its part of the vector with all of its block's rows, and leaves
+// the blocks whose units it multiplies, multiplies its part of the vector with all of its block's rows, and leaves
 // partial sums; then each thread adds the warps' sums for its units and rows of the batch and runs the cell. The part of
 // the next exchange is written first of all results, since the others wait for it.
 //
@@ -17,6 +17,7 @@
 
 #include <type_traits>
 
+#include "cuda/carry.h"
 #include "cuda/scan.h"
 
 namespace rnnkit::cuda {
@@ -27,32 +28,33 @@ RNNKIT_DEVICE const S* at(const void* array, int64_t index) {
 }
 
 // The part of a pass that is the same in both directions of time: who the block is, its weights, products and flags.
-// kRows rows of weights; kTiles groups of 8 rows of the batch at a time; kParts as in chunks_of.
-template <class Block, class S, int kUnits, int kRows, int kTiles, int kParts, bool kCluster>
+// kRows rows of weights; kTiles groups of 8 rows of the batch at a time; kExchangeGates as in slabs_of.
+template <class Block, class S, int kUnits, int kRows, int kTiles, int kExchangeGates, bool kCluster>
 class Recurrence {
  public:
   static constexpr int kRowBlocks = row_blocks(kRows), kRowTiles = (kRowBlocks + 1) / 2;
-  static constexpr int kStride = sum_stride(kTiles), kColumns = 8 * kTiles;
-  // A thread's items: one unit, for columns kStep apart.
-  static constexpr int kItems = (kUnits * kColumns + kThreads - 1) / kThreads, kStep = kThreads / kUnits;
+  static constexpr int kStride = sum_stride(kTiles), kGroup = 8 * kTiles;
+  // A thread's items: one unit, for rows of the batch kStep apart. A block multiplies kGroup rows at a time.
+  static constexpr int kItems = (kUnits * kGroup + kThreads - 1) / kThreads, kStep = kThreads / kUnits;
   static_assert(kThreads % kUnits == 0 && kStep % 8 == 0);
 
-  RNNKIT_DEVICE Recurrence(const Block& block, const Scan& scan, std::byte* shared) : block_(block), scan_(scan) {
+  RNNKIT_DEVICE Recurrence(const Block& block, const PersistentScan& scan, std::byte* shared)
+      : block_(block), scan_(scan) {
     block_in_slice_ = block.index % scan.blocks;
     const int group = block.index / scan.blocks;
     direction_ = group / scan.slices;
     first_unit_ = block_in_slice_ * kUnits;
-    first_row_ = int64_t(group % scan.slices) * scan.columns;
+    first_row_ = int64_t(group % scan.slices) * scan.batch_tile;
     const int64_t rows = scan.batch - first_row_;
-    columns_ = rows < scan.columns ? int(rows) : scan.columns;
-    chunks_ = chunks_of<S>(scan.hidden, kParts);
+    slice_rows_ = rows < scan.batch_tile ? int(rows) : scan.batch_tile;
+    slabs_ = slabs_of<S>(scan.hidden, kExchangeGates);
     tiles_ = scan.tiles();
     weights_ = shared;
-    shared += int64_t(kRowBlocks) * chunks_ * kPieceBytes;
+    shared += int64_t(kRowBlocks) * slabs_ * kFragmentBytes;
     if constexpr (kCluster) {
       exchanged_ = shared;
       staged_ = shared + 2 * exchange_bytes();
-      shared = staged_ + kParts * scan.columns * kUnits * int(sizeof(S));
+      shared = staged_ + kExchangeGates * scan.batch_tile * kUnits * int(sizeof(S));
     } else {
       exchanged_ = static_cast<std::byte*>(scan.exchanged) + int64_t(group) * 2 * exchange_bytes();
       flags_ = scan.flags + int64_t(group) * scan.blocks * kFlagStride;
@@ -61,35 +63,37 @@ class Recurrence {
     rest_ = sums_ + kWarps * kRowBlocks * 8 * kStride;
   }
 
-  // What a thread does in every step: a unit of the block, and columns from a first one on.
-  struct Part {
-    int unit, column;  // no column is as large where there is no such unit
-    int given;         // bytes from the beginning of an exchange, or of what is staged, to its first value
+  // What a thread computes in every step.
+  struct Items {
+    int unit;    // of the block
+    int n;       // first row of the slice; 2^30, more than any slice has, where the unit is beyond H: no items then
+    int staged;  // bytes from the beginning of an exchange, or of the staged part, to the first item's value
   };
-  RNNKIT_DEVICE Part part_of(int thread) const {
-    const int unit = thread % kUnits, column = thread / kUnits;
-    const bool there = first_unit_ + unit < scan_.hidden && column < kColumns;
-    const int given =
-        kCluster ? column * kUnits + unit : int(place_of<S>(first_unit_ + unit, 0, kParts, column, tiles_));
-    return {unit, there ? column : 1 << 30, given * int(sizeof(S))};
+  RNNKIT_DEVICE Items items_of(int thread) const {
+    const int unit = thread % kUnits, n = thread / kUnits;
+    const bool there = first_unit_ + unit < scan_.hidden && n < kGroup;
+    const int staged =
+        kCluster ? n * kUnits + unit : int(place_of<S>(first_unit_ + unit, 0, kExchangeGates, n, tiles_));
+    return {unit, there ? n : 1 << 30, staged * int(sizeof(S))};
   }
-  // Calls body(item, column of the slice) for a thread's items in a group of columns, of which the first `alive` count.
+  // Calls body(item, row of the slice) for a thread's items in a group of kGroup rows, if their row is below `active`.
   template <class Body>
-  RNNKIT_DEVICE void each_item(const Part& part, int group, int alive, const Body& body) const {
+  RNNKIT_DEVICE void each_item(const Items& items, int group, int active, const Body& body) const {
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
-      const int column = group * kColumns + part.column + item * kStep;
-      if (column < alive) body(item, column);
+      const int n = group * kGroup + items.n + item * kStep;
+      if (n < active) body(item, n);
     }
   }
   RNNKIT_DEVICE int groups() const { return tiles_ / kTiles; }
-  // Of the slice's columns, those whose row of the batch is among the first `count`.
-  RNNKIT_DEVICE int alive(int64_t count) const {
+  // Rows of the slice that are among the first `count` rows of the batch.
+  RNNKIT_DEVICE int active(int64_t count) const {
     const int64_t rows = count - first_row_;
-    return rows < columns_ ? int(rows) : columns_;
+    return rows < slice_rows_ ? int(rows) : slice_rows_;
   }
 
-  // No product: zeros. And in a cluster no block writes to another before that one has cleared its memory.
+  // Zeroes the partial sums, which the first step reads without a product. In a cluster it also zeroes the exchange, and
+  // cluster_sync() must follow, since other blocks write into it.
   RNNKIT_DEVICE void clear(int thread) const {
     for (int k = thread; k < kWarps * kRowBlocks * 8 * kStride; k += kThreads) sums_[k] = 0;
     if constexpr (kCluster) {
@@ -97,25 +101,25 @@ class Recurrence {
       for (std::byte* at = exchanged_ + thread * 16; at < end; at += kThreads * 16) clear_vector(at);
     }
   }
-  RNNKIT_DEVICE void meet() const {
+  RNNKIT_DEVICE void cluster_sync() const {
     if constexpr (kCluster) {
       block_.arrive();
       block_.wait();
     }
   }
 
-  // row_of(r): the row of `matrix`, [.., kParts * H], that the block's row r is; negative: none.
+  // row_of(r): which row of `matrix`, [.., kExchangeGates * H], is the block's row r; negative: none, zeros.
   template <class RowOf>
   RNNKIT_DEVICE void load_weights(int thread, const S* matrix, const RowOf& row_of) const {
-    const int64_t width = kParts * scan_.hidden;
+    const int64_t width = kExchangeGates * scan_.hidden;
     const bool aligned = scan_.hidden % kVector<S> == 0 && uint64_t(matrix) % kVectorBytes == 0;
-    for (int index = thread; index < kRowBlocks * chunks_ * 32; index += kThreads) {
-      const int lane = index % 32, chunk = index / 32 % chunks_;
-      const int64_t row = row_of(index / 32 / chunks_ * 8 + lane / 4);
-      const int64_t unit = int64_t(chunk / kParts) * kChunk<S> + lane % 4 * kVector<S>;
+    for (int index = thread; index < kRowBlocks * slabs_ * 32; index += kThreads) {
+      const int lane = index % 32, slab = index / 32 % slabs_;
+      const int64_t row = row_of(index / 32 / slabs_ * 8 + lane / 4);
+      const int64_t unit = int64_t(slab / kExchangeGates) * kSlab<S> + lane % 4 * kVector<S>;
       alignas(kVectorBytes) S vector[kVector<S>] = {};
       if (row >= 0 && unit < scan_.hidden) {
-        const S* from = matrix + row * width + chunk % kParts * scan_.hidden + unit;
+        const S* from = matrix + row * width + slab % kExchangeGates * scan_.hidden + unit;
         if (aligned) {
           copy_vector(vector, from);
         } else {
@@ -126,27 +130,27 @@ class Recurrence {
 #pragma unroll
         for (int k = 0; k < kVector<S>; ++k) vector[k] = operand(vector[k]);
       }
-      store_weights(index / 32 / chunks_, chunk, lane, vector);
+      store_weights(index / 32 / slabs_, slab, lane, vector);
     }
   }
 
-  // A row's four words of a chunk, so that a warp's load brings what it multiplies: for two row blocks together the
-  // words 0 and 1 of both, then the words 2 and 3; for one that is left over its four.
-  RNNKIT_DEVICE void store_weights(int row_block, int chunk, int lane, const void* vector) const {
+  // Stores a row's four words of a slab in the order in which multiply_add() takes them: of two row blocks the words 0
+  // and 1 of both, then the words 2 and 3; of a last row block without a second one its four words.
+  RNNKIT_DEVICE void store_weights(int row_block, int slab, int lane, const void* vector) const {
     const uint32_t* words = static_cast<const uint32_t*>(vector);
     std::byte* const to =
-        weights_ + (row_block / 2 * 2 * chunks_ + chunk * (row_block / 2 < kRowBlocks / 2 ? 2 : 1)) * kPieceBytes +
+        weights_ + (row_block / 2 * 2 * slabs_ + slab * (row_block / 2 < kRowBlocks / 2 ? 2 : 1)) * kFragmentBytes +
         lane * kVectorBytes;
     if (row_block / 2 < kRowBlocks / 2) {
 #pragma unroll
       for (int k = 0; k < 4; ++k)
-        reinterpret_cast<uint32_t*>(to + k / 2 * kPieceBytes)[k % 2 * 2 + row_block % 2] = words[k];
+        reinterpret_cast<uint32_t*>(to + k / 2 * kFragmentBytes)[k % 2 * 2 + row_block % 2] = words[k];
     } else {
       copy_vector(to, vector);
     }
   }
 
-  // The warp's share of weights x exchange number `exchange`, for a group of columns.
+  // Partial sums of weights x exchange number `exchange`, over the warp's slabs, for a group of rows of the batch.
   template <class Warp>
   RNNKIT_DEVICE void product(const Warp& warp, uint32_t exchange, int group) const {
     typename Warp::Sums sums[kRowTiles][kTiles];
@@ -154,26 +158,27 @@ class Recurrence {
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) warp.clear(sums[m][n]);
-    const int first = warp.index * chunks_ / kWarps, last = (warp.index + 1) * chunks_ / kWarps;
+    const int first = warp.index * slabs_ / kWarps, last = (warp.index + 1) * slabs_ / kWarps;
     if (first < last) {
       if (!kCluster && group == 0) {
-        const int first_unit = first / kParts * kChunk<S>, last_unit = ((last - 1) / kParts + 1) * kChunk<S> - 1;
+        const int first_unit = first / kExchangeGates * kSlab<S>,
+                  last_unit = ((last - 1) / kExchangeGates + 1) * kSlab<S> - 1;
         const int last_block = last_unit / kUnits < scan_.blocks ? last_unit / kUnits : scan_.blocks - 1;
         warp.wait(flags_, first_unit / kUnits, last_block, exchange + 1);
       }
-      const int step = tiles_ * kPieceBytes, tile_step = 2 * chunks_ * kPieceBytes;
-      const std::byte* from =
-          warp.lanes(exchanged_ + (exchange & 1) * exchange_bytes()) + (first * tiles_ + group * kTiles) * kPieceBytes;
-      const std::byte* weights = warp.lanes(weights_) + 2 * first * kPieceBytes;
-      const std::byte* odd = warp.lanes(weights_) + (kRowBlocks / 2 * 2 * chunks_ + first) * kPieceBytes;
-      constexpr int kAhead = kTiles < 8 ? 4 : kItems < 4 ? 2 : 1;  // chunks whose loads are under way together
+      const int step = tiles_ * kFragmentBytes, tile_step = 2 * slabs_ * kFragmentBytes;
+      const std::byte* from = warp.lanes(exchanged_ + (exchange & 1) * exchange_bytes()) +
+                              (first * tiles_ + group * kTiles) * kFragmentBytes;
+      const std::byte* weights = warp.lanes(weights_) + 2 * first * kFragmentBytes;
+      const std::byte* odd = warp.lanes(weights_) + (kRowBlocks / 2 * 2 * slabs_ + first) * kFragmentBytes;
+      constexpr int kAhead = kTiles < 8 ? 4 : kItems < 4 ? 2 : 1;  // slabs whose loads are under way together
       for (int left = last - first; left > 0; left -= kAhead) {
         typename Warp::Vector values[kAhead][kTiles];
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
           if (k < left)
 #pragma unroll
-            for (int n = 0; n < kTiles; ++n) values[k][n] = read_exchanged(warp, from + n * kPieceBytes);
+            for (int n = 0; n < kTiles; ++n) values[k][n] = read_exchanged(warp, from + n * kFragmentBytes);
           from += step;
         }
 #pragma unroll
@@ -182,20 +187,20 @@ class Recurrence {
             const std::byte* rows = weights;
 #pragma unroll
             for (int m = 0; m < kRowBlocks / 2; ++m) {
-              const auto words01 = warp.read(rows), words23 = warp.read(rows + kPieceBytes);
+              const auto words01 = warp.read(rows), words23 = warp.read(rows + kFragmentBytes);
 #pragma unroll
               for (int n = 0; n < kTiles; ++n)
                 warp.template multiply_add<S>(sums[m][n], words01, words23, values[k][n], scan_.precise);
               rows += tile_step;
             }
-            weights += 2 * kPieceBytes;
+            weights += 2 * kFragmentBytes;
             if constexpr (kRowBlocks % 2 == 1) {
               const auto words = warp.read(odd);
 #pragma unroll
               for (int n = 0; n < kTiles; ++n)
                 warp.template multiply_add<S>(sums[kRowTiles - 1][n], Warp::upper01(words), Warp::upper23(words),
                                               values[k][n], scan_.precise);
-              odd += kPieceBytes;
+              odd += kFragmentBytes;
             }
           }
       }
@@ -208,69 +213,69 @@ class Recurrence {
         warp.store(sums[m][n], to + m * 16 * kStride + n * 8, kStride, 2 * m + 1 < kRowBlocks);
   }
 
-  // Row kUnits * k + unit of the product for an item.
-  RNNKIT_DEVICE float product_of(const Part& part, int k, int item) const {
-    const float* from = sums_ + part.unit * kStride + part.column + k * kUnits * kStride + item * kStep;
+  // An item's element of the product, in row kUnits * k + unit: the warps' sums added up.
+  RNNKIT_DEVICE float product_of(const Items& items, int k, int item) const {
+    const float* from = sums_ + items.unit * kStride + items.n + k * kUnits * kStride + item * kStep;
     float sums[kWarps];
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) sums[warp] = from[warp * kRowBlocks * 8 * kStride];
     return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
   }
 
-  // Writes part `k` of an item into exchange number `exchange`; in a cluster, where share() finds it.
-  RNNKIT_DEVICE void give(uint32_t exchange, const Part& part, int k, int item, int group, S value) const {
+  // Writes an item's value of gate k into exchange number `exchange`; in a cluster, where multicast() finds it.
+  RNNKIT_DEVICE void stage(uint32_t exchange, const Items& items, int k, int item, int group, S value) const {
     if constexpr (kCluster) {
       std::byte* to =
-          staged_ + part.given + (k * scan_.columns + group * kColumns + item * kStep) * kUnits * int(sizeof(S));
+          staged_ + items.staged + (k * scan_.batch_tile + group * kGroup + item * kStep) * kUnits * int(sizeof(S));
       *reinterpret_cast<S*>(to) = operand(value);
     } else {
-      std::byte* to = exchanged_ + (exchange & 1) * exchange_bytes() + part.given;
-      to += (k * tiles_ + group * kTiles + item * (kStep / 8)) * kPieceBytes;
+      std::byte* to = exchanged_ + (exchange & 1) * exchange_bytes() + items.staged;
+      to += (k * tiles_ + group * kTiles + item * (kStep / 8)) * kFragmentBytes;
       *reinterpret_cast<S*>(to) = operand(value);
     }
   }
-  // After sync(): what was given is copied to every block of the cluster, by each warp to some.
-  RNNKIT_DEVICE void share(int thread, uint32_t exchange) const {
+  // Copies what was staged to every block of the cluster, each warp to some of them. Call after sync().
+  RNNKIT_DEVICE void multicast(int thread, uint32_t exchange) const {
     if constexpr (kCluster) {
       constexpr int kOctets = kUnits / kVector<S>;
       std::byte* const to = exchanged_ + (exchange & 1) * exchange_bytes();
-      for (int vector = thread % 32; vector < scan_.columns * kOctets; vector += 32) {
-        const int column = vector / kOctets, unit = first_unit_ + vector % kOctets * kVector<S>;
-        const int chunk = unit / kChunk<S> * kParts;
-        if (chunk >= chunks_) continue;  // the last block's units beyond those that are exchanged
-        std::byte* place = to + (chunk * tiles_ + column / 8) * kPieceBytes +
-                           (column % 8 * 4 + unit % kChunk<S> / kVector<S>)*kVectorBytes;
+      for (int vector = thread % 32; vector < scan_.batch_tile * kOctets; vector += 32) {
+        const int n = vector / kOctets, unit = first_unit_ + vector % kOctets * kVector<S>;
+        const int slab = unit / kSlab<S> * kExchangeGates;
+        if (slab >= slabs_) continue;  // the last block's units beyond those that are exchanged
+        std::byte* place =
+            to + (slab * tiles_ + n / 8) * kFragmentBytes + (n % 8 * 4 + unit % kSlab<S> / kVector<S>)*kVectorBytes;
         const std::byte* from = staged_ + vector * kVectorBytes;
 #pragma unroll
-        for (int k = 0; k < kParts; ++k) {
-          const Words words = *reinterpret_cast<const Words*>(from + k * scan_.columns * kUnits * int(sizeof(S)));
+        for (int k = 0; k < kExchangeGates; ++k) {
+          const Words words = *reinterpret_cast<const Words*>(from + k * scan_.batch_tile * kUnits * int(sizeof(S)));
           for (int rank = thread / 32; rank < scan_.blocks; rank += kWarps)
-            *reinterpret_cast<Words*>(block_.peer(rank, place + k * tiles_ * kPieceBytes)) = words;
+            *reinterpret_cast<Words*>(block_.peer(rank, place + k * tiles_ * kFragmentBytes)) = words;
         }
       }
     }
   }
-  // After sync(), and in a cluster after share(): the exchange is complete as far as this block goes.
-  RNNKIT_DEVICE void release(uint32_t exchange) const {
+  // Publishes this block's part of an exchange. Call after sync(), and in a cluster after multicast().
+  RNNKIT_DEVICE void publish(uint32_t exchange) const {
     if constexpr (kCluster)
       block_.arrive();
     else
-      block_.release(flags_ + block_in_slice_ * kFlagStride, exchange + 1);
+      block_.publish(flags_ + block_in_slice_ * kFlagStride, exchange + 1);
   }
-  // In a cluster: until all blocks have released the exchange. Elsewhere each warp waits for those that it needs.
-  RNNKIT_DEVICE void await() const {
+  // In a cluster, waits until all blocks have published the exchange. Elsewhere product() waits for those it needs.
+  RNNKIT_DEVICE void wait() const {
     if constexpr (kCluster) block_.wait();
   }
 
   const Block block_;
-  const Scan& scan_;
-  int direction_, block_in_slice_, first_unit_, columns_;
+  const PersistentScan& scan_;
+  int direction_, block_in_slice_, first_unit_, slice_rows_;
   int64_t first_row_;
-  float* rest_;  // shared memory that is left: states and biases
+  float* rest_;  // shared memory behind the sums: states
 
  private:
-  RNNKIT_DEVICE int exchange_bytes() const { return chunks_ * tiles_ * kPieceBytes; }
-  // As the product reads it: TF32 is rounded here, once, rather than in each product.
+  RNNKIT_DEVICE int exchange_bytes() const { return slabs_ * tiles_ * kFragmentBytes; }
+  // A value as products read it: TF32 is rounded here, once, and not in each product.
   RNNKIT_DEVICE S operand(S value) const {
     if constexpr (std::is_same_v<S, float>)
       return scan_.precise ? value : rounded_to_tf32(value);
@@ -292,13 +297,13 @@ class Recurrence {
   }
   static RNNKIT_DEVICE void clear_vector(void* to) { *static_cast<Words*>(to) = Words{}; }
 
-  int chunks_, tiles_;
+  int slabs_, tiles_;
   uint32_t* flags_ = nullptr;
   std::byte *weights_, *exchanged_, *staged_ = nullptr;
   float* sums_;
 };
 
-// What both passes have: the order of time, and a thread's part.
+// What both passes have: the order of time, and each thread's states.
 template <class Block, class Cell_, class S_, int kUnits_, int kTiles_, bool kCluster_, bool kBackward>
 class Pass {
  public:
@@ -306,41 +311,45 @@ class Pass {
   using S = S_;
   static constexpr bool kCluster = kCluster_;
   static constexpr int kUnits = kUnits_, kTiles = kTiles_, kGates = Cell::gates, kStates = Cell::states;
-  static constexpr int kRows = (kBackward ? 1 : kGates) * kUnits, kParts = kBackward ? kGates : 1;
-  using Exchange = Recurrence<Block, S, kUnits, kRows, kTiles, kParts, kCluster>;
-  using Part = typename Exchange::Part;
-  static constexpr int kItems = Exchange::kItems, kStep = Exchange::kStep, kColumns = Exchange::kColumns;
+  static constexpr int kRows = (kBackward ? 1 : kGates) * kUnits, kExchangeGates = kBackward ? kGates : 1;
+  using Exchange = Recurrence<Block, S, kUnits, kRows, kTiles, kExchangeGates, kCluster>;
+  using Items = typename Exchange::Items;
+  static constexpr int kItems = Exchange::kItems, kStep = Exchange::kStep, kGroup = Exchange::kGroup;
+
+  // Where the block's shared memory ends; the plan has counted it.
+  RNNKIT_ANYWHERE const std::byte* memory_end() const {
+    return reinterpret_cast<const std::byte*>(states_ + kStates * scan_.batch_tile * kUnits);
+  }
 
  protected:
-  RNNKIT_DEVICE Pass(const Block& block, const Scan& scan, std::byte* shared)
+  RNNKIT_DEVICE Pass(const Block& block, const PersistentScan& scan, std::byte* shared)
       : block_(block), scan_(scan), exchange_(block, scan, shared), direction_(exchange_.direction_) {
     backwards_ = (direction_ == 1) != kBackward;
     states_ = exchange_.rest_;
   }
 
-  // Where a step's rows are, and how many of the slice's columns have one.
+  // A step: the slice's first row among all rows, and how many rows of the slice are active. Without a step: zeros.
   struct Place {
     int64_t row;
-    int alive;
+    int active;
   };
   RNNKIT_DEVICE int64_t time(int64_t s) const { return backwards_ ? scan_.steps - 1 - s : s; }
   RNNKIT_DEVICE Place place(int64_t s) const {
     if (s >= scan_.steps) return {0, 0};
     const int64_t t = time(s);
-    return {scan_.offset(t) + exchange_.first_row_, exchange_.alive(scan_.count(t))};
+    return {scan_.offset(t) + exchange_.first_row_, exchange_.active(scan_.count(t))};
   }
 
-  // A state, or its gradient, of an item.
-  RNNKIT_DEVICE float& state(int k, const Part& part, int column) const {
-    return states_[(k * scan_.columns + column) * kUnits + part.unit];
+  // A state of an item, or its gradient; a carried row's stay as they are.
+  RNNKIT_DEVICE float& state(int k, const Items& items, int n) const {
+    return states_[(k * scan_.batch_tile + n) * kUnits + items.unit];
   }
-  RNNKIT_DEVICE int64_t state_at(const Part& part, int column) const {
-    return (direction_ * scan_.batch + exchange_.first_row_ + column) * scan_.hidden + exchange_.first_unit_ +
-           part.unit;
+  RNNKIT_DEVICE int64_t state_at(const Items& items, int n) const {
+    return (direction_ * scan_.batch + exchange_.first_row_ + n) * scan_.hidden + exchange_.first_unit_ + items.unit;
   }
 
   const Block block_;
-  const Scan& scan_;
+  const PersistentScan& scan_;
   const Exchange exchange_;
   const int direction_;
   bool backwards_;
@@ -354,17 +363,18 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
   using Base::block_, Base::scan_, Base::exchange_, Base::direction_, Base::state, Base::state_at, Base::place;
 
  public:
-  using Base::kUnits, Base::kGates, Base::kStates, Base::kRows, Base::kItems, Base::kStep, Base::kColumns;
-  using typename Base::Cell, typename Base::S, typename Base::Part, typename Base::Place;
+  using Base::kUnits, Base::kGates, Base::kStates, Base::kRows, Base::kItems, Base::kStep, Base::kGroup;
+  using typename Base::Cell, typename Base::S, typename Base::Items, typename Base::Place;
 
-  RNNKIT_DEVICE ForwardScan(const Block& block, const Scan& scan, std::byte* shared) : Base(block, scan, shared) {}
+  RNNKIT_DEVICE ForwardScan(const Block& block, const PersistentScan& scan, std::byte* shared)
+      : Base(block, scan, shared) {}
 
   RNNKIT_DEVICE void enter() {
     block_.threads(registers_, [&](int thread, Registers& r) {
-      r.part = exchange_.part_of(thread);
+      r.items = exchange_.items_of(thread);
       exchange_.clear(thread);
     });
-    exchange_.meet();
+    exchange_.cluster_sync();
   }
 
   RNNKIT_DEVICE void begin() {
@@ -373,7 +383,7 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
         const int64_t unit = exchange_.first_unit_ + row % kUnits;
         return row < kRows && unit < scan_.hidden ? row / kUnits * scan_.hidden + unit : int64_t(-1);
       });
-      const int64_t unit = exchange_.first_unit_ + r.part.unit, hidden = scan_.hidden;
+      const int64_t unit = exchange_.first_unit_ + r.items.unit, hidden = scan_.hidden;
       const bool there = unit < hidden;
       const void *b_ih = scan_.b_ih[direction_], *b_hh = scan_.b_hh[direction_];
 #pragma unroll
@@ -383,29 +393,29 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
       }
       // From the first row of a step to this thread's first item in it.
       const int64_t wide = scan_.directions * hidden;
-      r.gates = r.part.column * wide * kGates + direction_ * kGates * hidden + unit;
-      r.output = r.part.column * wide + direction_ * hidden + unit;
+      r.gates = r.items.n * wide * kGates + direction_ * kGates * hidden + unit;
+      r.output = r.items.n * wide + direction_ * hidden + unit;
       const int values = scan_.keep == Keep::everything ? Cell::saved : kStates - 1;
-      r.reserve = ((direction_ * scan_.rows + r.part.column) * values) * hidden + unit;
+      r.reserve = ((direction_ * scan_.rows + r.items.n) * values) * hidden + unit;
       for (int group = 0; group < exchange_.groups(); ++group)
-        exchange_.each_item(r.part, group, exchange_.columns_, [&](int item, int column) {
+        exchange_.each_item(r.items, group, exchange_.slice_rows_, [&](int item, int n) {
 #pragma unroll
           for (int k = 0; k < kStates; ++k)
-            state(k, r.part, column) =
-                scan_.initial[k] ? widened(*at<S>(scan_.initial[k], state_at(r.part, column))) : 0;
-          if (scan_.initial[0]) {  // in both buffers: a row may begin at any step
-            exchange_.give(0, r.part, 0, item, group, narrowed<S>(state(0, r.part, column)));
-            exchange_.give(1, r.part, 0, item, group, narrowed<S>(state(0, r.part, column)));
+            state(k, r.items, n) =
+                scan_.states[k].initial ? widened(*at<S>(scan_.states[k].initial, state_at(r.items, n))) : 0;
+          if (scan_.states[0].initial) {  // in both buffers: a row may begin at any step
+            exchange_.stage(0, r.items, 0, item, group, narrowed<S>(state(0, r.items, n)));
+            exchange_.stage(1, r.items, 0, item, group, narrowed<S>(state(0, r.items, n)));
           }
         });
     });
     block_.sync();
-    if (scan_.initial[0]) {
+    if (scan_.states[0].initial) {
       block_.threads(registers_, [&](int thread, Registers&) {
-        exchange_.share(thread, 0);
-        exchange_.share(thread, 1);
+        exchange_.multicast(thread, 0);
+        exchange_.multicast(thread, 1);
       });
-      exchange_.release(0);
+      exchange_.publish(0);
     }
     now_ = place(0);
     next_ = place(1);
@@ -413,37 +423,37 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
   }
 
   RNNKIT_DEVICE void step(int64_t s) {
-    const bool first = s == 0 && !scan_.initial[0];  // h is zero then, and no block tells
+    const bool first = s == 0 && !scan_.states[0].initial;  // h is zero then, and no block tells
     const bool last = s + 1 == scan_.steps;
     const int groups = exchange_.groups();
     for (int group = 0; group < groups; ++group) {
       const bool last_group = group + 1 == groups;
-      if (!first && group == 0) exchange_.await();
+      if (!first && group == 0) exchange_.wait();
       if (!first) block_.warps([&](const auto& warp) { exchange_.product(warp, uint32_t(s), group); });
       block_.sync();
       block_.threads(registers_, [&](int, Registers& r) {
-        exchange_.each_item(r.part, group, now_.alive, [&](int item, int column) {
+        exchange_.each_item(r.items, group, now_.active, [&](int item, int n) {
           float x[kGates], h[kGates], state_of[kStates];
 #pragma unroll
           for (int g = 0; g < kGates; ++g) {
             x[g] = widened(r.x[item][g]) + r.b_ih[g];
-            h[g] = exchange_.product_of(r.part, g, item) + r.b_hh[g];
+            h[g] = exchange_.product_of(r.items, g, item) + r.b_hh[g];
           }
 #pragma unroll
-          for (int k = 0; k < kStates; ++k) state_of[k] = state(k, r.part, column);
+          for (int k = 0; k < kStates; ++k) state_of[k] = state(k, r.items, n);
 #pragma unroll
           for (int k = 1; k < kStates; ++k) r.before[item][k - 1] = state_of[k];
           Cell::forward(x, h, state_of, r.save[item]);
 #pragma unroll
-          for (int k = 0; k < kStates; ++k) state(k, r.part, column) = state_of[k];
+          for (int k = 0; k < kStates; ++k) state(k, r.items, n) = state_of[k];
           r.h[item] = narrowed<S>(state_of[0]);
-          if (!last) exchange_.give(uint32_t(s + 1), r.part, 0, item, group, r.h[item]);
+          if (!last) exchange_.stage(uint32_t(s + 1), r.items, 0, item, group, r.h[item]);
         });
       });
       block_.sync();
       if (last_group && !last) {
-        block_.threads(registers_, [&](int thread, Registers&) { exchange_.share(thread, uint32_t(s + 1)); });
-        exchange_.release(uint32_t(s + 1));
+        block_.threads(registers_, [&](int thread, Registers&) { exchange_.multicast(thread, uint32_t(s + 1)); });
+        exchange_.publish(uint32_t(s + 1));
       }
       keep(group);
       if (!last_group)
@@ -458,17 +468,17 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
   RNNKIT_DEVICE void end() {
     block_.threads(registers_, [&](int, Registers& r) {
       for (int group = 0; group < exchange_.groups(); ++group)
-        exchange_.each_item(r.part, group, exchange_.columns_, [&](int, int column) {
+        exchange_.each_item(r.items, group, exchange_.slice_rows_, [&](int, int n) {
 #pragma unroll
           for (int k = 0; k < kStates; ++k)
-            static_cast<S*>(scan_.final[k])[state_at(r.part, column)] = narrowed<S>(state(k, r.part, column));
+            static_cast<S*>(scan_.states[k].final)[state_at(r.items, n)] = narrowed<S>(state(k, r.items, n));
         });
     });
   }
 
  private:
   struct Registers {
-    Part part;
+    Items items;
     int64_t gates, output, reserve;
     float b_ih[kGates], b_hh[kGates];
     S x[kItems][kGates];  // as it was loaded: to convert it would be to wait for it
@@ -476,12 +486,12 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
     S h[kItems];
   };
 
-  // The input's part of the gates, long before it is needed.
+  // Loads the input's part of the gates long before it is needed.
   RNNKIT_DEVICE void prefetch(const Place& place, int group) {
     const int64_t hidden = scan_.hidden, wide = scan_.directions * kGates * hidden;
-    const S* const of_step = at<S>(scan_.gates, (place.row + group * kColumns) * wide);
+    const S* const of_step = at<S>(scan_.gates, (place.row + group * kGroup) * wide);
     block_.threads(registers_, [&](int, Registers& r) {
-      exchange_.each_item(r.part, group, place.alive, [&](int item, int) {
+      exchange_.each_item(r.items, group, place.active, [&](int item, int) {
         const S* from = of_step + r.gates + item * kStep * wide;
 #pragma unroll
         for (int g = 0; g < kGates; ++g) r.x[item][g] = from[g * hidden];
@@ -489,15 +499,20 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
     });
   }
 
-  // Output and what the backward pass is to find.
+  // Writes the output, other states' values if they are asked for, and what the backward pass is to find.
   RNNKIT_DEVICE void keep(int group) {
-    const int64_t hidden = scan_.hidden, row = now_.row + group * kColumns, wide = scan_.directions * hidden;
+    const int64_t hidden = scan_.hidden, row = now_.row + group * kGroup, wide = scan_.directions * hidden;
     const int values = scan_.keep == Keep::everything ? Cell::saved : kStates - 1;
-    S* const output = static_cast<S*>(scan_.output) + row * wide;
-    float* const reserve = scan_.reserve + row * values * hidden;
+    S* const output = static_cast<S*>(scan_.states[0].all) + row * wide;
+    float* const reserve = static_cast<float*>(scan_.reserve) + row * values * hidden;
     block_.threads(registers_, [&](int, Registers& r) {
-      exchange_.each_item(r.part, group, now_.alive, [&](int item, int) {
-        output[r.output + item * kStep * wide] = r.h[item];
+      exchange_.each_item(r.items, group, now_.active, [&](int item, int n) {
+        const int64_t output_at = r.output + item * kStep * wide;
+        output[output_at] = r.h[item];
+#pragma unroll
+        for (int k = 1; k < kStates; ++k)
+          if (scan_.states[k].all)
+            static_cast<S*>(scan_.states[k].all)[row * wide + output_at] = narrowed<S>(state(k, r.items, n));
         float* const to = reserve + r.reserve + item * kStep * values * hidden;
         if (scan_.keep == Keep::everything) {
 #pragma unroll
@@ -514,25 +529,26 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
   typename Block::template PerThread<Registers> registers_;
 };
 
-// Gradients of the gates at t from those of h_t; exchange s is the recurrent parts' gradients of step s, counted from
-// the last step of the sequence.
+// Gradients of the gates at t from the gradient of h_t. Step s is counted from the last step of the sequence, and exchange s
+// is the gradients of its gates' recurrent parts.
 template <class Block, class Cell_, class S_, int kUnits_, int kTiles_, bool kCluster_>
 class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, true> {
   using Base = Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, true>;
   using Base::block_, Base::scan_, Base::exchange_, Base::direction_, Base::state, Base::state_at, Base::place;
 
  public:
-  using Base::kUnits, Base::kGates, Base::kStates, Base::kRows, Base::kItems, Base::kStep, Base::kColumns;
-  using typename Base::Cell, typename Base::S, typename Base::Part, typename Base::Place;
+  using Base::kUnits, Base::kGates, Base::kStates, Base::kRows, Base::kItems, Base::kStep, Base::kGroup;
+  using typename Base::Cell, typename Base::S, typename Base::Items, typename Base::Place;
 
-  RNNKIT_DEVICE BackwardScan(const Block& block, const Scan& scan, std::byte* shared) : Base(block, scan, shared) {}
+  RNNKIT_DEVICE BackwardScan(const Block& block, const PersistentScan& scan, std::byte* shared)
+      : Base(block, scan, shared) {}
 
   RNNKIT_DEVICE void enter() {
     block_.threads(registers_, [&](int thread, Registers& r) {
-      r.part = exchange_.part_of(thread);
+      r.items = exchange_.items_of(thread);
       exchange_.clear(thread);
     });
-    exchange_.meet();
+    exchange_.cluster_sync();
   }
 
   RNNKIT_DEVICE void begin() {
@@ -541,22 +557,23 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
         const int64_t unit = exchange_.first_unit_ + row;
         return row < kRows && unit < scan_.hidden ? unit : int64_t(-1);
       });
-      const int64_t unit = exchange_.first_unit_ + r.part.unit, hidden = scan_.hidden, wide = scan_.directions * hidden;
-      r.gates = r.part.column * wide * Cell::grads + direction_ * Cell::grads * hidden + unit;
-      r.output = r.part.column * wide + direction_ * hidden + unit;
-      r.reserve = ((direction_ * scan_.rows + r.part.column) * Cell::saved) * hidden + unit;
+      const int64_t unit = exchange_.first_unit_ + r.items.unit, hidden = scan_.hidden,
+                    wide = scan_.directions * hidden;
+      r.gates = r.items.n * wide * Cell::grads + direction_ * Cell::grads * hidden + unit;
+      r.output = r.items.n * wide + direction_ * hidden + unit;
+      r.reserve = ((direction_ * scan_.rows + r.items.n) * Cell::saved) * hidden + unit;
       for (int group = 0; group < exchange_.groups(); ++group)
-        exchange_.each_item(r.part, group, exchange_.columns_, [&](int, int column) {
+        exchange_.each_item(r.items, group, exchange_.slice_rows_, [&](int, int n) {
 #pragma unroll
           for (int k = 0; k < kStates; ++k)
-            state(k, r.part, column) =
-                scan_.grad_final[k] ? widened(*at<S>(scan_.grad_final[k], state_at(r.part, column))) : 0;
+            state(k, r.items, n) =
+                scan_.states[k].grad_final ? widened(*at<S>(scan_.states[k].grad_final, state_at(r.items, n))) : 0;
         });
     });
     now_ = place(0);
     next_ = place(1);
     after_ = place(2);
-    if (kEarly) prefetch(now_, next_, 1 < scan_.steps, 0);
+    if (kEarly) prefetch(now_, next_, 0);
   }
 
   RNNKIT_DEVICE void step(int64_t s) {
@@ -564,17 +581,17 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
     const int groups = exchange_.groups();
     for (int group = 0; group < groups; ++group) {
       const bool last_group = group + 1 == groups;
-      if (s > 0 && group == 0) exchange_.await();
+      if (s > 0 && group == 0) exchange_.wait();
       if (s > 0) block_.warps([&](const auto& warp) { exchange_.product(warp, uint32_t(s - 1), group); });
       block_.sync();
-      if (!kEarly) prefetch(now_, next_, !last, group);
+      if (!kEarly) prefetch(now_, next_, group);
       block_.threads(registers_, [&](int, Registers& r) {
-        exchange_.each_item(r.part, group, exchange_.columns_, [&](int item, int column) {
+        exchange_.each_item(r.items, group, exchange_.slice_rows_, [&](int item, int n) {
           float grad_state[kStates];
 #pragma unroll
-          for (int k = 0; k < kStates; ++k) grad_state[k] = state(k, r.part, column);
-          grad_state[0] += exchange_.product_of(r.part, 0, item);
-          if (column < now_.alive) {
+          for (int k = 0; k < kStates; ++k) grad_state[k] = state(k, r.items, n);
+          grad_state[0] += exchange_.product_of(r.items, 0, item);
+          if (n < now_.active) {
             grad_state[0] += widened(r.grad_y[item]);
             float grads[Cell::grads];
             Cell::backward(r.values[item], widened(r.h[item]), widened(r.previous_h[item]), grad_state, grads);
@@ -585,22 +602,22 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
             for (int k = 0; k < Cell::grads; ++k) r.values[item][k] = 0;
           }
 #pragma unroll
-          for (int k = 0; k < kStates; ++k) state(k, r.part, column) = grad_state[k];
+          for (int k = 0; k < kStates; ++k) state(k, r.items, n) = grad_state[k];
 #pragma unroll
           for (int k = 0; k < kGates; ++k)
-            exchange_.give(uint32_t(s), r.part, k, item, group, narrowed<S>(r.values[item][k]));
+            exchange_.stage(uint32_t(s), r.items, k, item, group, narrowed<S>(r.values[item][k]));
         });
       });
       block_.sync();
       if (last_group) {
-        block_.threads(registers_, [&](int thread, Registers&) { exchange_.share(thread, uint32_t(s)); });
-        exchange_.release(uint32_t(s));
+        block_.threads(registers_, [&](int thread, Registers&) { exchange_.multicast(thread, uint32_t(s)); });
+        exchange_.publish(uint32_t(s));
       }
       keep(group);
       if (kEarly && !last_group)
-        prefetch(now_, next_, !last, group + 1);
+        prefetch(now_, next_, group + 1);
       else if (kEarly && !last)
-        prefetch(next_, after_, s + 2 < scan_.steps, 0);
+        prefetch(next_, after_, 0);
     }
     now_ = next_;
     next_ = after_;
@@ -608,18 +625,18 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   }
 
   RNNKIT_DEVICE void end() {
-    exchange_.await();  // nobody may leave a cluster while others write to its memory
+    exchange_.wait();  // nobody may leave a cluster while others write to its memory
     for (int group = 0; group < exchange_.groups(); ++group) {
-      if (scan_.grad_initial[0])
+      if (scan_.states[0].grad_initial)
         block_.warps([&](const auto& warp) { exchange_.product(warp, uint32_t(scan_.steps - 1), group); });
       block_.sync();
       block_.threads(registers_, [&](int, Registers& r) {
-        exchange_.each_item(r.part, group, exchange_.columns_, [&](int item, int column) {
+        exchange_.each_item(r.items, group, exchange_.slice_rows_, [&](int item, int n) {
 #pragma unroll
           for (int k = 0; k < kStates; ++k)
-            if (scan_.grad_initial[k])
-              static_cast<S*>(scan_.grad_initial[k])[state_at(r.part, column)] =
-                  narrowed<S>(state(k, r.part, column) + (k == 0 ? exchange_.product_of(r.part, 0, item) : 0));
+            if (scan_.states[k].grad_initial)
+              static_cast<S*>(scan_.states[k].grad_initial)[state_at(r.items, n)] =
+                  narrowed<S>(state(k, r.items, n) + (k == 0 ? exchange_.product_of(r.items, 0, item) : 0));
         });
       });
       block_.sync();
@@ -628,25 +645,26 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
 
  private:
   struct Registers {
-    Part part;
+    Items items;
     int64_t gates, output, reserve;
     float values[kItems][Cell::saved > Cell::grads ? Cell::saved : Cell::grads];  // what was saved, then the gradients
     S h[kItems], previous_h[kItems], grad_y[kItems];
   };
 
-  // Where a thread has many items, the registers to hold what they read during a product would not be there.
+  // Whether a step's loads are under way during the step before. A thread with many items has no registers for that, and
+  // loads between product and cell.
   static constexpr bool kEarly = kItems < 4;
 
-  // What a step reads of the forward pass, long before it is needed. `before`: the step before in time, if there is one.
-  RNNKIT_DEVICE void prefetch(const Place& place, const Place& before, bool has_before, int group) {
-    const int64_t hidden = scan_.hidden, wide = scan_.directions * hidden, row = place.row + group * kColumns;
-    const float* const saved = scan_.reserve + row * Cell::saved * hidden;
-    const S* const output = at<S>(scan_.output, row * wide);
-    const S* const previous = at<S>(scan_.output, (before.row + group * kColumns) * wide);
-    const S* const grad_output = scan_.grad_output ? at<S>(scan_.grad_output, row * wide) : nullptr;
-    const int alive_before = has_before ? before.alive : 0;
+  // Loads what a step reads of the forward pass long before it is needed, and adds the other states' gradients.
+  RNNKIT_DEVICE void prefetch(const Place& place, const Place& before, int group) {
+    const int64_t hidden = scan_.hidden, wide = scan_.directions * hidden, row = place.row + group * kGroup;
+    const float* const saved = static_cast<const float*>(scan_.reserve) + row * Cell::saved * hidden;
+    const S* const output = at<S>(scan_.states[0].all, row * wide);
+    const S* const previous = at<S>(scan_.states[0].all, (before.row + group * kGroup) * wide);
+    const S* const grad_output = scan_.states[0].grad_all ? at<S>(scan_.states[0].grad_all, row * wide) : nullptr;
+    const Carry<int> carry{place.active, before.active, 0};
     block_.threads(registers_, [&](int, Registers& r) {
-      exchange_.each_item(r.part, group, place.alive, [&](int item, int column) {
+      exchange_.each_item(r.items, group, place.active, [&](int item, int n) {
         const float* from = saved + r.reserve + item * kStep * Cell::saved * hidden;
 #pragma unroll
         for (int k = 0; k < Cell::saved; ++k) r.values[item][k] = from[k * hidden];
@@ -655,21 +673,35 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
         r.h[item] = Cell::uses_h ? output[output_at] : S{};
         r.previous_h[item] = S{};
         if constexpr (Cell::uses_previous_h) {
-          if (column < alive_before)
+          if (!carry.begins(n))
             r.previous_h[item] = previous[output_at];
-          else if (scan_.initial[0])
-            r.previous_h[item] = *at<S>(scan_.initial[0], state_at(r.part, column));
+          else if (scan_.states[0].initial)
+            r.previous_h[item] = *at<S>(scan_.states[0].initial, state_at(r.items, n));
         }
       });
     });
+    add_gradients(place, group);
   }
 
-  // Gradients of the gates, for the products over all steps.
+  // Adds the gradients of the states but h at a step to what later steps sent.
+  RNNKIT_DEVICE void add_gradients(const Place& place, int group) {
+    const int64_t wide = scan_.directions * scan_.hidden, row = place.row + group * kGroup;
+#pragma unroll
+    for (int k = 1; k < kStates; ++k)
+      if (scan_.states[k].grad_all)
+        block_.threads(registers_, [&](int, Registers& r) {
+          const S* const from = at<S>(scan_.states[k].grad_all, row * wide + r.output);
+          exchange_.each_item(r.items, group, place.active,
+                              [&](int item, int n) { state(k, r.items, n) += widened(from[item * kStep * wide]); });
+        });
+  }
+
+  // Writes the gradients of the gates, for the products over all steps.
   RNNKIT_DEVICE void keep(int group) {
     const int64_t hidden = scan_.hidden, wide = scan_.directions * Cell::grads * hidden;
-    S* const of_step = static_cast<S*>(scan_.grad_gates) + (now_.row + group * kColumns) * wide;
+    S* const of_step = static_cast<S*>(scan_.grad_gates) + (now_.row + group * kGroup) * wide;
     block_.threads(registers_, [&](int, Registers& r) {
-      exchange_.each_item(r.part, group, now_.alive, [&](int item, int) {
+      exchange_.each_item(r.items, group, now_.active, [&](int item, int) {
         S* to = of_step + r.gates + item * kStep * wide;
 #pragma unroll
         for (int k = 0; k < Cell::grads; ++k) to[k * hidden] = narrowed<S>(r.values[item][k]);
@@ -681,11 +713,8 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   typename Block::template PerThread<Registers> registers_;
 };
 
-// Bytes of shared memory that a pass's block needs.
-template <class Pass>
-int64_t shared_bytes_of(int64_t hidden, int columns) {
-  return shared_bytes<typename Pass::S>(hidden, Pass::kRows, Pass::kParts, Pass::kTiles, Pass::kStates, Pass::kUnits,
-                                        columns, Pass::kCluster);
-}
+template <bool kBackward, class Block, class Cell, class S, int kUnits, int kTiles, bool kCluster>
+using ScanOf = std::conditional_t<kBackward, BackwardScan<Block, Cell, S, kUnits, kTiles, kCluster>,
+                                  ForwardScan<Block, Cell, S, kUnits, kTiles, kCluster>>;
 
 }  // namespace rnnkit::cuda

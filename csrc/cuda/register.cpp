@@ -7,19 +7,20 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "cuda/kernels.h"
+#include "cuda/stepwise.h"
 
 namespace rnnkit::cuda {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
 using Optional = std::optional<Tensor>;
+using Optionals = std::vector<Optional>;
 
 Type type_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -36,21 +37,16 @@ Type type_of(const Tensor& tensor) {
   }
 }
 
-const std::vector<Persistent>* table_of(Type type, bool backward) {
-  switch (type) {
-    case Type::bfloat16:
-      return backward ? &backward_kernels(BFloat16()) : &forward_kernels(BFloat16());
-    case Type::half:
-      return backward ? &backward_kernels(Half()) : &forward_kernels(Half());
-    case Type::float32:
-      return backward ? &backward_kernels(float()) : &forward_kernels(float());
-    default:
-      return nullptr;
-  }
+template <class S>
+const std::vector<Persistent>* kernels_of(bool backward) {
+  return backward ? &persistent_kernels<S, true>() : &persistent_kernels<S, false>();
 }
 
 const Persistent* find_persistent(std::string_view cell, Type type, bool backward, bool cluster, int units, int tiles) {
-  const std::vector<Persistent>* table = table_of(type, backward);
+  const auto* const table = type == Type::bfloat16  ? kernels_of<BFloat16>(backward)
+                            : type == Type::half    ? kernels_of<Half>(backward)
+                            : type == Type::float32 ? kernels_of<float>(backward)
+                                                    : nullptr;
   if (table == nullptr) return nullptr;
   for (const Persistent& kernel : *table)
     if (kernel.cell == cell && kernel.cluster == cluster && kernel.units == units && kernel.tiles == tiles)
@@ -58,13 +54,10 @@ const Persistent* find_persistent(std::string_view cell, Type type, bool backwar
   return nullptr;
 }
 
-int64_t bytes_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
-int64_t sum_bytes_of(Type type) { return type == Type::float64 ? 8 : 4; }
-
-const void* data(const Optional& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
-void* mutable_data(const Optional& tensor) { return tensor ? tensor->mutable_data_ptr() : nullptr; }
-void* moved(void* from, int64_t bytes) { return from ? static_cast<std::byte*>(from) + bytes : nullptr; }
-const void* moved(const void* from, int64_t bytes) { return moved(const_cast<void*>(from), bytes); }
+const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
+void* mutable_data(const Tensor& tensor) { return tensor.mutable_data_ptr(); }
+const void* data(const Optional& tensor) { return tensor ? data(*tensor) : nullptr; }
+void* mutable_data(const Optional& tensor) { return tensor ? mutable_data(*tensor) : nullptr; }
 
 #if defined(RNNKIT_HOST)  // the host build takes CPU tensors
 #define RNNKIT_KEY CPU
@@ -72,6 +65,7 @@ struct Guard {
   explicit Guard(const Tensor&) {}
 };
 Stream stream_of(const Tensor&) { return nullptr; }
+void* blas_handle() { return nullptr; }
 #else
 #define RNNKIT_KEY CUDA
 struct Guard {
@@ -83,346 +77,219 @@ Stream stream_of(const Tensor& tensor) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<Stream>(stream);
 }
+void* blas_handle() {
+  void* handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
+  return handle;
+}
 #endif
 
-void check(const std::string& error) { STD_TORCH_CHECK(error.empty(), "rnnkit: ", error); }
-
-// The products of one call, one after the other on its stream.
-class Products {
- public:
-  Products(Type type, bool precise) : type_(type), precise_(precise) {
-#if !defined(RNNKIT_HOST)
-    TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&blas_));
-#endif
+// Puts the data of a list over the cell's states, which is empty where there are none, into a field of each state.
+template <class List, class Void>
+void set_states(Scan& scan, const CellSizes& sizes, const char* name, const List& list, Void* State::* field) {
+  STD_TORCH_CHECK(list.empty() || list.size() == size_t(sizes.states), "expected ", name, " of ", sizes.states,
+                  " states or none, got ", list.size());
+  for (size_t k = 0; k < list.size(); ++k) {
+    if constexpr (std::is_const_v<Void>)
+      scan.states[k].*field = data(list[k]);
+    else
+      scan.states[k].*field = mutable_data(list[k]);
   }
+}
 
-  // c [rows, .] = a [rows, .] w, or a w^T, for `count` matrices of w [D, ., .] from `first` on; those of a and c lie
-  // next_a and next_c elements apart.
-  void run(const void* a, int64_t a_stride, int64_t next_a, const Tensor& w, int first, int count, bool transposed,
-           void* c, int64_t c_stride, int64_t next_c, int64_t rows) const {
-    const int64_t height = w.size(1), width = w.size(2);
-    const void* from = moved(w.const_data_ptr(), first * height * width * bytes_of(type_));
-    check(multiply({type_, transposed, precise_, rows, transposed ? height : width, transposed ? width : height, a,
-                    from, c, a_stride, std::max<int64_t>(width, 1), c_stride, count, next_a, height * width, next_c},
-                   blas_));
+// What both kinds of scan read and write in the forward pass; the sizes are there already.
+void set_forward(Scan& scan, const CellSizes& sizes, const Tensor& gates, const Optionals& b_ih, const Optionals& b_hh,
+                 const Tensors& initial, int64_t keep, const Optionals& outputs, const Tensors& finals,
+                 const Tensor& reserve) {
+  for (size_t d = 0; d < b_ih.size(); ++d) {
+    scan.b_ih[d] = data(b_ih[d]);
+    scan.b_hh[d] = data(b_hh[d]);
   }
+  scan.gates = data(gates);
+  set_states(scan, sizes, "initial", initial, &State::initial);
+  set_states(scan, sizes, "outputs", outputs, &State::all);
+  set_states(scan, sizes, "finals", finals, &State::final);
+  scan.keep = static_cast<Keep>(keep);
+  scan.reserve = mutable_data(reserve);
+}
 
- private:
-  Type type_;
-  bool precise_;
-  void* blas_ = nullptr;
+// And in the backward pass.
+void set_backward(Scan& scan, const CellSizes& sizes, const Tensors& initial, const Tensor& output,
+                  const Tensor& reserve, const Optionals& grad_outputs, const Optionals& grad_finals,
+                  const Tensor& grad_gates, const Optionals& grad_initial) {
+  set_states(scan, sizes, "initial", initial, &State::initial);
+  scan.states[0].all = const_cast<void*>(data(output));
+  scan.keep = Keep::everything;
+  scan.reserve = const_cast<void*>(data(reserve));
+  set_states(scan, sizes, "grad_outputs", grad_outputs, &State::grad_all);
+  set_states(scan, sizes, "grad_finals", grad_finals, &State::grad_final);
+  scan.grad_gates = mutable_data(grad_gates);
+  set_states(scan, sizes, "grad_initial", grad_initial, &State::grad_initial);
+}
+
+// How a persistent scan is cut, as rnnkit/plan.py says.
+struct Plan {
+  int64_t units, tiles, batch_tile;  // hidden units of a block; groups of 8 rows that it multiplies at a time; its rows
+  int64_t shared_bytes;              // of a block
+  bool cluster;
 };
 
-// What both passes of the persistent scan have in common. `plan`: a block's units, tiles and columns, and whether the
-// blocks of a direction and slice are a cluster.
-Scan scan_of(const std::vector<int64_t>& plan, int64_t element_bytes, const std::vector<Tensor>& weights,
-             const Optional& offsets, int64_t steps, int64_t batch, int64_t hidden, int64_t rows,
-             const Tensor& workspace, bool precise, int parts) {
-  STD_TORCH_CHECK(plan.size() == 4, "expected a plan of 4 numbers, got ", plan.size());
-  Scan scan{};
+PersistentScan persistent_scan(const Plan& plan, int64_t element_bytes, const Tensors& weights, const Optional& offsets,
+                               int64_t steps, int64_t batch, int64_t hidden, int64_t rows, const Tensor& workspace,
+                               bool precise, int exchange_gates) {
+  PersistentScan scan{};
   scan.steps = steps;
   scan.batch = batch;
   scan.hidden = hidden;
   scan.directions = static_cast<int64_t>(weights.size());
   scan.rows = rows;
   scan.offsets = static_cast<const int64_t*>(data(offsets));
-  scan.units = static_cast<int>(plan[0]);
-  scan.columns = static_cast<int>(plan[2]);
-  STD_TORCH_CHECK(scan.units > 0 && plan[1] > 0 && scan.columns > 0 && scan.columns % (8 * plan[1]) == 0,
+  scan.units = static_cast<int>(plan.units);
+  scan.batch_tile = static_cast<int>(plan.batch_tile);
+  scan.shared_bytes = static_cast<int>(plan.shared_bytes);
+  STD_TORCH_CHECK(plan.units > 0 && plan.tiles > 0 && plan.batch_tile > 0 && plan.batch_tile % (8 * plan.tiles) == 0,
                   "unexpected plan");
   scan.blocks = static_cast<int>((hidden + scan.units - 1) / scan.units);
-  scan.slices = static_cast<int>((batch + scan.columns - 1) / scan.columns);
-  for (size_t d = 0; d < weights.size(); ++d) scan.weight[d] = weights[d].const_data_ptr();
+  scan.slices = static_cast<int>((batch + scan.batch_tile - 1) / scan.batch_tile);
+  for (size_t d = 0; d < weights.size(); ++d) scan.weight[d] = data(weights[d]);
   const int64_t groups = scan.directions * scan.slices;
   scan.precise = precise;
-  if (plan[3]) return scan;
+  if (plan.cluster) return scan;
   const int64_t flags = groups * scan.blocks * kFlagStride * int64_t(sizeof(uint32_t));
-  const int64_t exchanged = groups * 2 * chunks_of(hidden, element_bytes, parts) * scan.tiles() * kPieceBytes;
+  const int64_t exchanged =
+      groups * 2 * slabs_of(hidden, element_bytes, exchange_gates) * scan.tiles() * kFragmentBytes;
   STD_TORCH_CHECK(workspace.numel() >= flags + exchanged, "expected a workspace of ", flags + exchanged, " bytes, got ",
                   workspace.numel());
-  scan.exchanged = workspace.mutable_data_ptr();
-  scan.flags = reinterpret_cast<uint32_t*>(static_cast<std::byte*>(workspace.mutable_data_ptr()) + exchanged);
+  scan.exchanged = mutable_data(workspace);
+  scan.flags = reinterpret_cast<uint32_t*>(static_cast<std::byte*>(scan.exchanged) + exchanged);
   return scan;
 }
 
-void launch(const std::string& cell, Type type, bool backward, const std::vector<int64_t>& plan, const Scan& scan,
+void launch(const std::string& cell, Type type, bool backward, const Plan& plan, const PersistentScan& scan,
             const Tensor& on) {
   const Persistent* kernel =
-      find_persistent(cell, type, backward, plan[3] != 0, static_cast<int>(plan[0]), static_cast<int>(plan[1]));
-  STD_TORCH_CHECK(kernel != nullptr, "no persistent kernel for ", cell, " with ", plan[0], " units and ", plan[1],
+      find_persistent(cell, type, backward, plan.cluster, static_cast<int>(plan.units), static_cast<int>(plan.tiles));
+  STD_TORCH_CHECK(kernel != nullptr, "no persistent kernel for ", cell, " with ", plan.units, " units and ", plan.tiles,
                   " tiles");
   const Guard guard(on);
   check(launch_persistent(*kernel, scan, stream_of(on)));
 }
 
-void persistent_forward(std::string cell, std::vector<int64_t> plan, Tensor gates, std::vector<Tensor> w_hh,
-                        std::vector<Optional> b_ih, std::vector<Optional> b_hh, Optional h_0, Optional c_0,
-                        Optional offsets, int64_t steps, int64_t keep, bool precise, Tensor workspace, Tensor output,
-                        Tensor h_n, Optional c_n, Tensor reserve) {
+void persistent_forward(std::string cell, int64_t units, int64_t tiles, int64_t batch_tile, int64_t shared_bytes,
+                        bool cluster, Tensor gates, Tensors w_hh, Optionals b_ih, Optionals b_hh, Tensors initial,
+                        Optional offsets, int64_t steps, int64_t batch, int64_t keep, bool precise, Tensor workspace,
+                        Optionals outputs, Tensors finals, Tensor reserve) {
   const Type type = type_of(gates);
-  Scan scan = scan_of(plan, bytes_of(type), w_hh, offsets, steps, h_n.size(1), h_n.size(2), output.size(0), workspace,
-                      precise, 1);
-  for (size_t d = 0; d < w_hh.size(); ++d) {
-    scan.b_ih[d] = data(b_ih[d]);
-    scan.b_hh[d] = data(b_hh[d]);
-  }
-  scan.gates = gates.const_data_ptr();
-  scan.initial[0] = data(h_0);
-  scan.initial[1] = data(c_0);
-  scan.output = output.mutable_data_ptr();
-  scan.final[0] = h_n.mutable_data_ptr();
-  scan.final[1] = mutable_data(c_n);
-  scan.keep = static_cast<Keep>(keep);
-  scan.reserve = static_cast<float*>(reserve.mutable_data_ptr());
+  const Plan plan{units, tiles, batch_tile, shared_bytes, cluster};
+  PersistentScan scan = persistent_scan(plan, gates.element_size(), w_hh, offsets, steps, batch, w_hh[0].size(1),
+                                        gates.size(0), workspace, precise, 1);
+  set_forward(scan, sizes_of(cell), gates, b_ih, b_hh, initial, keep, outputs, finals, reserve);
   launch(cell, type, false, plan, scan, gates);
 }
 
 // weights: w_hh of each direction, transposed.
-void persistent_backward(std::string cell, std::vector<int64_t> plan, std::vector<Tensor> weights, Optional h_0,
-                         Optional offsets, int64_t steps, int64_t batch, Tensor output, Tensor reserve,
-                         Optional grad_output, Optional grad_h_n, Optional grad_c_n, bool precise, Tensor workspace,
-                         Tensor grad_gates, Optional grad_h_0, Optional grad_c_0) {
+void persistent_backward(std::string cell, int64_t units, int64_t tiles, int64_t batch_tile, int64_t shared_bytes,
+                         bool cluster, Tensors weights, Tensors initial, Optional offsets, int64_t steps, int64_t batch,
+                         Tensor output, Tensor reserve, Optionals grad_outputs, Optionals grad_finals, bool precise,
+                         Tensor workspace, Tensor grad_gates, Optionals grad_initial) {
   const Type type = type_of(output);
-  const int64_t hidden = weights[0].size(0);
-  Scan scan = scan_of(plan, bytes_of(type), weights, offsets, steps, batch, hidden, output.size(0), workspace, precise,
-                      static_cast<int>(weights[0].size(1) / hidden));
-  scan.initial[0] = data(h_0);
-  scan.output = const_cast<void*>(output.const_data_ptr());
-  scan.reserve = static_cast<float*>(const_cast<void*>(reserve.const_data_ptr()));
-  scan.grad_output = data(grad_output);
-  scan.grad_final[0] = data(grad_h_n);
-  scan.grad_final[1] = data(grad_c_n);
-  scan.grad_gates = grad_gates.mutable_data_ptr();
-  scan.grad_initial[0] = mutable_data(grad_h_0);
-  scan.grad_initial[1] = mutable_data(grad_c_0);
+  const Plan plan{units, tiles, batch_tile, shared_bytes, cluster};
+  const CellSizes sizes = sizes_of(cell);
+  PersistentScan scan = persistent_scan(plan, output.element_size(), weights, offsets, steps, batch, weights[0].size(0),
+                                        output.size(0), workspace, precise, sizes.gates);
+  set_backward(scan, sizes, initial, output, reserve, grad_outputs, grad_finals, grad_gates, grad_initial);
   launch(cell, type, true, plan, scan, output);
 }
 
-// Where the rows of each step lie, and which directions go together: those with as many rows in each step.
-struct Order {
-  std::vector<int64_t> counts, offsets;
-  bool dense = true;
-
-  explicit Order(std::vector<int64_t> of_each) : counts(std::move(of_each)) {
-    offsets.push_back(0);
-    for (const int64_t count : counts) {
-      dense = dense && count == counts[0];
-      offsets.push_back(offsets.back() + count);
-    }
-  }
-  int64_t steps() const { return static_cast<int64_t>(counts.size()); }
-  // The time of step s of a scan that begins at the end or not, and the row where it begins.
-  int64_t time(int64_t s, bool from_end) const { return from_end ? steps() - 1 - s : s; }
-  int64_t row(int64_t s, bool from_end) const { return offsets[time(s, from_end)]; }
-  // Calls body(first direction, how many): both together save launches, where a step's product takes no longer than one.
-  template <class Body>
-  void each_group(int directions, const Tensor& w_hh, const Body& body) const {
-    constexpr double kSmall = 1e9;  // floating-point operations
-    if (dense && 2. * counts[0] * w_hh.size(1) * w_hh.size(2) < kSmall)
-      body(0, directions);
-    else
-      for (int d = 0; d < directions; ++d) body(d, 1);
-  }
-};
-
-// A step at a time. w_hh [D, G*H, P], w_hr [D, P, H]; h [D, N, P] is what is multiplied; states [D, N, H]; recurrent
-// [D, N, G*H], unprojected [D, N, H].
-void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, std::vector<Optional> b_ih,
-                      std::vector<Optional> b_hh, Optional w_hr, std::vector<int64_t> counts, bool from_zero,
-                      int64_t keep, bool precise, Tensor h, Tensor h_state, Optional c_state, Tensor recurrent,
-                      Optional unprojected, Tensor output, Tensor reserve) {
-  const Type type = type_of(gates);
-  const int64_t bytes = bytes_of(type), sum_bytes = sum_bytes_of(type), batch = h.size(1), hidden = h_state.size(2);
-  const int64_t width = w_hh.size(1), projected = w_hh.size(2), rows = output.size(0);
-  const int64_t kept = keep == 0 ? 0 : reserve.size(2);
-  const Guard guard(gates);
-  const Stream stream = stream_of(gates);
-  const Products products(type, precise);
-  const Order order(std::move(counts));
-  order.each_group(static_cast<int>(h.size(0)), w_hh, [&](int first, int count) {
-    const auto of = [&](const Tensor& tensor, int d, int64_t size, int64_t element) {
-      return moved(tensor.mutable_data_ptr(), d * size * element);
-    };
-    Steps steps{};
-    steps.directions = count;
-    for (int j = 0; j < count; ++j) {
-      const int d = first + j;
-      Step& step = steps.of[j];
-      step.hidden = hidden;
-      step.states[0] = of(h_state, d, batch * hidden, sum_bytes);
-      step.states[1] = c_state ? of(*c_state, d, batch * hidden, sum_bytes) : nullptr;
-      step.keep = static_cast<Keep>(keep);
-      step.gate_stride = gates.size(1);
-      step.b_ih = data(b_ih[d]);
-      step.b_hh = data(b_hh[d]);
-      step.h = w_hr ? of(*unprojected, d, batch * hidden, bytes) : of(h, d, batch * projected, bytes);
-      step.output_stride = output.size(1);
-    }
-    void* const operand = of(h, first, batch * projected, bytes);
-    void* const product = of(recurrent, first, batch * width, bytes);
-    // Where all rows go on, a projection's product is written to the output, and read from there.
-    const bool direct = w_hr && order.dense && count == 1;
-    Rows last = {operand, projected};
-    for (int64_t s = 0; s < order.steps(); ++s) {
-      const bool zeros = s == 0 && from_zero;
-      const int64_t alive = order.counts[order.time(s, first == 1)];
-      if (!zeros)
-        products.run(last.data, last.stride, batch * projected, w_hh, first, count, true, product, width, batch * width,
-                     alive);
-      for (int j = 0; j < count; ++j) {
-        const int d = first + j;
-        const int64_t row = order.row(s, d == 1);
-        Step& step = steps.of[j];
-        step.count = alive;
-        step.recurrent = zeros ? nullptr : of(recurrent, d, batch * width, bytes);
-        step.gates = moved(gates.const_data_ptr(), (row * step.gate_stride + d * width) * bytes);
-        if (!w_hr) step.output = of(output, 1, row * step.output_stride + d * projected, bytes);
-        if (kept) step.reserve = of(reserve, 1, (d * rows + row) * kept * hidden, sum_bytes);
-      }
-      check(launch_step(cell, type, false, steps, stream));
-      if (!w_hr) continue;
-      if (direct) {
-        const int64_t row = order.row(s, first == 1);
-        void* const to = of(output, 1, row * output.size(1) + first * projected, bytes);
-        products.run(steps.of[0].h, hidden, 0, *w_hr, first, 1, true, to, output.size(1), 0, alive);
-        last = {to, output.size(1)};
-        continue;
-      }
-      products.run(steps.of[0].h, hidden, batch * hidden, *w_hr, first, count, true, operand, projected,
-                   batch * projected, alive);
-      for (int j = 0; j < count; ++j) {
-        const int d = first + j;
-        const int64_t row = order.row(s, d == 1);
-        const Rows now = {of(h, d, batch * projected, bytes), projected};
-        void* const to = of(output, 1, row * output.size(1) + d * projected, bytes);
-        check(launch_add(type, {now, {}, to, output.size(1), alive, projected}, stream));
-      }
-    }
-    if (direct) check(launch_add(type, {last, {}, operand, projected, order.counts[0], projected}, stream));
-  });
+StepwiseScan stepwise_scan(const Tensor& w_hh, const Optional& w_hr, std::vector<int64_t> counts, int64_t rows,
+                           bool precise, const Optional& values, const Tensor& recurrent, const Optional& unprojected) {
+  StepwiseScan scan{};
+  scan.steps = static_cast<int64_t>(counts.size());
+  scan.batch = counts[0];
+  scan.projected = w_hh.size(2);
+  scan.hidden = w_hr ? w_hr->size(2) : scan.projected;
+  scan.directions = w_hh.size(0);
+  scan.rows = rows;
+  scan.precise = precise;
+  scan.weight[0] = data(w_hh);
+  scan.counts = std::move(counts);
+  scan.w_hr = data(w_hr);
+  scan.values = mutable_data(values);
+  scan.recurrent = mutable_data(recurrent);
+  scan.unprojected = mutable_data(unprojected);
+  return scan;
 }
 
-// What Keep::everything keeps, for all rows of one direction at once. recurrent: [rows, G*H]; states: [rows, H], those
-// before each step; they are written to.
-void gates_again(std::string cell, Tensor gates, Tensor recurrent, Optional b_ih, Optional b_hh, int64_t direction,
-                 Tensor h_state, Optional c_state, Tensor reserve) {
+void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, Optionals b_ih, Optionals b_hh, Optional w_hr,
+                      Tensors initial, std::vector<int64_t> counts, int64_t keep, bool precise, Optional values,
+                      Tensor recurrent, Optional unprojected, Optionals outputs, Tensors finals, Tensor reserve) {
   const Type type = type_of(gates);
+  STD_TORCH_CHECK(counts.size() == 1 || values, "expected values of more than one step");
+  const bool asked = !outputs.empty() && outputs[0];
+  STD_TORCH_CHECK(asked == !finals.empty() && (asked || counts.size() == 1),
+                  "expected an output and finals, or neither of a single step");
+  StepwiseScan scan =
+      stepwise_scan(w_hh, w_hr, std::move(counts), gates.size(0), precise, values, recurrent, unprojected);
+  set_forward(scan, sizes_of(cell), gates, b_ih, b_hh, initial, keep, outputs, finals, reserve);
+  for (size_t k = 0; k < initial.size(); ++k) scan.states[k].initial_is_wide = type_of(initial[k]) != type;
+  scan.gate_stride = gates.stride(0);
   const Guard guard(gates);
-  Step step{};
-  step.count = h_state.size(0);
-  step.hidden = h_state.size(1);
-  step.states[0] = h_state.mutable_data_ptr();
-  step.states[1] = mutable_data(c_state);
-  step.keep = Keep::everything;
-  step.reserve = reserve.mutable_data_ptr();
-  step.gates = moved(gates.const_data_ptr(), direction * recurrent.size(1) * bytes_of(type));
-  step.gate_stride = gates.size(1);
-  step.recurrent = recurrent.const_data_ptr();
-  step.b_ih = data(b_ih);
-  step.b_hh = data(b_hh);
-  check(launch_step(cell, type, false, Steps{{step}, 1}, stream_of(gates)));
+  run_stepwise(cell, type, false, scan, stream_of(gates), blas_handle());
 }
 
-// The same backwards. grad_h [D, N, H], of Sum<S>, in: of the final state; out: of the initial state but for what comes
-// through the weights, `grad_recurrent` [D, N, P], of as many rows as the last step has. With a projection that one is,
-// in and out, all of it. grad_unprojected [D, N, H], grad_projected [D, rows, P].
-void stepwise_backward(std::string cell, Tensor w_hh, Optional w_hr, std::vector<int64_t> counts, bool precise,
-                       Tensor output, Optional h_0, Tensor reserve, Optional grad_output, Tensor grad_h,
-                       Optional grad_c, Tensor grad_recurrent, Optional grad_unprojected, Optional grad_projected,
-                       Tensor grad_gates, int64_t grads) {
-  const Type type = type_of(output);
-  const int64_t bytes = bytes_of(type), sum_bytes = sum_bytes_of(type), batch = grad_h.size(1), hidden = grad_h.size(2);
-  const int64_t projected = w_hh.size(2), rows = output.size(0), kept = reserve.size(2);
+void stepwise_backward(std::string cell, Tensor w_hh, Optional w_hr, Tensors initial, std::vector<int64_t> counts,
+                       bool precise, Tensor output, Tensor reserve, Optionals grad_outputs, Optionals grad_finals,
+                       Tensor values, Tensor grad_recurrent, Optional grad_unprojected, Optional grad_projected,
+                       Tensor grad_gates, Optionals grad_initial) {
+  StepwiseScan scan =
+      stepwise_scan(w_hh, w_hr, std::move(counts), output.size(0), precise, values, grad_recurrent, grad_unprojected);
+  set_backward(scan, sizes_of(cell), initial, output, reserve, grad_outputs, grad_finals, grad_gates, grad_initial);
+  scan.grad_projected = mutable_data(grad_projected);
   const Guard guard(output);
-  const Stream stream = stream_of(output);
-  const Products products(type, precise);
-  const Order order(std::move(counts));
-  order.each_group(static_cast<int>(grad_h.size(0)), w_hh, [&](int first, int count) {
-    const auto of = [&](const Tensor& tensor, int d, int64_t size, int64_t element) {
-      return moved(const_cast<void*>(tensor.const_data_ptr()), d * size * element);
-    };
-    Steps steps{};
-    steps.directions = count;
-    for (int j = 0; j < count; ++j) {
-      const int d = first + j;
-      Step& step = steps.of[j];
-      step.hidden = hidden;
-      step.output_stride = step.grad_output_stride = output.size(1);
-      step.grad_states[0] = of(grad_h, d, batch * hidden, sum_bytes);
-      step.grad_states[1] = grad_c ? of(*grad_c, d, batch * hidden, sum_bytes) : nullptr;
-      step.grad_gate_stride = grad_gates.size(1);
-      step.previous_initial = h_0 ? of(*h_0, d, batch * projected, bytes) : nullptr;
-    }
-    int64_t alive_before = 0;
-    for (int64_t s = 0; s < order.steps(); ++s) {
-      const int64_t alive = order.counts[order.time(s, first == 0)];
-      for (int j = 0; j < count; ++j) {
-        const int d = first + j;
-        const int64_t t = order.time(s, d == 0), before = d == 0 ? t - 1 : t + 1, row = order.offsets[t];
-        const int64_t wide = output.size(1), place = row * wide + d * projected;
-        const bool starts = before < 0 || before == order.steps();
-        Step& step = steps.of[j];
-        step.count = alive;
-        step.previous_count = starts ? 0 : order.counts[before];
-        if (!starts) step.previous_output = of(output, 1, order.offsets[before] * wide + d * projected, bytes);
-        step.output = of(output, 1, place, bytes);
-        step.reserve = of(reserve, 1, (d * rows + row) * kept * hidden, sum_bytes);
-        step.grad_gates = of(grad_gates, 1, row * step.grad_gate_stride + d * grads * hidden, bytes);
-        const void* incoming = moved(data(grad_output), place * bytes);
-        const void* through = of(grad_recurrent, d, batch * projected, bytes);
-        if (w_hr) {
-          void* of_step = of(*grad_projected, 1, (d * rows + row) * projected, bytes);
-          check(
-              launch_add(type, {{through, projected}, {incoming, wide}, of_step, projected, alive, projected}, stream));
-          step.grad_recurrent = of(*grad_unprojected, d, batch * hidden, bytes);
-          step.grad_recurrent_count = alive;
-          products.run(of_step, projected, 0, *w_hr, d, 1, false, const_cast<void*>(step.grad_recurrent), hidden, 0,
-                       alive);
-        } else {
-          step.grad_output = incoming;
-          step.grad_recurrent = through;
-          step.grad_recurrent_count = alive_before;
-        }
-      }
-      check(launch_step(cell, type, true, steps, stream));
-      // The gates' gradients of both directions lie in different rows: each its own product.
-      for (int j = 0; j < count; ++j)
-        products.run(steps.of[j].grad_gates, grad_gates.size(1), 0, w_hh, first + j, 1, false,
-                     of(grad_recurrent, first + j, batch * projected, bytes), projected, 0, alive);
-      alive_before = alive;
-    }
-  });
+  run_stepwise(cell, type_of(output), true, scan, stream_of(output), blas_handle());
+}
+
+// h [D, rows, H] before its projection, from a reserve [D, rows, saved, H].
+void unprojected(std::string cell, Tensor reserve, Tensor h) {
+  const Guard guard(h);
+  check(launch_unprojected(cell, type_of(h), data(reserve), mutable_data(h), h.size(0) * h.size(1), h.size(2),
+                           stream_of(h)));
 }
 
 }  // namespace
 }  // namespace rnnkit::cuda
 
+// In lists over the cell's states the first is h; outputs: the values of each at all steps, [rows, D*H].
 STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
   m.def(
-      "persistent_forward(str cell, int[] plan, Tensor gates, Tensor[] w_hh, Tensor?[] b_ih, Tensor?[] b_hh,"
-      " Tensor? h_0, Tensor? c_0, Tensor? offsets, int steps, int keep, bool precise, Tensor(a!) workspace,"
-      " Tensor(b!) output, Tensor(c!) h_n, Tensor(d!)? c_n, Tensor(e!) reserve) -> ()");
+      "persistent_forward(str cell, int units, int tiles, int batch_tile, int shared_bytes, bool cluster, Tensor "
+      "gates, "
+      "Tensor[] w_hh,"
+      " Tensor?[] b_ih, Tensor?[] b_hh, Tensor[] initial, Tensor? offsets, int steps, int batch, int keep, bool "
+      "precise,"
+      " Tensor(a!) workspace, Tensor(b!)?[] outputs, Tensor(c!)[] finals, Tensor(d!) reserve) -> ()");
   m.def(
-      "persistent_backward(str cell, int[] plan, Tensor[] weights, Tensor? h_0, Tensor? offsets, int steps, int batch,"
-      " Tensor output, Tensor reserve, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, bool precise,"
-      " Tensor(a!) workspace, Tensor(b!) grad_gates, Tensor(c!)? grad_h_0, Tensor(d!)? grad_c_0) -> ()");
+      "persistent_backward(str cell, int units, int tiles, int batch_tile, int shared_bytes, bool cluster, Tensor[] "
+      "weights,"
+      " Tensor[] initial, Tensor? offsets, int steps, int batch, Tensor output, Tensor reserve,"
+      " Tensor?[] grad_outputs, Tensor?[] grad_finals, bool precise, Tensor(a!) workspace, Tensor(b!) grad_gates,"
+      " Tensor(c!)?[] grad_initial) -> ()");
   m.def(
       "stepwise_forward(str cell, Tensor gates, Tensor w_hh, Tensor?[] b_ih, Tensor?[] b_hh, Tensor? w_hr,"
-      " int[] counts, bool from_zero, int keep, bool precise, Tensor(a!) h, Tensor(b!) h_state, Tensor(c!)? c_state,"
-      " Tensor(d!) recurrent, Tensor(e!)? unprojected, Tensor(f!) output, Tensor(g!) reserve) -> ()");
+      " Tensor[] initial, int[] counts, int keep, bool precise, Tensor(a!)? values, Tensor(b!) recurrent,"
+      " Tensor(c!)? unprojected, Tensor(d!)?[] outputs, Tensor(e!)[] finals, Tensor(f!) reserve) -> ()");
   m.def(
-      "gates_again(str cell, Tensor gates, Tensor recurrent, Tensor? b_ih, Tensor? b_hh, int direction,"
-      " Tensor(a!) h_state, Tensor(b!)? c_state, Tensor(c!) reserve) -> ()");
-  m.def(
-      "stepwise_backward(str cell, Tensor w_hh, Tensor? w_hr, int[] counts, bool precise, Tensor output, Tensor? h_0,"
-      " Tensor reserve, Tensor? grad_output, Tensor(a!) grad_h, Tensor(b!)? grad_c, Tensor(c!) grad_recurrent,"
-      " Tensor(d!)? grad_unprojected, Tensor(e!)? grad_projected, Tensor(f!) grad_gates, int grads) -> ()");
+      "stepwise_backward(str cell, Tensor w_hh, Tensor? w_hr, Tensor[] initial, int[] counts, bool precise,"
+      " Tensor output, Tensor reserve, Tensor?[] grad_outputs, Tensor?[] grad_finals, Tensor(a!) values,"
+      " Tensor(b!) grad_recurrent, Tensor(c!)? grad_unprojected, Tensor(d!)? grad_projected, Tensor(e!) grad_gates,"
+      " Tensor(f!)?[] grad_initial) -> ()");
+  m.def("unprojected(str cell, Tensor reserve, Tensor(a!) h) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnkit, RNNKIT_KEY, m) {
   m.impl("persistent_forward", TORCH_BOX(&rnnkit::cuda::persistent_forward));
   m.impl("persistent_backward", TORCH_BOX(&rnnkit::cuda::persistent_backward));
   m.impl("stepwise_forward", TORCH_BOX(&rnnkit::cuda::stepwise_forward));
-  m.impl("gates_again", TORCH_BOX(&rnnkit::cuda::gates_again));
   m.impl("stepwise_backward", TORCH_BOX(&rnnkit::cuda::stepwise_backward));
+  m.impl("unprojected", TORCH_BOX(&rnnkit::cuda::unprojected));
 }

@@ -1,9 +1,9 @@
 // One layer's scan as the GPU's kernels get it: plain pointers, all arrays contiguous, and how it is cut into blocks.
 // The same for the kernels, for the code that launches them and for their host build.
 //
-// A block owns `units` hidden units of one direction for `columns` rows of the batch (a slice), for the whole sequence.
-// The blocks of one direction and slice exchange a vector each step: h in the forward pass, the gradients of the gates
-// in the backward pass. S is the type of what is multiplied; all else is computed in float.
+// In a persistent scan a block owns `units` hidden units of one direction for `batch_tile` rows of the batch (a slice), for
+// the whole sequence. The blocks of one direction and slice exchange a vector each step: h in the forward pass, the
+// gradients of the gates in the backward pass. S is the type of what is multiplied; all else is computed in float.
 #pragma once
 
 #ifndef RNNKIT_CAPABILITY
@@ -21,83 +21,85 @@ namespace rnnkit::cuda {
 using namespace rnnkit::RNNKIT_CAPABILITY;
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kFlagStride = 4;                  // words between two blocks' flags: few pollers a cache line
-constexpr int kVectorBytes = 16;                // what a lane loads at once
-constexpr int kPieceBytes = 32 * kVectorBytes;  // what a warp loads at once
+constexpr int kFlagStride = 4;                     // words between two blocks' flags: few pollers a cache line
+constexpr int kVectorBytes = 16;                   // what a lane loads at once
+constexpr int kFragmentBytes = 32 * kVectorBytes;  // what a warp loads at once
 
 template <class S>
 constexpr int kVector = kVectorBytes / int(sizeof(S));
-// Hidden units in a chunk: a warp's load holds a chunk of 8 rows, four vectors each.
+// Hidden units in a slab, 64 bytes of k: a fragment is a slab of 8 rows, four vectors each.
 template <class S>
-constexpr int kChunk = 4 * kVector<S>;
+constexpr int kSlab = 4 * kVector<S>;
 
 // What the forward pass keeps for the backward pass; the numbers are those of rnnkit.ops.Keep.
 enum class Keep : int { nothing, states, everything };
 
+constexpr int kMaxStates = 4;  // of any cell; arrays over a cell's states are as long
+
+// One state of the cell; state 0 is h. Arrays of S, or null where they are zeros or not asked for.
+struct State {
+  const void* initial;     // [D, N, H]
+  bool initial_is_wide;    // initial is of Sum<S>, as a reserve keeps it; stepwise only
+  void* final;             // [D, N, H]
+  void* all;               // [rows, D*H]: the state after each step; h's is the output, which the backward pass reads
+  const void* grad_final;  // [D, N, H]
+  const void* grad_all;    // [rows, D*H]
+  void* grad_initial;      // [D, N, H]
+};
+
+// What every kernel for a scan gets.
 struct Scan {
   int64_t steps, batch, hidden, directions;  // T, N, H, D
   int64_t rows;                              // of input and output
-  const int64_t* offsets;                    // [T + 1] row where each step begins; null: dense
-  int units, blocks, slices, columns;        // a block's units; blocks and slices of a direction; a slice's rows
+  bool precise;                              // float is multiplied as such, not as TF32
 
-  const void* weight[2];          // of S: w_hh [G*H, H]; in the backward pass its transpose [H, G*H]
+  const void* weight[2];  // of S: w_hh [G*H, P]; in the persistent kernels' backward pass its transpose [H, G*H]
   const void *b_ih[2], *b_hh[2];  // of S, [G*H] or null
   const void* gates;              // of S, [rows, D*G*H]: w_ih x
-  const void* initial[2];         // of S, [D, N, H] or null for zeros
-  void* output;                   // of S, [rows, D*H]; the backward pass reads it
-  void* final[2];                 // of S, [D, N, H]
-  float* reserve;                 // [D, rows, what is kept, H]
+  State states[kMaxStates];
+  void* reserve;  // of Sum<S>, [D, rows, what is kept, H]
   Keep keep;
+  void* grad_gates;  // of S, [rows, D*grads*H]
+};
 
-  const void* grad_output;    // of S, [rows, D*H] or null
-  const void* grad_final[2];  // of S, [D, N, H] or null
-  void* grad_gates;           // of S, [rows, D*grads*H]
-  void* grad_initial[2];      // of S, [D, N, H] or null
+// A scan in one launch.
+struct PersistentScan : Scan {
+  const int64_t* offsets;  // [T + 1] row where each step begins; null: dense
+  int units, batch_tile;   // of a block: hidden units, rows of the batch
+  int blocks, slices;      // of a direction
+  int shared_bytes;        // of a block
 
   // Where the blocks are no cluster:
   uint32_t* flags;  // [D, slices, blocks, kFlagStride], zeros: how many exchanges each block has completed
-  void* exchanged;  // of S, [D, slices, 2, chunks, columns / 8, 32, kVector], zeros
-  bool precise;     // float is multiplied as such, not as TF32
+  void* exchanged;  // of S, [D, slices, 2, slabs, batch_tile / 8, 32, kVector], zeros
 
   RNNKIT_ANYWHERE int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * batch; }
   RNNKIT_ANYWHERE int64_t count(int64_t t) const { return offsets ? offsets[t + 1] - offsets[t] : batch; }
-  RNNKIT_ANYWHERE int tiles() const { return columns / 8; }
+  RNNKIT_ANYWHERE int tiles() const { return batch_tile / 8; }
 };
 
-// Chunks of the exchanged vector: `parts` for each kChunk units, one after the other.
-RNNKIT_ANYWHERE int chunks_of(int64_t hidden, int64_t element_bytes, int parts) {
+// Slabs of an exchanged vector: of every kSlab units one for each gate that is exchanged, which is 1 in the forward pass
+// and G in the backward pass.
+RNNKIT_ANYWHERE int slabs_of(int64_t hidden, int64_t element_bytes, int exchange_gates) {
   const int64_t units = 4 * kVectorBytes / element_bytes;
-  return int((hidden + units - 1) / units) * parts;
+  return int((hidden + units - 1) / units) * exchange_gates;
 }
 template <class S>
-RNNKIT_ANYWHERE int chunks_of(int64_t hidden, int parts) {
-  return chunks_of(hidden, sizeof(S), parts);
+RNNKIT_ANYWHERE int slabs_of(int64_t hidden, int exchange_gates) {
+  return slabs_of(hidden, sizeof(S), exchange_gates);
 }
 
-// Where part `part` of a unit lies for one row of the slice, in elements.
+// Where a unit's value of one gate lies in an exchange for row n of the slice, in elements.
 template <class S>
-RNNKIT_ANYWHERE int64_t place_of(int64_t unit, int part, int parts, int column, int tiles) {
-  const int64_t chunk = unit / kChunk<S> * parts + part;
-  const int within = int(unit % kChunk<S>);
-  const int lane = column % 8 * 4 + within / kVector<S>;
-  return ((chunk * tiles + column / 8) * 32 + lane) * kVector<S> + within % kVector<S>;
+RNNKIT_ANYWHERE int64_t place_of(int64_t unit, int gate, int exchange_gates, int n, int tiles) {
+  const int64_t slab = unit / kSlab<S> * exchange_gates + gate;
+  const int within = int(unit % kSlab<S>);
+  const int lane = n % 8 * 4 + within / kVector<S>;
+  return ((slab * tiles + n / 8) * 32 + lane) * kVector<S> + within % kVector<S>;
 }
 
 constexpr int row_blocks(int rows) { return (rows + 7) / 8; }
 // Floats between two rows of partial sums.
 constexpr int sum_stride(int tiles) { return tiles * 8 + 4; }
-
-// Bytes of shared memory of a block: its rows of weights, in a cluster two exchanges and the block's part of one, the
-// warps' partial sums, and states.
-template <class S>
-RNNKIT_ANYWHERE int64_t shared_bytes(int64_t hidden, int rows, int parts, int tiles, int states, int units, int columns,
-                                     bool cluster) {
-  const int64_t chunks = chunks_of<S>(hidden, parts);
-  const int64_t exchanged =
-      2 * chunks * (columns / 8) * kPieceBytes + int64_t(parts) * columns * units * int64_t(sizeof(S));
-  const int64_t weights = int64_t(row_blocks(rows)) * chunks * kPieceBytes + (cluster ? exchanged : 0);
-  const int64_t sums = int64_t(kWarps) * row_blocks(rows) * 8 * sum_stride(tiles);
-  return weights + (sums + int64_t(states) * units * columns) * int64_t(sizeof(float));
-}
 
 }  // namespace rnnkit::cuda

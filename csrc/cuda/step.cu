@@ -25,13 +25,19 @@ __device__ __forceinline__ void each_element(int64_t rows, int64_t width, const 
 template <class Cell, class S>
 __global__ void __launch_bounds__(kStepThreads) forward_step(const __grid_constant__ Steps steps) {
   const Step& step = steps.of[blockIdx.z];
-  each_element(step.count, step.hidden, [&](int64_t n, int64_t unit) { forward_element<Cell, S>(step, n, unit); });
+  each_element(step.rows, step.hidden, [&](int64_t n, int64_t unit) { forward_element<Cell, S>(step, n, unit); });
 }
 
 template <class Cell, class S>
 __global__ void __launch_bounds__(kStepThreads) backward_step(const __grid_constant__ Steps steps) {
   const Step& step = steps.of[blockIdx.z];
-  each_element(step.visited(), step.hidden, [&](int64_t n, int64_t unit) { backward_element<Cell, S>(step, n, unit); });
+  each_element(step.rows, step.hidden, [&](int64_t n, int64_t unit) { backward_element<Cell, S>(step, n, unit); });
+}
+
+template <class Cell, class S>
+__global__ void __launch_bounds__(kStepThreads) unproject(const Sum<S>* reserve, S* h, int64_t rows, int64_t hidden) {
+  each_element(rows, hidden,
+               [&](int64_t row, int64_t unit) { unprojected_element<Cell, S>(reserve, h, row, hidden, unit); });
 }
 
 template <class S>
@@ -47,7 +53,7 @@ std::string last_error(const char* what) {
 template <class Cell, class S>
 void launch(bool backward, const Steps& steps, Stream stream) {
   const Step& step = steps.of[0];
-  dim3 grid = grid_of(backward ? step.visited() : step.count, step.hidden);
+  dim3 grid = grid_of(step.rows, step.hidden);
   grid.z = static_cast<unsigned>(steps.directions);
   if (backward)
     backward_step<Cell, S><<<grid, kStepThreads, 0, stream>>>(steps);
@@ -65,6 +71,20 @@ std::string launch_step(std::string_view cell, Type type, bool backward, const S
 #undef RNNKIT_LAUNCH
   });
   return last_error("launch of a step");
+}
+
+std::string launch_unprojected(std::string_view cell, Type type, const void* reserve, void* h, int64_t rows,
+                               int64_t hidden, Stream stream) {
+  with_type(type, [&](auto element) {
+    using S = decltype(element);
+#define RNNKIT_LAUNCH(Cell, name)                                                                               \
+  if (cell == name)                                                                                             \
+    unproject<Cell, S><<<grid_of(rows, hidden), kStepThreads, 0, stream>>>(static_cast<const Sum<S>*>(reserve), \
+                                                                           static_cast<S*>(h), rows, hidden);
+    RNNKIT_CELLS(RNNKIT_LAUNCH)
+#undef RNNKIT_LAUNCH
+  });
+  return last_error("launch of an unprojected h");
 }
 
 std::string launch_add(Type type, const Addition& addition, Stream stream) {

@@ -16,6 +16,12 @@ RNNKIT_DEVICE void write(void* array, int64_t index, Sum<S> value) {
   if (array) static_cast<S*>(array)[index] = narrowed<S>(value);
 }
 
+// A state before a step that begins with its initial value, zero without one.
+template <class S>
+RNNKIT_DEVICE Sum<S> initial_of(const State& state, int64_t at) {
+  return state.initial_is_wide ? static_cast<const Sum<S>*>(state.initial)[at] : read<S>(state.initial, at);
+}
+
 template <class Cell, class S>
 RNNKIT_DEVICE void forward_element(const Step& step, int64_t n, int64_t unit) {
   using T = Sum<S>;
@@ -27,17 +33,25 @@ RNNKIT_DEVICE void forward_element(const Step& step, int64_t n, int64_t unit) {
     x[g] = read<S>(step.gates, n * step.gate_stride + row) + read<S>(step.b_ih, row);
     h[g] = read<S>(step.recurrent, n * Cell::gates * hidden + row) + read<S>(step.b_hh, row);
   }
+  const bool begins = step.carry.begins(n), ends = step.carry.ends(n);
 #pragma unroll
-  for (int k = 0; k < Cell::states; ++k) state[k] = static_cast<T*>(step.states[k])[at];
+  for (int k = 0; k < Cell::states; ++k)
+    state[k] = begins ? initial_of<S>(step.states[k], at) : static_cast<const T*>(step.states[k].value)[at];
   T* const reserve = static_cast<T*>(step.reserve);
   if (step.keep == Keep::states)
 #pragma unroll
     for (int k = 1; k < Cell::states; ++k) reserve[(n * (Cell::states - 1) + k - 1) * hidden + unit] = state[k];
   Cell::forward(x, h, state, save);
 #pragma unroll
-  for (int k = 0; k < Cell::states; ++k) static_cast<T*>(step.states[k])[at] = state[k];
+  for (int k = 0; k < Cell::states; ++k) {
+    const StepState& of = step.states[k];
+    if (!ends)
+      static_cast<T*>(of.value)[at] = state[k];
+    else
+      write<S>(of.final, at, state[k]);
+    write<S>(of.all, n * step.stride + unit, state[k]);
+  }
   write<S>(step.h, at, state[0]);
-  write<S>(step.output, n * step.output_stride + unit, state[0]);
   if (step.keep == Keep::everything)
 #pragma unroll
     for (int k = 0; k < Cell::saved; ++k) reserve[(n * Cell::saved + k) * hidden + unit] = save[k];
@@ -46,34 +60,50 @@ RNNKIT_DEVICE void forward_element(const Step& step, int64_t n, int64_t unit) {
 template <class Cell, class S>
 RNNKIT_DEVICE void backward_element(const Step& step, int64_t n, int64_t unit) {
   using T = Sum<S>;
-  const int64_t hidden = step.hidden, at = n * hidden + unit;
+  const int64_t hidden = step.hidden, at = n * hidden + unit, beside = n * step.stride + unit;
   T grad_state[Cell::states];
 #pragma unroll
-  for (int k = 0; k < Cell::states; ++k) grad_state[k] = static_cast<const T*>(step.grad_states[k])[at];
-  if (n < step.grad_recurrent_count) grad_state[0] += read<S>(step.grad_recurrent, at);
-  if (n < step.count) {
+  for (int k = 0; k < Cell::states; ++k)
+    grad_state[k] =
+        step.carry.ends(n) ? read<S>(step.states[k].grad_final, at) : static_cast<const T*>(step.states[k].value)[at];
+  if (n < step.grad_recurrent_rows) grad_state[0] += read<S>(step.grad_recurrent, at);
+  if (step.carry.is_active(n)) {
     T save[Cell::saved + 1], grads[Cell::grads], h = 0, previous_h = 0;
 #pragma unroll
     for (int k = 0; k < Cell::saved; ++k)
       save[k] = static_cast<const T*>(step.reserve)[(n * Cell::saved + k) * hidden + unit];
-    grad_state[0] += read<S>(step.grad_output, n * step.grad_output_stride + unit);
-    if constexpr (Cell::uses_h) h = read<S>(step.output, n * step.output_stride + unit);
+    grad_state[0] += read<S>(step.states[0].grad_all, beside);
+#pragma unroll
+    for (int k = 1; k < Cell::states; ++k)
+      if (step.states[k].grad_all) grad_state[k] += read<S>(step.states[k].grad_all, beside);
+    if constexpr (Cell::uses_h) h = read<S>(step.states[0].all, beside);
     if constexpr (Cell::uses_previous_h)
-      previous_h = n < step.previous_count ? read<S>(step.previous_output, n * step.output_stride + unit)
-                                           : read<S>(step.previous_initial, at);
+      previous_h = step.carry.begins(n) ? read<S>(step.states[0].initial, at) : read<S>(step.previous_output, beside);
     Cell::backward(save, h, previous_h, grad_state, grads);
 #pragma unroll
     for (int k = 0; k < Cell::grads; ++k)
       write<S>(step.grad_gates, n * step.grad_gate_stride + k * hidden + unit, grads[k]);
   }
 #pragma unroll
-  for (int k = 0; k < Cell::states; ++k) static_cast<T*>(step.grad_states[k])[at] = grad_state[k];
+  for (int k = 0; k < Cell::states; ++k) {
+    static_cast<T*>(step.states[k].value)[at] = grad_state[k];
+    write<S>(step.states[k].grad_initial, at, grad_state[k]);
+  }
+}
+
+// h before its projection, from what a step saved of it.
+template <class Cell, class S>
+RNNKIT_DEVICE void unprojected_element(const Sum<S>* reserve, S* h, int64_t row, int64_t hidden, int64_t unit) {
+  Sum<S> save[Cell::saved + 1];
+#pragma unroll
+  for (int k = 0; k < Cell::saved; ++k) save[k] = reserve[(row * Cell::saved + k) * hidden + unit];
+  h[row * hidden + unit] = narrowed<S>(Cell::output(save));
 }
 
 template <class S>
 RNNKIT_DEVICE void add_element(const Addition& addition, int64_t n, int64_t column) {
   const Sum<S> a = read<S>(addition.a.data, n * addition.a.stride + column);
-  write<S>(addition.sum, n * addition.sum_stride + column,
+  write<S>(addition.sum.data, n * addition.sum.stride + column,
            a + read<S>(addition.b.data, n * addition.b.stride + column));
 }
 

@@ -1,0 +1,26 @@
+// Which rows of the batch have a step, and what each has before it.
+//
+// Sequences lie longest first, so at every step the active rows are the first ones. A row that is not active is carried:
+// its states, or their gradients, stay as they are. An active row continues from the step before, or begins here with
+// its initial states: all rows at the first step, and in the reverse direction also those of shorter sequences later.
+#pragma once
+
+#include "cuda/elements.h"
+
+namespace rnnkit::cuda {
+
+// Rows of one step of one direction; before and after are the neighbours in the order of that direction's forward pass.
+template <class Int>
+struct Carry {
+  Int active;  // rows that have this step
+  Int before;  // rows that have the step before; 0 at the first step
+  Int after;   // rows that have the step after; 0 at the last step
+
+  RNNKIT_ANYWHERE bool is_active(Int n) const { return n < active; }
+  // Before this step the row has its initial states.
+  RNNKIT_ANYWHERE bool begins(Int n) const { return n >= before; }
+  // This step leaves the row's final states, whose gradients the backward pass begins with.
+  RNNKIT_ANYWHERE bool ends(Int n) const { return n < active && n >= after; }
+};
+
+}  // namespace rnnkit::cuda
