@@ -8,6 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "docs/guide.md"]
+DOCS = sorted(
+    f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md") if path.name != "guide.md"
+)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -19,7 +22,7 @@ def test_code_runs(page: str) -> None:
     assert blocks
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/performance.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", [*PAGES, *DOCS, "CONTRIBUTING.md"])
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
     for target, anchor in re.findall(r"\]\(([^)#:]*)(#[^)]*)?\)", path.read_text("utf-8")):
@@ -28,3 +31,18 @@ def test_links_lead_somewhere(page: str) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", file.read_text("utf-8"), re.MULTILINE)
             assert anchor[1:] in {heading.lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_files_that_are_named_are_there(page: str) -> None:
+    """By the whole path, or by its end."""
+    text = (ROOT / page).read_text("utf-8")
+    names = set(re.findall(r"`([\w./]+(?:\.py|\.h|\.cpp|\.cu|\.md|\w/))`", text)) - {
+        "csrc/cells/NAME.h"
+    }
+    tops = ("rnnkit", "csrc", "tests", "docs", "benchmarks", "examples")
+    paths = [path for top in tops for path in (ROOT / top).rglob("*")]
+    there = [f"/{path.relative_to(ROOT).as_posix()}" for path in [*paths, *ROOT.iterdir()]]
+    assert len(names) > 5
+    for name in names:
+        assert any(path.endswith(f"/{name.rstrip('/')}") for path in there), name
