@@ -1,6 +1,6 @@
-"""Compiles files side by side, as many as cores and memory allow; for setup.py and build_cuda.py.
+"""Compiles files in parallel, as many at once as cores and memory allow, for setup.py and build_cuda.py.
 
-An object is compiled again when the command, the compiler or a file that the compiler read has changed.
+An object is compiled again if its command, the compiler or a file that the compiler read has changed.
 """
 
 import os
@@ -12,18 +12,18 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
-#: What a compiler may take at most. Those of csrc/cpu/ stay below it.
+#: The memory to plan for each compiler, in bytes. No file of csrc/cpu/ takes more.
 MEMORY_OF_COMPILER = 2**30
 
-#: What `-Xptxas=-v` says of each kernel, kept in a report beside the object.
+#: Lines of `-Xptxas=-v` about a kernel's resources; they go to a report beside the object.
 RESOURCES = re.compile(r"ptxas info|\s+\d+ bytes stack frame")
 
-#: How gcc and clang tell that a part of them got SIGKILL; a shell's status of that is 137.
+#: What gcc and clang print if a process of theirs got SIGKILL. A shell returns 137 for it.
 KILLED = re.compile(r"Killed signal terminated|unable to execute command: Killed")
 
 
 class Part(NamedTuple):
-    """One object: `command` compiles `source` to `target`; `compiler` is the version it tells."""
+    """One object: `command` compiles `source` to `target`; `compiler` is the compiler's version."""
 
     command: list[str]
     source: Path
@@ -32,10 +32,10 @@ class Part(NamedTuple):
 
 
 def run(command: list[str]) -> str:
-    """What `command` writes to both of its outputs.
+    """Runs `command` and returns its stdout and stderr.
 
     Raises:
-        RuntimeError: it failed; with the line that says why. A few lines from there on go to stderr.
+        RuntimeError: the command failed. The message is the line that says why; 20 lines from there go to stderr.
     """
     try:
         done = subprocess.run(
@@ -44,7 +44,9 @@ def run(command: list[str]) -> str:
     except OSError as error:
         raise RuntimeError(f"{command[0]}: {error.strerror}") from error
     if done.returncode in (-9, 137) or (done.returncode and KILLED.search(done.stdout)):
-        raise RuntimeError("the compiler was killed, as if memory ran out: set MAX_JOBS=1")
+        raise RuntimeError(
+            "the compiler was killed, probably because memory ran out: set MAX_JOBS=1"
+        )
     if done.returncode:
         lines = done.stdout.splitlines()
         first = next((i for i, line in enumerate(lines) if re.search(r"error|fatal", line)), 0)
@@ -55,7 +57,7 @@ def run(command: list[str]) -> str:
 
 
 def cgroup_memory(root: Path = Path("/")) -> list[int]:
-    """What is free in each of this process's control groups that limit memory; page cache counts as free."""
+    """The bytes free in each of this process's control groups that limit memory. Page cache counts as free."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -69,7 +71,7 @@ def cgroup_memory(root: Path = Path("/")) -> list[int]:
             mount, limit, keys = "memory", "memory.limit_in_bytes", ("total_rss", "total_shmem")
         else:
             continue
-        # In a container the path may be the host's, and the container's own group is the root that it sees.
+        # In a container the path may be the host's, while the container sees its own group as the root.
         parts = Path(path).parts[1:]
         for depth in range(len(parts), -1, -1):
             group = Path(root, "sys/fs/cgroup", mount, *parts[:depth])
@@ -85,7 +87,7 @@ def cgroup_memory(root: Path = Path("/")) -> list[int]:
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that compilers can take: what the machine has available, or less in a container; None: not known."""
+    """The bytes that are free on this machine, or fewer if a container limits them; None if unknown."""
     free = cgroup_memory(root)
     try:
         told = re.search(r"MemAvailable:\s+(\d+)", (root / "proc/meminfo").read_text())
@@ -97,7 +99,7 @@ def free_memory(root: Path = Path("/")) -> int | None:
 
 
 def jobs() -> int:
-    """How many compilers run at once: MAX_JOBS, or one for each core that has memory for it."""
+    """How many compilers run at once: MAX_JOBS, or one for each core, as far as memory allows."""
     if asked := os.environ.get("MAX_JOBS"):
         if not asked.isdecimal():
             raise RuntimeError(f"expected MAX_JOBS to be a number, got {asked!r}")
@@ -109,12 +111,12 @@ def jobs() -> int:
 
 
 def record(part: Part) -> str:
-    """What is noted beside an object of how it was made."""
+    """The text that is written beside an object: the compiler and the command that made it."""
     return "\n".join([part.compiler, *part.command])
 
 
 def up_to_date(part: Part) -> bool:
-    """Whether the object is made by this command, and newer than all files in the list that the compiler wrote."""
+    """Whether the object was made by this command, and is newer than all files that the compiler read."""
     try:
         if part.target.with_suffix(".command").read_text() != record(part):
             return False
@@ -127,16 +129,17 @@ def up_to_date(part: Part) -> bool:
 
 
 def compile(part: Part) -> None:
-    """Compiles an object that is not up to date; the report of resources goes beside it.
+    """Compiles an object unless it is up to date; ptxas's report of resources goes beside it.
 
     Raises:
-        RuntimeError: it does not compile; with the line that says why.
+        RuntimeError: the source does not compile. The message is the line that says why.
     """
     if up_to_date(part):
         return
     source, target = part.source, part.target
     target.parent.mkdir(parents=True, exist_ok=True)
-    # An interrupted compiler leaves no object that looks finished, and a source edited meanwhile is newer.
+    # The object gets its name only when it is finished, and the time at which the compiler started: so neither an
+    # interrupted compiler nor a source edited meanwhile leaves an object that looks up to date.
     started = time.time()
     unfinished = target.with_suffix(".unfinished.o")
     dependencies = ["-MD", "-MF", str(target.with_suffix(".d"))]
@@ -157,17 +160,17 @@ def compile(part: Part) -> None:
 
 
 def write_generated(path: Path, text: str) -> None:
-    """Writes a header, unless it says so already: what includes it is then not compiled again."""
+    """Writes a header if its text has changed, so that files that include it are not compiled again for nothing."""
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
 
 def compile_all(parts: list[Part]) -> list[str]:
-    """Compiles the objects that are not up to date; returns all of them, in the order of `parts`.
+    """Compiles the objects that are not up to date. Returns the paths of all of them, in the order of `parts`.
 
     Raises:
-        RuntimeError: one of them does not compile; with the line that says why.
+        RuntimeError: a source does not compile. The message is the line that says why.
     """
     with ThreadPoolExecutor(jobs()) as pool:
         futures = [pool.submit(compile, part) for part in parts]

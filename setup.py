@@ -1,21 +1,21 @@
-"""Builds rnnkit: `rnnkit._C` from csrc/, and on request pure Python.
+"""Builds rnnkit: the extension `rnnkit._C` from csrc/, or on request pure Python.
 
-The kernels (csrc/cpu/kernels/) are compiled once per CPU capability into the one module, which chooses
-at run time. On Linux an extension that cannot be built is an error; elsewhere rnnkit is pure Python. The CUDA
-kernels become a second library (build_cuda.py), where torch has CUDA and nvcc is there. What was built, or why
-it was not, is written to rnnkit/_build.py for rnnkit/backends.py.
+The kernels (csrc/cpu/kernels/) are compiled once for each ISA into one module, which chooses at run time. On Linux it
+is an error if the extension cannot be built; elsewhere rnnkit is pure Python. If torch has CUDA and there is an nvcc,
+the CUDA kernels become a second library (build_cuda.py). rnnkit/_build.py records for rnnkit/backends.py what was
+built, or why not.
 
 Environment:
     RNNKIT_CPU=0          do not build the extension: pure Python, which needs neither torch nor a compiler
-    RNNKIT_CPU=1          fail where it is not built, on other systems than Linux, too
+    RNNKIT_CPU=1          fail if the extension is not built, also on other systems than Linux
     RNNKIT_CUDA=0         do not build the CUDA library
-    RNNKIT_CUDA=1         fail where it cannot be built, and build it beside a torch without CUDA, too
+    RNNKIT_CUDA=1         fail if the CUDA library cannot be built; build it also with a torch without CUDA
     RNNKIT_SANITIZE=...   value of -fsanitize, for example address,undefined
-    CC, CXX               compilers, as everywhere
-    MAX_JOBS              compilers at once; by default one for each core that has 1 GiB of free memory
-    CUDA_HOME, CUDA_PATH  the CUDA toolkit; without them that of the nvcc on PATH, or /usr/local/cuda
-    TORCH_CUDA_ARCH_LIST  GPUs to build for, such as '8.0;9.0+PTX'. Without it, in place (editable installations
-                          too) those in sight; else, or where there are none, 8.0 to 10.0 and PTX: minutes
+    CC, CXX               the compilers
+    MAX_JOBS              compilers that run at once; by default at most one for each core and GiB of free memory
+    CUDA_HOME, CUDA_PATH  the CUDA toolkit; by default that of the nvcc on PATH, or /usr/local/cuda
+    TORCH_CUDA_ARCH_LIST  GPUs to build for, such as '8.0;9.0+PTX'; by default 8.0 to 10.0 and PTX, which takes
+                          minutes, or, in place and in editable installations, the GPUs of this machine if any
 """
 
 import os
@@ -36,7 +36,7 @@ if int(setuptools.__version__.partition(".")[0]) < 77:
 
 from setuptools.command.bdist_wheel import bdist_wheel
 
-# A build by pip does not look for modules here.
+# In a build by pip, sys.path does not contain this folder.
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import build_objects
@@ -45,7 +45,7 @@ try:
     import torch
     from torch.utils import cpp_extension
 
-    # Its ninja would know one set of flags.
+    # torch's ninja build has only one set of flags for all files.
     BuildExtension = cpp_extension.BuildExtension.with_options(use_ninja=False)
     TORCH_VERSION, TORCH_ABSENT = torch.__version__, ""
 except (ImportError, OSError) as error:
@@ -55,7 +55,7 @@ except (ImportError, OSError) as error:
 
 SANITIZE = os.environ.get("RNNKIT_SANITIZE", "")
 
-#: Flags for each CPU capability, in ascending order; the names are C++ namespaces.
+#: The flags for each ISA, in ascending order; the names are C++ namespaces.
 CAPABILITIES: dict[str, list[str]] = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     CAPABILITIES["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -71,7 +71,7 @@ FLAGS = [
     "-g0",
     "-fopenmp",
     "-fvisibility=hidden",
-    "-fwrapv",  # Python's own flags have it on some systems; the kernels are measured with it
+    "-fwrapv",  # some Pythons add it to extensions' flags; the kernels are measured with it
     "-Wall",
     "-Wextra",
 ]
@@ -79,9 +79,9 @@ LINK_FLAGS = ["-fopenmp"]
 if SANITIZE:
     # vptr needs the type information of classes that torch does not export.
     sanitize = [f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
-    # Contracting a * b + c as in the ordinary build, for the tests' tolerances hold for that one.
+    # -fexpensive-optimizations contracts a * b + c to FMAs, as the ordinary build does; the tests' tolerances need it.
     FLAGS += ["-O1", "-fexpensive-optimizations", "-g1", "-fno-omit-frame-pointer", *sanitize]
-    FLAGS += ["-fno-wrapv"]  # it defines signed overflow, which then goes unreported
+    FLAGS += ["-fno-wrapv"]  # -fwrapv would hide signed overflow from UBSan
     LINK_FLAGS += sanitize
 
 
@@ -91,14 +91,14 @@ def sources(directory: str) -> list[str]:
 
 
 def kernels(capability: str, files: list[str]) -> list[str]:
-    """Those of `files` that are compiled for it: bfloat16's own instructions serve bfloat16 alone."""
+    """Those of `files` that are compiled for an ISA: with bfloat16 instructions, only the kernels of bfloat16."""
     if capability.endswith("_bf16"):
         return [file for file in files if file.endswith(("/bfloat16.cpp", "/peak.cpp"))]
     return [file for file in files if not file.endswith("/bfloat16.cpp")]
 
 
 def extension() -> Extension:
-    """`rnnkit._C`; what depends on torch is left out where there is none, and then not built."""
+    """The extension `rnnkit._C`. Without torch it lacks flags and libraries, and is not built."""
     module = Extension(
         "rnnkit._C", sources("csrc/cpu"), depends=sources("csrc/cpu/kernels"), language="c++"
     )
@@ -111,7 +111,7 @@ def extension() -> Extension:
     return module
 
 
-#: What to type where it was built without, or for another torch; `.` may be git+URL, too.
+#: What to type if the extension was not built, or built for another torch; `.` may also be git+URL.
 INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir ."
 
 NEEDED = "install g++ 11 or clang 19, or later"
@@ -119,7 +119,7 @@ PURE = "RNNKIT_CPU=0 installs pure Python, which is slow"
 
 
 def why_not(switch: str) -> str:
-    """Why the extension of this `switch` will not be built; empty when it is to be tried."""
+    """Why the extension that `switch` turns off is not to be built; empty if it is."""
     if os.environ.get(switch) == "0":
         return f"it was built with {switch}=0"
     if sys.platform != "linux":
@@ -130,7 +130,7 @@ def why_not(switch: str) -> str:
 
 
 def compiler_version() -> str:
-    """The first line that the C++ compiler says of itself.
+    """The first line of the C++ compiler's `--version`.
 
     Raises:
         RuntimeError: there is no compiler, or it does not run.
@@ -146,7 +146,7 @@ def compiler_version() -> str:
 
 
 def check_requirements() -> None:
-    """Ends a build that cannot compile the extension at once, before anything else is done or said."""
+    """Exits at once, before anything else is done or printed, if the extension cannot be compiled."""
     commands = {"bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"}
     if sys.platform != "linux" or os.environ.get("RNNKIT_CPU") == "0" or not commands & {*sys.argv}:
         return
@@ -163,10 +163,10 @@ def check_requirements() -> None:
 
 
 class BuildWheel(bdist_wheel):
-    """Where nothing was compiled, the wheel is for every Python and system."""
+    """Tags the wheel for every Python and system if nothing was compiled."""
 
     def run(self) -> None:
-        """Builds first, for that decides."""
+        """Builds first, because only the build tells whether anything is compiled."""
         if not self.skip_build:
             self.run_command("build")
         self.skip_build = True
@@ -175,18 +175,18 @@ class BuildWheel(bdist_wheel):
 
 
 class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
-    """Builds the extension unless that is not wanted, and writes _build.py beside it in any case."""
+    """Builds the extensions that are wanted, and writes _build.py beside them in any case."""
 
     def finalize_options(self) -> None:
-        """Keeps objects in one folder per kind of build: pip's own is temporary, so never up to date."""
+        """Keeps objects in one folder for each kind of build: pip's is temporary, so that nothing would be reused."""
         super().finalize_options()
         python, compiler = sys.implementation.cache_tag, os.environ.get("CXX", "")
         kind = [sysconfig.get_platform(), python, TORCH_VERSION, SANITIZE, compiler]
-        self.force = True  # to link; what is compiled is decided by build_objects
+        self.force = True  # always link; build_objects decides what is compiled
         self.build_temp = str(Path("build", "-".join(re.sub(r"\W", "_", k) for k in kind if k)))
 
     def run(self) -> None:
-        """Build, or note the reason why not."""
+        """Builds, and writes to _build.py what was built, or why not."""
         target = Path(self.get_ext_fullpath(self.extensions[0].name))
         target.parent.mkdir(parents=True, exist_ok=True)
         reason, compiler = self.build_cpu(target)
@@ -207,7 +207,7 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
         )
 
     def build_cpu(self, target: Path) -> tuple[str, str]:
-        """Builds `rnnkit._C` as `target`; why it was not built, and the compiler."""
+        """Builds `rnnkit._C` as `target`. Returns why it was not built (empty if it was), and the compiler."""
         if reason := why_not("RNNKIT_CPU"):
             if os.environ.get("RNNKIT_CPU") == "1":
                 sys.exit(f"rnnkit: {reason}")
@@ -225,7 +225,7 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
         return "", self.compiler_version
 
     def build_cuda(self, target: Path) -> tuple[str, str, tuple[str, ...]]:
-        """Builds the CUDA library `target`; why it was not built, nvcc's version and the architectures."""
+        """Builds the CUDA library `target`. Returns why it was not built (empty if it was), nvcc and architectures."""
         required = os.environ.get("RNNKIT_CUDA") == "1"
         reason = why_not("RNNKIT_CUDA")
         if not reason:
@@ -246,18 +246,18 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
         return reason, "", ()
 
     def build_extension(self, ext: Extension) -> None:
-        """Compiles the kernels with each capability's flags beside the module's ordinary sources.
+        """Compiles the ordinary sources, and the kernels once with each ISA's flags, into one module.
 
-        Of an inline function that several objects hold, the linker keeps the first one's: ordinary
-        sources first and capabilities ascending, code for a newer CPU is reached on such a CPU only.
+        Code for a newer CPU must never run on an older one. If several objects contain the same inline function, the
+        linker keeps the first object's: therefore ordinary sources come first and ISAs in ascending order.
         """
         names = [name for name in CAPABILITIES if name != "baseline"]
-        # Kernels see no torch header, and warnings in torch's are not ours.
+        # -isystem silences warnings in torch's headers. The kernels include no header of torch.
         include = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-        # What only torch's headers need: half the memory and time that all of its operators would take.
+        # One header for each operator of torch takes half the memory and time of the one with all operators.
         ordinary = [*include, "-DAT_PER_OPERATOR_HEADERS"]
         if "clang" not in self.compiler_version:
-            ordinary += ["--param=ggc-min-expand=30"]  # gcc collects its garbage earlier
+            ordinary += ["--param=ggc-min-expand=30"]  # makes gcc take less memory
         ordinary += [f"-DRNNKIT_HAS_{name.upper()}" for name in names]
         sets = [("", ext.sources, ordinary)]
         for name, flags in CAPABILITIES.items():

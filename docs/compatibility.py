@@ -1,9 +1,9 @@
-"""Writes docs/compatibility.md: what PyTorch does with torch.nn's layers and with rnnkit's, found by trying it.
+"""Tries what PyTorch does with torch.nn's layers and with rnnkit's, and writes docs/compatibility.md.
 
     python docs/compatibility.py            tries everything and writes the page
-    python docs/compatibility.py --show     prints it instead
+    python docs/compatibility.py --show     prints the page instead
 
-A probe gets the package, torch.nn or rnnkit, and a device; what it raises is the table's "no".
+A probe gets the package, torch.nn or rnnkit, and a device. If it raises, the table says "no" and shows the error.
 """
 
 import argparse
@@ -55,10 +55,10 @@ PAGE = Path(__file__).with_suffix(".md")
 
 Probe = Callable[[ModuleType, str], None]
 
-#: By section and feature.
+#: (section, feature) -> the function that tries it.
 PROBES: dict[tuple[str, str], Probe] = {}
 
-#: What a GPU has not been asked yet.
+#: What the page says of GPUs if the machine has none.
 UNKNOWN = "not yet run on a GPU"
 
 
@@ -76,7 +76,7 @@ def lstm(package: ModuleType, device: str) -> nn.Module:
 
 
 class Encoder(nn.Module):
-    """Packs sequences, runs them, and pads what comes out."""
+    """A model that packs padded sequences, runs a layer and pads the output."""
 
     def __init__(self, package: ModuleType) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def _(package: ModuleType, device: str) -> None:
     assert layer.weight_hh_l0.grad is not None
 
 
-@probe("torch.compile", "another T and N without another compilation (`dynamic=True`)")
+@probe("torch.compile", "new T and N without recompilation (`dynamic=True`)")
 def _(package: ModuleType, device: str) -> None:
     compiled = one_graph(lstm(package, device), dynamic=True)
     compiled(x(device))
@@ -143,7 +143,7 @@ def _(package: ModuleType, device: str) -> None:
 
 
 @probe(
-    "torch.compile", "a model in one graph, from embedding to loss, on inductor, and its training"
+    "torch.compile", "a model in one graph on inductor, from embedding to loss, and its training"
 )
 def _(package: ModuleType, device: str) -> None:
     class Model(nn.Module):
@@ -239,7 +239,7 @@ def _(package: ModuleType, device: str) -> None:
     assert_close(program.module()(i)[0], layer(i)[0])
 
 
-@probe("export", "`torch.fx.symbolic_trace` makes a node of the layer")
+@probe("export", "`torch.fx.symbolic_trace` records the layer as one node")
 def _(package: ModuleType, device: str) -> None:
     model, i = nn.Sequential(lstm(package, device)), x(device)
     assert_close(torch.fx.symbolic_trace(model)(i)[0], model(i)[0])
@@ -319,7 +319,7 @@ def _(package: ModuleType, device: str) -> None:
     assert not torch.equal(layer.weight_hh_l0, before)
 
 
-@probe("autocast", "without it, another dtype of the input is an error")
+@probe("autocast", "without autocast, an input of another dtype than the weights' is an error")
 def _(package: ModuleType, device: str) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         try:
@@ -390,7 +390,7 @@ def _(package: ModuleType, device: str) -> None:
     assert_close(found, torch.stack([layer(i)[0] for layer in layers]))
 
 
-@probe("functional", "gradients of each sample: `vmap` of `grad`")
+@probe("functional", "per-sample gradients: `vmap` of `grad`")
 def _(package: ModuleType, device: str) -> None:
     layer = lstm(package, device)
     samples = x(device).detach().transpose(0, 1).unsqueeze(2)
@@ -436,7 +436,7 @@ def _(package: ModuleType, device: str) -> None:
     assert_close(functional.hvp(loss, i, i)[1].flatten(), second @ i.flatten())
 
 
-@probe("functional", "MAML: a step of SGD inside, differentiated")
+@probe("functional", "MAML: gradients through a step of SGD")
 def _(package: ModuleType, device: str) -> None:
     layer, i = lstm(package, device).double(), x(device).double().detach()
     weights = {name: weight.detach().requires_grad_() for name, weight in layer.named_parameters()}
@@ -510,7 +510,7 @@ def _(package: ModuleType, device: str) -> None:
         assert layer.weight_hh_l0.grad is not None
 
 
-# Training at scale. One process is a group here; tests/test_distributed.py has two.
+# Training at scale. The group has one process here; tests/test_distributed.py uses two.
 
 
 @contextmanager
@@ -570,7 +570,7 @@ def _(package: ModuleType, device: str) -> None:
     assert counter.get_total_flops() == 2 * 5 * 2 * 12 * (3 + 4)
 
 
-@probe("modules", "outputs of `batch_first` layers and of cells detached in place, of a GRU")
+@probe("modules", "`detach_()` on the outputs of a `batch_first` GRU and of a GRU cell")
 def _(package: ModuleType, device: str) -> None:
     package.GRU(3, 4, batch_first=True, device=device)(x(device))[0].detach_()
     package.GRUCell(3, 4, device=device)(x(device)[0]).detach_()
@@ -583,7 +583,7 @@ def _(package: ModuleType, device: str) -> None:
         assert_close(other(i)[0], layer(i)[0])
 
 
-@probe("modules", "`torch.save` of the model; of its `state_dict`, with `weights_only=True`")
+@probe("modules", "`torch.save` of the model, and of its `state_dict` with `weights_only=True`")
 def _(package: ModuleType, device: str) -> None:
     layer, i = lstm(package, device), x(device)
     for saved, only in ((layer, False), (layer.state_dict(), True)):
@@ -608,7 +608,7 @@ def _(package: ModuleType, device: str) -> None:
         assert_close(other(i)[0], layer(i)[0])
 
 
-@probe("modules", "`share_memory`: another process's write is seen")
+@probe("modules", "`share_memory`: another process's write takes effect")
 def _(package: ModuleType, device: str) -> None:
     layer, i = lstm(package, device).share_memory(), x(device)
     before = layer(i)[0]
@@ -652,7 +652,7 @@ def _(package: ModuleType, device: str) -> None:
         assert all(weight.grad is not None for weight in layer.parameters())
 
 
-@probe("modules", "a parametrized weight that changes is seen")
+@probe("modules", "a change of a parametrized weight takes effect")
 def _(package: ModuleType, device: str) -> None:
     layer, i = parametrizations.weight_norm(lstm(package, device), "weight_hh_l0"), x(device)
     before = layer(i)[0]
@@ -674,7 +674,7 @@ def _(package: ModuleType, device: str) -> None:
 
 
 def tried(run: Probe, package: ModuleType, device: str) -> str:
-    """`yes`, or `no` and the error."""
+    """Runs a probe. Returns "yes", or "no" and the error."""
     torch._dynamo.reset()
     try:
         run(package, device)
@@ -691,9 +691,9 @@ def page() -> str:
     lines = [
         "# What works with rnnkit's layers, and with torch.nn's",
         "",
-        "Found by trying each on an LSTM; `python docs/compatibility.py` tries it again and writes this page.",
+        "Tried on an LSTM unless a row names another. `python docs/compatibility.py` repeats it and writes this page.",
         f"torch {torch.__version__}, Python {sys.version.split()[0]}, rnnkit {rnnkit.__version__}, GPU: {device};"
-        f" {date.today()}. The GRU and the RNN of torch.nn run on other code on the CPU, and may do more there.",
+        f" {date.today()}. On the CPU, torch.nn's GRU and RNN run on other code than its LSTM, and may support more.",
         "",
         "| | torch.nn, CPU | rnnkit, CPU | torch.nn, cuDNN | rnnkit, GPU |",
         "|---|---|---|---|---|",
@@ -710,7 +710,9 @@ def page() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="tries what docs/compatibility.md tells")
+    parser = argparse.ArgumentParser(
+        description="tries everything and writes docs/compatibility.md"
+    )
     parser.add_argument("--show", action="store_true", help="print the page, write nothing")
     options = parser.parse_args()
     for needed in ("onnxscript", "safetensors"):

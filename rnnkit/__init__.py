@@ -1,4 +1,4 @@
-"""rnnkit: torch.nn's recurrent layers and cells on fused kernels, exchanged by one import."""
+"""rnnkit: torch.nn's recurrent layers and cells on fused kernels, as a drop-in replacement."""
 
 from rnnkit.backends import backend
 from rnnkit.cells import GRUCell, LSTMCell, RNNCell

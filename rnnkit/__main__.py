@@ -19,14 +19,14 @@ from rnnkit import backends
 
 Facts = dict[str, str | int | bool | list[str]]
 
-#: CPU features that decide how fast kernels can be, by their names in /proc/cpuinfo.
+#: CPU features that decide how fast the kernels can be, by their names in /proc/cpuinfo.
 _FEATURES = (
     *("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
     *("avx_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16"),
     *("asimd", "asimdhp", "bf16", "sve", "sve2"),
 )
 
-#: Environment variables, or their beginnings, that change what is loaded or how it runs.
+#: Prefixes of environment variables that change what is loaded or how it runs.
 _VARIABLES = (
     *("RNNKIT_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "ATEN_CPU_CAPABILITY"),
     *("CUDA_", "TORCH_CUDA_ARCH_LIST", "LD_PRELOAD", "TORCH_COMPILE_DISABLE", "TRITON_"),
@@ -41,7 +41,7 @@ def _version(package: str) -> str:
 
 
 def _cpu() -> Facts:
-    """Name and features as Linux tells them; elsewhere what Python knows."""
+    """The CPU's name and features from /proc/cpuinfo; without that file only the name that Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -61,7 +61,7 @@ def _cpu() -> Facts:
 
 
 def _driver() -> str:
-    """The version of NVIDIA's driver, as Linux tells it."""
+    """The version of NVIDIA's driver, from /proc."""
     try:
         told = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
@@ -89,7 +89,7 @@ def _gpu() -> Facts:
 
 
 def _built() -> Facts:
-    """What setup.py noted; a checkout that was never built has no note."""
+    """The contents of rnnkit/_build.py, which setup.py writes; a checkout that was never built has none."""
     try:
         build = importlib.import_module("rnnkit._build")
     except ModuleNotFoundError:
@@ -98,19 +98,19 @@ def _built() -> Facts:
         "torch": build.TORCH_VERSION or "none",
         "compiler": build.COMPILER or "none",
         "CPU capabilities": list(build.CAPABILITIES),
-        # A note of a build before there was a CUDA library has nothing of it.
+        # A _build.py written before the CUDA library existed lacks these two names.
         "nvcc": getattr(build, "CUDA_COMPILER", "") or "none",
         "GPU architectures": list(getattr(build, "CUDA_ARCHITECTURES", ())),
     }
 
 
 def _backends() -> Facts:
-    """Which loaded; why the others did not."""
+    """For each backend, whether it loaded, and if not, why."""
     facts: Facts = {
         name: f"not available: {reason}" if (reason := backends.unavailable(name)) else "loaded"
         for name in backends.BACKENDS
     }
-    if backends.EXTENSION is None:  # on the CPU; the CUDA library has a line of its own
+    if backends.EXTENSION is None:  # "cpp" means the CPU here; the CUDA library has its own line
         facts["cpp"] = f"not available: {backends.EXTENSION_REASON}"
     else:
         facts["cpp"] = f"loaded: {backends.EXTENSION.capability()} kernels"
@@ -118,14 +118,14 @@ def _backends() -> Facts:
 
 
 def _serving() -> Facts:
-    """The backend that serves each kind of device, asked without the warning that users get."""
+    """The backend that serves each device type; the warning about the reference is suppressed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return {kind: backends.serving(torch.device(kind)) for kind in ("cpu", "cuda")}
 
 
 def info() -> dict[str, Facts]:
-    """Everything `python -m rnnkit info` prints, by section."""
+    """Everything that `python -m rnnkit info` prints, by section."""
     return {
         "versions": {
             "rnnkit": rnnkit.__version__,

@@ -1,7 +1,7 @@
 """One layer with gradients: picks the backend and wraps the ops for autograd.
 
-First order runs on the ops. Double backward, forward-mode AD and torch.func transforms go through the
-differentiable reference, so that they are correct for every cell without a kernel of their own.
+First-order gradients run on the ops. Double backward, forward-mode AD and torch.func transforms run on the
+differentiable reference, which makes them correct for every cell without kernels for them.
 """
 
 from collections.abc import Sequence
@@ -20,17 +20,16 @@ from rnnkit.call import Keep, LayerCall
 def run(
     call: LayerCall, *, keep: Keep = Keep.EVERYTHING, packed: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """`reference.run`, on the backend that serves the input's device.
+    """The results of `reference.run`, computed by the backend that serves the input's device.
 
-    `keep` holds where gradients are needed; `packed`, of frozen weights, where they are not.
+    `keep` is used only if gradients are needed; `packed`, the packed weights of a frozen layer, only if they are not.
     """
     device = call.input.device
     if torch.compiler.is_compiling():
         if torch.onnx.is_in_onnx_export():
             return exporting.run(call)
-        if (
-            torch.compiler.is_exporting() and not call.states
-        ):  # AOTInductor gives ops no empty lists
+        # AOTInductor cannot pass an empty list to an op.
+        if torch.compiler.is_exporting() and not call.states:
             ragged = call.batch_sizes
             batch: Any = call.input.size(1) if ragged is None else ragged[0].item()
             call = replace(call, states=call.zero_states(batch))
@@ -43,10 +42,9 @@ def run(
             *call.tensors,
         )
         output, *others = found[: call.outputs]
+        # The backward pass needs the output, and a script may write to the one that it gets.
         if torch.compiler.is_compiling():
-            output = (
-                output.clone()
-            )  # saved for the backward pass, and scripts may write to what they get
+            output = output.clone()
         return [output, *others], list(found[call.outputs :])
     if _interprets(device):
         packed = None
@@ -55,37 +53,40 @@ def run(
 
 
 def _interprets(device: torch.device) -> bool:
-    """Whether Triton's interpreter is to run what a GPU would."""
+    """Whether Triton's interpreter runs the GPU ops on these CPU tensors."""
     return device.type == "cpu" and backends.forced_backend() == "triton"
 
 
 def _ops(device: torch.device) -> Any:
-    """The ops of the backend that serves `device`: those of CPU tensors are the CPU's kernels."""
+    """`ops`, which dispatches by device, or `gpu` if Triton's interpreter serves CPU tensors."""
     return gpu if _interprets(device) else ops
 
 
 def _on_reference(device: torch.device) -> bool:
-    """Whether the reference is to be seen by autograd and compilers; else it may be what the ops run."""
+    """Whether to run the reference as ordinary torch code, which autograd and compilers trace op by op.
+
+    In a compiled graph the reference stays behind the op, unless a user forced it: one node instead of T steps.
+    """
     if backends.serving(device) != "reference":
         return False
-    # A graph holds the op rather than T steps, unless the reference was asked for.
     return not torch.compiler.is_compiling() or backends.forced_backend() is not None
 
 
 def _need_grad(tensors: Sequence[Tensor]) -> bool:
-    """Whether any tensor wants a gradient; inference tensors cannot have one, whatever they say."""
-    if torch.compiler.is_compiling():  # the compiler knows no inference tensors
+    """Whether any tensor needs a gradient; an inference tensor cannot have one, even if its requires_grad is True."""
+    if torch.compiler.is_compiling():  # the compiler cannot trace is_inference
         return any(t.requires_grad for t in tensors)
     return any(t.requires_grad and not t.is_inference() for t in tensors)
 
 
 def _transformed(tensors: Sequence[Tensor]) -> bool:
-    """Whether a torch.func transform or a forward-mode tangent is to be carried through."""
+    """Whether a torch.func transform is active or a tensor has a forward-mode tangent."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    if any(torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors):  # is_grads_batched
+    # is_grads_batched=True makes such tensors.
+    if any(torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors):
         return True
     if forward_ad._current_level < 0:
         return False
@@ -93,11 +94,11 @@ def _transformed(tensors: Sequence[Tensor]) -> bool:
 
 
 class _Watch:
-    """Tells whether a tensor was written to, without holding its memory."""
+    """Detects writes to a tensor without keeping its memory alive."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._counter = tensor.detach()
-        self._counter.data = tensor.new_empty(0)  # keeps the version counter that views share
+        self._counter.data = tensor.new_empty(0)  # still shares the tensor's version counter
         self._version = tensor._version
 
     def written(self) -> bool:
@@ -105,9 +106,9 @@ class _Watch:
 
 
 def _as_they_are(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Tensors on the data that these have now, which users may exchange (`weight.data = ...`).
+    """Aliases of the tensors' present data, which stay valid if a user assigns to `.data` later.
 
-    None of them where hooks, such as `save_on_cpu`, are to keep the data themselves.
+    An empty list under hooks of saved tensors, such as `save_on_cpu`, which keep the data themselves.
     """
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         return []
@@ -115,16 +116,19 @@ def _as_they_are(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _are_differentiated(grads: Sequence[Tensor | None]) -> bool:
-    """Whether a backward pass from `grads` is itself to be differentiated or transformed."""
+    """Whether the backward pass from `grads` has to be differentiable itself, or runs under a transform."""
     create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return create_graph or _transformed([g for g in grads if g is not None])
 
 
 def _with_data(saved: list[Any], count: int, differentiated: bool) -> list[Any]:
-    """The first `count` of `saved` tensors, on the data that they had in the forward pass.
+    """The first `count` tensors of `saved`, with the data that they had in the forward pass.
+
+    The rest of `saved` is the result of `_as_they_are`. Gradients that are `differentiated` have to refer to the
+    tensors themselves, which then need to have their old data still.
 
     Raises:
-        RuntimeError: they have other data now, and the gradients are to be `differentiated`.
+        RuntimeError: a tensor has other data now, and the gradients are to be `differentiated`.
     """
     tensors, before = saved[:count], saved[count:]
     if not differentiated:
@@ -144,7 +148,7 @@ _AS_IT_IS = nullcontext()
 class _Layer(torch.autograd.Function):
     """(fields of the call, number of states, keep, *tensors of the call) -> (*outputs, *final states)."""
 
-    _TENSORS = 5  # where these begin
+    _TENSORS = 5  # number of arguments before the tensors
 
     @staticmethod
     def forward(
@@ -164,8 +168,8 @@ class _Layer(torch.autograd.Function):
         ctx.cell, ctx.all_states, ctx.n_states, ctx.keep = cell, all_states, n_states, keep
         ctx.backend = None if torch.compiler.is_compiling() else backends.forced_backend()
         ctx.set_materialize_grads(False)
-        # torch.nn's output may be written to before the backward pass. So may this one: it is saved
-        # without autograd's own check, and computed again if it was.
+        # Users may write to torch.nn's output before the backward pass, and to this one. The output is therefore saved
+        # without autograd's check of its version, and computed again if it was written to.
         compiling = torch.compiler.is_compiling()
         ctx.watch = None if compiling else _Watch(output)
         ctx.save_for_backward(
@@ -183,7 +187,7 @@ class _Layer(torch.autograd.Function):
         states, weights = others[: ctx.n_states], others[ctx.n_states :]
         call = LayerCall(ctx.cell, input, states, weights, batch_sizes, ctx.all_states)
         written = ctx.watch is not None and ctx.watch.written()
-        # Autograd runs a GPU's backward passes in a thread of its own.
+        # Autograd runs backward passes of a GPU in another thread, where no backend is forced.
         with backends.forcing(ctx.backend) if ctx.backend else _AS_IT_IS:
             found = gradients(call, grads, output, reserve, ctx.keep, needs, written)
         return *[None] * _Layer._TENSORS, *found
@@ -198,10 +202,10 @@ def gradients(
     needs: Sequence[bool],
     written: bool,
 ) -> list[Tensor | None]:
-    """`layer_backward`, or what stands in for it where the gradients are to be differentiated or transformed.
+    """`layer_backward`, or the reference's gradients if they have to be differentiable or are transformed.
 
-    `written` tells that `output` is no longer what the forward pass left. Returns a list like `call.tensors`, None
-    where `needs` is False.
+    If `written`, `output` was written to since the forward pass and is computed again. Returns a list like
+    `call.tensors`, None where `needs` is False.
     """
     if _are_differentiated(grads):
         return ops.differentiable_backward(call, grads, needs, torch.is_grad_enabled())

@@ -1,7 +1,7 @@
-"""Which implementation serves a device: loads the extensions, keeps the reason for each that is absent.
+"""Which backend serves a device. Loads the extensions, and keeps the reason for each that did not load.
 
-Extensions register kernels under their device's dispatch key; without one the op's composite reference
-runs. `backend` forces a choice.
+An extension registers kernels under its device's dispatch key; without it, the ops run on the reference. `backend`
+forces a choice.
 """
 
 import importlib
@@ -23,10 +23,10 @@ import torch
 #: Backend names, in order of preference.
 BACKENDS = ("cpp", "triton", "reference")
 
-#: The oldest that the Triton kernels compile with.
+#: The oldest version of Triton that compiles the kernels.
 TRITON_VERSION = (3, 6)
 
-#: What to type where the extension is absent or of another torch: from git, git+URL in place of the dot.
+#: What to type if the extension is absent or built for another torch; to install from git, git+URL replaces the dot.
 INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir ."
 
 _forced = threading.local()
@@ -45,7 +45,7 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
             return None, f"{type(error).__name__}: {error}"
         if Path(__file__).parents[1].joinpath("setup.py").exists() and not _noted("TORCH_VERSION"):
             return None, (
-                "these are the sources, which were not built in place: leave their folder for Python to find what is "
+                "Python imported the sources, which are not built in place: run it in another folder to import what is "
                 f"installed, or `{INSTALL}`"
             )
         return None, _noted("REASON") or f"not built: `{INSTALL}`"
@@ -54,7 +54,7 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 
 
 def _noted(what: str) -> str:
-    """A constant that setup.py noted when it built or failed to build the extension; empty if it did not."""
+    """A constant of rnnkit/_build.py, which setup.py writes; empty if there is no such file."""
     try:
         return str(getattr(importlib.import_module("rnnkit._build"), what))
     except ModuleNotFoundError:
@@ -62,7 +62,7 @@ def _noted(what: str) -> str:
 
 
 def _load_cuda() -> str:
-    """Loads the CUDA extension, whose ops `rnnkit.gpu` calls; why there is none, or empty."""
+    """Loads the CUDA extension, whose ops `rnnkit.cuda` calls. Returns why it cannot, or an empty string."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     library = Path(__file__).with_name("_cuda.so")
@@ -75,12 +75,12 @@ def _load_cuda() -> str:
     return ""
 
 
-#: Whether Triton's interpreter runs the Triton kernels, on CPU tensors: slowly, for tests and a debugger.
+#: Whether Triton's interpreter runs the Triton kernels on CPU tensors, which is slow: for tests and debuggers.
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _find_triton() -> str:
-    """Why the Triton kernels cannot be there, or empty; they are imported at their first use."""
+    """Why Triton cannot run the kernels, or an empty string. The kernels are imported at their first use."""
     if torch.version.cuda is None and torch.version.hip is None and not TRITON_INTERPRETED:
         return "this torch is built without CUDA and ROCm"
     for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
@@ -97,24 +97,24 @@ def _find_triton() -> str:
 
 EXTENSION, EXTENSION_REASON = _load("rnnkit._C")
 
-#: Why there are no CUDA kernels; empty where there are.
+#: Why there are no CUDA kernels; empty if there are.
 CUDA_REASON = _load_cuda()
 
-#: Why there are no Triton kernels; empty where there are.
+#: Why there are no Triton kernels; empty if there are.
 TRITON_REASON = _find_triton()
 
 
 def unavailable(name: str) -> str:
-    """Why backend `name` cannot be used here; empty when it can."""
+    """Why backend `name` cannot be used on any device here; empty if it can."""
     reasons = [why_not(None) for (of, _), why_not in _WHY_NOT.items() if of == name]
     return "" if "" in reasons else next(iter(reasons), "")
 
 
 def serving(device: torch.device) -> str:
-    """The backend that runs tensors on `device` now.
+    """The backend that runs calls on `device` now. Warns once if that is the reference for lack of kernels.
 
     Raises:
-        RuntimeError: a backend is forced that has no kernels for `device`.
+        RuntimeError: the backend that is forced has no kernels for `device`.
     """
     forced = forced_backend()
     if forced is not None:
@@ -139,7 +139,7 @@ def serving(device: torch.device) -> str:
 
 
 def warn(message: str) -> None:
-    """Warns at the user's line: the first below it that is neither rnnkit's nor torch's."""
+    """Warns at the user's line: the innermost frame that is in neither rnnkit nor torch."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _package(frame) in ("rnnkit", "torch", "typing_extensions"):
         frame, level = frame.f_back, level + 1
@@ -154,20 +154,20 @@ _EXTENSIONS = {"cpu": "C++", "cuda": "CUDA"}
 
 
 def _best(device: torch.device) -> str:
-    # The interpreter is too slow to be chosen.
+    # On the CPU, Triton's interpreter has to be asked for: it is slow.
     names = [name for name in BACKENDS if (name, device.type) != ("triton", "cpu")]
     return next(name for name in names if not _no_kernels(name, device))
 
 
 def provider() -> str:
-    """The backend for CUDA tensors: for this machine's GPU, or, without one, for those that it was built for."""
+    """The backend for CUDA tensors on this machine's GPU, or, without a GPU, on those that rnnkit was built for."""
     if torch.cuda.is_available():
         return _best(torch.device("cuda", torch.cuda.current_device()))
     return "reference" if CUDA_REASON and TRITON_REASON else "triton" if CUDA_REASON else "cpp"
 
 
 def _architectures() -> list[tuple[tuple[int, int], bool]]:
-    """What the CUDA extension was built for: compute capabilities, and whether as PTX; empty if not known."""
+    """The compute capabilities that the CUDA extension was built for, each with whether as PTX; empty if unknown."""
     try:
         noted = importlib.import_module("rnnkit._build").CUDA_ARCHITECTURES
     except (ModuleNotFoundError, AttributeError):
@@ -180,13 +180,13 @@ def _architectures() -> list[tuple[tuple[int, int], bool]]:
 
 
 def newest_architecture() -> tuple[int, int]:
-    """The newest compute capability that the CUDA extension was built for; beyond all if not known."""
+    """The newest compute capability that the CUDA extension was built for; (99, 0) if unknown."""
     return max((capability for capability, _ in _architectures()), default=(99, 0))
 
 
 @lru_cache
 def _too_old(index: int | None) -> str:
-    """Why no kernels run on GPU `index`; empty if some may."""
+    """Why neither CUDA nor Triton kernels can run on GPU `index`; empty if they can."""
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     has = torch.cuda.get_device_capability(index)
@@ -211,10 +211,11 @@ def _unusable(index: int | None) -> str:
 def _on_interpreter(index: int | None) -> str:
     if TRITON_INTERPRETED:
         return TRITON_REASON
-    return "there are none, unless TRITON_INTERPRET=1"
+    return "only with TRITON_INTERPRET=1"
 
 
-#: Why the kernels of a backend for a kind of device do not run on the device of this index; empty if they do.
+#: By backend and device type, a function of the device's index that tells why the kernels do not run there; it returns
+#: an empty string if they do.
 _WHY_NOT: dict[tuple[str, str], Callable[[int | None], str]] = {
     ("cpp", "cpu"): lambda index: EXTENSION_REASON,
     ("cpp", "cuda"): lambda index: CUDA_REASON or _unusable(index),
@@ -224,7 +225,7 @@ _WHY_NOT: dict[tuple[str, str], Callable[[int | None], str]] = {
 
 
 def _no_kernels(name: str, device: torch.device) -> str:
-    """The reason why a backend cannot serve `device`, in parentheses; empty if it can."""
+    """Why backend `name` cannot serve `device`, in parentheses; empty if it can."""
     if name == "reference" or device.type == "meta":
         return ""
     why_not = _WHY_NOT.get((name, device.type))
@@ -233,7 +234,7 @@ def _no_kernels(name: str, device: torch.device) -> str:
 
 
 def fast_path(name: str) -> Callable[..., Any] | None:
-    """The extension's function `name`, which skips Python where it can; None: do without it."""
+    """The C++ function `name` that runs a whole call, see csrc/cpu/direct.cpp; None if it must not be used now."""
     if EXTENSION is None or forced_backend() in ("reference", "triton"):
         return None
     return None if torch.compiler.is_compiling() else getattr(EXTENSION, name)
@@ -244,13 +245,13 @@ def backend(name: str) -> Iterator[None]:
     """Run every rnnkit layer and cell called in this block, on this thread, on backend `name`.
 
     Args:
-        name: `"cpp"`, the compiled kernels; `"triton"`, those that Triton compiles for a GPU at their first use;
-            or `"reference"`, plain PyTorch.
+        name: `"cpp"`, the C++ and CUDA kernels; `"triton"`, kernels that Triton compiles for a GPU at their first
+            use; or `"reference"`, plain PyTorch.
 
     Raises:
         ValueError: `name` is not a backend.
-        RuntimeError: the backend is not available here, or, in a call, has no kernels for the input's device;
-            the message says why.
+        RuntimeError: the backend is not available here; or, raised by a call in the block, it has no kernels for the
+            input's device. The message says why.
     """
     if name not in BACKENDS:
         raise ValueError(f"expected backend to be one of {', '.join(BACKENDS)}, got {name!r}")
@@ -261,13 +262,13 @@ def backend(name: str) -> Iterator[None]:
 
 
 def forced_backend() -> str | None:
-    """The backend that this thread is to run on; None: the best."""
+    """The backend that is forced on this thread; None if none is."""
     return getattr(_forced, "name", None)
 
 
 @contextmanager
 def forcing(name: str | None) -> Iterator[None]:
-    """Runs this block on what `forced_backend` told earlier, perhaps in another thread."""
+    """Forces a backend in this block, or none; unlike `backend`, checks nothing."""
     previous = forced_backend()
     _forced.name = name
     try:

@@ -1,8 +1,7 @@
-"""`LayerCall`: the arguments of one layer's ops by name, their sizes and checks, and what the results look like.
+"""`LayerCall`: the arguments of one layer's ops by name, their sizes and checks, and the shapes of the results.
 
-`torch.ops.rnnkit.layer_forward` and `layer_backward` take flat lists that begin with `ARGUMENTS`; everything above and
-below them in Python takes a `LayerCall`. A kernel in C++ finds for itself whether a call fits, and has `refuse` say
-what does not.
+`torch.ops.rnnkit.layer_forward` and `layer_backward` take flat arguments that begin with `ARGUMENTS`; all other Python
+code takes a `LayerCall`. The C++ kernels check the arguments themselves, and call `refuse` to raise the error.
 """
 
 import math
@@ -18,20 +17,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from rnnkit.specs import CELLS, WEIGHTS, CellSpec
 
-#: What the ops' schemas begin with: the fields of `LayerCall`.
+#: The first arguments in the ops' schemas: the fields of `LayerCall`.
 ARGUMENTS = "str cell, Tensor input, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, bool all_states"
 
-#: Of `layer_forward`: the outputs, the final states, and what is kept for the backward pass.
+#: The results of `layer_forward`: the outputs, the final states and the reserve.
 Results = tuple[list[Tensor], list[Tensor], Tensor]
 
 Call = TypeVar("Call", bound="LayerCall")
 
 
 class Keep(IntEnum):
-    """What the forward pass keeps for the backward pass in the reserve: the more, the less is computed again."""
+    """What the forward pass keeps in the reserve for the backward pass, which computes the rest again."""
 
-    NOTHING = 0
-    STATES = 1  #: the states other than h, before each step; the gates are computed again
+    NOTHING = 0  #: there will be no backward pass
+    STATES = 1  #: the states other than h before each step
     EVERYTHING = 2  #: the `saved` values of `CellSpec`
 
 
@@ -52,10 +51,10 @@ class LayerCall:
     Attributes:
         cell: a name in `specs.CELLS`.
         input: [T, N, I], or the data [rows, I] of a PackedSequence with its `batch_sizes`.
-        states: before the first step, h [D, N, P] and the others [D, N, H]; empty for zeros.
-        weights: for each direction the five of `specs.WEIGHTS`, None for what the layer does not have.
+        states: the initial states, h [D, N, P] and the others [D, N, H]; empty for zeros.
+        weights: for each direction the five of `specs.WEIGHTS`, None for those that the layer does not have.
         batch_sizes: int64 [T] on the CPU, not increasing.
-        all_states: whether every state is an output, as it is after each step, and not h alone.
+        all_states: whether the outputs are all states after each step, instead of h only.
     """
 
     cell: str
@@ -69,17 +68,17 @@ class LayerCall:
     def arguments(
         self,
     ) -> tuple[str, Tensor, Sequence[Tensor], Sequence[Tensor | None], Tensor | None, bool]:
-        """What an op takes them as, see `ARGUMENTS`."""
+        """The call as an op's flat arguments, see `ARGUMENTS`."""
         tensors = self.input, self.states, self.weights, self.batch_sizes
         return self.cell, *tensors, self.all_states
 
     @property
     def tensors(self) -> list[Tensor | None]:
-        """What can have gradients: the input, each state, each weight."""
+        """The arguments that can have gradients: the input, each state, each weight."""
         return [self.input, *self.states, *self.weights]
 
     def with_tensors(self: Call, tensors: Sequence[Tensor | None]) -> Call:
-        """The same call with others in the place of `tensors`."""
+        """This call with its `tensors` replaced."""
         input, *others = tensors
         states, weights = others[: len(self.states)], others[len(self.states) :]
         assert input is not None
@@ -90,7 +89,7 @@ class LayerCall:
 
     @property
     def spec(self) -> CellSpec:
-        """Of the cell."""
+        """The cell's `CellSpec`."""
         return CELLS[self.cell]
 
     @property
@@ -104,7 +103,7 @@ class LayerCall:
         return DirectionWeights(*of_direction)  # type: ignore[arg-type]
 
     def of_kind(self, name: str) -> list[Tensor | None]:
-        """One of `specs.WEIGHTS` of each direction."""
+        """The weight `name`, one of `specs.WEIGHTS`, of each direction."""
         return list(self.weights[WEIGHTS.index(name) :: len(WEIGHTS)])
 
     @property
@@ -124,7 +123,7 @@ class LayerCall:
 
     @property
     def counts(self) -> list[int]:
-        """Rows of each step."""
+        """The number of rows of each step."""
         if self.batch_sizes is None:
             return [self.input.size(1)] * self.input.size(0)
         counts: list[int] = self.batch_sizes.tolist()
@@ -132,7 +131,7 @@ class LayerCall:
 
     @property
     def starts(self) -> list[int]:
-        """The row where each step begins, and the number of rows."""
+        """The row where each step begins, then the number of all rows: T + 1 entries."""
         return [0, *accumulate(self.counts)]
 
     @property
@@ -147,7 +146,7 @@ class LayerCall:
 
     @property
     def rows(self) -> int:
-        """Of input and output over all steps."""
+        """The number of rows over all steps: T*N, or fewer in a packed sequence."""
         return math.prod(self.input.shape[:-1])
 
     @property
@@ -157,49 +156,47 @@ class LayerCall:
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        """What products are added up in, and the reserve's values are."""
+        """The dtype in which products are summed, and of the reserve."""
         low = self.input.dtype in (torch.bfloat16, torch.float16)
         return torch.float32 if low else self.input.dtype
 
     # Results
 
     def state_width(self, index: int) -> int:
-        """Of state `index`: P of h, H of the others."""
+        """The width of state `index`: P for h, H for the others."""
         return self.hidden if index else self.projected
 
     def state_shape(self, index: int) -> tuple[int, int, int]:
-        """Of the initial and the final state `index`."""
+        """The shape of the initial and the final state `index`."""
         return self.directions, self.batch, self.state_width(index)
 
     @property
     def outputs(self) -> int:
-        """The number of states that are outputs."""
+        """The number of outputs: of states that are returned after each step."""
         return self.spec.states if self.all_states else 1
 
     def output_shape(self, index: int) -> list[int]:
-        """Of state `index` after each step: [T, N, D*width] or [rows, D*width]."""
+        """The shape of output `index`: [T, N, D*width] or [rows, D*width]."""
         return [*self.input.shape[:-1], self.directions * self.state_width(index)]
 
     def reserve_shape(self, keep: int) -> list[int]:
-        """[D, rows, values of each hidden unit, H], or [0] if nothing is kept."""
+        """The reserve's shape: [D, rows, values for each hidden unit, H], or [0] if nothing is kept."""
         if keep == Keep.NOTHING:
             return [0]
         values = self.spec.saved if keep == Keep.EVERYTHING else self.spec.states - 1
         return [self.directions, self.rows, values, self.hidden]
 
     def zero_states(self, batch: int) -> list[Tensor]:
-        """Zeros for each initial state of `batch` rows."""
+        """Initial states of `batch` rows that are zero."""
         widths = [self.state_width(index) for index in range(self.spec.states)]
         return [self.input.new_zeros(self.directions, batch, width) for width in widths]
 
     def results(self, keep: int) -> Results:
-        """What `layer_forward` returns, not written yet."""
+        """Uninitialized tensors for the results of `layer_forward`."""
         batch: int | torch.SymInt
         if self.states:
             batch = self.states[0].size(1)
-        elif isinstance(
-            self.batch_sizes, FakeTensor
-        ):  # in a compiled graph it is known only as it runs
+        elif isinstance(self.batch_sizes, FakeTensor):  # a compiled graph knows N only at run time
             batch = torch.library.get_ctx().new_dynamic_size()
         else:
             batch = self.batch
@@ -214,7 +211,7 @@ class LayerCall:
     # Checks
 
     def check(self) -> None:
-        """Raises RuntimeError, which tells what came and what was expected, unless all arguments fit together."""
+        """Checks that all arguments fit together; raises a RuntimeError that names what was expected and what came."""
         if self.cell not in CELLS:
             raise RuntimeError(f"expected cell to be the name of a cell, got '{self.cell}'")
         if len(self.weights) not in (len(WEIGHTS), 2 * len(WEIGHTS)):
@@ -293,7 +290,7 @@ class LayerCall:
                     self.check_like_input(weight, name, shape)
 
     def check_like_input(self, tensor: Tensor, name: str, shape: Sequence[int]) -> None:
-        """A tensor of this shape, in the input's dtype and on its device."""
+        """Checks that a tensor has this shape, and the input's dtype and device."""
         if tuple(tensor.shape) != tuple(shape):
             raise RuntimeError(f"expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
         if tensor.dtype != self.input.dtype:
@@ -304,14 +301,14 @@ class LayerCall:
         _check_memory(tensor, name)
 
     def check_device(self, tensor: Tensor, name: str) -> None:
-        """A tensor on the input's device."""
+        """Checks that a tensor is on the input's device."""
         if tensor.device != self.input.device:
             raise RuntimeError(
                 f"expected {name} on {self.input.device} like the input, got {tensor.device}"
             )
 
     def check_keep(self, keep: int) -> None:
-        """What the forward pass is to keep."""
+        """Checks that `keep` is a `Keep`."""
         if keep not in tuple(Keep):
             raise RuntimeError(f"expected keep to be 0, 1 or 2, got {keep}")
 
@@ -323,7 +320,7 @@ class LayerCall:
         keep: int,
         needs: Sequence[bool],
     ) -> None:
-        """The rest of what `layer_backward` takes."""
+        """Checks the other arguments of `layer_backward`."""
         states = self.spec.states
         if len(grads) != self.outputs + states:
             raise RuntimeError(
@@ -352,7 +349,7 @@ class LayerCall:
 
 
 def _check_memory(tensor: Tensor, name: str) -> None:
-    """The tensor's memory is there: a storage can be freed, or cut, under it (resize_)."""
+    """Checks that the tensor's storage still has memory for it: `resize_` can free or shrink a storage."""
     if tensor.layout != torch.strided:
         raise RuntimeError(
             f"expected {name} to be an ordinary dense Tensor, got layout {tensor.layout}"
@@ -371,13 +368,13 @@ def _check_memory(tensor: Tensor, name: str) -> None:
 
 
 def from_arguments(arguments: Sequence[object]) -> tuple[LayerCall, Sequence[object]]:
-    """An op's flat arguments as the call, and the rest."""
+    """Splits an op's flat arguments into the call and the other arguments."""
     count = len(fields(LayerCall))
     return LayerCall(*arguments[:count]), arguments[count:]  # type: ignore[arg-type]
 
 
 def refuse(op: str, *arguments: object) -> NoReturn:
-    """Raises RuntimeError, which tells what is wrong: the C++ kernel of `op` found that its arguments do not fit."""
+    """Raises the RuntimeError that names what is wrong, after a C++ kernel of `op` refused its arguments."""
     call, others = from_arguments(arguments)
     call.check()
     if op == "layer_backward":

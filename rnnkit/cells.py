@@ -1,6 +1,6 @@
-"""RNNCell, LSTMCell and GRUCell: torch.nn's cells, each call one step of a layer.
+"""RNNCell, LSTMCell and GRUCell: torch.nn's cells; a call is one step of a layer.
 
-They subclass torch's own cells, which bring parameters, initial values, state_dict and repr.
+They subclass torch.nn's cells, which provide parameters, initialization, state_dict and repr.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from rnnkit.interop import Interop
 
 
 class _Cell(Interop, nn.RNNCellBase):
-    """What the three share: from torch.nn's call to `stack.run` and back."""
+    """The base of the three cells: turns torch.nn's arguments into a call of `stack.run`, and its results back."""
 
     input_size: int
     hidden_size: int
     _torchs: ClassVar[type[nn.RNNCellBase]]
-    _cell: str  #: The name in `specs.CELLS`.
+    _cell: str  #: The cell's name in `specs.CELLS`.
 
     def _forward(self, input: Tensor, hx: Any) -> Any:
-        """h' or (h', c')."""
+        """Returns h' or (h', c')."""
         weight_names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         weights = [*stack.parameters(self, weight_names), None]
         direct = backends.fast_path("direct_cell")
@@ -65,7 +65,7 @@ class _Cell(Interop, nn.RNNCellBase):
 
 
 def _check_sizes(module: nn.RNNCellBase, input: Tensor, states: Sequence[Tensor]) -> None:
-    """Sizes fit the module and each other, with torch's texts."""
+    """Checks that the sizes fit the module and each other, with torch.nn's error messages."""
     if input.size(-1) != module.input_size:
         raise RuntimeError(
             f"input has inconsistent input_size: got {input.size(-1)} expected {module.input_size}"
@@ -99,7 +99,7 @@ class RNNCell(_Cell, nn.RNNCell):
         hidden_size: H, features of the hidden state.
         bias: whether the cell has `b_ih` and `b_hh`. Default True.
         nonlinearity: `"tanh"` or `"relu"`. Default `"tanh"`.
-        device, dtype: of the parameters.
+        device, dtype: device and dtype of the parameters.
 
     Shape:
         input [N, I] or [I]; `hx` [N, H] or [H], zeros if None. Returns h', shaped like `hx`.
@@ -121,7 +121,7 @@ class RNNCell(_Cell, nn.RNNCell):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return self._forward(input, hx)  # type: ignore[no-any-return]
 
-    if TYPE_CHECKING:  # to nn.Module a call returns Any
+    if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
         __call__ = forward
 
 
@@ -138,7 +138,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
         input_size: I, features of the input.
         hidden_size: H, features of the hidden and the cell state.
         bias: whether the cell has `b_ih` and `b_hh`. Default True.
-        device, dtype: of the parameters.
+        device, dtype: device and dtype of the parameters.
 
     Shape:
         input [N, I] or [I]; `hx` a pair h, c, each [N, H] or [H], zeros if None. Returns (h', c').
@@ -157,7 +157,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
         """Take one step; see the class."""
         return self._forward(input, hx)  # type: ignore[no-any-return]
 
-    if TYPE_CHECKING:  # to nn.Module a call returns Any
+    if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
         __call__ = forward
 
 
@@ -173,7 +173,7 @@ class GRUCell(_Cell, nn.GRUCell):
         input_size: I, features of the input.
         hidden_size: H, features of the hidden state.
         bias: whether the cell has `b_ih` and `b_hh`. Default True.
-        device, dtype: of the parameters.
+        device, dtype: device and dtype of the parameters.
 
     Shape:
         input [N, I] or [I]; `hx` [N, H] or [H], zeros if None. Returns h', shaped like `hx`.
@@ -190,5 +190,5 @@ class GRUCell(_Cell, nn.GRUCell):
         """Take one step; see the class."""
         return self._forward(input, hx)  # type: ignore[no-any-return]
 
-    if TYPE_CHECKING:  # to nn.Module a call returns Any
+    if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
         __call__ = forward

@@ -1,4 +1,4 @@
-"""`convert`, `revert` and `patch`: rnnkit's layers and cells in models, and in code, made for torch.nn's."""
+"""`convert`, `revert` and `patch` put rnnkit's layers and cells in models and code written for torch.nn's."""
 
 import importlib
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from rnnkit.cells import GRUCell, LSTMCell, RNNCell
 from rnnkit.layers import GRU, LSTM, RNN
 
-#: torch.nn's classes, as they were when rnnkit was imported, and rnnkit's.
+#: torch.nn's classes, as they were when rnnkit was imported -> rnnkit's.
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: RNN,
     nn.LSTM: LSTM,
@@ -26,11 +26,11 @@ THEIRS = {ours: theirs for theirs, ours in OURS.items()}
 
 @dataclass(frozen=True)
 class Report:
-    """What was exchanged in a model.
+    """Which modules of a model were exchanged.
 
     Attributes:
-        exchanged: the name of each module, as in `named_modules`, and the class it has now.
-        left: the name of each that might have been, and why it was not.
+        exchanged: the name of each exchanged module, as in `named_modules` -> its class now.
+        left: the name of each recurrent module that was not exchanged -> the reason.
     """
 
     exchanged: dict[str, str] = field(default_factory=dict)
@@ -43,17 +43,17 @@ class Report:
 
 
 def convert(model: nn.Module) -> Report:
-    """Make every RNN, LSTM, GRU and cell of torch.nn in a model one of rnnkit's, in place.
+    """Turn every RNN, LSTM, GRU and cell of torch.nn in a model into rnnkit's, in place.
 
-    The modules stay the same objects with the same parameters, so that optimizers, hooks, parametrizations, shared
-    modules, mode, device and dtype stay what they are; only what computes them changes.
+    Only the class of each module changes. The modules stay the same objects with the same parameters, so that
+    optimizers, hooks, parametrizations, shared modules, mode, device and dtype are unaffected.
 
     Args:
-        model: a model, or such a layer itself; changed in place.
+        model: a model, or a layer or cell itself; changed in place.
 
     Returns:
-        What was exchanged and what was left: subclasses of torch.nn's, which may compute something else, and
-        scripted modules.
+        Which modules were exchanged, and which were left. Subclasses of torch.nn's classes are left, since they may
+        compute something else, and so are scripted modules.
 
     Raises:
         TypeError: `model` is no module.
@@ -62,15 +62,15 @@ def convert(model: nn.Module) -> Report:
 
 
 def revert(model: nn.Module) -> Report:
-    """Undo `convert`: every layer and cell of rnnkit becomes torch.nn's, in place.
+    """Undo `convert`: turn every layer and cell of rnnkit in a model into torch.nn's, in place.
 
-    A layer's `recompute` and `frozen` are lost; parameters that `freeze` changed stay as they are.
+    A layer's `recompute` and `frozen` are lost. The `requires_grad` that `freeze` set to False stays False.
 
     Args:
-        model: a model, or such a layer itself; changed in place.
+        model: a model, or a layer or cell itself; changed in place.
 
     Returns:
-        What was exchanged and what was left, as in `convert`.
+        Which modules were exchanged, and which were left, as in `convert`.
 
     Raises:
         TypeError: `model` is no module.
@@ -94,7 +94,7 @@ def _exchange(model: nn.Module, to: dict[type[nn.Module], type[nn.Module]]) -> R
 
 
 def _why_left(module: nn.Module, given: type, to: dict[type[nn.Module], type[nn.Module]]) -> str:
-    """Empty for what is to be exchanged, has nothing to do with these classes, or is what it is to be."""
+    """Why a recurrent module is not exchanged; empty if it is exchanged, needs no exchange or is not recurrent."""
     if isinstance(module, torch.jit.ScriptModule):
         names = [cls.__name__ for cls in OURS]
         return "it is scripted" if getattr(module, "original_name", "") in names else ""
@@ -104,16 +104,16 @@ def _why_left(module: nn.Module, given: type, to: dict[type[nn.Module], type[nn.
         return ""
     package = "torch.nn" if to is OURS else "rnnkit"
     bases = [f"{package}.{cls.__name__}" for cls in to if issubclass(given, cls)]
-    # rnnkit's cells are subclasses of torch.nn's.
+    # rnnkit's cells are subclasses of torch.nn's, and not to be reported.
     if not bases or (to is OURS and issubclass(given, tuple(OURS.values()))):
         return ""
     return f"{given.__module__}.{given.__qualname__} is a subclass of {bases[0]}"
 
 
 def _become(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Gives a module another class, which has the same parameters."""
+    """Changes a module's class to `cls`, which has the same parameters."""
     if parametrize.is_parametrized(module):
-        # Its class is one that torch made for it alone, with a property for each parametrized tensor.
+        # torch made a class for this module alone, with a property for each parametrized tensor.
         own = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
         cls = type(f"Parametrized{cls.__name__}", (cls,), own)
     for name in ("recompute", "frozen", "_packed"):
@@ -125,12 +125,13 @@ _PLACES: tuple[ModuleType, ...] = (nn, nn.modules, nn.modules.rnn)
 
 
 class patch:
-    """torch.nn's RNN, LSTM, GRU and cells are rnnkit's: in a `with` block, or, without one, from now on.
+    """Replaces torch.nn's RNN, LSTM, GRU and cells by rnnkit's, in a `with` block or, without one, from now on.
 
-    Code that says `torch.nn.LSTM(...)`, or imports it from there, in this time builds rnnkit's layers; what it got
-    hold of before stays torch.nn's, and so do modules that are there already: these can neither be pickled meanwhile,
-    as their class goes by another's name, nor are they a `torch.nn.LSTM` to `isinstance`, until `convert` exchanges
-    them. Not for one thread alone: the whole process sees it. Patches are undone in the reverse of their order.
+    Code that calls `torch.nn.LSTM(...)`, or imports it from torch.nn, builds rnnkit's layers while the patch is
+    active. Classes that were imported before stay torch.nn's. So do modules that exist already: until `convert`
+    exchanges them, they cannot be pickled and `isinstance(module, torch.nn.LSTM)` is False for them, since that name
+    now means another class. A patch holds for the whole process, not for one thread. Patches have to be undone in the
+    reverse of their order.
 
         with rnnkit.patch():
             model = package.Model()
@@ -141,7 +142,7 @@ class patch:
         for place in _PLACES:
             for theirs, ours in OURS.items():
                 self._put(place, theirs.__name__, ours)
-        # torch.compile leaves what is a torch.nn.LSTM, by that name, out of its graphs, unless it is told not to.
+        # torch.compile leaves instances of `torch.nn.LSTM` out of its graphs unless allow_rnn is set.
         self._put(importlib.import_module("torch._dynamo.config"), "allow_rnn", True)
 
     def _put(self, place: ModuleType, name: str, value: Any) -> None:
@@ -155,6 +156,6 @@ class patch:
         self.undo()
 
     def undo(self) -> None:
-        """Puts back what was there before, where it is not left to the end of a `with` block."""
+        """Restores torch.nn's classes; the end of a `with` block does it, too."""
         while self._before:
             setattr(*self._before.pop())

@@ -1,4 +1,4 @@
-"""`explain`: which kernel a module's call runs on, and how it is cut, without running it."""
+"""`explain` tells which kernel a module's call runs on, and with what plan, without running it."""
 
 from dataclasses import dataclass
 
@@ -13,14 +13,15 @@ from rnnkit.layers import GRU, LSTM, RNN
 
 @dataclass(frozen=True)
 class Explanation:
-    """What runs a call.
+    """The backend, kernel and plans of a call.
 
     Attributes:
         backend: `"cpp"`, `"triton"` or `"reference"`, see `rnnkit.backend`.
-        device: the input's kind of device.
-        kernel: on a GPU, for the forward pass, `"cluster"`, `"persistent"` or `"stepwise"`, on Triton `"sequence"` or
-            `"stepwise"`; else the backend.
-        forward, backward: on a GPU how each pass is cut: units, blocks, warps or bytes, and the reason.
+        device: the type of the input's device.
+        kernel: on a GPU, the kernel of the forward pass: `"cluster"`, `"persistent"` or `"stepwise"` in CUDA,
+            `"sequence"` or `"stepwise"` in Triton. Elsewhere the same as `backend`.
+        forward, backward: on a GPU, the plan of each pass: units, blocks, warps or bytes, and the reason for it.
+            Elsewhere None.
     """
 
     backend: str
@@ -36,18 +37,18 @@ class Explanation:
 
 
 def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
-    """Which kernel `module(input)` runs on; every layer of a stack is cut alike.
+    """Tell which kernel `module(input)` would run on. All layers of a stack have the same plan.
 
     Args:
-        module: an RNN, LSTM, GRU or one of their cells, of rnnkit.
-        input: what it would be called with; only its shape, dtype and device are looked at.
+        module: an RNN, LSTM, GRU or cell of rnnkit.
+        input: the input of the call; only its shape, dtype and device matter.
 
     Returns:
-        The backend, and on a GPU the kernels of both passes with the plan of each; `print` shows it.
+        The backend and, on a GPU, the plan of each pass; `print` shows them.
 
     Raises:
         TypeError: `module` is no layer or cell of rnnkit.
-        RuntimeError: as in `rnnkit.backend`.
+        RuntimeError: the backend that is forced has no kernels for the input's device.
     """
     if not isinstance(module, RNN | LSTM | GRU | RNNCell | LSTMCell | GRUCell):
         raise TypeError(

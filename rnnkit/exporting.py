@@ -1,4 +1,4 @@
-"""One layer as an operator of ONNX, where torch.onnx exports a model: the standard `RNN`, `LSTM` and `GRU`."""
+"""Exports one layer to ONNX as its standard operators `RNN`, `LSTM` and `GRU`."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from rnnkit import reference
 from rnnkit.call import LayerCall
 from rnnkit.packing import padded_with
 
-#: Of each cell: ONNX's name, its order of the gates as places in torch's, and attributes of its own.
+#: For each cell: ONNX's operator, for each of its gates the index of torch's gate, and extra attributes.
 OPERATORS: dict[str, tuple[str, tuple[int, ...], dict[str, int]]] = {
     "rnn_tanh": ("RNN", (0,), {}),
     "rnn_relu": ("RNN", (0,), {}),
@@ -18,10 +18,10 @@ _ACTIVATIONS = {"rnn_tanh": "Tanh", "rnn_relu": "Relu"}
 
 
 def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
-    """`reference.run` as one node of an ONNX graph.
+    """The results of `reference.run`, as one node of an ONNX graph.
 
-    ONNX's operators take padded sequences and their lengths. They have no projection and give no other state than h
-    after each step; there the reference is exported, step by step, for the T of the export.
+    ONNX's operators take padded sequences with their lengths. They have no projection, and of the states after each
+    step they return only h. A call that needs more is exported as the reference's steps, for the T of the export.
 
     Source: https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and onnx__RNN.html.
     """
@@ -36,7 +36,7 @@ def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
     steps, batch, _ = input.shape
 
     def stacked(kind: str) -> Tensor | None:
-        """[D, G*H, ...] in ONNX's order of the gates."""
+        """The weights of this kind, [D, G*H, ...], with the gates in ONNX's order; None if the layer has none."""
         found = []
         for of_direction in call.of_kind(kind):
             if of_direction is None:
@@ -71,5 +71,5 @@ def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
         dtypes=[input.dtype] * (1 + states),
         shapes=[[steps, directions, batch, hidden], *[final] * states],
     )
-    output = output.transpose(1, 2).reshape(steps, batch, directions * hidden)  # of [T, D, N, H]
+    output = output.transpose(1, 2).reshape(steps, batch, directions * hidden)  # was [T, D, N, H]
     return [output if there is None else output[there]], list(finals)

@@ -1,4 +1,4 @@
-"""`freeze`: layers for serving, whose weights are packed once instead of at every call."""
+"""`freeze` packs the weights of layers once, for serving, instead of at every call."""
 
 from typing import TypeVar
 
@@ -10,28 +10,27 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def freeze(module: Module) -> Module:
-    """Make a model's rnnkit layers ready for many calls that need no gradients.
+    """Prepare a model's rnnkit layers for many calls without gradients.
 
-    Ordinarily each call packs the weights for the kernels, since nothing tells when they change. A frozen
-    layer packs them once, here, and keeps them, in about as much memory again as the weights take (twice in
-    float16, which is packed as float32), for as long as the module lives. It is worth most where sequences
-    are short and layers large.
+    Without it each call packs the weights for the kernels, since a layer cannot tell when they change. A frozen
+    layer packs them once, here, and keeps the packed copy as long as the module lives. The copy takes about as much
+    memory as the weights (twice as much in float16, which is packed as float32). Freezing helps most with short
+    sequences and large layers.
 
-    Puts the whole of `module` in evaluation mode, and the layers' parameters in need of no gradient.
-    A frozen layer's `repr` says so; `load_state_dict` and `to` have it pack again. **Any other write to
-    its parameters is not seen.** Under autocast and in compiled graphs weights are packed at each call
-    all the same. To go on training, set the layer's `frozen` to False and its parameters'
-    `requires_grad` to True.
+    Puts the whole of `module` in evaluation mode, and sets `requires_grad` of the layers' parameters to False.
+    A frozen layer says so in its `repr`. After `load_state_dict` and `to` it packs its weights again. **It does not
+    notice any other write to its parameters.** Under autocast and in compiled graphs, weights are still packed at
+    each call. To train again, set the layer's `frozen` to False and its parameters' `requires_grad` to True.
 
     Args:
-        module: a layer, or a model with layers in it; changed in place.
+        module: a layer, or a model that contains layers; changed in place.
 
     Returns:
         `module`.
 
     Raises:
-        ValueError: there is no RNN, LSTM or GRU of rnnkit in `module`.
-        RuntimeError: later, where a frozen layer's input, `hx` or parameters need a gradient.
+        ValueError: `module` contains no RNN, LSTM or GRU of rnnkit.
+        RuntimeError: raised by a later call, if the frozen layer's input, `hx` or parameters need a gradient.
     """
     layers = [part for part in module.modules() if isinstance(part, _Layers)]
     if not layers:

@@ -1,7 +1,7 @@
-"""The ops on CUDA tensors: one large product for all inputs, a scan, one large product for each gradient.
+"""`layer_forward` and `layer_backward` on CUDA tensors: a product of all inputs, a scan, a product for each gradient.
 
-`layer_forward` and `layer_backward` are those of `rnnkit.ops`; the products are torch's. The scan is a backend's
-(`Scans`): the CUDA extension's (cuda.py) or Triton's (triton/scan.py).
+torch computes the products. The scan is that of a backend (`Scans`): the CUDA extension (cuda.py) or Triton
+(triton/scan.py).
 """
 
 import importlib
@@ -21,22 +21,22 @@ from rnnkit.specs import WEIGHTS
 
 
 class Design(Protocol):
-    """How a scan runs: the kernel's name, and why this one; `str` tells all."""
+    """The plan of a scan; `str` shows all of it."""
 
     @property
     def kernel(self) -> str:
-        """Its name."""
+        """The kernel's name."""
 
     @property
     def reason(self) -> str:
-        """Why this one."""
+        """Why this kernel was chosen."""
 
 
 class Scans(Protocol):
-    """What a backend brings: a module with the scans of one layer, all that is not a product over all rows."""
+    """The functions of a backend's module: the scans of one layer. The products over all rows are made here."""
 
     def choose(self, scan: plan.Scan, device: torch.device) -> Design:
-        """How a scan would run on a device."""
+        """Plans a scan for a device."""
 
     def forward(
         self,
@@ -51,14 +51,14 @@ class Scans(Protocol):
         """Runs the scan.
 
         Args:
-            call: the call; its states are given.
-            gates: the input's part of the gates, [rows, D*G*H].
+            call: the call; its `states` are never empty.
+            gates: [rows, D*G*H], on entry the input parts of the gates, without biases.
             keep: what to write into the reserve.
-            output: [rows, D*P], h after each step, on return. None, with no finals, where a call of one step is to
-                write the reserve alone; its states other than h may be in the type of sums.
-            finals: the final states, on return.
-            reserve: [D, rows, values, H], on return; see `LayerCall.reserve_shape`.
-            all_states: the states other than h after each step, [rows, D*H], on return; empty if not asked for.
+            output: [rows, D*P], on return h after each step. None, with empty `finals`, in a call of one step that
+                only fills the reserve; the initial states other than h may then have the dtype of sums.
+            finals: on return, the final states.
+            reserve: [D, rows, values, H], written as `LayerCall.reserve_shape` says.
+            all_states: [rows, D*H] each, on return the states other than h after each step; empty to skip them.
         """
 
     def backward(
@@ -70,37 +70,38 @@ class Scans(Protocol):
         """Runs the scan in reverse.
 
         Args:
-            back: the backward pass, whose `grad_gates` are written.
-            initial_grads: the gradients of the initial states, on return; None where there are no such states.
+            back: the backward pass; on return its `grad_gates` are written.
+            initial_grads: on return, the gradients of the initial states; None for each if the call has no states.
             grad_all_states: the gradients of `forward`'s `all_states`; None for zeros.
 
         Returns:
-            The whole gradient of h after its projection, [D, rows, P]; None without a projection.
+            With a projection, the gradient of the projected h after each step, [D, rows, P]; else None.
         """
 
     def unprojected(self, call: "GpuCall", reserve: Tensor) -> Tensor:
-        """h before its projection after each step, [D, rows, H], from a reserve that holds everything."""
+        """h before its projection after each step, [D, rows, H], from a reserve of `Keep.EVERYTHING`."""
 
 
-#: Where each backend's scans are; imported at the first use.
+#: The module with each backend's scans; imported at the first use.
 _MODULES = {"cpp": "rnnkit.cuda", "triton": "rnnkit.triton.scan"}
 
 
 def scans(device: torch.device) -> Scans | None:
-    """Those of the backend that serves the device now; None: the reference does."""
+    """The scans of the backend that serves the device now; None if that is the reference."""
     name = _MODULES.get(backends.serving(device))
     return None if name is None else cast(Scans, importlib.import_module(name))
 
 
 def is_precise(dtype: torch.dtype) -> bool:
-    """Whether products of `dtype` are not to be in TF32: what torch's switch for its own RNNs says."""
+    """Whether float32 is multiplied as float32 and not as TF32, by torch's switch for its own RNNs."""
     return dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision != "tf32"  # type: ignore[attr-defined]
 
 
 class _Precision:
-    """torch's switch for its own float32 products, set to that of its RNNs while calls need it so.
+    """Sets torch's switch for float32 products to the precision of RNNs during a call.
 
-    There is one switch for the process: calls that need it alike share it, others wait until it is put back.
+    The process has only one such switch. Calls that need the same setting run at once; others wait until it is
+    restored.
     """
 
     def __init__(self) -> None:
@@ -137,10 +138,10 @@ _precision = _Precision()
 
 @contextmanager
 def _products_like_scans(input: Tensor) -> Iterator[None]:
-    """No autograd, no autocast, and torch's own matrix products as precise as the scan's."""
+    """Without autograd and autocast, and with torch's matrix products as precise as the scan's."""
     kind = input.device.type
     with torch.no_grad(), _precision(input.dtype):
-        if torch.is_autocast_enabled(kind):  # as in a backward pass under it
+        if torch.is_autocast_enabled(kind):  # a user may call backward() under autocast
             with torch.autocast(kind, enabled=False):
                 yield
         else:
@@ -148,12 +149,11 @@ def _products_like_scans(input: Tensor) -> Iterator[None]:
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device that the CPU does not wait for."""
+    """Copies a CPU tensor to the device without waiting for it."""
     if device.type != "cuda":
         return tensor.to(device)
-    if (
-        torch.cuda.is_current_stream_capturing()
-    ):  # a replay would read memory that is not the call's any more
+    # A replay would read the pinned memory after it was freed.
+    if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a packed sequence cannot be captured in a CUDA graph")
     return tensor.pin_memory().to(device, non_blocking=True)
 
@@ -163,7 +163,10 @@ def plain(tensor: Tensor) -> Tensor: ...
 @overload
 def plain(tensor: None) -> None: ...
 def plain(tensor: Tensor | None) -> Tensor | None:
-    """Contiguous, aligned to 16 bytes, with no operation pending: so no layout changes how products are added up."""
+    """The tensor contiguous, aligned to 16 bytes and without a pending negation.
+
+    Then the layout of an argument does not change the order in which products are summed.
+    """
     if tensor is None:
         return None
     tensor = tensor.resolve_neg().contiguous()
@@ -172,22 +175,22 @@ def plain(tensor: Tensor | None) -> Tensor | None:
 
 @dataclass(frozen=True, eq=False)
 class GpuCall(LayerCall):
-    """A call whose tensors are contiguous, aligned and on one GPU, as scans and products take them."""
+    """A call whose tensors are contiguous, aligned and on one GPU, as scans and products need them."""
 
     @classmethod
     def of(cls, call: LayerCall) -> "GpuCall":
-        """The call, checked, with `plain` tensors."""
+        """Checks the call and makes its tensors `plain`."""
         call.check()
         return cls(*call.arguments).with_tensors([plain(tensor) for tensor in call.tensors])
 
     @cached_property
     def counts(self) -> list[int]:
-        """Rows of each step."""
+        """The number of rows of each step, computed once."""
         return super().counts
 
     @cached_property
     def starts(self) -> list[int]:
-        """The row where each step begins, and the number of rows."""
+        """The row where each step begins, then the number of all rows, computed once."""
         return super().starts
 
     @property
@@ -196,16 +199,16 @@ class GpuCall(LayerCall):
         return self.batch_sizes is not None
 
     def offsets(self) -> Tensor | None:
-        """`starts` on the device; None: every step has as many rows."""
+        """`starts` on the device; None if all steps have the same number of rows."""
         return _sent(torch.tensor(self.starts), self.input.device) if self.ragged else None
 
     @property
     def precise(self) -> bool:
-        """Whether float32 is multiplied as such."""
+        """See `is_precise`."""
         return is_precise(self.input.dtype)
 
     def scan(self, backward: bool) -> plan.Scan:
-        """What decides how this call's scan runs."""
+        """The properties of this call that its plan depends on."""
         return plan.Scan(
             self.cell,
             self.input.dtype.itemsize,
@@ -218,19 +221,20 @@ class GpuCall(LayerCall):
         )
 
     def rows_of(self, d: int, step: int) -> slice:
-        """Of the step that direction d processes as number `step`."""
+        """The rows of direction d's step number `step`, in the order in which it processes them."""
         t = self.steps - 1 - step if d else step
         return slice(self.starts[t], self.starts[t + 1])
 
     def last_rows(self, output: Tensor, out: Tensor) -> None:
-        """Copies the h [D, N, P] that each sequence ends with from the output [rows, D*P]."""
+        """Copies each sequence's last h from the output [rows, D*P] to `out` [D, N, P]."""
         for d in range(self.directions):
             columns = output[:, d * self.projected : (d + 1) * self.projected]
             if d or not self.ragged:
                 out[d].copy_(columns[self.rows_of(d, self.steps - 1)])
                 continue
             counts = torch.tensor(self.counts)
-            last = (counts[:, None] > torch.arange(self.batch)).sum(0) - 1  # of each sequence
+            # The last step of each sequence.
+            last = (counts[:, None] > torch.arange(self.batch)).sum(0) - 1
             places = torch.tensor(self.starts)[last] + torch.arange(self.batch)
             out[d].copy_(columns.index_select(0, _sent(places, output.device)))
 
@@ -239,7 +243,7 @@ class GpuCall(LayerCall):
         return self.input.view(self.rows, self.input.size(-1))
 
     def gates(self) -> Tensor:
-        """The input's part of all gates, without biases, [rows, D*G*H]."""
+        """The input parts of all gates, without biases, [rows, D*G*H]."""
         return self.matrix() @ _joined(self.w_ih).t()
 
     @property
@@ -269,13 +273,13 @@ class GpuCall(LayerCall):
 
 
 def _joined(weights: Sequence[Tensor | None]) -> Tensor:
-    """The weights of both directions, one below the other."""
+    """The tensors that are not None, concatenated along their rows."""
     found = [w for w in weights if w is not None]
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """[D, ...] of the directions' tensors; None if they have none."""
+    """The directions' tensors as one, [D, ...]; None if they are None."""
     found = [t for t in tensors if t is not None]
     if not found:
         return None
@@ -292,7 +296,8 @@ def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
     outputs, finals, reserve = call.results(keep)
     if call.empty:
         return [o.zero_() for o in outputs], [state.zero_() for state in finals], reserve
-    if not call.states:  # zeros are multiplied, too: a weight that is NaN or infinite makes NaN of them, as in torch.nn
+    # Initial states of zero have to be multiplied, too: a NaN or infinite weight makes NaN of them, as in torch.nn.
+    if not call.states:
         call = replace(call, states=call.zero_states(call.batch))
     with _products_like_scans(call.input):
         output, *all_states = (o.view(call.rows, -1) for o in outputs)
@@ -327,16 +332,16 @@ def layer_backward(
 
 
 class Backward:
-    """The gradients of one call: the scan back through the gates, then products over all rows at once.
+    """The gradients of one call: a scan in reverse for the gates' gradients, then products over all rows.
 
     Attributes:
         call: the call.
-        grads: of the output h and of each final state.
-        grad_all_states: of the other outputs.
-        output: [rows, D*P].
+        grads: the gradients of the output h and of each final state.
+        grad_all_states: the gradients of the other outputs.
+        output: [rows, D*P], h after each step.
         reserve: [D, rows, saved values, H].
-        values: the gradient columns of a hidden unit, see `CellSpec.input_grads`.
-        grad_gates: the gates' gradients, [rows, D*values*H].
+        values: the number of gradient columns of a hidden unit, see `CellSpec.input_grads`.
+        grad_gates: [rows, D*values*H], the gates' gradients; written by the scan.
     """
 
     def __init__(
@@ -362,7 +367,7 @@ class Backward:
             self._compute_reserve()
 
     def run(self) -> dict[int, Tensor]:
-        """Gradients by their place among [input, *states, *weights]."""
+        """The gradients, by their index in [input, *states, *weights]."""
         call = self.call
         width = self.values * call.hidden
         self.grad_gates = call.input.new_empty(call.rows, call.directions * width)
@@ -387,11 +392,11 @@ class Backward:
         return self.found
 
     def _place(self, d: int, k: int) -> int:
-        """Of a weight among [input, *states, *weights]."""
+        """The index of direction d's weight k in [input, *states, *weights]."""
         return self.first_weight + d * len(WEIGHTS) + k
 
     def _previous(self, d: int) -> list[tuple[slice, Tensor | None]]:
-        """h_{t-1}: parts of the rows, and a matrix for each; None for zeros."""
+        """h_{t-1} of all rows, as a list of (range of rows, matrix); None instead of a matrix means zeros."""
         call = self.call
         width = call.projected
         output = self.output[:, d * width : (d + 1) * width]
@@ -416,7 +421,7 @@ class Backward:
         return [(slice(0, call.rows), torch.cat([output, initial]).index_select(0, index))]
 
     def _runs(self) -> list[tuple[int, int, int]]:
-        """Gates whose input parts' gradients lie side by side: (first gate, last gate + 1, first place)."""
+        """Runs of gates whose input parts have adjacent gradient columns: (first gate, last gate + 1, first column)."""
         runs: list[tuple[int, int, int]] = []
         for gate, place in enumerate(self.call.spec.input_grads):
             if runs and place == runs[-1][2] + gate - runs[-1][0]:
@@ -426,7 +431,7 @@ class Backward:
         return runs
 
     def _weights(self, d: int, of_gates: Tensor) -> None:
-        """of_gates: the direction's gradients, [rows, values * H]."""
+        """Computes the gradients of direction d's weights. of_gates: its part of `grad_gates`, [rows, values*H]."""
         call, H = self.call, self.call.hidden
         recurrent = of_gates[:, : call.spec.gates * H]
         runs = self._runs()
@@ -470,7 +475,7 @@ class Backward:
         return grad.view(call.input.shape)
 
     def _compute_reserve(self) -> None:
-        """Computes what the forward pass did not keep: by one step over all rows, since every h is known."""
+        """Recomputes the reserve in one step over all rows at once, which works because h is known at every step."""
         call = self.call
         states, gates = self.reserve, call.gates()
         self.reserve = states.new_empty(call.reserve_shape(Keep.EVERYTHING))

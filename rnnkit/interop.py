@@ -1,4 +1,4 @@
-"""What PyTorch's other tools see of a layer or a cell: torch.fx, TorchScript, quantization, FLOPs, ATen graphs."""
+"""Support for PyTorch's other tools: torch.fx, TorchScript, quantization, FLOP counting, ATen graphs."""
 
 import copy
 import importlib.util
@@ -19,7 +19,7 @@ from rnnkit.ops import of_call
 
 
 class _QuantizationConfig:
-    """`qconfig`, which torch.ao.quantization sets on every module: warns that it will leave this one as it is."""
+    """`qconfig`, which torch.ao.quantization sets on every module: warns that this module will not be quantized."""
 
     def __get__(self, module: nn.Module | None, cls: type[nn.Module]) -> Any:
         if module is None or "qconfig" not in vars(module):
@@ -28,8 +28,8 @@ class _QuantizationConfig:
 
     def __set__(self, module: nn.Module, value: Any) -> None:
         backends.warn(
-            f"torch.ao.quantization goes by class and leaves rnnkit's {type(module).__name__} as it is: where it is to "
-            "be quantized, call rnnkit.revert(model) first"
+            f"torch.ao.quantization knows only torch.nn's classes and leaves rnnkit's {type(module).__name__} as it "
+            "is: to quantize it, call rnnkit.revert(model) first"
         )
         vars(module)["qconfig"] = value
 
@@ -44,7 +44,7 @@ class Interop(nn.Module):
     qconfig = _QuantizationConfig()
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """torch.nn's module with the same parameters, which torch.jit.script compiles in the place of this one."""
+        """torch.nn's module with the same parameters, which torch.jit.script compiles in place of this one."""
         from rnnkit.converting import revert
 
         module = copy.copy(self)
@@ -53,17 +53,18 @@ class Interop(nn.Module):
                 f"expected a layer or cell that torch.jit.script can compile, got one that {why}"
             )
         backends.warn(
-            f"torch.jit.script puts torch.nn's {type(module).__name__} in the place of rnnkit's, in the model itself: "
+            f"torch.jit.script replaces rnnkit's {type(module).__name__} by torch.nn's in the model itself: "
             "call rnnkit.convert(model) afterwards, or script a copy.deepcopy of the model"
         )
         return module
 
 
 def traced(module: nn.Module, input: Any, hx: Any) -> Any:
-    """A call of `module` in a graph that torch.fx traces: one node, as torch.fx makes of torch.nn's own layers.
+    """Records a call of `module` in the graph that torch.fx traces, as one node like a layer of torch.nn.
 
     Raises:
-        TraceError: there are hooks, or a subclass's own forward called this one: the node would run them once more.
+        TraceError: the module has hooks, or a subclass's own forward made this call. They are in the graph already,
+            and the node would run them again.
     """
     cls = type(module)
     owner = next(base for base in cls.__mro__ if "forward" in vars(base))
@@ -73,7 +74,7 @@ def traced(module: nn.Module, input: Any, hx: Any) -> Any:
             f"torch.fx cannot trace the forward of {cls.__qualname__}, a subclass of rnnkit's: {leaf}"
         )
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    # Those of torch.nn.utils' pruning and norms look at weights alone.
+    # The hooks of torch.nn.utils (pruning, norms) are allowed: they only set weights.
     if any(not type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks):
         raise TraceError(f"torch.fx cannot trace the hooks of {cls.__qualname__}: {leaf}")
     tracer = _proxies(input, hx)[0].tracer
@@ -83,7 +84,7 @@ def traced(module: nn.Module, input: Any, hx: Any) -> Any:
 
 
 def is_traced(input: Any, hx: Any) -> bool:
-    """Whether torch.fx traces the call: what it is given are Proxies."""
+    """Whether torch.fx traces the call: some argument is a Proxy."""
     return bool(_proxies(input, hx))
 
 
@@ -94,9 +95,9 @@ def _proxies(input: Any, hx: Any) -> list[Proxy]:
 
 
 def runs_as_torchs(weights: Sequence[Tensor | None]) -> bool:
-    """Whether torch.nn's own forward is to run: where torch.jit traces, and for torch's per-sample gradients.
+    """Whether to run torch.nn's own forward: under torch.jit.trace, and for ExpandedWeights (per-sample gradients).
 
-    A TorchScript graph can hold none of rnnkit's ops, and ExpandedWeights know torch.nn's functions only.
+    A TorchScript graph cannot contain rnnkit's ops, and ExpandedWeights support only torch.nn's functions.
     """
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return True
@@ -104,20 +105,20 @@ def runs_as_torchs(weights: Sequence[Tensor | None]) -> bool:
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """rnnkit's ops as ATen's recurrent ones, for `torch.export.ExportedProgram.run_decompositions`.
+    """Decompositions of rnnkit's ops into ATen's, for `torch.export.ExportedProgram.run_decompositions`.
 
-    A runtime that knows only ATen's operators (ExecuTorch, LiteRT, OpenVINO) cannot run `rnnkit::layer_forward`:
+    They are for runtimes that know only ATen's operators (ExecuTorch, LiteRT, OpenVINO):
 
         table = torch.export.default_decompositions()
         program = program.run_decompositions({**table, **rnnkit.decompositions()})
 
-    makes steps of a layer, as it does of torch.nn's. Without its entries `torch.ops.aten.lstm.input`, `aten.gru.input`,
-    `aten.rnn_tanh.input` and `aten.rnn_relu.input` the program keeps these operators. In both cases it is a program for
-    the T and N of the export alone.
+    This unrolls a layer into its steps, as it does with torch.nn's. To keep ATen's recurrent operators instead, first
+    delete `torch.ops.aten.lstm.input`, `aten.gru.input`, `aten.rnn_tanh.input` and `aten.rnn_relu.input` from the
+    table. In both cases the program is valid only for the T and N of the export.
 
     Returns:
-        For each of rnnkit's ops a function that does the same, but for the backward pass, which raises RuntimeError:
-        they are for inference.
+        For each of rnnkit's ops, a function that does the same in ATen's ops. The one for the backward pass raises
+        RuntimeError.
     """
     return {
         torch.ops.rnnkit.layer_forward.default: of_call(_forward_as_aten),
@@ -147,12 +148,13 @@ def _forward_as_aten(call: LayerCall, packed: Tensor | None, keep: int) -> Resul
         output, *finals = op.input(call.input, hx, *layers, False)
     else:
         output, *finals = op.data(call.input, batch_sizes, hx, *layers)
-    # Nobody reads the reserve.
+    # A program for inference never reads the reserve.
     reserve = call.input.new_zeros(call.reserve_shape(keep), dtype=call.sum_dtype)
     return [output], finals, reserve
 
 
-# FLOPs: `torch.utils.flop_counter` imports Triton where it is installed, so that it is not imported here.
+# FLOPs. `torch.utils.flop_counter` imports Triton if it is installed, so rnnkit does not import it: the formulas are
+# registered when somebody else does.
 _FLOP_COUNTER = "torch.utils.flop_counter"
 
 
@@ -163,18 +165,19 @@ def _product(rows: int, weights: Sequence[Tensor | None]) -> int:
 
 
 def _forward_flops(call: LayerCall, *_: Any) -> int:
-    """Of the products with the weights, as torch.utils.flop_counter counts those of torch.nn's GRU and RNN."""
+    """FLOPs of the products with the weights, all that torch.utils.flop_counter counts for torch.nn's GRU and RNN."""
     return _product(call.rows, call.weights)
 
 
 def _backward_flops(
     call: LayerCall, grads: Any, output: Any, reserve: Any, keep: int, needs: Sequence[bool]
 ) -> int:
-    """Each product of the forward pass twice, but not those for gradients that nobody needs."""
+    """FLOPs of two products for each of the forward pass, without those for gradients that are not needed."""
     found = 2 * _forward_flops(call)
     if not needs[0]:
         found -= _product(call.rows, call.of_kind("w_ih"))
-    if not (call.states and needs[1]):  # h before each direction's first step
+    # Without a gradient of h_0, there is no product with W_hh at each direction's first step.
+    if not (call.states and needs[1]):
         for step, w_hh in zip((0, -1), call.of_kind("w_hh"), strict=False):
             found -= _product(call.counts[step], [w_hh])
     return found
@@ -190,13 +193,13 @@ def _register_flops(counter: ModuleType) -> None:
 
 
 class _AfterImport:
-    """Finds the flop counter's module as others do, and has rnnkit's formulas registered when it was imported."""
+    """An import hook that registers rnnkit's formulas as soon as the flop counter's module has been imported."""
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
         if name != _FLOP_COUNTER or cls not in sys.meta_path:
             return None
-        sys.meta_path.remove(cls)  # while others look
+        sys.meta_path.remove(cls)  # find_spec below must not come back here
         try:
             spec = importlib.util.find_spec(name)
         finally:

@@ -1,7 +1,7 @@
 """RNN, LSTM and GRU: torch.nn's layers, run by `stack.run`.
 
-They subclass `nn.RNNBase`, which brings torch's parameters, initial values, state_dict, checks and
-messages; not `nn.LSTM` and the like, on which torch.compile breaks the graph.
+They subclass `nn.RNNBase`, which provides parameters, initialization, state_dict, checks and error messages. They do
+not subclass `nn.RNN`, `nn.LSTM` or `nn.GRU`, because torch.compile breaks the graph at these classes.
 """
 
 import functools
@@ -21,7 +21,8 @@ States = tuple[Tensor, Tensor]
 Weights = list[list[Tensor | None]]
 Init = TypeVar("Init", bound=Callable[..., None])
 
-#: torch.nn's methods that a call goes through, of all layers and of the LSTM.
+#: For each check that a call runs, torch.nn's implementations. The fast path skips the checks, so that it is used only
+#: if no subclass has replaced one.
 _CHECKS = {
     name: {getattr(cls, name, None) for cls in (nn.RNNBase, nn.LSTM)}
     for name in (
@@ -35,9 +36,9 @@ _CHECKS = {
 
 
 def _implemented_by(implementation: Callable[..., None]) -> Callable[[Init], Init]:
-    """Gives an `__init__` the signature that is shown to readers and type checkers.
+    """Replaces an `__init__` by `implementation`, but keeps its signature for readers and type checkers.
 
-    `implementation` itself takes any arguments, as torch.nn's constructors do: torch's base class checks them, so that
+    `implementation` takes any arguments, as torch.nn's constructors do: torch's base class checks them, so that the
     errors are torch's.
     """
 
@@ -48,31 +49,32 @@ def _implemented_by(implementation: Callable[..., None]) -> Callable[[Init], Ini
 
 
 class _Layers(Interop, nn.RNNBase):
-    """What the three share: from torch.nn's call to `stack.run` and back."""
+    """The base of RNN, LSTM and GRU: turns torch.nn's arguments into a call of `stack.run`, and its results back."""
 
-    recompute = frozen = False  # of modules that were pickled before there were such choices
+    recompute = frozen = False  # defaults for modules pickled by a version without these attributes
     _packed: tuple[Tensor, ...] = ()
     _torchs: ClassVar[type[nn.RNNBase]]
-    _cell: str  #: The name in `specs.CELLS`.
+    _cell: str  #: The cell's name in `specs.CELLS`.
 
     def __init__(
         self, *args: Any, device: Device = None, recompute: bool = False, **kwargs: Any
     ) -> None:
         if not isinstance(recompute, bool):
             raise TypeError(f"expected recompute to be a bool, got {recompute!r}")
-        if device is not None:  # it may be among args
+        if device is not None:  # None: `device` may still be one of the positional args
             kwargs["device"] = device
         super().__init__(*args, **kwargs)
         self.recompute = recompute
 
     def extra_repr(self) -> str:
-        """torch.nn's, and what rnnkit adds."""
+        """torch.nn's `extra_repr`, followed by `recompute` and `frozen` where they are True."""
         added = [f", {name}=True" for name in ("recompute", "frozen") if getattr(self, name)]
         return super().extra_repr() + "".join(added)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        state.pop("_packed", None)  # it fits this process's CPU, and may be packed again
+        # The layout of packed weights depends on this CPU's ISA; the copy packs them again.
+        state.pop("_packed", None)
         return state
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,9 +86,9 @@ class _Layers(Interop, nn.RNNBase):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _packed_weights(self, weights: Weights) -> tuple[Tensor, ...]:
-        """Of a frozen layer, what its kernels read; packed again if there is none."""
+        """The packed weights of a frozen layer, packed now if they are not; empty for other layers and in graphs."""
         if not self.frozen and self._packed:
-            self._packed = ()  # thawed
+            self._packed = ()  # a user set `frozen` back to False
         if not self.frozen or torch.compiler.is_compiling():
             return ()
         if not self._packed:
@@ -105,8 +107,8 @@ class _Layers(Interop, nn.RNNBase):
         """The five tensors of `specs.WEIGHTS` for each layer and direction."""
         if len(self._all_weights) != self.num_layers * self._directions:
             raise RuntimeError(
-                f"expected num_layers={self.num_layers} and bidirectional={self.bidirectional} as when the layer was "
-                f"made, with weights for {len(self._all_weights)} layers and directions"
+                f"expected num_layers={self.num_layers} and bidirectional={self.bidirectional} to be unchanged since "
+                f"the layer was made with weights for {len(self._all_weights)} layers and directions"
             )
         found: Weights = []
         kinds = 2 + 2 * bool(self.bias) + (self.proj_size > 0)
@@ -114,7 +116,7 @@ class _Layers(Interop, nn.RNNBase):
             if len(names) != kinds:
                 raise RuntimeError(
                     f"expected weights for bias={self.bias} and proj_size={self.proj_size}, got {', '.join(names)}: "
-                    "these are set when a layer is made"
+                    "these attributes cannot be changed after a layer was made"
                 )
             weights = stack.parameters(self, names)
             biases = weights[2:4] if self.bias else [None, None]
@@ -148,7 +150,7 @@ class _Layers(Interop, nn.RNNBase):
         )
 
     def _check_projected(self, weights: Weights) -> None:
-        """Weights are those of hidden_size and proj_size; of input_size torch.nn's check knows."""
+        """Checks the weights against hidden_size and proj_size; torch.nn's own check covers input_size."""
         expected, w_hh = self.proj_size or self.hidden_size, weights[0][1]
         if w_hh is not None and w_hh.size(-1) != expected:
             raise RuntimeError(
@@ -156,7 +158,7 @@ class _Layers(Interop, nn.RNNBase):
             )
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        """torch.nn's, of the weights as they are now: functional_call and parametrizations exchange them."""
+        """torch.nn's check, against the current weights: functional_call and parametrizations replace them."""
         weight = stack.parameters(self, self._all_weights[0][:1])[0]
         held = self._flat_weights[0]
         if weight is not None and held is not None and weight.dtype != held.dtype:
@@ -164,7 +166,7 @@ class _Layers(Interop, nn.RNNBase):
         super().check_input(input, batch_sizes)
 
     def _check_states(self, input: Tensor, states: Sequence[Tensor], packed: Tensor | None) -> None:
-        """torch.nn's checks of input and states, which compare with states that may not be there."""
+        """torch.nn's checks of the input and, if states are given, of the states."""
         self.check_input(input, packed)
         if packed is not None and torch.compiler.is_exporting():
             self._check_exported_states(states, packed)
@@ -173,7 +175,7 @@ class _Layers(Interop, nn.RNNBase):
 
     @staticmethod
     def _check_exported_states(states: Sequence[Tensor], batch_sizes: Tensor) -> None:
-        """As the program runs, since it knows the batch only then; ONNX has no such check."""
+        """Adds a check to the exported program, which knows the batch only at run time; ONNX has no operator for it."""
         if states and not torch.onnx.is_in_onnx_export():
             batch = batch_sizes[0].item()
             for state in states:
@@ -246,7 +248,7 @@ class _Layers(Interop, nn.RNNBase):
         return output, self._returned(finals)
 
     def _has_torchs_checks(self) -> bool:
-        """Whether nobody put checks in their place, which the fast path would pass by."""
+        """Whether the checks are torch.nn's: the fast path would skip checks that a subclass put in their place."""
         cls, own = type(self), self.__dict__
         return all(
             name not in own and getattr(cls, name, None) in torchs
@@ -271,7 +273,7 @@ class _Layers(Interop, nn.RNNBase):
 
     @property
     def _kind(self) -> str:
-        """The layer's name in torch's messages, whatever a subclass is called."""
+        """The layer's name in torch.nn's error messages, also for subclasses of another name."""
         return self.mode.split("_")[0]
 
 
@@ -288,14 +290,14 @@ class RNN(_Layers):
     Args:
         input_size: I, features of the input.
         hidden_size: H, features of the hidden state.
-        num_layers: L, layers stacked. Default 1.
+        num_layers: L, number of stacked layers. Default 1.
         nonlinearity: `"tanh"` or `"relu"`. Default `"tanh"`.
         bias: whether the layer has `b_ih` and `b_hh`. Default True.
-        batch_first: input and output are [N, T, ·] instead of [T, N, ·]. Default False.
-        dropout: probability of zeroing an element of each layer's output but the last's, in training.
-        bidirectional: a second direction, from the end (D = 2). Default False.
-        recompute: for symmetry; an RNN keeps nothing but its output in any case. Default False.
-        device, dtype: of the parameters.
+        batch_first: whether input and output are [N, T, ·] instead of [T, N, ·]. Default False.
+        dropout: in training, probability of zeroing an element of the output of every layer except the last.
+        bidirectional: whether a second direction runs from the end (D = 2). Default False.
+        recompute: has no effect, since an RNN keeps only its output in any case. Default False.
+        device, dtype: device and dtype of the parameters.
 
     Shape:
         input [T, N, I], [T, I] or a PackedSequence; `hx` [L*D, N, H] or [L*D, H], zeros if None.
@@ -356,7 +358,7 @@ class RNN(_Layers):
         """Run the layer; see the class."""
         return self._forward(input, hx)
 
-    if TYPE_CHECKING:  # to nn.Module a call returns Any
+    if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
         __call__ = forward
 
 
@@ -372,15 +374,15 @@ class LSTM(_Layers):
     Args:
         input_size: I, features of the input.
         hidden_size: H, features of the hidden and the cell state.
-        num_layers: L, layers stacked. Default 1.
+        num_layers: L, number of stacked layers. Default 1.
         bias: whether the layer has `b_ih` and `b_hh`. Default True.
-        batch_first: input and output are [N, T, ·] instead of [T, N, ·]. Default False.
-        dropout: probability of zeroing an element of each layer's output but the last's, in training.
-        bidirectional: a second direction, from the end (D = 2). Default False.
+        batch_first: whether input and output are [N, T, ·] instead of [T, N, ·]. Default False.
+        dropout: in training, probability of zeroing an element of the output of every layer except the last.
+        bidirectional: whether a second direction runs from the end (D = 2). Default False.
         proj_size: P < H, features of the projected hidden state; 0 for none. Default 0.
-        recompute: the backward pass computes the gates again instead of keeping them: a fraction of the
-            memory for about a third more time, the same gradients up to rounding. Default False.
-        device, dtype: of the parameters.
+        recompute: whether the backward pass recomputes the gates instead of keeping them. This takes a fraction of
+            the memory and about a third more time; the gradients are equal up to rounding. Default False.
+        device, dtype: device and dtype of the parameters.
 
     Shape:
         input [T, N, I], [T, I] or a PackedSequence; `hx` a pair h_0 [L*D, N, P or H], c_0 [L*D, N, H]
@@ -434,7 +436,7 @@ class LSTM(_Layers):
         """Run the layer; see the class."""
         return self._forward(input, hx)
 
-    if TYPE_CHECKING:  # to nn.Module a call returns Any
+    if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
         __call__ = forward
 
 
@@ -449,14 +451,14 @@ class GRU(_Layers):
     Args:
         input_size: I, features of the input.
         hidden_size: H, features of the hidden state.
-        num_layers: L, layers stacked. Default 1.
+        num_layers: L, number of stacked layers. Default 1.
         bias: whether the layer has `b_ih` and `b_hh`. Default True.
-        batch_first: input and output are [N, T, ·] instead of [T, N, ·]. Default False.
-        dropout: probability of zeroing an element of each layer's output but the last's, in training.
-        bidirectional: a second direction, from the end (D = 2). Default False.
-        recompute: the backward pass computes the gates again instead of keeping them: a fraction of the
-            memory for about a third more time, the same gradients up to rounding. Default False.
-        device, dtype: of the parameters.
+        batch_first: whether input and output are [N, T, ·] instead of [T, N, ·]. Default False.
+        dropout: in training, probability of zeroing an element of the output of every layer except the last.
+        bidirectional: whether a second direction runs from the end (D = 2). Default False.
+        recompute: whether the backward pass recomputes the gates instead of keeping them. This takes a fraction of
+            the memory and about a third more time; the gradients are equal up to rounding. Default False.
+        device, dtype: device and dtype of the parameters.
 
     Shape:
         input [T, N, I], [T, I] or a PackedSequence; `hx` [L*D, N, H] or [L*D, H], zeros if None.
@@ -505,5 +507,5 @@ class GRU(_Layers):
         """Run the layer; see the class."""
         return self._forward(input, hx)
 
-    if TYPE_CHECKING:  # to nn.Module a call returns Any
+    if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
         __call__ = forward

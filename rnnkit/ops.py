@@ -1,9 +1,8 @@
-"""The ops in `torch.ops.rnnkit`: schemas, fakes, composite reference.
+"""The ops in `torch.ops.rnnkit`: their schemas, fakes and composite implementations.
 
-`layer_forward` and `layer_backward` serve every cell, direction, layout and device; `autograd.run` gives
-them gradients. `pack_weights` packs weights ahead, for many calls of `layer_forward`.
-Extensions add kernels under their dispatch key (csrc/cpu/register.cpp, gpu.py); where there is none, the
-composite below runs.
+`layer_forward` and `layer_backward` serve every cell, direction, layout and device; `autograd.run` makes them
+differentiable. `pack_weights` packs weights once for many calls of `layer_forward`. Extensions add kernels under their
+dispatch key (csrc/cpu/register.cpp, gpu.py). On devices without kernels the composite runs, which is the reference.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ library = torch.library.Library("rnnkit", "DEF")
 
 
 def of_call(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An op's implementation, of its flat arguments, from a function of a `LayerCall` and the other arguments."""
+    """Turns a function of (LayerCall, other arguments) into one of an op's flat arguments."""
 
     def flat(*arguments: Any) -> Any:
         call, others = from_arguments(arguments)
@@ -32,7 +31,7 @@ def of_call(function: Callable[..., Any]) -> Callable[..., Any]:
 def _define(
     name: str, others: str, results: str, *, fake: Callable[..., Any], composite: Callable[..., Any]
 ) -> None:
-    """An op of a layer's call and other arguments."""
+    """Defines an op whose arguments are `call.ARGUMENTS`, followed by `others`."""
     library.define(f"{name}({ARGUMENTS}, {others}) -> {results}")
     torch.library.register_fake(f"rnnkit::{name}", of_call(fake), lib=library)
     library.impl(name, of_call(composite), "CompositeExplicitAutograd")
@@ -61,16 +60,16 @@ def backward_composite(
 def differentiable_backward(
     call: LayerCall, grads: Sequence[Tensor | None], needs: Sequence[bool], create_graph: bool
 ) -> list[Tensor | None]:
-    """The gradients by autograd through the reference; with `create_graph` they can be differentiated again.
+    """The gradients, by autograd through the reference; with `create_graph` they can be differentiated again.
 
     Returns a list like `call.tensors`, None where `needs` is False.
     """
-    # The op may run below autograd, as in a compiled graph, where enable_grad alone records nothing.
+    # An op runs below autograd, for example in a compiled graph, where enable_grad alone records nothing.
     autograd_on = torch._C._SetExcludeDispatchKeyGuard(
         torch._C.DispatchKey.AutogradFunctionality, False
     )
     with torch.enable_grad(), autograd_on:
-        # Aliases, so that a tensor given twice (tied weights) gets each place's own gradient.
+        # Aliases, so that a tensor that is passed twice (tied weights) has a separate gradient for each argument.
         tensors = [
             None
             if t is None
@@ -107,7 +106,10 @@ def differentiable_backward(
 
 
 def _check_devices(call: LayerCall, **others: Sequence[Tensor | None]) -> None:
-    """A fake serves any call that has one tensor without memory: the results of others must not be without, too."""
+    """Checks that all tensors are on the same device.
+
+    The fake runs if any tensor is fake or on meta. Without the check, a call that mixes devices would return fakes.
+    """
     for name, tensors in {"states": call.states, "weights": call.weights, **others}.items():
         for tensor in tensors:
             if tensor is not None:
@@ -139,8 +141,8 @@ def _backward_fake(
     ]
 
 
-# packed: of these weights by `pack_weights`, or None. keep: see `call.Keep`. Returns the outputs, the final states and
-# the reserve: [D, rows, values kept of each hidden unit, H].
+# packed: what `pack_weights` returned for these weights, or None. keep: see `call.Keep`.
+# Returns the outputs, the final states and the reserve [D, rows, values kept for each hidden unit, H].
 _define(
     "layer_forward",
     "Tensor? packed, int keep",
@@ -148,8 +150,10 @@ _define(
     fake=_forward_fake,
     composite=forward_composite,
 )
-# grads: of each output, then of each final state; None for zeros. output (that is h), reserve and keep: of the forward
-# pass. needs: for the input, each of `states`, each of `weights`. Returns the gradients that are needed, in that order.
+# grads: the gradient of each output, then of each final state; None for zeros.
+# output, reserve, keep: h, the reserve and `keep` of the forward pass.
+# needs: whether to compute the gradient of the input, of each of `states` and of each of `weights`.
+# Returns the gradients that are needed, in that order.
 _define(
     "layer_backward",
     "Tensor?[] grads, Tensor output, Tensor reserve, int keep, bool[] needs",
@@ -157,7 +161,7 @@ _define(
     fake=_backward_fake,
     composite=backward_composite,
 )
-# Weights packed ahead for many calls without gradients; what is returned belongs to just these weights.
+# Packs a layer's weights for many calls of layer_forward without gradients. The result is stale once a weight changes.
 library.define("pack_weights(str cell, Tensor?[] weights) -> Tensor")
 
 
@@ -173,7 +177,7 @@ def _pack_composite(cell: str, weights: Sequence[Tensor | None]) -> Tensor:
 
 
 def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
-    """The op: outputs, final states, reserve."""
+    """Calls the op. Returns the outputs, the final states and the reserve."""
     found: Results = torch.ops.rnnkit.layer_forward(*call.arguments, packed, keep)
     return found
 
@@ -186,7 +190,7 @@ def layer_backward(
     keep: int,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """The op: the gradients that are needed."""
+    """Calls the op. Returns the gradients that are needed."""
     found: list[Tensor] = torch.ops.rnnkit.layer_backward(
         *call.arguments, grads, output, reserve, keep, needs
     )

@@ -1,4 +1,4 @@
-"""torch.nn.utils.rnn's packing and padding, which graphs can hold: torch.export's, ONNX's and torch.compile's."""
+"""torch.nn.utils.rnn's packing and padding for the graphs of torch.compile, torch.export and ONNX."""
 
 import torch
 from torch import Tensor
@@ -12,20 +12,21 @@ def pack_padded_sequence(
     batch_first: bool = False,
     enforce_sorted: bool = True,
 ) -> PackedSequence:
-    """`torch.nn.utils.rnn.pack_padded_sequence`, which a graph can hold, too.
+    """`torch.nn.utils.rnn.pack_padded_sequence` that also works inside graphs.
 
-    Outside of graphs it is torch's own. Inside, torch's breaks torch.compile's graph and fails in torch.export, while
-    this one stays in the graph for any lengths and, in ONNX, becomes the `sequence_lens` of the recurrent operator.
-    torch.compile needs `torch._dynamo.config.capture_dynamic_output_shape_ops = True` for it.
+    torch's own function breaks torch.compile's graph and fails in torch.export. This one can be compiled and exported
+    for any lengths; in ONNX the lengths become the `sequence_lens` of the recurrent operator. torch.compile needs
+    `torch._dynamo.config.capture_dynamic_output_shape_ops = True` for it. Outside of graphs it calls torch's function.
 
     Args:
-        input: [T, N, ·], padded, or [N, T, ·] if `batch_first`.
-        lengths: of each sequence, int64 [N] on the CPU, at least 1, the longest at most T.
+        input: padded sequences, [T, N, ·], or [N, T, ·] if `batch_first`.
+        lengths: length of each sequence, int64 [N] on the CPU, from 1 to T.
         batch_first: see `input`.
-        enforce_sorted: the lengths do not increase; else they are sorted.
+        enforce_sorted: whether the lengths are sorted in decreasing order already; else they are sorted here.
 
     Raises:
-        RuntimeError: a length does not fit, or they increase. In ONNX this is not looked at.
+        RuntimeError: a length is out of range, or the lengths increase despite `enforce_sorted`. An ONNX graph does
+            not check this.
     """
     if not torch.compiler.is_compiling():
         return rnn.pack_padded_sequence(input, lengths, batch_first, enforce_sorted)
@@ -47,7 +48,7 @@ def pack_padded_sequence(
     _check(((lengths > 0) & (lengths <= steps)).all(), "expected lengths to be from 1 to T")
     there = torch.arange(steps).unsqueeze(1) < lengths  # [T, N]
     batch_sizes = there.sum(1)
-    # Steps that no sequence reaches are none.
+    # Steps beyond the longest sequence have no rows, and a PackedSequence does not contain them.
     return PackedSequence(
         input[there], batch_sizes[batch_sizes > 0], sorted_indices, unsorted_indices
     )
@@ -59,19 +60,19 @@ def pad_packed_sequence(
     padding_value: float = 0.0,
     total_length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`torch.nn.utils.rnn.pad_packed_sequence`, which a graph can hold, too; see `pack_padded_sequence`.
+    """`torch.nn.utils.rnn.pad_packed_sequence` that also works inside graphs; see `pack_padded_sequence`.
 
     Args:
-        sequence: packed.
-        batch_first: the result is [N, T, ·] instead of [T, N, ·].
-        padding_value: what stands after each sequence's end.
-        total_length: T of the result, by default the longest sequence's; not less.
+        sequence: the packed sequences.
+        batch_first: whether the result is [N, T, ·] instead of [T, N, ·].
+        padding_value: the value after each sequence's end.
+        total_length: T of the result, at least the longest sequence's length, which is the default.
 
     Returns:
         The padded sequences, and their lengths, int64 [N] on the CPU.
 
     Raises:
-        ValueError: `total_length` is less than the longest sequence; in a graph, RuntimeError.
+        ValueError: `total_length` is less than the longest sequence's length. In a graph this is a RuntimeError.
     """
     if not torch.compiler.is_compiling():
         return rnn.pad_packed_sequence(sequence, batch_first, padding_value, total_length)
@@ -88,13 +89,16 @@ def pad_packed_sequence(
 
 
 def _check(holds: Tensor, message: str) -> None:
-    """In a graph, which knows lengths only as it runs. ONNX has no such operator."""
+    """Adds a check to the graph, which knows lengths only at run time. ONNX has no operator for it."""
     if not torch.onnx.is_in_onnx_export():
         torch._assert_async(holds, message)
 
 
 def padded_with(data: Tensor, batch_sizes: Tensor, value: float) -> tuple[Tensor, Tensor]:
-    """[rows, ...] of a PackedSequence -> [T, N, ...] and which of these are there, [T, N], by gathering alone."""
+    """Pads the data [rows, ...] of a PackedSequence by a gather, which graphs can hold.
+
+    Returns [T, N, ...], with `value` where a sequence is over, and a mask [T, N] of the rows that are active.
+    """
     batch = torch.arange(batch_sizes[0].item())
     there = batch < batch_sizes.unsqueeze(1)
     start = batch_sizes.cumsum(0) - batch_sizes

@@ -1,7 +1,7 @@
 """The scan in plain PyTorch, for every cell.
 
-The truth that every kernel is tested against, and the path of last resort: it runs on any device and
-dtype, and whatever torch can differentiate, transform or trace goes through it.
+Every kernel is tested against it. It also runs on devices and dtypes without kernels, and serves calls that torch has
+to differentiate twice, transform or trace.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,15 @@ from rnnkit.call import LayerCall
 
 
 def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs, [T, N, D*P] or [rows, D*P] for h, and the final states, shaped like the initial ones."""
+    """Returns the outputs, [T, N, D*P] or [rows, D*P] for h, and the final states, shaped like the initial ones."""
     input, batch_sizes = call.input, call.batch_sizes
+    # In an empty batch all steps are alike, so that one is enough.
     if (
         batch_sizes is None
         and not torch.compiler.is_compiling()
         and input.size(1) == 0
         and input.size(0) > 1
-    ):  # of no rows all steps are alike
+    ):
         of_one, last = run(replace(call, input=input[:1]))
         return [one.expand(input.size(0), -1, -1).clone() for one in of_one], last
     counts = call.counts
@@ -43,7 +44,7 @@ def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
 def _scan(
     call: LayerCall, d: int, steps: Sequence[Tensor], states: list[Tensor]
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """Direction d: the states of the active rows after each step, and those of all rows after the last.
+    """Runs direction d. Returns the active rows' states after each step, and all rows' states after the last step.
 
     The first n rows of the states are active at a step of n rows; the others are carried.
     """

@@ -1,4 +1,4 @@
-"""Every cell: its step in plain PyTorch, and what layers and kernels need to know of it."""
+"""The cells: each one's step in plain PyTorch, and what layers and kernels need to know of it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
 
 @dataclass(frozen=True)
 class CellSpec:
-    """What the layers need to know of a cell.
+    """What layers and kernels need to know of a cell.
 
     Attributes:
-        name: its name in ops and kernels.
-        gates: G, the blocks of H rows in w_ih and w_hh.
-        states: tensors carried from step to step; the first is h, the output.
-        saved: values of each hidden unit and step that a kernel keeps, beside the output, for the backward pass.
+        name: the cell's name in ops and kernels.
+        gates: G, the number of blocks of H rows in w_ih and w_hh.
+        states: the number of states that go from step to step; the first is h, the output.
+        saved: the number of values that a kernel keeps in the reserve, for each hidden unit and step.
         input_grads: for each gate, the gradient column of its input part. A kernel writes several gradients of each
             hidden unit, in columns: 0 to G-1 are those of the gates' recurrent parts. Where the input part of a gate
             has the same gradient, it points to that column; the GRU's n gate has a column of its own, 3.
-        step: (input's part of each gate, recurrent part of each gate, states) -> new states, all [N, H].
-        projects: whether h may be projected (w_hr), which the cell's kernels allow if they never read h.
+        step: (input part of each gate, recurrent part of each gate, states) -> new states, all [N, H].
+        projects: whether the cell supports a projection of h (w_hr); its kernels must then never read h.
     """
 
     name: str
@@ -43,7 +43,7 @@ class CellSpec:
 
 
 def _rnn(activation: Callable[[Tensor], Tensor]) -> Step:
-    """h' = activation(x + h), with x and h the input's and the recurrent part."""
+    """h' = activation(x + h), where x is the input part and h the recurrent part."""
 
     def step(
         x: Sequence[Tensor], h: Sequence[Tensor], states: Sequence[Tensor]
@@ -68,7 +68,7 @@ def _gru(x: Sequence[Tensor], h: Sequence[Tensor], states: Sequence[Tensor]) -> 
     return ((1 - z) * n + z * states[0],)
 
 
-#: Every cell there is. Fakes, kernels and tests iterate this.
+#: All cells. Fakes, kernels and tests iterate over it.
 CELLS = {
     spec.name: spec
     for spec in (

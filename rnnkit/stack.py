@@ -1,4 +1,4 @@
-"""Layers × directions × dropout × packed sequences × autocast, written once for every cell."""
+"""Runs stacked layers, in one or both directions, with dropout, packed sequences and autocast, for every cell."""
 
 import functools
 from collections.abc import Sequence
@@ -33,19 +33,19 @@ def run(
         cell: a name in `specs.CELLS`.
         input: [T, N, I], or the data [rows, I] of a PackedSequence with its `batch_sizes`.
         states: h [L*D, N, P] and, for the LSTM, c [L*D, N, H]; empty for zeros.
-        weights: L*D times the five of `specs.WEIGHTS`.
+        weights: for each layer and direction, the five of `specs.WEIGHTS`.
         batch_sizes: int64 [T] on the CPU, not increasing.
         directions: D, 1 or 2.
         dropout: probability of zeroing an element between layers; 0 when not training.
-        step: whether this is a Cell's one step, of which only the final states are used.
-        keep: for the backward pass, where gradients are needed.
-        packed: of each layer, what `pack` returns, if its weights are frozen.
+        step: whether this is the one step of a cell module, which uses only the final states.
+        keep: what the forward pass keeps for the backward pass, if gradients are needed.
+        packed: what `pack` returned, if the layers are frozen; else empty.
 
     Returns:
         The last layer's output [T, N, D*P] or [rows, D*P], and the final states, shaped like `states`.
 
     Raises:
-        RuntimeError: no time step, or a tensor of another dtype or device than the input.
+        RuntimeError: there is no time step, or a tensor's dtype or device is not the input's.
     """
     if _is_zero(input.size(0) if batch_sizes is None else batch_sizes.numel()):
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -80,7 +80,7 @@ def run(
 def pack(
     cell: str, weights: Sequence[Sequence[Tensor | None]], *, directions: int = 1
 ) -> tuple[Tensor, ...]:
-    """Each layer's weights as its kernel reads them, for `run`; they hold until a weight changes."""
+    """For each layer, its weights in the kernels' layout, for `run`; stale once a weight has changed."""
     flat = [w for of_direction in weights for w in of_direction]
     size = directions * len(WEIGHTS)
     with torch.no_grad():
@@ -91,18 +91,18 @@ def pack(
 
 
 def parameters(module: Module, names: Sequence[str]) -> list[Tensor | None]:
-    """The module's parameters of these names, or what was put in their place."""
-    # Looked up in a third of the time that an attribute takes, where it is an ordinary one.
+    """The module's parameters of these names, or whatever replaced them (functional_call, parametrizations)."""
+    # A look-up in the dictionary takes a third of the time of an attribute.
     registered = module._parameters if type(module).__getattr__ is Module.__getattr__ else {}
     return [registered[name] if name in registered else getattr(module, name) for name in names]
 
 
 def check_plain(name: str, tensor: Tensor) -> None:
-    """A tensor that is neither nested nor sparse nor quantized.
+    """Checks that `tensor` is neither nested nor sparse nor quantized.
 
     Raises:
-        AttributeError: it is no Tensor.
-        RuntimeError: it is not laid out in the ordinary way.
+        AttributeError: `tensor` is no Tensor.
+        RuntimeError: `tensor` is nested, sparse or quantized.
     """
     if not isinstance(tensor, Tensor):
         raise AttributeError(f"expected {name} to be a Tensor, got {type(tensor).__name__}")
@@ -114,9 +114,10 @@ def check_plain(name: str, tensor: Tensor) -> None:
 
 
 def reshaped(tensor: Tensor, method: str, *dims: int) -> Tensor:
-    """`tensor.method(*dims)` of a tensor of our own, in place: a view could not be detached or written to in place.
+    """`tensor.method(*dims)`, done in place, for a tensor that nobody else holds.
 
-    To autograd's version counter, by which `autograd` knows outputs that were written to, this is no write.
+    The result is not a view, so that users may detach it or write to it in place. The version counter, by which
+    `autograd` detects writes to an output, does not change.
     """
     changed: Tensor
     if (
@@ -135,7 +136,7 @@ def reshaped(tensor: Tensor, method: str, *dims: int) -> Tensor:
 
 
 def as_states(hx: Tensor | None) -> tuple[Tensor, ...]:
-    """The `hx` of a cell with one state -> its states; empty, for zeros, if None."""
+    """The states of a cell with one state, from `hx`; empty, which stands for zeros, if `hx` is None."""
     if hx is None:
         return ()
     check_plain("hx", hx)
@@ -145,7 +146,10 @@ def as_states(hx: Tensor | None) -> tuple[Tensor, ...]:
 def as_state_pair(
     hx: Sequence[Tensor] | None, too_few: type[Exception] = IndexError
 ) -> tuple[Tensor, ...]:
-    """The `hx` of an LSTM -> (h, c); empty, for zeros, if None. Exceptions are of torch.nn's types."""
+    """(h, c) of an LSTM, from `hx`; empty, which stands for zeros, if `hx` is None.
+
+    Exceptions have the types that torch.nn raises.
+    """
     if hx is None:
         return ()
     expected = "expected hx to be a pair of Tensors (h, c)"
@@ -162,10 +166,10 @@ def as_state_pair(
 
 
 def _is_zero(steps: int) -> bool:
-    """Whether there is no time step; False in a graph that knows T only as it runs."""
+    """Whether there is no time step; False in a graph that knows T only at run time."""
     if not torch.compiler.is_compiling():
         return steps == 0
-    # Not above: it imports sympy, which is there where graphs are made.
+    # Imported here since it imports sympy, which a compiler has loaded already.
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
     return bool(guard_or_false(steps == 0))
@@ -174,7 +178,7 @@ def _is_zero(steps: int) -> bool:
 def _check_like(
     input: Tensor, states: Sequence[Tensor], weights: Sequence[Sequence[Tensor | None]]
 ) -> None:
-    """Every tensor is on the input's device and in its dtype."""
+    """Checks that every tensor has the input's device and dtype."""
     _check_alike("hidden", input, states)
     for of_direction in weights:
         _check_alike("parameter", input, of_direction)
@@ -199,32 +203,31 @@ def _check_alike(what: str, input: Tensor, tensors: Sequence[Tensor | None]) -> 
 
 @functools.cache
 def _onednn_dtypes() -> frozenset[torch.dtype]:
-    """In which torch has oneDNN run an LSTM on this machine; ONEDNN_MAX_CPU_ISA counts."""
+    """The dtypes in which torch.nn's LSTM runs on oneDNN on this CPU, under ONEDNN_MAX_CPU_ISA."""
     if not torch.backends.mkldnn.is_available():
         return frozenset()
     of_onednn = torch.ops.mkldnn
-    with _disable_current_modes():  # torch.export's would make nodes of the questions
+    with _disable_current_modes():  # else torch.export would record these ops in its graph
         supported = {
             torch.float32: True,
-            torch.bfloat16: of_onednn._is_mkldnn_bf16_supported(),  # AVX-512
-            torch.float16: of_onednn._is_mkldnn_fp16_supported(),  # AVX512-FP16
+            torch.bfloat16: of_onednn._is_mkldnn_bf16_supported(),  # needs AVX-512
+            torch.float16: of_onednn._is_mkldnn_fp16_supported(),  # needs AVX512-FP16
         }
     return frozenset(dtype for dtype, is_supported in supported.items() if is_supported)
 
 
 def _onednn_takes(dtype: torch.dtype, gradients: bool) -> bool:
-    """Whether torch.nn has oneDNN run a plain LSTM on an input of `dtype` on the CPU: ATen's `use_mkldnn`.
+    """Whether torch.nn runs a plain LSTM of this dtype on oneDNN on the CPU: ATen's `use_mkldnn`.
 
-    torch.nn asks before autocast makes the input the low dtype, and gives oneDNN no float16 where `gradients`
-    are recorded.
+    `dtype` is the input's before autocast casts it. oneDNN gets no float16 where `gradients` are recorded.
     """
-    # torch.export switches oneDNN off while it traces; the programs that it makes of torch.nn run on it.
+    # torch.export switches oneDNN off while it traces, but an exported torch.nn LSTM runs on oneDNN.
     switched_on = torch.backends.mkldnn.enabled or torch.compiler.is_exporting()
     return switched_on and dtype in _onednn_dtypes() and not (gradients and dtype == torch.float16)
 
 
-# To torch.compile the answer is a constant, for it cannot trace the question. This is all that
-# `torch.compiler.assume_constant_result` does, but that imports the compiler.
+# torch.compile cannot trace this function and takes its result as a constant. Setting the attribute is all that
+# `torch.compiler.assume_constant_result` does, but that would import the compiler.
 _onednn_takes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -235,13 +238,15 @@ def _autocast(
     weights: Sequence[Sequence[Tensor | None]],
     plain_lstm: bool,
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Sequence[Tensor | None]], list[torch.dtype] | None]:
-    """Under autocast: everything in the low dtype, and the dtypes torch.nn returns for output and states.
+    """The tensors as autocast casts them, and the dtypes that torch.nn returns for output and states.
 
-    torch.nn multiplies in the low dtype; where its cell is made of pointwise ops (all but the RNN's, and
-    the LSTM's in oneDNN) these promote to the incoming state's dtype, so that the new state has it too.
-    oneDNN's LSTM has results in the low dtype, or raises where it has none in it: they have it here as well.
+    Under autocast all tensors are cast to the low dtype; else they are returned as they are, with None for the dtypes.
 
-    `plain_lstm` is a layer of LSTMs, not packed and without projections, the only kind that oneDNN runs.
+    torch.nn returns the low dtype from an RNN, from an LSTM in oneDNN and on a GPU. Its other cells are made of
+    pointwise ops, which promote to the dtype of the incoming state. Where oneDNN's LSTM raises, since it has no kernel
+    for the low dtype, rnnkit returns the low dtype.
+
+    `plain_lstm`: whether this is an LSTM layer, not packed and without projections, the only kind that oneDNN runs.
     """
     kind = input.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind) or input.dtype == torch.float64:

@@ -17,11 +17,12 @@ using at::Tensor;
 
 namespace {
 
-// The child of a fork has none of its parent's OpenMP threads, and libgomp would wait for them.
+// Whether this process is the child of a fork. It has none of its parent's OpenMP threads, and libgomp would wait for
+// them forever, so that a call in it uses one thread.
 std::atomic<bool> forked{false};
 [[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
-// Has rnnkit.call.refuse raise what is wrong with an op's arguments.
+// Throws the error that rnnkit.call.refuse raises about an op's arguments.
 template <class... Others>
 [[noreturn]] void refuse(const char* op, const Call& call, const Others&... others) {
   TORCH_CHECK(Py_IsInitialized(), "rnnkit::", op, " cannot take these arguments");
@@ -68,7 +69,7 @@ bool Call::fits() {
   return true;
 }
 
-// Positive, not increasing, and as many as the input's rows in all.
+// Whether batch_sizes are positive, do not increase and sum to the input's rows. Sets steps, batch and offsets.
 bool Call::batch_sizes_fit() {
   if (batch_sizes->dim() != 1 || batch_sizes->scalar_type() != at::kLong || !batch_sizes->is_cpu()) return false;
   if (!has_memory(*batch_sizes)) return false;

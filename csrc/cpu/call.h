@@ -14,9 +14,9 @@ namespace rnnkit {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
-constexpr int64_t kWeights = 5;  // of one direction, see rnnkit/specs.py
+constexpr int64_t kWeights = 5;  // weights of one direction, see WEIGHTS in rnnkit/specs.py
 
-// `LayerCall` of rnnkit/call.py, whose `check` says what is wrong with arguments that do not fit: these raise.
+// `LayerCall` of rnnkit/call.py in C++. The constructor throws the error of `LayerCall.check` if arguments do not fit.
 struct Call {
   const CellKernels& cell;
   const at::Tensor input;
@@ -25,12 +25,12 @@ struct Call {
   const std::optional<at::Tensor>& batch_sizes;
   const bool all_states;
   int64_t steps = 0, batch = 0, input_size = 0, hidden = 0, projected = 0, directions = 0;
-  std::vector<int64_t> offsets;  // of a packed sequence, the row where each step begins, and their number; else empty
+  std::vector<int64_t> offsets;  // of a packed sequence: the row where each step begins, then rows(); else empty
 
   Call(std::string_view name, const at::Tensor& x, at::TensorList initial, const OptionalTensors& w,
        const std::optional<at::Tensor>& sizes, bool all_states);
 
-  // Raises what `LayerCall.check_backward` says of the other arguments of layer_backward, unless they fit.
+  // Checks the other arguments of layer_backward. Throws the error of `LayerCall.check_backward` if they do not fit.
   void check_backward(const OptionalTensors& grads, const at::Tensor& output, const at::Tensor& reserve, int64_t keep,
                       const c10::List<bool>& needs) const;
 
@@ -38,20 +38,21 @@ struct Call {
   int64_t rows() const { return offsets.empty() ? steps * batch : offsets.back(); }
   bool empty() const { return rows() == 0 || hidden == 0; }
 
-  // Low-precision tensors are computed with in float, and multiplied in it too unless the CPU does better.
+  // compute_type: the type of cells, sums and the reserve; float for low-precision tensors.
+  // operand_type: the type of the products' operands; compute_type unless the CPU multiplies bfloat16 directly.
   at::ScalarType compute_type() const { return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
   at::TensorOptions compute_options() const { return input.options().dtype(compute_type()); }
   at::ScalarType operand_type() const;
   at::TensorOptions operand_options() const { return input.options().dtype(operand_type()); }
 
-  // State 0, h, is as wide as its projection.
+  // The width of state i: P for h, which is state 0, and H for the others.
   int64_t state_width(int64_t i) const { return i == 0 ? projected : hidden; }
   std::vector<int64_t> state_shape(int64_t i) const { return {directions, batch, state_width(i)}; }
   int64_t outputs() const { return all_states ? cell.states : 1; }
   std::vector<int64_t> output_shape(int64_t i) const;
   std::vector<int64_t> reserve_shape(Keep keep) const;
 
-  // To use at the most: more threads only for work that outweighs waking them.
+  // The max number of threads for this call: more than one only if the work outweighs waking them.
   int threads() const;
 
  private:
@@ -61,7 +62,7 @@ struct Call {
   bool is_like_input(const at::Tensor& tensor, at::IntArrayRef shape) const;
 };
 
-// Throws this thread's Python error, whose GIL it holds, as C++ code of torch does.
+// Throws this thread's Python error as torch's C++ code does. The caller holds the GIL.
 [[noreturn]] void throw_python_error();
 
 }  // namespace rnnkit

@@ -1,6 +1,7 @@
-// The fast path of a call: from a module's arguments to the op and back in one call from Python, for small layers are
-// computed in less time than Python takes to look at their arguments. It is taken where nothing is left to decide: no
-// autocast, no transform or subclass, arguments that fit. Else Python goes its own way, and finds what is wrong.
+// The fast path of a call: from a module's arguments to the op and back in one call from Python. A small layer is
+// computed in less time than Python takes to check its arguments. The fast path serves ordinary calls: dense CPU
+// tensors that fit the layer, without autocast, transforms, modes or subclasses. For any other call it returns None,
+// and the Python code runs, which also raises the errors.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Tensor.h>
@@ -18,7 +19,7 @@
 #include "cpu/direct.h"
 
 namespace at::autocast {
-bool is_autocast_enabled(DeviceType);  // its header brings all operators, and with them twice the compiler's memory
+bool is_autocast_enabled(DeviceType);  // declared here: its header includes all operators, twice the compiler's memory
 }
 
 namespace rnnkit {
@@ -26,25 +27,26 @@ namespace {
 
 using at::Tensor;
 using torch::autograd::variable_list;
-using Weights = std::vector<std::optional<Tensor>>;  // kWeights of each direction
+using Weights = std::vector<std::optional<Tensor>>;  // kWeights for each layer and direction
 
 constexpr auto kOrdinaryKeys = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
                                                     c10::DispatchKey::AutocastCPU, c10::DispatchKey::ADInplaceOrView});
 
-// Whether it is a plain tensor on the CPU, of no subclass, transform or mode, and without a forward-mode tangent.
+// Whether the tensor is a dense CPU tensor without a forward-mode tangent, subclass or transform.
 bool is_ordinary(const Tensor& tensor) {
   if ((tensor.key_set().raw_repr() & ~kOrdinaryKeys.raw_repr()) != 0) return false;
   return !tensor.unsafeGetTensorImpl()->has_storage() || !tensor._fw_grad(0).defined();
 }
 
-// Whether nothing but this thread's ordinary dispatch is to see the call.
+// Whether this thread has no autocast, transform or mode that would have to see the call.
 bool ordinary_dispatch() {
   constexpr auto ordinary = c10::DispatchKeySet({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView});
   const bool others = (c10::impl::tls_local_dispatch_key_set().included_.raw_repr() & ~ordinary.raw_repr()) != 0;
   return !others && !at::autocast::is_autocast_enabled(at::kCPU) && !at::impl::torch_function_mode_enabled();
 }
 
-// Reads tensors from Python; `fits` turns false at the first that is not an ordinary one like the first of all.
+// Reads tensors from Python. `fits` becomes false at the first one that is not ordinary, or whose dtype differs from
+// the first one's.
 class Arguments {
  public:
   bool fits = true;
@@ -61,11 +63,11 @@ class Arguments {
       any_inference_ = true;
     else if (found.requires_grad() && at::GradMode::is_enabled())
       need_gradients = true;
-    if (any_inference_ && need_gradients) return refuse();  // it cannot be saved for a backward pass
+    if (any_inference_ && need_gradients) return refuse();  // an inference tensor cannot be saved for a backward pass
     return found;
   }
 
-  // h, or h and c, or nothing for zeros.
+  // The states in `hx`: h, or h and c if `pair`; empty, which stands for zeros, if it is None.
   std::vector<Tensor> states(PyObject* hx, bool pair) {
     if (hx == Py_None) return {};
     if (!pair) return {tensor(hx)};
@@ -76,7 +78,7 @@ class Arguments {
     return {tensor(PyTuple_GET_ITEM(hx, 0)), tensor(PyTuple_GET_ITEM(hx, 1))};
   }
 
-  // A list of `kWeights` for each layer and direction.
+  // lists: for each layer and direction, a list of `kWeights` tensors or None.
   Weights weights(const py::list& lists) {
     Weights found;
     for (const py::handle of_direction : lists) {
@@ -107,7 +109,7 @@ bool sizes_fit(const std::string& cell, const Tensor& x, const std::vector<Tenso
     if (!weights[i] || !weights[i + 1]) return false;
   const Tensor &w_ih = *weights[0], &w_hh = *weights[1];
   if (x.dim() != 3 || x.size(0) == 0 || w_ih.dim() != 2 || w_hh.dim() != 2 || x.size(2) != w_ih.size(1)) return false;
-  const int64_t sizes[] = {w_hh.size(1), w_hh.size(0) / gates_of(cell)};  // of h and of c
+  const int64_t sizes[] = {w_hh.size(1), w_hh.size(0) / gates_of(cell)};  // P of h, H of c
   for (size_t i = 0; i < states.size(); ++i) {
     if (states[i].dim() != 3 || states[i].size(1) != x.size(1) || states[i].size(2) != sizes[i]) return false;
     if (states[i].size(0) * kWeights != int64_t(weights.size())) return false;
@@ -121,7 +123,7 @@ const auto& op_of(const char* name) {
   return op;
 }
 
-// Below autograd these are new tensors on the same memory; autograd knows nothing of views.
+// unsqueezed, squeezed: made below autograd, so that the result is not a view to autograd.
 Tensor unsqueezed(const Tensor& tensor) {
   const at::AutoDispatchBelowADInplaceOrView below;
   return tensor.unsqueeze(0);
@@ -132,8 +134,8 @@ Tensor squeezed(const Tensor& tensor) {
   return tensor.squeeze(0);
 }
 
-// Exchanges the first two dimensions of an output, which so remains no view: a user may detach it in place, or write to
-// it. To LayerWithGradients this is no write.
+// Exchanges the first two dimensions of an output in place. The result is not a view, so that users may detach it or
+// write to it in place. The version counter, by which LayerWithGradients detects writes, does not change.
 void exchange_in_place(Tensor& output) {
   if (output.is_inference()) {
     output.transpose_(0, 1);
@@ -145,18 +147,18 @@ void exchange_in_place(Tensor& output) {
   version.set_version(before);
 }
 
-// A layer's arguments as its op takes them.
+// The arguments of a layer's op.
 struct OpCall {
   const std::string& cell;
   const Tensor& x;
   const std::vector<Tensor>& states;
   const Weights& weights;
-  bool step;     // one of a cell, whose tensors have neither T nor D, and which returns its final states alone
-  int64_t keep;  // rnnkit.call.Keep, for where gradients are needed
+  bool step;     // one step of a cell module: the caller's tensors lack T and D, and only final states are returned
+  int64_t keep;  // rnnkit.call.Keep, used only if gradients are needed
 };
 
-// Puts in the place of the first n tensors tensors on the data that they had in the forward pass. Where the gradients
-// are to be differentiated, it has to be with respect to the tensors themselves.
+// Replaces the first n saved tensors by the last n, which alias the data that they had in the forward pass. If the
+// gradients are to be differentiated, the tensors themselves are needed: throws unless they still have that data.
 void restore_data(variable_list& saved, size_t n, bool differentiated) {
   if (!differentiated) {
     std::copy_n(saved.end() - n, n, saved.begin());
@@ -168,10 +170,10 @@ void restore_data(variable_list& saved, size_t n, bool differentiated) {
                 "differentiated, got one whose .data was assigned to");
 }
 
-// `_Layer` of rnnkit/autograd.py, for an ordinary call. On the CPU there is no other backend's op to remember.
+// `_Layer` of rnnkit/autograd.py, for ordinary calls. It stores no backend: ordinary calls run on the C++ kernels.
 class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> {
  public:
-  // `tensors`: the caller's own of input, states and weights, of those that there are.
+  // tensors: the caller's input, states and weights, without those that are absent.
   static variable_list forward(torch::autograd::AutogradContext* ctx, const OpCall& call, at::TensorList tensors) {
     auto [outputs, results, reserve] = op_of<decltype(layer_forward)>("rnnkit::layer_forward")
                                            .call(call.cell, call.x, call.states, OptionalTensors(call.weights),
@@ -189,12 +191,12 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
     data["weights there"] = weights_there;
     variable_list saved = tensors.vec();
     data["tensors"] = int64_t(saved.size());
-    // A user may write to the output before the backward pass, as to torch.nn's: the output is saved without autograd's
-    // own check, and computed again if it was written to. The output of a cell's step is not returned to anybody.
+    // A user may write to the output before the backward pass, as with torch.nn's: it is saved without autograd's check
+    // of its version, and computed again if it was written to. A cell's step does not return it.
     saved.push_back(call.step ? output : output.variable_data());
     saved.push_back(reserve);
-    // A user may give a tensor other data (weight.data = ...): these keep what it has now. Not where hooks, such as
-    // save_on_cpu, are to keep it themselves.
+    // Aliases of the tensors' present data, in case a user assigns to .data later. Hooks of saved tensors, such as
+    // save_on_cpu, keep the data themselves.
     if (!at::SavedTensorDefaultHooks::get_hooks())
       for (const Tensor& tensor : tensors) saved.push_back(tensor.variable_data());
     ctx->save_for_backward(std::move(saved));
@@ -225,7 +227,7 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
     if (saved.size() > n + 2) restore_data(saved, n, /*differentiated=*/!ordinary);
     const bool written = !step && data["watch"].toTensor()._version() != data["version"].toInt();
 
-    // Of a step the op takes and returns [1, N, H] for the caller's [N, H].
+    // For a cell's step, the op takes and returns [1, N, H] instead of the caller's [N, H].
     const auto for_op = [&](const Tensor& tensor) { return step && tensor.defined() ? tensor.unsqueeze(0) : tensor; };
     const auto for_caller = [&](const Tensor& tensor) {
       if (!step || !tensor.defined()) return tensor;
@@ -237,7 +239,7 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
     const Tensor x = for_op(saved[0]);
     std::vector<Tensor> states;
     for (size_t i = 0; i < n_states; ++i) states.push_back(for_op(saved[1 + i]));
-    // The place of each saved tensor among the op's input, states and weights, some of which may not be there.
+    // For each saved tensor, its index among the op's input, states and weights, where absent weights count.
     std::vector<size_t> places;
     for (size_t i = 0; i < 1 + n_states; ++i) places.push_back(i);
     Weights weights(data["weights"].toInt());
@@ -250,7 +252,7 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
     needs.resize(1 + n_states + weights.size(), false);
     for (size_t i = 0; i < n; ++i) needs.set(places[i], ctx->needs_input_grad(i));
 
-    variable_list found(1 + n);  // none for `call`
+    variable_list found(1 + n);  // the first argument, `call`, has no gradient
     if (ordinary && !written) {
       const std::vector<Tensor> needed =
           op_of<decltype(layer_backward)>("rnnkit::layer_backward")
@@ -276,7 +278,7 @@ struct Results {
   std::vector<Tensor> finals;
 };
 
-// `x` and `states` are the caller's own, of which those of `call` may be what the op takes.
+// x, states: the caller's tensors, which autograd records. Those of `call` are the op's: of a cell's step, unsqueezed.
 Results with_gradients(const OpCall& call, const Tensor& x, const std::vector<Tensor>& states) {
   variable_list tensors = {x};
   tensors.insert(tensors.end(), states.begin(), states.end());
@@ -294,7 +296,7 @@ Results without_gradients(const OpCall& call, const std::optional<Tensor>& packe
   return {outputs[0], finals};
 }
 
-// One layer's share of all layers' states.
+// The rows [directions, N, ...] of one layer in the states [layers * directions, N, ...].
 std::vector<Tensor> states_of_layer(const std::vector<Tensor>& states, int64_t layer, int64_t directions) {
   std::vector<Tensor> found;
   for (const Tensor& state : states) found.push_back(state.narrow(0, layer * directions, directions));

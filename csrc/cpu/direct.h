@@ -1,4 +1,4 @@
-// Between register.cpp, which has the ops and the module, and direct.cpp, the fast path to them from Python.
+// What register.cpp (the ops and the module) and direct.cpp (the fast path from Python to the ops) use of each other.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,9 +25,11 @@ std::vector<at::Tensor> layer_backward(std::string_view cell, const at::Tensor& 
 int64_t gates_of(std::string_view cell);
 int64_t states_of(std::string_view cell);
 
-// Both return None where the call is for Python. `weights`: a list of five for each layer and direction.
-// `packed`: of each layer if frozen, else empty. `input_size` and `projected` (P): the module's, which the weights have to
-// fit. `keep`: what is kept where gradients are needed.
+// The fast paths of layers and cells. Both return None if the call is not an ordinary one, see direct.cpp.
+// weights: a list of five for each layer and direction.
+// packed: what `stack.pack` returned if the layer is frozen, else empty.
+// input_size, projected (P): the module's attributes, which the weights have to fit.
+// keep: rnnkit.call.Keep, used only if gradients are needed.
 py::object direct_layers(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
                          const std::vector<at::Tensor>& packed, int64_t directions, int64_t input_size,
                          int64_t projected, bool batch_first, int64_t keep);  // (output, states)

@@ -1,4 +1,4 @@
-// Which kernels run on this CPU.
+// Chooses the kernels for this CPU.
 #pragma once
 
 #include <string>
@@ -10,24 +10,25 @@
 
 namespace rnnkit {
 
-// What was built for one instruction set.
+// The kernels built for one ISA.
 struct Isa {
   std::string name;
   CellTable cells;
   PeakLoops peak;
 };
 
-// The best that was built and that this CPU runs, as torch sees it (ATEN_CPU_CAPABILITY can lower it).
+// The best ISA that was built and that torch sees on this CPU. ATEN_CPU_CAPABILITY can lower it.
 const Isa& isa();
 
-// Raises for a name that is no cell's.
+// Throws if there is no cell of this name.
 const CellKernels& find_cell(std::string_view name);
 
-// Kernels that multiply bfloat16 directly, in the order of the cells; null where this CPU cannot.
+// The kernels that multiply bfloat16 directly, in the order of the cells; null if this CPU cannot run them.
 const Kernels<BFloat16>* bfloat16_kernels();
 
-// Whether bfloat16 is multiplied directly, and not as float. A CPU that has AMX takes twice as long for a vector of
-// pairs of bfloat16 as for two vectors of float (docs/performance.md). RNNKIT_BFLOAT16=direct or float decides.
+// Whether bfloat16 is multiplied directly, and not as float. By default it is not on CPUs with AMX, which take twice as
+// long for a vector of pairs of bfloat16 as for two vectors of float (docs/performance.md). The environment variable
+// RNNKIT_BFLOAT16, direct or float, overrides the default.
 bool multiplies_bfloat16();
 
 template <class S>

@@ -1,4 +1,4 @@
-// Memory of tensors and of calls.
+// Memory of results, and scratch memory of calls.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,16 +7,16 @@
 
 namespace rnnkit {
 
-// An uninitialized tensor for results or for the reserve. Large parts are asked for in huge pages: the kernel then maps
-// them at a quarter of the cost, and a scan finds them without a TLB miss for each row.
+// Returns an uninitialized tensor for results or the reserve. Linux is advised to use huge pages for it: mapping them
+// costs a quarter, and a scan does not have a TLB miss for each row.
 at::Tensor allocate(at::IntArrayRef shape, const at::TensorOptions& options);
 
-// Whether the tensor's memory is there: a storage can be freed, or cut, under it (resize_).
+// Whether the tensor's storage still has memory for it: resize_ can free or shrink a storage.
 bool has_memory(const at::Tensor& tensor);
 
-// Scratch memory for one call. A thread keeps up to 4 MiB for its next call: to map it anew would take longer than many
-// a call does. A call has it for itself: a signal's handler may make another one meanwhile, on the same thread. Where
-// tests ask torch to fill fresh memory, it is always fresh.
+// Scratch memory for one call. A thread keeps up to 4 MiB of it for its next call, since mapping memory can take longer
+// than a small call. During a call nobody else can get that memory: a signal handler may run another call on the same
+// thread. If torch is told to fill uninitialized memory, as in tests, the memory is always fresh.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes);

@@ -1,4 +1,4 @@
-// Threads and clock around the loops of kernels/peak.cpp.
+// Runs the loops of kernels/peak.cpp on several threads and measures their time.
 #include "cpu/peak.h"
 
 #include <c10/util/Exception.h>
@@ -16,12 +16,12 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int64_t kRepetitions = 2000;     // of multiplying and adding, between two looks at the clock
-constexpr int64_t kBytesAtOnce = 4 << 20;  // likewise, of reading
+constexpr int64_t kRepetitions = 2000;     // repetitions of the FMA loop between two reads of the clock
+constexpr int64_t kBytesAtOnce = 4 << 20;  // min bytes read between two reads of the clock
 
 double since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-// What work() does a second, in its own unit, when it is repeated for `seconds`.
+// Repeats work() for `seconds`, and returns the sum of its results divided by the time.
 template <class Work>
 double rate(double seconds, const Work& work) {
   double done = 0, passed = 0;

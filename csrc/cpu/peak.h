@@ -1,4 +1,4 @@
-// What this machine can do at most on several threads at once; benchmarks state speed as a share of it.
+// Measures this machine's peak arithmetic and bandwidth on several threads; benchmarks give speeds as a share of it.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -7,10 +7,10 @@
 
 namespace rnnkit {
 
-// GFLOP/s of `threads` threads together that only multiply and add, measured for `seconds`.
+// GFLOP/s that `threads` threads reach together if they only multiply and add, measured for `seconds`.
 double peak_gflops(c10::ScalarType type, int threads, double seconds);
 
-// Bytes a second that `threads` threads together read, each from `bytes` of its own, measured for `seconds`.
+// Bytes a second that `threads` threads read together, each from its own buffer of `bytes`, measured for `seconds`.
 double read_bandwidth(int64_t bytes, int threads, double seconds);
 
 }  // namespace rnnkit

@@ -1,4 +1,4 @@
-// The CPU kernels of the ops in rnnkit/ops.py, and the module `rnnkit._C`, whose loading registers them.
+// Registers the CPU kernels of the ops in rnnkit/ops.py, when the module `rnnkit._C` is loaded.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -24,10 +24,11 @@ namespace {
 
 using at::Tensor;
 
-// Whether a signal's handler, in wants_to_stop, raised an exception. That is this thread's error indicator then.
+// Whether a signal handler that wants_to_stop called has raised. The exception is this thread's Python error indicator.
 thread_local bool interrupted = false;
 
-// Lets Python handle signals, as it does only in its main thread.
+// Runs Python's signal handlers if this is the main thread, the only one in which Python runs them. Returns whether one
+// has raised.
 bool wants_to_stop() {
   if (interrupted || syscall(SYS_gettid) != getpid()) return interrupted;
   const py::gil_scoped_acquire acquired;
@@ -35,7 +36,7 @@ bool wants_to_stop() {
   return interrupted;
 }
 
-// torch's name for an element type of the kernels.
+// torch's ScalarType for an element type of the kernels.
 template <class S>
 constexpr at::ScalarType kScalarType = c10::CppTypeToScalarType<S>::value;
 template <>
@@ -46,14 +47,14 @@ S* data(const Tensor& tensor) {
   return static_cast<S*>(tensor.mutable_data_ptr());
 }
 
-// Holds the contiguous, converted tensors that a Layer points into.
+// Makes tensors contiguous and converts them to the kernels' types, and keeps the copies that a Layer points into.
 class Operands {
  public:
   template <class S>
   const S* read(const std::optional<Tensor>& tensor) {
     if (!tensor || !tensor->defined()) return nullptr;
     if (tensor->scalar_type() == kScalarType<S> && tensor->is_contiguous() && !tensor->is_neg())
-      return static_cast<const S*>(tensor->const_data_ptr());  // the caller holds it
+      return static_cast<const S*>(tensor->const_data_ptr());  // no copy: the caller keeps it alive
     kept_.push_back(tensor->to(kScalarType<S>).resolve_neg().contiguous());
     return static_cast<const S*>(kept_.back().const_data_ptr());
   }
@@ -88,7 +89,7 @@ Layer<S> make_layer(const Call& call, Operands& operands) {
   return layer;
 }
 
-// Runs the kernel; throws what a signal's handler raised meanwhile, such as KeyboardInterrupt.
+// Runs the kernel. Throws the exception, such as KeyboardInterrupt, that a signal handler raised meanwhile.
 template <class S>
 void run(int64_t (*scratch)(const Layer<S>&), void (*kernel)(const Layer<S>&, std::byte*), const Layer<S>& layer) {
   interrupted = false;
@@ -98,7 +99,7 @@ void run(int64_t (*scratch)(const Layer<S>&), void (*kernel)(const Layer<S>&, st
   throw_python_error();
 }
 
-// Calls body with a value of the type that the call's operands are multiplied in.
+// Calls body with a value of the call's operand type, unless the call is empty.
 template <class Body>
 void with_operand_type(const Call& call, const Body& body) {
   if (call.empty()) return;
@@ -126,7 +127,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> layer_forward(
   const auto result = [&](const std::vector<int64_t>& shape, const at::TensorOptions& options) {
     return call.empty() ? at::zeros(shape, options) : allocate(shape, options);
   };
-  // h is written in the type that the next product reads.
+  // h is written in the operand type, because the next step multiplies it.
   std::vector<Tensor> outputs = {result(call.output_shape(0), call.operand_options())}, finals;
   for (int64_t i = 1; i < call.outputs(); ++i) outputs.push_back(result(call.output_shape(i), call.compute_options()));
   for (int64_t i = 0; i < call.cell.states; ++i) finals.push_back(result(call.state_shape(i), call.compute_options()));
@@ -201,7 +202,7 @@ std::vector<Tensor> layer_backward(std::string_view cell, const Tensor& input, a
     using T = Sum<S>;
     Operands operands;
     Layer<S> layer = make_layer<S>(call, operands);
-    layer.y = const_cast<S*>(operands.read<S>(output));  // only read in the backward pass
+    layer.y = const_cast<S*>(operands.read<S>(output));  // the backward pass only reads it
     layer.keep = static_cast<Keep>(keep);
     layer.reserve = const_cast<T*>(operands.read<T>(reserve));
     for (int64_t i = 0; i < call.outputs(); ++i) layer.states[i].grad_all = operands.read<T>(grads.get(i));
@@ -243,7 +244,7 @@ TORCH_LIBRARY_IMPL(rnnkit, CPU, m) {
   m.impl("pack_weights", pack_weights);
 }
 
-// What calls share is atomic, of a thread, or made once: a Python without its lock need not turn it on.
+// The module works without the GIL: all state that calls share is atomic, thread-local or initialized once.
 #if PYBIND11_VERSION_HEX >= 0x020D0000
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used()) {
 #else
@@ -252,18 +253,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "rnnkit's CPU kernels; importing it registers them with torch.";
   m.def("capability", [] { return isa().name; }, "The instruction set of the kernels in use.");
   m.def("multiplies_bfloat16", multiplies_bfloat16, "Whether bfloat16 is multiplied directly, and not as float.");
-  m.def("direct_layers", direct_layers, "Layers where nothing is left to decide, or None.");
-  m.def("direct_cell", direct_cell, "A cell's one step where nothing is left to decide, or None.");
+  m.def("direct_layers", direct_layers, "The fast path of layers; None if the call is not an ordinary one.");
+  m.def("direct_cell", direct_cell, "The fast path of a cell's step; None if the call is not an ordinary one.");
   m.def("peak_gflops", peak_gflops, py::arg("dtype"), py::arg("threads"), py::arg("seconds"),
         py::call_guard<py::gil_scoped_release>(),
-        "GFLOP/s that these threads reach now where they only multiply and add in registers.");
+        "GFLOP/s that these threads reach together if they only multiply and add in registers.");
   m.def("read_bandwidth", read_bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("seconds"),
         py::call_guard<py::gil_scoped_release>(),
-        "Bytes a second that these threads read together now, each from so many bytes of its own.");
+        "Bytes a second that these threads read together, each from a buffer of its own of this many bytes.");
   m.def(
       "cache_sizes", [] { return std::make_tuple(cache_sizes().l1, cache_sizes().l2, cache_sizes().l3); },
-      "Bytes of L1 (for data), L2 and L3; 0 for an L3 that the system does not tell.");
-  m.def("cells", list_cells, "(name, gates, states, saved) of each cell, as in rnnkit.reference.CELLS.");
+      "Bytes of L1 (for data), L2 and L3; 0 if the size of L3 is unknown.");
+  m.def("cells", list_cells, "(name, gates, states, saved) of each cell, as in rnnkit.specs.CELLS.");
 }
 
 }  // namespace rnnkit
