@@ -12,6 +12,8 @@ number of steps nor that of rows is a constant of the compiler, and offsets of r
 import triton
 from triton import language as tl
 
+from rnnkit.triton import carry
+
 #: Arguments that differ between calls of one model, which are not to cause a compilation.
 SIZES = ["gate_stride", "batch", "total", "last", "first", "steps"]
 
@@ -48,21 +50,6 @@ def products(
         a += DEPTH
         b += DEPTH * b_stride
     return sums
-
-
-@triton.jit
-def rows_of(step, last, batch, offsets):
-    """Where the rows of the step processed as number `step` begin, and how many there are; none beyond the ends."""
-    reverse = tl.program_id(2) == 1
-    t = tl.where(reverse, last - step, step)
-    exists = (step >= 0) & (step <= last)
-    if offsets is None:
-        start = t.to(tl.int64) * batch
-        count = tl.where(exists, batch, 0)
-    else:
-        start = tl.load(offsets + t, mask=exists, other=0)
-        count = (tl.load(offsets + t + 1, mask=exists, other=0) - start).to(tl.int32)
-    return start, count
 
 
 @triton.jit
@@ -123,20 +110,6 @@ def bias(b, place, mask, UNITS: tl.constexpr, SUM: tl.constexpr):
         return tl.load(b + place, mask=mask, other=0.0).to(SUM)
 
 
-@triton.jit
-def previous_rows(step, begin, i, last, batch, offsets, initial, history, width):
-    """Pointers to h before `step`, [ROWS, 1], and which are there: in the output, or given at the beginning."""
-    start, count = rows_of(step - 1, last, batch, offsets)
-    d = tl.program_id(2).to(tl.int64)
-    directions = tl.num_programs(2)
-    found = history + ((start + begin) * directions + d) * width + i * (directions * width)
-    there = i < count - begin
-    if initial is not None:
-        found = tl.where(there, found, initial + (d * batch + begin) * width + i * width)
-        there = i < batch - begin
-    return found, there
-
-
 @triton.jit(do_not_specialize=SIZES)
 def forward(
     gates,  # [R, gate_stride], the input's part of each gate, [D, G*H]
@@ -166,20 +139,18 @@ def forward(
     state = load_states(states, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
     for step in tl.range(first, first + steps, num_stages=1):
         u = again(u, step)
-        start, count = rows_of(step, last, batch, offsets)
-        alive = i < count - begin
-        mask = alive & u_mask
-        row = start + begin
+        row, active = carry.active_rows(step, begin, i, last, batch, offsets)
+        mask = active & u_mask
         loaded = ()
         for g in tl.static_range(GATES):
             gate = gates + row * gate_stride + (d * GATES + g) * hidden
             loaded += (tl.load(gate + (i * gate_stride + u), mask=mask, other=0.0),)
-        before, there = previous_rows(
+        operand, is_there = carry.operand(
             step, begin, i, last, batch, offsets, initial, history, projected
         )
         recurrent = products(
-            before, there & alive, w, hidden.to(tl.int64) * projected, (u - first_unit) * projected,
-            u_mask, 1, projected, GATES, DEPTH, PRECISION, SUM,
+            operand, is_there & active, w, hidden.to(tl.int64) * projected,
+            (u - first_unit) * projected, u_mask, 1, projected, GATES, DEPTH, PRECISION, SUM,
         )  # fmt: skip
         x = ()
         h = ()
@@ -196,10 +167,7 @@ def forward(
             for k in tl.static_range(len(kept)):
                 kept_base = reserve + ((d * total + row) * len(kept) + k) * hidden
                 tl.store(kept_base + (i * (len(kept) * hidden) + u), kept[k], mask=mask)
-        waiting = state
-        state = ()
-        for k in tl.static_range(STATES):
-            state += (tl.where(alive, new[k], waiting[k]),)
+        state = carry.carried(active, new, state)
         tl.debug_barrier()  # the next step reads what this one wrote
     store_states(new_states, state, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
 
@@ -235,25 +203,22 @@ def backward(
     for step in tl.range(first, first + steps, num_stages=1):
         u = again(u, step)
         forward_step = last - step
-        start, count = rows_of(forward_step, last, batch, offsets)
-        alive = i < count - begin
-        mask = alive & u_mask
-        row = start + begin
+        row, active = carry.active_rows(forward_step, begin, i, last, batch, offsets)
+        mask = active & u_mask
         h_base = (row * directions + d) * hidden
         h_place = i * (directions * hidden) + u
         if grad_projected is None:
-            later, later_count = rows_of(forward_step + 1, last, batch, offsets)
-            through = grad_gates + ((later + begin) * directions + d) * (GRADS * hidden)
-            through += i * (directions * GRADS * hidden)
-            there = i < later_count - begin
+            later, sends = carry.active_rows(forward_step + 1, begin, i, last, batch, offsets)
+            grad_later = grad_gates + (later * directions + d) * (GRADS * hidden)
+            grad_later += i * (directions * GRADS * hidden)
         else:
-            through = grad_projected + (d * total + row) * projected + i * projected
-            there = alive
-        through_weights = products(
-            through, there, weights + d * depth * hidden, 0, u,
+            grad_later = grad_projected + (d * total + row) * projected + i * projected
+            sends = active
+        grad_recurrent = products(
+            grad_later, sends, weights + d * depth * hidden, 0, u,
             u_mask, hidden, depth, 1, DEPTH, PRECISION, SUM,
         )  # fmt: skip
-        grad_h = grad_state[0] + through_weights[0]
+        grad_state = carry.grad_operand(grad_state, grad_recurrent[0])
         save = ()
         for k in tl.static_range(SAVED):
             kept_base = reserve + ((d * total + row) * SAVED + k) * hidden
@@ -262,11 +227,11 @@ def backward(
         previous_h = h
         if grad_projected is None:  # the compiler drops what the cell does not use
             h = tl.load(history + h_base + h_place, mask=mask, other=0.0).to(SUM)
-            before, before_there = previous_rows(
+            operand, is_there = carry.operand(
                 forward_step, begin, i, last, batch, offsets, initial, history, hidden
             )
-            previous_h = tl.load(before + u, mask=before_there & mask, other=0.0).to(SUM)
-        total_h = grad_h
+            previous_h = tl.load(operand + u, mask=is_there & mask, other=0.0).to(SUM)
+        total_h = grad_state[0]
         if grad_output is not None:
             total_h += tl.load(grad_output + h_base + h_place, mask=mask, other=0.0).to(SUM)
         grads_before, grads = CELL(save, h, previous_h, (total_h,) + grad_state[1:])
@@ -274,9 +239,6 @@ def backward(
             grad_base = grad_gates + ((row * directions + d) * GRADS + k) * hidden
             grad = grads[k].to(grad_gates.dtype.element_ty)
             tl.store(grad_base + (i * (directions * GRADS * hidden) + u), grad, mask=mask)
-        waiting = (grad_h,) + grad_state[1:]
-        grad_state = ()
-        for k in tl.static_range(STATES):
-            grad_state += (tl.where(alive, grads_before[k], waiting[k]),)
+        grad_state = carry.carried(active, grads_before, grad_state)
         tl.debug_barrier()  # the next step reads what this one wrote
     store_states(new_grad_states, grad_state, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
