@@ -61,7 +61,8 @@ def _inside_tensors() -> Iterator[None]:
     def launch(
         self: Any, *arguments: Any, real: Callable = launcher.__call__, **given: Any
     ) -> None:
-        memory[:] = [_span(tensor) for tensor in arguments if isinstance(tensor, Tensor)]
+        each = [one for a in arguments for one in (a if isinstance(a, tuple) else [a])]
+        memory[:] = [_span(tensor) for tensor in each if isinstance(tensor, Tensor)]
         real(self, *arguments, **given)
 
     with ExitStack() as stack:

@@ -4,7 +4,9 @@ import copy
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import interpreter
@@ -16,6 +18,7 @@ from configurations import Case as ModuleCase
 from devices import on_gpu
 from kernel_cases import (
     DTYPES,
+    Call,
     Case,
     assert_case_matches_reference,
     assert_matches_reference,
@@ -24,11 +27,13 @@ from kernel_cases import (
     small_cases,
 )
 from tolerances import FORWARD, GRADIENT, assert_close_to_truth, relative_error
+from torch import Tensor
+from torch.nn.functional import linear
 
 import rnnkit
-from rnnkit import backends, plan
+from rnnkit import backends, gpu, ops, plan
 from rnnkit.ops import Keep
-from rnnkit.reference import CELLS
+from rnnkit.reference import CELLS, WEIGHTS
 
 interpreted = pytest.mark.skipif(
     bool(interpreter.why_not()), reason=interpreter.why_not() or "it can run"
@@ -147,6 +152,89 @@ def test_projection(
 ) -> None:
     case = Case("lstm", (2, 3, 4, 17), 2, lengths, projected=5, dtype=dtype, device=device)
     assert_case_matches_reference(replace(case, states=states))
+
+
+def by_steps(it: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Output, final states and the states but h after each step [rows, D*H], by a loop over the cell's step."""
+    spec, size = CELLS[it.cell], len(WEIGHTS)
+    counts = [it.input.size(1)] * len(it.input)
+    if it.batch_sizes is not None:
+        counts = it.batch_sizes.tolist()
+    inputs = it.input.flatten(0, -2).split(counts)
+    values: list[list[Tensor]] = [[] for _ in range(spec.states)]
+    finals: list[list[Tensor]] = [[] for _ in range(spec.states)]
+    for d in range(len(it.weights) // size):
+        w_ih, w_hh, b_ih, b_hh, w_hr = it.weights[d * size : (d + 1) * size]
+        states = [state[d] for state in it.states]
+        found: list[list[Tensor]] = [[] for _ in range(spec.states)]
+        for x in inputs[::-1] if d else inputs:
+            before = [state[: len(x)] for state in states]
+            new = list(
+                spec.step(
+                    linear(x, w_ih, b_ih).chunk(spec.gates, -1),
+                    linear(before[0], w_hh, b_hh).chunk(spec.gates, -1),
+                    before,
+                )
+            )
+            new[0] = new[0] if w_hr is None else linear(new[0], w_hr)
+            states = [torch.cat([n, s[len(x) :]]) for n, s in zip(new, states, strict=True)]
+            for k, state in enumerate(new):
+                found[k].append(state)
+        for k in range(spec.states):
+            values[k].append(torch.cat(found[k][::-1] if d else found[k]))
+            finals[k].append(states[k])
+    output, *others = (torch.cat(of_state, -1) for of_state in values)
+    return output, [torch.stack(final) for final in finals], others
+
+
+@pytest.mark.parametrize("given", (True, False), ids=("grads", "nograds"))
+@pytest.mark.parametrize(
+    "case",
+    each(
+        [
+            Case(cell, (3, 18, 4, 17), directions, lengths, projected, dtype=torch.float64)
+            for cell in CELLS
+            for directions, lengths in product((1, 2), ((), (4, 3, 3, 1)))
+            for projected in ((0, 5) if CELLS[cell].states > 1 else (0,))
+        ]
+    ),
+    ids=str,
+)
+@each_design
+def test_states_at_all_steps(case: Case, design: str, given: bool) -> None:
+    """The states but h after each step, and what their gradients add to every other gradient."""
+    scan = importlib.import_module("rnnkit.triton.scan")
+    it = call(case)
+    of = gpu.Call(it.cell, it.input, it.states, it.weights, it.batch_sizes)
+    shape = (of.rows, of.directions * of.hidden)
+    all_states = [it.input.new_empty(shape) for _ in range(of.spec.states - 1)]
+    grads: list[Tensor | None] = [
+        torch.randn_like(state) if given else None for state in all_states
+    ]
+    output, finals, reserve = ops.empty_results(
+        it.cell, it.input, it.weights, it.batch_sizes, it.states, Keep.EVERYTHING
+    )
+    with plan.forced(design):
+        values = output.view(of.rows, -1)
+        scan.forward(
+            of, of.gates(), Keep.EVERYTHING, values, finals, reserve, all_states=all_states
+        )
+        run = SimpleNamespace(backward=partial(scan.backward, grad_all_states=grads))
+        back = gpu.Backward(of, run, it.grads, output, reserve, it.all_needs)  # type: ignore[arg-type]
+        found = back.run()
+    on_cpu = it.on("cpu").map(lambda t: t.requires_grad_() if t.is_floating_point() else t)
+    expected, expected_finals, expected_states = by_steps(on_cpu)
+    results = [expected, *expected_finals, *expected_states]
+    close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9, check_device=False)
+    close([values, *finals, *all_states], results)
+    pairs = [
+        (result, grad.cpu().view_as(result))
+        for result, grad in zip(results, [*it.grads, *grads], strict=True)
+        if grad is not None
+    ]
+    leaves = [t for t in on_cpu.differentiable if t is not None]
+    truth = torch.autograd.grad([r for r, _ in pairs], leaves, [g for _, g in pairs])
+    close([found[k] for k, need in enumerate(it.all_needs) if need], [*truth])
 
 
 @each_cell

@@ -93,21 +93,30 @@ class Recorder:
             if isinstance(bound.get(parameter.name), int) and parameter.name not in OF_THE_MODEL:
                 assert parameter.do_not_specialize, f"{parameter.name} may cause a compilation"
         constants = {name: given.pop(name) for name in names[len(arguments) :]}
-        constants |= {name: value for name, value in bound.items() if value is None}
-        signature = dict.fromkeys(constants, "constexpr")
+        signature: dict[str, Any] = dict.fromkeys(constants, "constexpr")
+        values = {(names.index(name),): value for name, value in constants.items()}
         divisible = []
-        for name, value in bound.items():
+
+        def signed(value: Any, place: tuple[int, ...]) -> Any:
+            """The type of an argument, or of an entry of a tuple, and what the compiler is told of it beside."""
+            if isinstance(value, tuple):
+                return tuple(signed(entry, (*place, at)) for at, entry in enumerate(value))
+            if value is None:
+                values[place] = None
+                return "constexpr"
             if isinstance(value, torch.Tensor):
-                signature[name] = TYPES[value.dtype]
-                divisible += [name] * (value.data_ptr() % 16 == 0)
-            elif value is not None:
-                signature[name] = "i32"
-                divisible += [name] * (value % 16 == 0 and name not in kernels.SIZES)
+                divisible.extend([place] * (value.data_ptr() % 16 == 0))
+                return TYPES[value.dtype]
+            divisible.extend([place] * (value % 16 == 0 and names[place[0]] not in kernels.SIZES))
+            return "i32"
+
+        for name, value in bound.items():
+            signature[name] = signed(value, (names.index(name),))
         source = ASTSource(
             self.kernel,
             {name: signature[name] for name in names},
-            {(names.index(name),): value for name, value in constants.items()},
-            {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+            values,
+            {place: [["tt.divisibility", 16]] for place in divisible},
         )
         self.done(triton.compile(source, target=self.target, options=given), given)
 
@@ -137,7 +146,21 @@ def resources(built: Any) -> tuple[int, int]:
     return int(used["REG"]), int(used["STACK"]) + int(used["LOCAL"])
 
 
-def builds(case: Case, target: GPUTarget) -> Iterator[Build]:
+class ScanOfAllStates:
+    """`scan` that is asked for the states at all steps, too."""
+
+    def forward(self, call: gpu.Call, *arguments: Any) -> None:
+        self.states = [
+            call.input.new_empty(call.rows, call.directions * call.hidden)
+            for _ in range(call.spec.states - 1)
+        ]
+        scan.forward(call, *arguments, all_states=self.states)
+
+    def backward(self, *arguments: Any) -> torch.Tensor | None:
+        return scan.backward(*arguments, grad_all_states=self.states)
+
+
+def builds(case: Case, target: GPUTarget, all_states: bool = False) -> Iterator[Build]:
     """Every kernel that a call's forward and backward pass launch."""
     found: dict[str, Build] = {}
 
@@ -146,7 +169,7 @@ def builds(case: Case, target: GPUTarget) -> Iterator[Build]:
             registers, spilled = resources(built)
             text = built.asm.get("ptx") or built.asm["amdgcn"]
             found[name] = Build(
-                str(case),
+                str(case) + "-allstates" * all_states,
                 name,
                 scan.choose(case.scan(name == "backward")).kernel,
                 registers,
@@ -160,8 +183,9 @@ def builds(case: Case, target: GPUTarget) -> Iterator[Build]:
 
     arguments = call(case)
     given = (arguments.input, arguments.states, arguments.weights, arguments.batch_sizes)
+    scans = ScanOfAllStates() if all_states else scan
     with (
-        mock.patch.object(gpu, "scans", lambda _: scan),
+        mock.patch.object(gpu, "scans", lambda _: scans),
         mock.patch.object(kernels, "forward", recorder("forward")),
         mock.patch.object(kernels, "backward", recorder("backward")),
     ):
@@ -170,25 +194,30 @@ def builds(case: Case, target: GPUTarget) -> Iterator[Build]:
     yield from found.values()
 
 
-def cases() -> Iterator[tuple[Case, bool]]:
-    """Every cell and dtype in either design, dense and ragged, projected, and without this and that."""
+def cases() -> Iterator[tuple[Case, bool, bool]]:
+    """Every cell and dtype in either design, dense and ragged, projected, and without this and that.
+
+    With each whether float32 is multiplied as TF32, and whether the states at all steps are asked for.
+    """
     for cell in CELLS:
         for at, (hidden, batch, dtype, tf32) in enumerate(SIZES):
             case = Case(cell, (2, batch, 4, hidden), 1 + at % 2, dtype=dtype)
             if at % 2:
                 case = replace(case, lengths=tuple(2 if n < 2 else 1 for n in range(batch)))
-            yield replace(case, states=at % 3 != 0, bias=at % 3 != 1), tf32
+            yield replace(case, states=at % 3 != 0, bias=at % 3 != 1), tf32, False
         if CELLS[cell].states > 1:
-            yield Case(cell, (2, 3, 4, 100), projected=33), True
+            yield Case(cell, (2, 3, 4, 100), projected=33), True, False
+            yield Case(cell, (2, 3, 4, 40), 2), False, True
+            yield Case(cell, (2, 40, 4, 650), bias=False, dtype=torch.bfloat16), True, True
 
 
 def main(backend: str, architecture: str, every: str = "1") -> None:
     scan.TARGET = backend
     arch = int(architecture) if backend == "cuda" else architecture
     target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
-    for case, tf32 in [*cases()][:: int(every)]:
+    for case, tf32, all_states in [*cases()][:: int(every)]:
         torch.backends.cudnn.allow_tf32 = tf32
-        for build in builds(case, target):
+        for build in builds(case, target, all_states):
             print(json.dumps(asdict(build)), flush=True)
 
 

@@ -120,6 +120,7 @@ def forward(
     offsets,  # where each step's rows begin, [T + 1], or None: each has `batch`
     history,  # the output, [R, D*P]
     output,  # where h goes: the output, or before a projection [D, N, H], or None
+    all_states,  # the states but h after each step, S - 1 tensors [R, D*H], or None
     reserve,  # [D, R, V, H], or the states but h before each step, [D, R, S - 1, H], or None
     gate_stride, batch, total, last,  # N, R, T - 1
     first, steps,
@@ -162,6 +163,11 @@ def forward(
             h_stride = hidden if PROJECTS else directions * hidden
             h_base = output + (d * batch + begin if PROJECTS else row * directions + d) * hidden
             tl.store(h_base + (i * h_stride + u), new[0].to(output.dtype.element_ty), mask=mask)
+        if all_states is not None:
+            for k in tl.static_range(len(all_states)):
+                values = all_states[k] + (row * directions + d) * hidden
+                value = new[k + 1].to(all_states[k].dtype.element_ty)
+                tl.store(values + (i * (directions * hidden) + u), value, mask=mask)
         if reserve is not None:
             kept = save if EVERYTHING else state[1:]
             for k in tl.static_range(len(kept)):
@@ -181,6 +187,7 @@ def backward(
     history,  # the output, [R, D*P]
     reserve,  # [D, R, V, H]
     grad_output,  # [R, D*H], or None for zeros
+    grad_all_states,  # of the states but h after each step, S - 1 tensors [R, D*H] or None for zeros; or None
     grad_projected,  # of h after its projection, with all that reaches it, [D, R, P], or None
     grad_gates,  # [R, D*W*H]
     batch, total, last,  # N, R, T - 1
@@ -231,14 +238,24 @@ def backward(
                 forward_step, begin, i, last, batch, offsets, initial, history, hidden
             )
             previous_h = tl.load(operand + u, mask=is_there & mask, other=0.0).to(SUM)
-        total_h = grad_state[0]
+        grad_h = grad_state[0]
         if grad_output is not None:
-            total_h += tl.load(grad_output + h_base + h_place, mask=mask, other=0.0).to(SUM)
-        grads_before, grads = CELL(save, h, previous_h, (total_h,) + grad_state[1:])
+            grad_h += tl.load(grad_output + h_base + h_place, mask=mask, other=0.0).to(SUM)
+        grad_new = (grad_h,)
+        for k in tl.static_range(1, STATES):
+            grad = grad_state[k]
+            if grad_all_states is not None and grad_all_states[k - 1] is not None:
+                given = grad_all_states[k - 1] + h_base + h_place
+                grad += tl.load(given, mask=mask, other=0.0).to(SUM)
+            grad_new += (grad,)
+        grads_before, grads = CELL(save, h, previous_h, grad_new)
         for k in tl.static_range(GRADS):
             grad_base = grad_gates + ((row * directions + d) * GRADS + k) * hidden
-            grad = grads[k].to(grad_gates.dtype.element_ty)
-            tl.store(grad_base + (i * (directions * GRADS * hidden) + u), grad, mask=mask)
+            tl.store(
+                grad_base + (i * (directions * GRADS * hidden) + u),
+                grads[k].to(grad_gates.dtype.element_ty),
+                mask=mask,
+            )
         grad_state = carry.carried(active, grads_before, grad_state)
         tl.debug_barrier()  # the next step reads what this one wrote
     store_states(new_grad_states, grad_state, begin, i, u, i_mask & u_mask, batch, hidden, STATES)

@@ -193,7 +193,9 @@ class _Launcher:
         if not AUTOTUNE or kernels.INTERPRETED:
             return False
         *others, hidden, projected = arguments
-        types = [getattr(argument, "dtype", None) for argument in others]
+        types = [
+            getattr(t, "dtype", None) for a in others for t in (a if type(a) is tuple else [a])
+        ]
         kind = (self.kernel, self.cut, self.device, hidden, projected, *types, *constants.values())
         if kind not in _launched and self._capturing():
             return False
@@ -237,8 +239,12 @@ def forward(
     output: Tensor,
     finals: Sequence[Tensor],
     reserve: Tensor,
+    all_states: Sequence[Tensor] = (),
 ) -> None:
-    """The scan forward, see `rnnkit.gpu.Scans`."""
+    """The scan forward, see `rnnkit.gpu.Scans`.
+
+    all_states: on return the states but h after each step, [rows, D*H] each; none where they are not wanted.
+    """
     launch = _Launcher(
         kernels.forward, call, choose(call.scan(backward=False)), call.batch, call.directions
     )
@@ -251,6 +257,7 @@ def forward(
         launch(
             *(gates, b_ih, b_hh, w_hh, initial, states, new_states, offsets, output),
             output if unprojected is None else unprojected,
+            tuple(all_states) or None,
             reserve if keep else None,
             *(gates.stride(0), call.batch, call.rows, call.steps - 1, first, steps),
             *(call.hidden, call.projected),
@@ -275,8 +282,15 @@ def forward(
             final.copy_(states[k])
 
 
-def backward(back: Backward, initial_grads: Sequence[Tensor | None]) -> Tensor | None:
-    """The scan backward, see `rnnkit.gpu.Scans`."""
+def backward(
+    back: Backward,
+    initial_grads: Sequence[Tensor | None],
+    grad_all_states: Sequence[Tensor | None] = (),
+) -> Tensor | None:
+    """The scan backward, see `rnnkit.gpu.Scans`.
+
+    grad_all_states: gradients of the states but h after each step, [rows, D*H] each, None for zeros.
+    """
     call = back.call
     launch = _Launcher(
         kernels.backward, call, choose(call.scan(backward=True)), call.batch, call.directions
@@ -299,6 +313,7 @@ def backward(back: Backward, initial_grads: Sequence[Tensor | None]) -> Tensor |
         launch(
             *(w_hh if w_hr is None else w_hr, initial, grad_states, new_grad_states, offsets),
             *(back.output, back.reserve, None if w_hr is not None else grad_output),
+            tuple(grad_all_states) if any(g is not None for g in grad_all_states) else None,
             *(grad_projected, back.grad_gates),
             *(call.batch, call.rows, call.steps - 1, first, steps, call.hidden, call.projected),
             CELL=CELLS[call.cell].backward,
@@ -371,7 +386,7 @@ def gates_again(
         launch(
             *(gates[rows, columns], b_ih, b_hh, w_hh, None if h is None else h.contiguous()),
             *(before, torch.empty_like(before), None),
-            *(gates, None, reserve[rows], gates.stride(0), count, count, 0, 0, 1),
+            *(gates, None, None, reserve[rows], gates.stride(0), count, count, 0, 0, 1),
             *(call.hidden, call.projected),
             CELL=CELLS[call.cell].forward,
             EVERYTHING=True,
