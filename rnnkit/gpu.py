@@ -8,6 +8,7 @@ import importlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from itertools import accumulate
 from typing import Protocol, cast
 
@@ -596,7 +597,32 @@ class Backward:
         states, gates = self.reserve, call.gates()
         self.reserve = states.new_empty(call.reserve_shape(Keep.EVERYTHING))
         for d in range(call.directions):
-            self.scans.gates_again(call, d, gates, self._previous(d), states[d], self.reserve[d])
+            if hasattr(self.scans, "gates_again"):
+                self.scans.gates_again(
+                    call, d, gates, self._previous(d), states[d], self.reserve[d]
+                )
+                continue
+            width = call.spec.gates * call.hidden
+            for rows, h in self._previous(d):
+                step = self._one_step(d, h, states[d, rows])
+                self.scans.forward(
+                    step,
+                    gates[rows, d * width : (d + 1) * width],
+                    Keep.EVERYTHING,
+                    call.input.new_empty(step.rows, call.hidden),
+                    [],
+                    self.reserve[d : d + 1, rows],
+                )
+
+    def _one_step(self, d: int, h: Tensor | None, others: Tensor) -> Call:
+        """A direction's call of one step whose batch is `others` [rows, S - 1, H], the states but h before it."""
+        step, rows = copy(self.call), others.size(0)
+        step.ragged, step.steps, step.directions, step.batch, step.rows = False, 1, 1, rows, rows
+        h = self.call.input.new_zeros(rows, step.projected) if h is None else h.contiguous()
+        step.states = [h.unsqueeze(0), *(state.unsqueeze(0) for state in others.unbind(1))]
+        step.w_hh, step.b_ih, step.b_hh = [step.w_hh[d]], [step.b_ih[d]], [step.b_hh[d]]
+        step.w_hr = [None]
+        return step
 
 
 if not (backends.CUDA_REASON and backends.TRITON_REASON):

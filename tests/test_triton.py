@@ -237,6 +237,40 @@ def test_states_at_all_steps(case: Case, design: str, given: bool) -> None:
     close([found[k] for k, need in enumerate(it.all_needs) if need], [*truth])
 
 
+@each_design
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("lengths", ((), (4, 3, 3, 1)), ids=("dense", "ragged"))
+@pytest.mark.parametrize(("cell", "projected"), (("lstm", 0), ("lstm", 5), ("gru", 0)))
+def test_recomputed_reserve_has_the_same_bits(
+    device: str,
+    cell: str,
+    projected: int,
+    lengths: tuple[int, ...],
+    dtype: torch.dtype,
+    design: str,
+) -> None:
+    scan = importlib.import_module("rnnkit.triton.scan")
+    it = call(Case(cell, (3, 4, 5, 33), 2, lengths, projected, dtype=dtype, device=device))
+    with plan.forced(design):
+        output, _, expected = it.forward(Keep.EVERYTHING)
+        _, _, states = it.forward(Keep.STATES)
+        of = gpu.Call(it.cell, it.input, it.states, it.weights, it.batch_sizes)
+        back = gpu.Backward(of, scan, it.grads, output, states, it.all_needs)
+    assert_same_bits([back.reserve], [expected])
+
+
+def test_reserve_alone_of_a_step_before_its_projection(device: str) -> None:
+    """Output and final states have any size then, and h is not written."""
+    scan = importlib.import_module("rnnkit.triton.scan")
+    it = call(Case("lstm", (1, 18, 5, 33), projected=5, device=device))
+    of = gpu.Call(it.cell, it.input, it.states, it.weights, it.batch_sizes)
+    expected = it.forward(Keep.EVERYTHING)[2]
+    reserve, output, finals = torch.empty_like(expected), it.input.new_ones(18, 5), [of.states[0]]
+    before, of.w_hr = of.states[0].clone(), [None]
+    scan.forward(of, of.gates(), Keep.EVERYTHING, output, finals, reserve)
+    assert_same_bits([reserve, output, *finals], [expected, torch.ones_like(output), before])
+
+
 @each_cell
 def test_each_design_finds_what_the_other_kept(device: str, cell: str) -> None:
     it = call(Case(cell, (3, 2, 3, 17), 2, device=device, off_kink=True))

@@ -229,7 +229,8 @@ def _states(call: Call, given: Sequence[Tensor | None]) -> Tensor:
 
 
 def _not_projected(call: Call, states: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if call.projects and k == 0 else state for k, state in enumerate(states)]
+    wide = not call.projects and call.projected == call.hidden
+    return [state if wide or k > 0 else None for k, state in enumerate(states)]
 
 
 def forward(
@@ -243,20 +244,24 @@ def forward(
 ) -> None:
     """The scan forward, see `rnnkit.gpu.Scans`.
 
+    A call may ask for the reserve of a layer with a projection alone: without `w_hr`, but with h of P values before its
+    one step. It writes neither output nor the final h.
+
     all_states: on return the states but h after each step, [rows, D*H] each; none where they are not wanted.
     """
-    launch = _Launcher(
-        kernels.forward, call, choose(call.scan(backward=False)), call.batch, call.directions
-    )
+    cut = choose(call.scan(backward=False))
+    if call.steps == 1:  # whose programs may share the units, whatever the tile
+        cut = replace(cut, kernel="stepwise")
+    launch = _Launcher(kernels.forward, call, cut, call.batch, call.directions)
     w_hh, w_hr = stacked(call.w_hh), call.w_hr
     b_ih, b_hh = stacked(call.b_ih), stacked(call.b_hh)
     offsets, initial = call.offsets(), call.states[0] if call.states else None
     unprojected = call.input.new_empty(call.state_shape(1)) if call.projects else None
+    h = unprojected if call.projects else output if call.projected == call.hidden else None
 
     def step(states: Tensor, new_states: Tensor, first: int, steps: int) -> None:
         launch(
-            *(gates, b_ih, b_hh, w_hh, initial, states, new_states, offsets, output),
-            output if unprojected is None else unprojected,
+            *(gates, b_ih, b_hh, w_hh, initial, states, new_states, offsets, output, h),
             tuple(all_states) or None,
             reserve if keep else None,
             *(gates.stride(0), call.batch, call.rows, call.steps - 1, first, steps),
@@ -278,7 +283,7 @@ def forward(
     for k, final in enumerate(finals):
         if call.projects and k == 0:
             call.last_rows(output, out=final)
-        else:
+        elif h is not None or k > 0:
             final.copy_(states[k])
 
 
@@ -360,35 +365,3 @@ def _through_projection(
             columns = slice(d * call.projected, (d + 1) * call.projected)
             of_output = back.grads[0].view(call.rows, -1)[rows, columns]
             torch.add(sums, of_output, out=grad_projected[d, rows])
-
-
-def gates_again(
-    call: Call,
-    d: int,
-    gates: Tensor,
-    previous: Sequence[tuple[slice, Tensor | None]],
-    states: Tensor,
-    reserve: Tensor,
-) -> None:
-    """What the forward pass did not keep, see `rnnkit.gpu.Scans`: a step whose batch is all rows."""
-    columns = slice(d * call.spec.gates * call.hidden, (d + 1) * call.spec.gates * call.hidden)
-    b_ih, b_hh, w_hh = call.b_ih[d], call.b_hh[d], call.w_hh[d]
-    for rows, h in previous:
-        count = rows.stop - rows.start
-        scan = replace(call.scan(backward=False), batch=count, directions=1)
-        cut = choose(scan)
-        if cut.kernel == "sequence":
-            cut = replace(cut, kernel="stepwise", rows=16)
-        launch = _Launcher(kernels.forward, call, cut, count, 1)
-        before = states.new_zeros(call.spec.states, count, call.hidden)
-        if call.spec.states > 1:
-            before[1:].copy_(states[rows].transpose(0, 1))
-        launch(
-            *(gates[rows, columns], b_ih, b_hh, w_hh, None if h is None else h.contiguous()),
-            *(before, torch.empty_like(before), None),
-            *(gates, None, None, reserve[rows], gates.stride(0), count, count, 0, 0, 1),
-            *(call.hidden, call.projected),
-            CELL=CELLS[call.cell].forward,
-            EVERYTHING=True,
-            PROJECTS=False,
-        )
