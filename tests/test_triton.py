@@ -271,6 +271,17 @@ def test_reserve_alone_of_a_step_before_its_projection(device: str) -> None:
     assert_same_bits([reserve, output, *finals], [expected, torch.ones_like(output), before])
 
 
+@each_dtype
+def test_h_before_its_projection(device: str, dtype: torch.dtype) -> None:
+    scan = importlib.import_module("rnnkit.triton.scan")
+    it = call(Case("lstm", (3, 7, 4, 65), 2, projected=5, dtype=dtype, device=device))
+    of = gpu.Call(it.cell, it.input, it.states, it.weights, it.batch_sizes)
+    reserve = it.forward()[2]
+    i, f, g, o, c = reserve.double().unbind(2)
+    expected = (o * torch.tanh(f * c + i * g)).to(dtype)
+    torch.testing.assert_close(scan.unprojected(of, reserve), expected)
+
+
 @each_cell
 def test_each_design_finds_what_the_other_kept(device: str, cell: str) -> None:
     it = call(Case(cell, (3, 2, 3, 17), 2, device=device, off_kink=True))
@@ -617,3 +628,5 @@ def test_designs_and_reasons() -> None:
 def test_cells_are_the_reference_s() -> None:
     cells = pytest.importorskip("rnnkit.triton.cells", reason="triton is not installed")
     assert cells.CELLS.keys() == CELLS.keys()
+    projected = {name for name, cell in cells.CELLS.items() if cell.output}
+    assert projected == {name for name, spec in CELLS.items() if spec.states > 1}

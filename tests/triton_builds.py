@@ -59,7 +59,7 @@ class Build:
 
     Attributes:
         case: the call it is launched by.
-        kernel: `forward` or `backward`.
+        kernel: `forward`, `backward` or `unprojected`.
         design: a name in `plan.TRITON_KERNELS`.
         registers: of a thread.
         spilled, shared: bytes, of a thread and of a program.
@@ -122,12 +122,10 @@ class Recorder:
 
 
 def barriers(ttgir: str) -> int:
-    """How many barriers of a program's threads stand at the end of the loop over steps, where products' are not yet."""
-    last = ttgir.split("scf.yield")
-    found = [part for part in last[:-1] if "tt.store" in part]
-    return len(
-        re.findall(r"\b(?:gpu|ttg)\.(?:local_)?barrier\b", found[0].rsplit("tt.store", 1)[1])
-    )
+    """How many barriers of a program's threads stand at the end of the loop over steps, behind its last store."""
+    ends = [part for part in ttgir.split("scf.yield")[:-1] if "tt.store" in part]
+    behind = ends[0].rsplit("tt.store", 1)[1] if ends else ""
+    return len(re.findall(r"\b(?:gpu|ttg)\.(?:local_)?barrier\b", behind))
 
 
 def resources(built: Any) -> tuple[int, int]:
@@ -188,9 +186,12 @@ def builds(case: Case, target: GPUTarget, all_states: bool = False) -> Iterator[
         mock.patch.object(gpu, "scans", lambda _: scans),
         mock.patch.object(kernels, "forward", recorder("forward")),
         mock.patch.object(kernels, "backward", recorder("backward")),
+        mock.patch.object(kernels, "unprojected", recorder("unprojected")),
     ):
         output, _, reserve = gpu.layer_forward(case.cell, *given, Keep.EVERYTHING)
         gpu.layer_backward(case.cell, arguments.grads, *given, output, reserve, arguments.all_needs)
+        if case.projected:
+            scan.unprojected(gpu.Call(case.cell, *given), reserve)
     yield from found.values()
 
 

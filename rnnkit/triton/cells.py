@@ -81,6 +81,13 @@ def lstm_backward(save, h, previous_h, grad_state):
 
 
 @triton.jit
+def lstm_output(save):
+    """h after the step, before a projection."""
+    i, f, g, o, c = save
+    return o * tanh(f * c + i * g)
+
+
+@triton.jit
 def gru_forward(x, h, state):
     """r, z = sigmoid(x + h); n = tanh(x + r h); h' = n + z (h - n); gate order r, z, n."""
     r = sigmoid(x[0] + h[0])
@@ -100,16 +107,17 @@ def gru_backward(save, h, previous_h, grad_state):
 
 
 class Cell(NamedTuple):
-    """A cell's two functions."""
+    """A cell's functions; one without `output` has no projection."""
 
     forward: JITFunction
     backward: JITFunction
+    output: JITFunction | None = None
 
 
 #: As in `reference.CELLS`.
 CELLS = {
     "rnn_tanh": Cell(rnn_tanh_forward, rnn_tanh_backward),
     "rnn_relu": Cell(rnn_relu_forward, rnn_relu_backward),
-    "lstm": Cell(lstm_forward, lstm_backward),
+    "lstm": Cell(lstm_forward, lstm_backward, lstm_output),
     "gru": Cell(gru_forward, gru_backward),
 }

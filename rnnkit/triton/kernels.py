@@ -102,6 +102,16 @@ def store_states(states, values, begin, i, u, mask, batch, hidden, STATES: tl.co
 
 
 @triton.jit
+def load_saved(reserve, row, i, u, mask, hidden, SAVED: tl.constexpr):
+    """What the forward pass kept of the program's tile, from `row` of the reserve [rows, V, H] on."""
+    save = ()
+    for k in tl.static_range(SAVED):
+        base = reserve + (row * SAVED + k) * hidden
+        save += (tl.load(base + (i * (SAVED * hidden) + u), mask=mask, other=0.0),)
+    return save
+
+
+@triton.jit
 def bias(b, place, mask, UNITS: tl.constexpr, SUM: tl.constexpr):
     """That of the units [1, UNITS]; zeros where there is none."""
     if b is None:
@@ -226,10 +236,7 @@ def backward(
             u_mask, hidden, depth, 1, DEPTH, PRECISION, SUM,
         )  # fmt: skip
         grad_state = carry.grad_operand(grad_state, grad_recurrent[0])
-        save = ()
-        for k in tl.static_range(SAVED):
-            kept_base = reserve + ((d * total + row) * SAVED + k) * hidden
-            save += (tl.load(kept_base + (i * (SAVED * hidden) + u), mask=mask, other=0.0),)
+        save = load_saved(reserve, d * total + row, i, u, mask, hidden, SAVED)
         h = tl.zeros((ROWS, UNITS), dtype=SUM)
         previous_h = h
         if grad_projected is None:  # the compiler drops what the cell does not use
@@ -259,3 +266,20 @@ def backward(
         grad_state = carry.carried(active, grads_before, grad_state)
         tl.debug_barrier()  # the next step reads what this one wrote
     store_states(new_grad_states, grad_state, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def unprojected(
+    reserve,  # [D, R, V, H]
+    h,  # before its projection, on return, [D, R, H]
+    total, hidden,  # R, H
+    OUTPUT: tl.constexpr, SAVED: tl.constexpr,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """h of all steps before its projection; the programs share the rows of all steps."""
+    hidden = aligned(hidden, ALIGNED)
+    begin, i, u, i_mask, u_mask = tile(total, hidden, ROWS, UNITS)
+    mask = i_mask & u_mask
+    row = tl.program_id(2).to(tl.int64) * total + begin
+    found = OUTPUT(load_saved(reserve, row, i, u, mask, hidden, SAVED))
+    tl.store(h + row * hidden + (i * hidden + u), found.to(h.dtype.element_ty), mask=mask)

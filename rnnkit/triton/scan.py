@@ -148,14 +148,22 @@ def _power_of_2_in(*sizes: int) -> int:
 _launched: set[tuple[Any, ...]] = set()
 
 
+def _launch(
+    kernel: Any, grid: Any, device: torch.device, *arguments: Any, **constants: Any
+) -> None:
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_device:  # Triton 3.9 warns where the default of enable_fp_fusion is relied on
+        kernel[grid](*arguments, enable_fp_fusion=True, **constants)
+
+
 class _Launcher:
     """Launches one pass's kernel for a call, on its device."""
 
-    def __init__(self, kernel: Any, call: Call, cut: Plan, rows: int, directions: int) -> None:
+    def __init__(self, kernel: Any, call: Call, cut: Plan) -> None:
         self.kernel, self.cut = kernel, cut
         self.device = call.input.device
-        tiles = triton.cdiv(rows, cut.rows)
-        self.grid = lambda meta: (tiles, triton.cdiv(call.hidden, meta["UNITS"]), directions)
+        tiles = triton.cdiv(call.batch, cut.rows)
+        self.grid = lambda meta: (tiles, triton.cdiv(call.hidden, meta["UNITS"]), call.directions)
         self.constants = {
             "GATES": call.spec.gates,
             "STATES": call.spec.states,
@@ -163,7 +171,6 @@ class _Launcher:
             "SUM": tl.float64 if call.sum_dtype == torch.float64 else tl.float32,
             "ROWS": cut.rows,
             "ALIGNED": _power_of_2_in(call.hidden, call.projected),
-            "enable_fp_fusion": True,  # Triton 3.9 warns where its default is relied on
         }
 
     def _capturing(self) -> bool:
@@ -184,9 +191,7 @@ class _Launcher:
             run = self.kernel
             constants |= {"UNITS": cut.units, "DEPTH": cut.depth}
             constants |= {"num_warps": cut.warps, "num_stages": cut.stages}
-        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-        with on_device:
-            run[self.grid](*arguments, **constants)
+        _launch(run, self.grid, self.device, *arguments, **constants)
 
     def _is_tuned(self, arguments: Sequence[Any], constants: dict[str, Any]) -> bool:
         """Whether to launch what is fastest; in a captured graph only if it was launched before."""
@@ -252,12 +257,13 @@ def forward(
     cut = choose(call.scan(backward=False))
     if call.steps == 1:  # whose programs may share the units, whatever the tile
         cut = replace(cut, kernel="stepwise")
-    launch = _Launcher(kernels.forward, call, cut, call.batch, call.directions)
+    launch = _Launcher(kernels.forward, call, cut)
     w_hh, w_hr = stacked(call.w_hh), call.w_hr
     b_ih, b_hh = stacked(call.b_ih), stacked(call.b_hh)
     offsets, initial = call.offsets(), call.states[0] if call.states else None
-    unprojected = call.input.new_empty(call.state_shape(1)) if call.projects else None
-    h = unprojected if call.projects else output if call.projected == call.hidden else None
+    h = output if call.projected == call.hidden else None
+    if call.projects:
+        h = call.input.new_empty(call.state_shape(1))
 
     def step(states: Tensor, new_states: Tensor, first: int, steps: int) -> None:
         launch(
@@ -270,13 +276,12 @@ def forward(
             EVERYTHING=keep == Keep.EVERYTHING,
             PROJECTS=call.projects,
         )
-        for d in range(call.directions if unprojected is not None else 0):
+        for d in range(call.directions if call.projects else 0):
             weight = w_hr[d]
-            assert unprojected is not None and weight is not None
+            assert h is not None and weight is not None
             rows = call.rows_of(d, first)
             columns = slice(d * call.projected, (d + 1) * call.projected)
-            count = rows.stop - rows.start
-            output[rows, columns] = unprojected[d, :count] @ weight.t()
+            output[rows, columns] = h[d, : rows.stop - rows.start] @ weight.t()
 
     given = _not_projected(call, call.states or [None] * call.spec.states)
     states = launch.all_steps(call.steps, _states(call, given), step)
@@ -297,9 +302,7 @@ def backward(
     grad_all_states: gradients of the states but h after each step, [rows, D*H] each, None for zeros.
     """
     call = back.call
-    launch = _Launcher(
-        kernels.backward, call, choose(call.scan(backward=True)), call.batch, call.directions
-    )
+    launch = _Launcher(kernels.backward, call, choose(call.scan(backward=True)))
     grad_output, *grad_finals = back.grads
     w_hh, w_hr = stacked(call.w_hh), stacked(call.w_hr)
     assert w_hh is not None
@@ -365,3 +368,23 @@ def _through_projection(
             columns = slice(d * call.projected, (d + 1) * call.projected)
             of_output = back.grads[0].view(call.rows, -1)[rows, columns]
             torch.add(sums, of_output, out=grad_projected[d, rows])
+
+
+def unprojected(call: Call, reserve: Tensor) -> Tensor:
+    """h before its projection at all steps, [D, rows, H], from a reserve [D, rows, V, H] of everything."""
+    output = CELLS[call.cell].output
+    assert output is not None, f"{call.cell} has no projection"
+    h = call.input.new_empty(call.directions, call.rows, call.hidden)
+    rows, units = 16, 64
+    _launch(
+        kernels.unprojected,
+        (triton.cdiv(call.rows, rows), triton.cdiv(call.hidden, units), call.directions),
+        call.input.device,
+        *(reserve, h, call.rows, call.hidden),
+        OUTPUT=output,
+        SAVED=call.spec.saved,
+        ROWS=rows,
+        UNITS=units,
+        ALIGNED=_power_of_2_in(call.hidden),
+    )
+    return h
