@@ -60,7 +60,7 @@ class Build:
     Attributes:
         case: the call it is launched by.
         kernel: `forward`, `backward` or `unprojected`.
-        design: a name in `plan.TRITON_KERNELS`.
+        plan: a name in `plan.TRITON_KERNELS`.
         registers: of a thread.
         spilled, shared: bytes, of a thread and of a program.
         products: instructions for the matrix units.
@@ -69,7 +69,7 @@ class Build:
 
     case: str
     kernel: str
-    design: str
+    plan: str
     registers: int
     spilled: int
     shared: int
@@ -196,7 +196,7 @@ def builds(case: Case, target: GPUTarget, all_states: bool = False) -> Iterator[
 
 
 def cases() -> Iterator[tuple[Case, bool, bool]]:
-    """Every cell and dtype in either design, dense and ragged, projected, and without this and that.
+    """Every cell and dtype with either plan, dense and ragged, projected, and without this and that.
 
     With each whether float32 is multiplied as TF32, and whether the states at all steps are asked for.
     """

@@ -1,12 +1,12 @@
 """The scan of one layer as two Triton kernels, forward and backward, for every cell.
 
-A program owns a tile of `ROWS` rows of the batch and `UNITS` hidden units, for one direction, through the steps
-`first` to `first + steps` of the scan, counted as they are processed. One launch runs all steps where a tile has all
-units, since then nothing that a step needs is another program's; else one launch runs one step. The recurrent product
-reads what the steps before wrote to memory, so that a program holds no more than its tile.
+A program owns a tile of ROWS rows of the batch and UNITS hidden units, of one direction, through the steps `first` to
+`first + steps` of the scan, counted as they are processed. Where a tile has all units, a step needs nothing of other
+programs, and one launch runs all steps. Otherwise one launch runs one step. The recurrent product reads what the steps
+before wrote to memory, so that a program holds no more than its tile. carry.py tells what a row has before a step.
 
-Shapes: D directions, R rows of all steps, G gates, V values kept, W gradients of the gates, S states. Neither the
-number of steps nor that of rows is a constant of the compiler, and offsets of rows have 64 bits.
+Shapes: D directions, R rows of all steps, G gates, V values in the reserve, W gradient columns of a unit, S states. The
+number of steps and that of rows are not constants of the compiler; offsets of rows have 64 bits.
 """
 
 import triton
@@ -14,10 +14,10 @@ from triton import language as tl
 
 from rnnkit.triton import carry
 
-#: Arguments that differ between calls of one model, which are not to cause a compilation.
+#: Integer arguments that differ between calls of one model: another value must not cause a compilation.
 SIZES = ["gate_stride", "batch", "total", "last", "first", "steps"]
 
-#: In Triton's interpreter, which multiplies bfloat16 as if its bits were integers.
+#: Whether Triton's interpreter runs the kernels. It multiplies bfloat16 as if its bits were integers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -26,9 +26,10 @@ def products(
     a, a_mask, b, b_size, b_place, b_mask, b_stride, K,
     COUNT: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """sum_k a[n, k] b[g, k, u] for each of COUNT matrices, `b_size` values apart.
+    """sum_k a[n, k] b[g, k, u], [ROWS, UNITS] for each g of COUNT.
 
-    `a` points to each row's beginning [ROWS, 1], `b + b_place` to each column's [1, UNITS].
+    `a` [ROWS, 1] points to the rows' first values, `b + b_place` [1, UNITS] to the columns' first values. The columns'
+    values are `b_stride` values apart, the COUNT matrices `b_size`. K is the number of products of each sum.
     """
     sums = ()
     for _ in tl.static_range(COUNT):
@@ -54,22 +55,25 @@ def products(
 
 @triton.jit
 def aligned(size, ALIGNED: tl.constexpr):
-    """The same size, and the compiler knows that ALIGNED divides it."""
+    """`size` in a form that tells the compiler that ALIGNED divides it."""
     return size // ALIGNED * ALIGNED
 
 
 @triton.jit
-def again(u, step):
-    """The same units, of which the compiler does not know it: else it works out all addresses before the first step.
+def opaque(u, step):
+    """`u` in a form that the compiler cannot fold: min(step, 0) is always 0.
 
-    There are more of them than registers.
+    Without it the compiler moves every address out of the loop over steps, and there are more of them than registers.
     """
     return u + tl.multiple_of(tl.minimum(step, 0), 16)
 
 
 @triton.jit
 def tile(batch, hidden, ROWS: tl.constexpr, UNITS: tl.constexpr):
-    """The program's first row, its rows from there on [ROWS, 1], its units [1, UNITS]; which of them exist."""
+    """The program's first row, the numbers of its rows from there on [ROWS, 1], its units [1, UNITS], and masks.
+
+    The masks tell which rows and which units exist.
+    """
     begin = tl.program_id(0) * ROWS
     i = tl.arange(0, ROWS)[:, None]
     u = (tl.program_id(1) * UNITS + tl.arange(0, UNITS))[None, :]
@@ -78,14 +82,14 @@ def tile(batch, hidden, ROWS: tl.constexpr, UNITS: tl.constexpr):
 
 @triton.jit
 def state_base(states, k, begin, batch, hidden):
-    """Where the program's rows of state k begin in [S, D, N, H]."""
+    """Pointer to the program's first row of state k in `states` [S, D, N, H]."""
     d = tl.program_id(2).to(tl.int64)
     return states + ((k * tl.num_programs(2) + d) * batch + begin) * hidden
 
 
 @triton.jit
 def load_states(states, begin, i, u, mask, batch, hidden, STATES: tl.constexpr):
-    """The tile of each of the states [S, D, N, H]."""
+    """The program's tile of each state in `states` [S, D, N, H]."""
     found = ()
     for k in tl.static_range(STATES):
         base = state_base(states, k, begin, batch, hidden)
@@ -95,7 +99,7 @@ def load_states(states, begin, i, u, mask, batch, hidden, STATES: tl.constexpr):
 
 @triton.jit
 def store_states(states, values, begin, i, u, mask, batch, hidden, STATES: tl.constexpr):
-    """Likewise."""
+    """Writes the tile of each state to `states` [S, D, N, H]."""
     for k in tl.static_range(STATES):
         base = state_base(states, k, begin, batch, hidden)
         tl.store(base + (i * hidden + u), values[k], mask=mask)
@@ -103,7 +107,7 @@ def store_states(states, values, begin, i, u, mask, batch, hidden, STATES: tl.co
 
 @triton.jit
 def load_saved(reserve, row, i, u, mask, hidden, SAVED: tl.constexpr):
-    """What the forward pass kept of the program's tile, from `row` of the reserve [rows, V, H] on."""
+    """The V values of the program's tile, whose first row is `row`, in `reserve` [rows, V, H]."""
     save = ()
     for k in tl.static_range(SAVED):
         base = reserve + (row * SAVED + k) * hidden
@@ -113,7 +117,7 @@ def load_saved(reserve, row, i, u, mask, hidden, SAVED: tl.constexpr):
 
 @triton.jit
 def bias(b, place, mask, UNITS: tl.constexpr, SUM: tl.constexpr):
-    """That of the units [1, UNITS]; zeros where there is none."""
+    """The bias of the program's units [1, UNITS]; zeros if `b` is None."""
     if b is None:
         return tl.zeros((1, UNITS), dtype=SUM)
     else:
@@ -122,24 +126,25 @@ def bias(b, place, mask, UNITS: tl.constexpr, SUM: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def forward(
-    gates,  # [R, gate_stride], the input's part of each gate, [D, G*H]
-    b_ih, b_hh,  # [D, G*H] or None
+    gates,  # the input's part of all gates, [R, D, G*H], its rows gate_stride values apart
+    b_ih, b_hh,  # [D, G*H], or None for zeros
     w_hh,  # [D, G*H, P]
-    initial,  # h before the first step, [D, N, P] or None for zeros
-    states, new_states,  # before the first step of this launch and after its last, [S, D, N, H]
-    offsets,  # where each step's rows begin, [T + 1], or None: each has `batch`
-    history,  # the output, [R, D*P]
-    output,  # where h goes: the output, or before a projection [D, N, H], or None
-    all_states,  # the states but h after each step, S - 1 tensors [R, D*H], or None
-    reserve,  # [D, R, V, H], or the states but h before each step, [D, R, S - 1, H], or None
-    gate_stride, batch, total, last,  # N, R, T - 1
+    initial,  # h before the first step, [D, N, P], or None for zeros
+    states,  # before the first step of this launch, [S, D, N, H]
+    new_states,  # on return the states after the last step of this launch, [S, D, N, H]
+    offsets,  # the row where each time step begins, [T + 1], or None: each has `batch` rows
+    output,  # h after each step, [R, D*P]; read, and written through new_h where there is no projection
+    new_h,  # on return h: `output`, or before a projection [D, N, H], or None where it is not wanted
+    all_states,  # on return the states other than h after each step, S - 1 tensors [R, D*H]; or None
+    reserve,  # on return [D, R, V, H], or the states other than h before each step, [D, R, S - 1, H]; or None
+    gate_stride, batch, total, last,  # batch N, total R, last T - 1
     first, steps,
     hidden, projected,  # H, P
     CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, EVERYTHING: tl.constexpr,
     PROJECTS: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The cell over some steps."""
+    """Runs the cell over the steps `first` to `first + steps`."""
     hidden, projected = aligned(hidden, ALIGNED), aligned(projected, ALIGNED)
     gate_stride = aligned(gate_stride, ALIGNED)
     d = tl.program_id(2).to(tl.int64)
@@ -149,7 +154,7 @@ def forward(
     w = w_hh + (d * GATES * hidden + first_unit) * projected
     state = load_states(states, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
     for step in tl.range(first, first + steps, num_stages=1):
-        u = again(u, step)
+        u = opaque(u, step)
         row, active = carry.active_rows(step, begin, i, last, batch, offsets)
         mask = active & u_mask
         loaded = ()
@@ -157,7 +162,7 @@ def forward(
             gate = gates + row * gate_stride + (d * GATES + g) * hidden
             loaded += (tl.load(gate + (i * gate_stride + u), mask=mask, other=0.0),)
         operand, is_there = carry.operand(
-            step, begin, i, last, batch, offsets, initial, history, projected
+            step, begin, i, last, batch, offsets, initial, output, projected
         )
         recurrent = products(
             operand, is_there & active, w, hidden.to(tl.int64) * projected,
@@ -169,10 +174,10 @@ def forward(
             x += (loaded[g].to(SUM) + bias(b_ih, (d * GATES + g) * hidden + u, u_mask, UNITS, SUM),)
             h += (recurrent[g] + bias(b_hh, (d * GATES + g) * hidden + u, u_mask, UNITS, SUM),)
         new, save = CELL(x, h, state)
-        if output is not None:
+        if new_h is not None:
             h_stride = hidden if PROJECTS else directions * hidden
-            h_base = output + (d * batch + begin if PROJECTS else row * directions + d) * hidden
-            tl.store(h_base + (i * h_stride + u), new[0].to(output.dtype.element_ty), mask=mask)
+            h_base = new_h + (d * batch + begin if PROJECTS else row * directions + d) * hidden
+            tl.store(h_base + (i * h_stride + u), new[0].to(new_h.dtype.element_ty), mask=mask)
         if all_states is not None:
             for k in tl.static_range(len(all_states)):
                 values = all_states[k] + (row * directions + d) * hidden
@@ -190,26 +195,28 @@ def forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def backward(
-    weights,  # w_hh [D, G*H, H], or w_hr [D, P, H] before a projection
-    initial,  # h before the first step, [D, N, P] or None for zeros
-    grad_states, new_grad_states,  # before the first step of this launch and after its last, [S, D, N, H]
-    offsets,  # where each step's rows begin, [T + 1], or None: each has `batch`
-    history,  # the output, [R, D*P]
+    weights,  # w_hh [D, G*H, H], or with a projection w_hr [D, P, H]
+    initial,  # h before the first step, [D, N, P], or None for zeros
+    grad_states,  # before the first step of this launch, [S, D, N, H]
+    new_grad_states,  # on return the gradients after the last step of this launch, [S, D, N, H]
+    offsets,  # the row where each time step begins, [T + 1], or None: each has `batch` rows
+    output,  # h after each step, [R, D*P]
     reserve,  # [D, R, V, H]
     grad_output,  # [R, D*H], or None for zeros
-    grad_all_states,  # of the states but h after each step, S - 1 tensors [R, D*H] or None for zeros; or None
-    grad_projected,  # of h after its projection, with all that reaches it, [D, R, P], or None
-    grad_gates,  # [R, D*W*H]
-    batch, total, last,  # N, R, T - 1
+    grad_all_states,  # of the states other than h after each step, S - 1 of [R, D*H] or None for zeros; or None
+    grad_projected,  # the whole gradient of h after its projection, [D, R, P], or None without one
+    grad_gates,  # on return [R, D*W*H]
+    batch, total, last,  # batch N, total R, last T - 1
     first, steps,
     hidden, projected,  # H, P
     CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
-    GRADS: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    GRAD_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Back through the cell over some steps; step 0 is the last that the forward pass processed.
+    """Runs the cell backward over the steps `first` to `first + steps`; step 0 is the last of the forward pass.
 
-    A step T, which has no rows, adds to the states' gradients what goes through the recurrent weights of step T - 1.
+    A step begins with the product that gives the gradient of the later step's operand, h. Step T has no rows: it only
+    adds the gradient of the first operand of the forward pass, for the gradients of the initial states.
     """
     hidden, projected = aligned(hidden, ALIGNED), aligned(projected, ALIGNED)
     d = tl.program_id(2).to(tl.int64)
@@ -218,7 +225,7 @@ def backward(
     depth = GATES * hidden if grad_projected is None else projected
     grad_state = load_states(grad_states, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
     for step in tl.range(first, first + steps, num_stages=1):
-        u = again(u, step)
+        u = opaque(u, step)
         forward_step = last - step
         row, active = carry.active_rows(forward_step, begin, i, last, batch, offsets)
         mask = active & u_mask
@@ -226,8 +233,8 @@ def backward(
         h_place = i * (directions * hidden) + u
         if grad_projected is None:
             later, sends = carry.active_rows(forward_step + 1, begin, i, last, batch, offsets)
-            grad_later = grad_gates + (later * directions + d) * (GRADS * hidden)
-            grad_later += i * (directions * GRADS * hidden)
+            grad_later = grad_gates + (later * directions + d) * (GRAD_COLUMNS * hidden)
+            grad_later += i * (directions * GRAD_COLUMNS * hidden)
         else:
             grad_later = grad_projected + (d * total + row) * projected + i * projected
             sends = active
@@ -239,10 +246,10 @@ def backward(
         save = load_saved(reserve, d * total + row, i, u, mask, hidden, SAVED)
         h = tl.zeros((ROWS, UNITS), dtype=SUM)
         previous_h = h
-        if grad_projected is None:  # the compiler drops what the cell does not use
-            h = tl.load(history + h_base + h_place, mask=mask, other=0.0).to(SUM)
+        if grad_projected is None:  # the compiler drops loads that the cell does not use
+            h = tl.load(output + h_base + h_place, mask=mask, other=0.0).to(SUM)
             operand, is_there = carry.operand(
-                forward_step, begin, i, last, batch, offsets, initial, history, hidden
+                forward_step, begin, i, last, batch, offsets, initial, output, hidden
             )
             previous_h = tl.load(operand + u, mask=is_there & mask, other=0.0).to(SUM)
         grad_h = grad_state[0]
@@ -256,10 +263,10 @@ def backward(
                 grad += tl.load(given, mask=mask, other=0.0).to(SUM)
             grad_new += (grad,)
         grads_before, grads = CELL(save, h, previous_h, grad_new)
-        for k in tl.static_range(GRADS):
-            grad_base = grad_gates + ((row * directions + d) * GRADS + k) * hidden
+        for k in tl.static_range(GRAD_COLUMNS):
+            grad_base = grad_gates + ((row * directions + d) * GRAD_COLUMNS + k) * hidden
             tl.store(
-                grad_base + (i * (directions * GRADS * hidden) + u),
+                grad_base + (i * (directions * GRAD_COLUMNS * hidden) + u),
                 grads[k].to(grad_gates.dtype.element_ty),
                 mask=mask,
             )
@@ -271,12 +278,12 @@ def backward(
 @triton.jit(do_not_specialize=SIZES)
 def unprojected(
     reserve,  # [D, R, V, H]
-    h,  # before its projection, on return, [D, R, H]
+    h,  # on return h before its projection, [D, R, H]
     total, hidden,  # R, H
     OUTPUT: tl.constexpr, SAVED: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """h of all steps before its projection; the programs share the rows of all steps."""
+    """h before its projection at all steps. A program has a tile of the rows of all steps."""
     hidden = aligned(hidden, ALIGNED)
     begin, i, u, i_mask, u_mask = tile(total, hidden, ROWS, UNITS)
     mask = i_mask & u_mask
