@@ -44,7 +44,7 @@ def ops() -> Iterator[None]:
 @contextmanager
 def _inside_tensors() -> Iterator[None]:
     builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
-    launcher = importlib.import_module("rnnkit.triton.scan")._Launcher
+    scan = importlib.import_module("rnnkit.triton.scan")
     memory: list[tuple[int, int]] = []
 
     def checked(access: Callable, place_of_mask: int) -> Callable:
@@ -58,17 +58,16 @@ def _inside_tensors() -> Iterator[None]:
 
         return check
 
-    def launch(
-        self: Any, *arguments: Any, real: Callable = launcher.__call__, **given: Any
-    ) -> None:
-        memory[:] = [_span(tensor) for tensor in arguments if isinstance(tensor, Tensor)]
-        real(self, *arguments, **given)
+    def launch(*arguments: Any, real: Callable = scan._launch, **constants: Any) -> None:
+        each = [one for a in arguments for one in (a if isinstance(a, tuple) else [a])]
+        memory[:] = [_span(tensor) for tensor in each if isinstance(tensor, Tensor)]
+        real(*arguments, **constants)
 
     with ExitStack() as stack:
         for name, place_of_mask in (("create_masked_load", 0), ("create_masked_store", 1)):
             access = checked(getattr(builder, name), place_of_mask)
             stack.enter_context(mock.patch.object(builder, name, access))
-        stack.enter_context(mock.patch.object(launcher, "__call__", launch))
+        stack.enter_context(mock.patch.object(scan, "_launch", launch))
         yield
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels: every cell, dtype and size in either design, in the interpreter and, compiled, on a GPU."""
+"""The Triton kernels: every cell, dtype and size on either kernel, in the interpreter and, compiled, on a GPU."""
 
 import copy
 import importlib
@@ -26,7 +26,7 @@ from kernel_cases import (
 from tolerances import FORWARD, GRADIENT, assert_close_to_truth, relative_error
 
 import rnnkit
-from rnnkit import backends, ops, plan
+from rnnkit import backends, gpu, ops, plan
 from rnnkit.call import Keep, LayerCall
 from rnnkit.specs import CELLS
 
@@ -45,7 +45,7 @@ def each(cases: list[Case]) -> list:
 
 each_cell = pytest.mark.parametrize("cell", CELLS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_design = pytest.mark.parametrize("design", plan.TRITON_KERNELS)
+each_kernel = pytest.mark.parametrize("kernel", plan.TRITON_KERNELS)
 
 
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -93,31 +93,32 @@ VARIANTS: tuple[dict, ...] = (
 
 
 def cases() -> Iterator[tuple[Case, str, Keep]]:
-    """Every cell in every dtype at every size in either design; all else is drawn along diagonals."""
+    """Every cell in every dtype at every size on either kernel; all else is drawn along diagonals."""
     for at, (cell, dtype) in enumerate(product(CELLS, DTYPES)):
-        for row, (design, sizes) in enumerate(product(plan.TRITON_KERNELS, SIZES)):
+        for row, (kernel, sizes) in enumerate(product(plan.TRITON_KERNELS, SIZES)):
             case = Case(cell, sizes, 1 + (at + row // 2) % 2, dtype=dtype, off_kink=True)
+            case = replace(case, all_states=CELLS[cell].states > 1 and (at + row) % 3 == 1)
             variant = VARIANTS[(at + 5 * row) % len(VARIANTS)]
             keep = Keep.STATES if (at + row) % 3 == 0 else Keep.EVERYTHING
-            yield replace(case, **variant), design, keep
+            yield replace(case, **variant), kernel, keep
 
 
 @pytest.mark.parametrize(
-    ("case", "design", "keep"),
+    ("case", "kernel", "keep"),
     [
         pytest.param(
             replace(case, device=device),
-            design,
+            kernel,
             keep,
             marks=interpreted if device == "cpu" else pytest.mark.gpu,
-            id=f"{replace(case, device=device)}-{design}-{keep.name}",
+            id=f"{replace(case, device=device)}-{kernel}-{keep.name}",
         )
         for device in ("cpu", "cuda")
-        for case, design, keep in cases()
+        for case, kernel, keep in cases()
     ],
 )
-def test_against_reference(case: Case, design: str, keep: Keep) -> None:
-    with plan.forced(design):
+def test_against_reference(case: Case, kernel: str, keep: Keep) -> None:
+    with plan.forced(kernel):
         assert_case_matches_reference(case, keep)
 
 
@@ -133,9 +134,9 @@ def test_against_reference(case: Case, design: str, keep: Keep) -> None:
     ),
     ids=str,
 )
-@each_design
-def test_every_variant(case: Case, design: str) -> None:
-    with plan.forced(design):
+@each_kernel
+def test_every_variant(case: Case, kernel: str) -> None:
+    with plan.forced(kernel):
         assert_case_matches_reference(case)
 
 
@@ -149,8 +150,41 @@ def test_projection(
     assert_case_matches_reference(replace(case, states=states))
 
 
+@each_kernel
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("lengths", ((), (4, 3, 3, 1)), ids=("dense", "ragged"))
+@pytest.mark.parametrize(("cell", "projected"), (("lstm", 0), ("lstm", 5), ("gru", 0)))
+def test_recomputed_reserve_has_the_same_bits(
+    device: str,
+    cell: str,
+    projected: int,
+    lengths: tuple[int, ...],
+    dtype: torch.dtype,
+    kernel: str,
+) -> None:
+    scan = importlib.import_module("rnnkit.triton.scan")
+    it = call(Case(cell, (3, 4, 5, 33), 2, lengths, projected, dtype=dtype, device=device))
+    with plan.forced(kernel):
+        (output,), _, expected = it.forward(Keep.EVERYTHING)
+        _, _, states = it.forward(Keep.STATES)
+        of, needs = gpu.GpuCall.of(it), it.all_needs
+        back = gpu.Backward(of, scan, it.grads, output, states, Keep.STATES, needs)
+    assert_same_bits([back.reserve], [expected])
+
+
+@each_dtype
+def test_h_before_its_projection(device: str, dtype: torch.dtype) -> None:
+    scan = importlib.import_module("rnnkit.triton.scan")
+    it = call(Case("lstm", (3, 7, 4, 65), 2, projected=5, dtype=dtype, device=device))
+    of = gpu.GpuCall.of(it)
+    reserve = it.forward()[2]
+    i, f, g, o, c = reserve.double().unbind(2)
+    expected = (o * torch.tanh(f * c + i * g)).to(dtype)
+    torch.testing.assert_close(scan.unprojected(of, reserve), expected)
+
+
 @each_cell
-def test_each_design_finds_what_the_other_kept(device: str, cell: str) -> None:
+def test_each_kernel_finds_what_the_other_kept(device: str, cell: str) -> None:
     it = call(Case(cell, (3, 2, 3, 17), 2, device=device, off_kink=True))
     truth, baseline = it.to(torch.float64).reference(), it.reference()
     for first, second in (("sequence", "stepwise"), ("stepwise", "sequence")):
@@ -165,10 +199,10 @@ def test_each_design_finds_what_the_other_kept(device: str, cell: str) -> None:
             )
 
 
-@each_design
+@each_kernel
 @each_cell
 def test_tf32_is_as_torch_s_switch_says(
-    device: str, cell: str, design: str, monkeypatch: pytest.MonkeyPatch
+    device: str, cell: str, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seen in what is launched and, where products are rounded to it, in the results."""
     scan = importlib.import_module("rnnkit.triton.scan")
@@ -181,7 +215,7 @@ def test_tf32_is_as_torch_s_switch_says(
     monkeypatch.setattr(scan._Launcher, "__call__", seen)
     it = call(Case(cell, (3, 5, 6, 33), 2, device=device, off_kink=True))
     truth, baseline = it.to(torch.float64).reference(), it.reference()
-    with plan.forced(design):
+    with plan.forced(kernel):
         exact = it.run()
         in_full, launched[:] = set(launched), []
         torch.backends.cudnn.allow_tf32 = True
@@ -198,14 +232,14 @@ def test_tf32_is_as_torch_s_switch_says(
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of numpy, in the interpreter
-@each_design
+@each_kernel
 @each_cell
-def test_saturated(device: str, cell: str, design: str) -> None:
+def test_saturated(device: str, cell: str, kernel: str) -> None:
     """Pre-activations of ±1e4 give neither infinities nor NaN."""
     it = call(Case(cell, (1, 3, 4, 17), 2, device=device))
     large = it.input.sign() * (1e4 if cell != "rnn_relu" else 1e2)
     weights = [None if w is None else w.sign() if w.dim() == 2 else w for w in it.weights]
-    with plan.forced(design):
+    with plan.forced(kernel):
         it = replace(it, input=large, weights=weights)
         results = it.run()
     assert all(result.isfinite().all() for result in results.values())
@@ -222,11 +256,11 @@ def test_tanh_of_small_values(device: str, exponent: int) -> None:
     torch.testing.assert_close(output, torch.tanh(x.double()).float(), rtol=1e-6, atol=0)
 
 
-@each_design
+@each_kernel
 @pytest.mark.parametrize("place", ("input", "state", "grad"))
 @pytest.mark.parametrize("cell", ("lstm", "gru"))
-def test_nan_stays_in_its_row(device: str, cell: str, place: str, design: str) -> None:
-    with plan.forced(design):
+def test_nan_stays_in_its_row(device: str, cell: str, place: str, kernel: str) -> None:
+    with plan.forced(kernel):
         test_kernels.test_special_values_stay_in_their_row(
             device, cell, (4, 4, 3, 2, 1), place, float("nan"), torch.bfloat16
         )
@@ -241,11 +275,11 @@ def test_nan_is_not_lost(device: str, cell: str) -> None:
     assert output[:, ::2].isfinite().all()
 
 
-@each_design
+@each_kernel
 @each_cell
-def test_same_bits_again(device: str, cell: str, design: str) -> None:
+def test_same_bits_again(device: str, cell: str, kernel: str) -> None:
     it = call(Case(cell, (3, 4, 5, 20), 2, device=device))
-    with plan.forced(design):
+    with plan.forced(kernel):
         assert_same_bits(it.run(), it.run())
 
 
@@ -359,28 +393,28 @@ def test_inference_mode(device: str) -> None:
 
 
 @pytest.mark.gpu
-@each_design
+@each_kernel
 @each_dtype
 @each_cell
-def test_large_sizes(cell: str, dtype: torch.dtype, design: str) -> None:
+def test_large_sizes(cell: str, dtype: torch.dtype, kernel: str) -> None:
     for sizes in ((5, 40, 33, 200), (4, 100, 64, 256), (3, 7, 20, 650), (3, 130, 8, 512)):
-        with plan.forced(design):
+        with plan.forced(kernel):
             assert_case_matches_reference(
                 Case(cell, sizes, 2, dtype=dtype, device="cuda", off_kink=True)
             )
 
 
 @pytest.mark.gpu
-@each_design
-def test_a_new_length_or_batch_compiles_nothing(design: str) -> None:
+@each_kernel
+def test_a_new_length_or_batch_compiles_nothing(kernel: str) -> None:
     """But for what the number of rows of a tile is chosen by: up to 16, up to 32, more."""
     kernels = importlib.import_module("rnnkit.triton.kernels")
     compiled = lambda: sum(  # noqa: E731
         len(cache[0])
-        for kernel in (kernels.forward, kernels.backward)
-        for cache in kernel.device_caches.values()
+        for each in (kernels.forward, kernels.backward)
+        for cache in each.device_caches.values()
     )
-    with plan.forced(design):
+    with plan.forced(kernel):
         call(Case("lstm", (3, 4, 5, 48), device="cuda")).run()
         before = compiled()
         for steps, batch in ((1, 1), (16, 16), (17, 3), (64, 8)):
@@ -389,12 +423,12 @@ def test_a_new_length_or_batch_compiles_nothing(design: str) -> None:
 
 
 @pytest.mark.gpu
-@each_design
+@each_kernel
 @pytest.mark.parametrize("module", ("LSTM", "GRU"))
-def test_captured_in_a_graph(module: str, design: str) -> None:
+def test_captured_in_a_graph(module: str, kernel: str) -> None:
     layer = getattr(rnnkit, module)(20, 40, device="cuda")
     x = torch.randn(5, 3, 20, device="cuda")
-    with plan.forced(design), torch.no_grad():
+    with plan.forced(kernel), torch.no_grad():
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             layer(x)
@@ -431,12 +465,12 @@ def test_the_backward_pass_runs_on_the_forced_backend(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.gpu
-@each_design
-def test_tuned(monkeypatch: pytest.MonkeyPatch, design: str) -> None:
+@each_kernel
+def test_tuned(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     """Whichever way is fastest, the results are right, also at the call that tries them."""
     scan = importlib.import_module("rnnkit.triton.scan")
     monkeypatch.setattr(scan, "AUTOTUNE", True)
-    with plan.forced(design):
+    with plan.forced(kernel):
         for _ in range(2):
             assert_case_matches_reference(Case("lstm", (4, 5, 6, 48), 2, device="cuda"))
 
@@ -455,7 +489,7 @@ def test_more_than_2_31_values() -> None:
     assert_same_bits([output[:, -64:]], [few])
 
 
-# How a scan is cut
+# Plans
 
 
 @interpreted
@@ -471,14 +505,14 @@ def test_tiles(cell: str, dtype: torch.dtype, backward: bool) -> None:
         gates = 1 if backward else CELLS[cell].gates
         ahead = chosen.depth * (gates * chosen.units + chosen.rows) * dtype.itemsize
         assert (chosen.stages - 1) * ahead <= 99 * 1024, (sizes, chosen)
-        for cut in [chosen, *scan._others(chosen)]:
-            assert cut.units >= hidden or cut.kernel == "stepwise", (sizes, cut)
-            assert min(cut.rows, cut.units, cut.depth) >= 16
-            assert {n.bit_count() for n in (cut.rows, cut.units, cut.depth)} == {1}
+        for tried in [chosen, *scan._alternatives(chosen)]:
+            assert tried.units >= hidden or tried.kernel == "stepwise", (sizes, tried)
+            assert min(tried.rows, tried.units, tried.depth) >= 16
+            assert {n.bit_count() for n in (tried.rows, tried.units, tried.depth)} == {1}
 
 
 @interpreted
-def test_designs_and_reasons() -> None:
+def test_kernels_and_reasons() -> None:
     scan = importlib.import_module("rnnkit.triton.scan")
     small, large = (Case("lstm", (1, 8, 4, hidden)).scan(False) for hidden in (64, 512))
     assert scan.choose(small).kernel == "sequence"
@@ -494,4 +528,6 @@ def test_designs_and_reasons() -> None:
 
 def test_cells_are_the_reference_s() -> None:
     cells = pytest.importorskip("rnnkit.triton.cells", reason="triton is not installed")
-    assert cells.CELLS.keys() == CELLS.keys()
+    assert cells.TRITON_CELLS.keys() == CELLS.keys()
+    projected = {name for name, cell in cells.TRITON_CELLS.items() if cell.output}
+    assert projected == {name for name, spec in CELLS.items() if spec.states > 1}

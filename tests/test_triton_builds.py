@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-#: Bytes of registers that a thread of any kernel may have to put aside: a few in the largest tiles.
+#: Bytes that a thread of any kernel may spill: a few in the largest tiles.
 SPILLED = 144
 
 
@@ -40,14 +40,16 @@ def builds(target: tuple[str, ...]) -> list[dict]:
     "target", [("cuda", "90"), ("hip", "gfx942", "4"), ("hip", "gfx90a", "4")], ids="-".join
 )
 def test_every_kernel_compiles(target: tuple[str, ...]) -> None:
-    """For every cell both passes in both designs, on matrix units, a step waiting for the one before.
+    """Both passes of every cell with both plans: on matrix units, with a barrier between two steps.
 
-    No integer argument but the model's sizes is looked at, so that a new T or N compiles nothing.
+    The compiler sees no integer argument other than the model's sizes, so that a new T or N compiles nothing.
     """
     built = builds(target)
-    found = {(b["case"].split("-")[0], b["kernel"], b["design"]) for b in built}
+    scans = [b for b in built if b["kernel"] != "unprojected"]
+    assert len(scans) < len(built)
+    found = {(b["case"].split("-")[0], b["kernel"], b["plan"]) for b in scans}
     assert len(found) == 4 * len(CELLS), found
-    assert not [b for b in built if b["products"] == 0 or b["barriers"] != 1]
+    assert not [b for b in scans if b["products"] == 0 or b["barriers"] != 1]
     cuda = target[0] == "cuda"
     assert not [b for b in built if b["spilled"] > (SPILLED if cuda else 4 * SPILLED)]
     # An RTX's programs have 99 KB, an MI300's 64.

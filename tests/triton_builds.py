@@ -59,8 +59,8 @@ class Build:
 
     Attributes:
         case: the call it is launched by.
-        kernel: `forward` or `backward`.
-        design: a name in `plan.TRITON_KERNELS`.
+        kernel: `forward`, `backward` or `unprojected`.
+        plan: a name in `plan.TRITON_KERNELS`.
         registers: of a thread.
         spilled, shared: bytes, of a thread and of a program.
         products: instructions for the matrix units.
@@ -69,7 +69,7 @@ class Build:
 
     case: str
     kernel: str
-    design: str
+    plan: str
     registers: int
     spilled: int
     shared: int
@@ -93,32 +93,39 @@ class Recorder:
             if isinstance(bound.get(parameter.name), int) and parameter.name not in OF_THE_MODEL:
                 assert parameter.do_not_specialize, f"{parameter.name} may cause a compilation"
         constants = {name: given.pop(name) for name in names[len(arguments) :]}
-        constants |= {name: value for name, value in bound.items() if value is None}
-        signature = dict.fromkeys(constants, "constexpr")
+        signature: dict[str, Any] = dict.fromkeys(constants, "constexpr")
+        values = {(names.index(name),): value for name, value in constants.items()}
         divisible = []
-        for name, value in bound.items():
+
+        def signed(value: Any, place: tuple[int, ...]) -> Any:
+            """The type of an argument, or of an entry of a tuple, and what the compiler is told of it beside."""
+            if isinstance(value, tuple):
+                return tuple(signed(entry, (*place, at)) for at, entry in enumerate(value))
+            if value is None:
+                values[place] = None
+                return "constexpr"
             if isinstance(value, torch.Tensor):
-                signature[name] = TYPES[value.dtype]
-                divisible += [name] * (value.data_ptr() % 16 == 0)
-            elif value is not None:
-                signature[name] = "i32"
-                divisible += [name] * (value % 16 == 0 and name not in kernels.SIZES)
+                divisible.extend([place] * (value.data_ptr() % 16 == 0))
+                return TYPES[value.dtype]
+            divisible.extend([place] * (value % 16 == 0 and names[place[0]] not in kernels.SIZES))
+            return "i32"
+
+        for name, value in bound.items():
+            signature[name] = signed(value, (names.index(name),))
         source = ASTSource(
             self.kernel,
             {name: signature[name] for name in names},
-            {(names.index(name),): value for name, value in constants.items()},
-            {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+            values,
+            {place: [["tt.divisibility", 16]] for place in divisible},
         )
         self.done(triton.compile(source, target=self.target, options=given), given)
 
 
 def barriers(ttgir: str) -> int:
-    """How many barriers of a program's threads stand at the end of the loop over steps, where products' are not yet."""
-    last = ttgir.split("scf.yield")
-    found = [part for part in last[:-1] if "tt.store" in part]
-    return len(
-        re.findall(r"\b(?:gpu|ttg)\.(?:local_)?barrier\b", found[0].rsplit("tt.store", 1)[1])
-    )
+    """How many barriers of a program's threads stand at the end of the loop over steps, behind its last store."""
+    ends = [part for part in ttgir.split("scf.yield")[:-1] if "tt.store" in part]
+    behind = ends[0].rsplit("tt.store", 1)[1] if ends else ""
+    return len(re.findall(r"\b(?:gpu|ttg)\.(?:local_)?barrier\b", behind))
 
 
 def resources(built: Any) -> tuple[int, int]:
@@ -163,15 +170,19 @@ def builds(case: Case, target: GPUTarget) -> Iterator[Build]:
         mock.patch.object(gpu, "scans", lambda _: scan),
         mock.patch.object(kernels, "forward", recorder("forward")),
         mock.patch.object(kernels, "backward", recorder("backward")),
+        mock.patch.object(kernels, "unprojected", recorder("unprojected")),
     ):
-        (output,), _, reserve = gpu.layer_forward(arguments, None, Keep.EVERYTHING)
+        (output, *_), _, reserve = gpu.layer_forward(arguments, None, Keep.EVERYTHING)
         needs = arguments.all_needs
         gpu.layer_backward(arguments, arguments.grads, output, reserve, Keep.EVERYTHING, needs)
     yield from found.values()
 
 
 def cases() -> Iterator[tuple[Case, bool]]:
-    """Every cell and dtype in either design, dense and ragged, projected, and without this and that."""
+    """Every cell and dtype with either plan, dense and ragged, projected, with all states, and without this and that.
+
+    With each whether float32 is multiplied as TF32.
+    """
     for cell in CELLS:
         for at, (hidden, batch, dtype, tf32) in enumerate(SIZES):
             case = Case(cell, (2, batch, 4, hidden), 1 + at % 2, dtype=dtype)
@@ -179,7 +190,11 @@ def cases() -> Iterator[tuple[Case, bool]]:
                 case = replace(case, lengths=tuple(2 if n < 2 else 1 for n in range(batch)))
             yield replace(case, states=at % 3 != 0, bias=at % 3 != 1), tf32
         if CELLS[cell].states > 1:
+            all_states = Case(cell, (2, 3, 4, 40), 2, all_states=True)
+            wide = {"sizes": (2, 40, 4, 650), "bias": False, "dtype": torch.bfloat16}
             yield Case(cell, (2, 3, 4, 100), projected=33), True
+            yield all_states, False
+            yield replace(all_states, directions=1, **wide), True
 
 
 def main(backend: str, architecture: str, every: str = "1") -> None:

@@ -1,9 +1,13 @@
 """The cells' mathematics for Triton kernels: the place where a new cell is added.
 
-`forward` gets of each gate the input's part and the recurrent part, and the states before the step; it returns the
-states after it and what `backward` needs. `backward` gets that, h after and before the step, and the gradients of the
-states; it returns those of the states before the step, without what goes through the recurrent weights, and those of
-the gates (`CellSpec.input_grads` tells their order). All are tuples of tiles [rows, units] in the type of sums.
+All arguments and results are tiles [ROWS, UNITS] in the type of sums, or tuples of tiles.
+
+- `forward(x, h, state)`: x and h are the input's and the recurrent part of each gate, state the states before the step.
+  Returns the states after the step, and `save`, the values that `backward` needs beside h.
+- `backward(save, h, previous_h, grad_state)`: h after and before the step, the gradients of the states after the step.
+  Returns the gradients of the states before the step without the part through the recurrent weights, which the scan
+  adds, and the gradient columns of the gates (`CellSpec.input_grads` tells their order).
+- `output(save)`: h after the step, for a cell whose h may be projected.
 """
 
 from typing import NamedTuple
@@ -21,7 +25,7 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """1 - 2 / (exp(2|x|) + 1) with the sign of x; where that cancels, a continued fraction, less x, and x."""
+    """1 - 2 / (exp(2|x|) + 1) with the sign of x; near 0, where that cancels, x - x * (a continued fraction of x^2)."""
     near = 0.5 if x.dtype == tl.float64 else 0.8
     size = tl.abs(x)
     large = 1 - 2 / (tl.exp(2 * size) + 1)
@@ -39,20 +43,20 @@ def rnn_tanh_forward(x, h, state):
 
 @triton.jit
 def rnn_tanh_backward(save, h, previous_h, grad_state):
-    """The output says everything."""
+    """Nothing is saved: the derivative follows from h."""
     return (tl.zeros_like(h),), (grad_state[0] * (1 - h * h),)
 
 
 @triton.jit
 def rnn_relu_forward(x, h, state):
-    """h' = max(x + h, 0), NaN where that is NaN."""
+    """h' = max(x + h, 0); NaN stays NaN."""
     sum = x[0] + h[0]
     return (tl.where(sum <= 0, tl.zeros_like(sum), sum),), ()
 
 
 @triton.jit
 def rnn_relu_backward(save, h, previous_h, grad_state):
-    """The output says everything."""
+    """Nothing is saved: the derivative follows from h."""
     return (tl.zeros_like(h),), (tl.where(h <= 0, tl.zeros_like(h), grad_state[0]),)
 
 
@@ -69,15 +73,22 @@ def lstm_forward(x, h, state):
 
 @triton.jit
 def lstm_backward(save, h, previous_h, grad_state):
-    """What is kept: the gates, and c before the step."""
+    """Saved: the gates, and c before the step."""
     i, f, g, o, c = save
     tanh_c = tanh(f * c + i * g)
     grad_c = grad_state[1] + grad_state[0] * o * (1 - tanh_c * tanh_c)
-    of_i = grad_c * g * i * (1 - i)
-    of_f = grad_c * c * f * (1 - f)
-    of_g = grad_c * i * (1 - g * g)
-    of_o = grad_state[0] * tanh_c * o * (1 - o)
-    return (tl.zeros_like(h), grad_c * f), (of_i, of_f, of_g, of_o)
+    grad_i = grad_c * g * i * (1 - i)
+    grad_f = grad_c * c * f * (1 - f)
+    grad_g = grad_c * i * (1 - g * g)
+    grad_o = grad_state[0] * tanh_c * o * (1 - o)
+    return (tl.zeros_like(h), grad_c * f), (grad_i, grad_f, grad_g, grad_o)
+
+
+@triton.jit
+def lstm_output(save):
+    """h' = o tanh(f c + i g)."""
+    i, f, g, o, c = save
+    return o * tanh(f * c + i * g)
 
 
 @triton.jit
@@ -91,25 +102,26 @@ def gru_forward(x, h, state):
 
 @triton.jit
 def gru_backward(save, h, previous_h, grad_state):
-    """What is kept: r, z, n, and the recurrent part of n."""
+    """Saved: r, z, n, and the recurrent part of n."""
     r, z, n, recurrent = save
-    of_n = grad_state[0] * (1 - z) * (1 - n * n)
-    of_r = of_n * recurrent * r * (1 - r)
-    of_z = grad_state[0] * (previous_h - n) * z * (1 - z)
-    return (grad_state[0] * z,), (of_r, of_z, of_n * r, of_n)
+    grad_n = grad_state[0] * (1 - z) * (1 - n * n)
+    grad_r = grad_n * recurrent * r * (1 - r)
+    grad_z = grad_state[0] * (previous_h - n) * z * (1 - z)
+    return (grad_state[0] * z,), (grad_r, grad_z, grad_n * r, grad_n)
 
 
 class Cell(NamedTuple):
-    """A cell's two functions."""
+    """A cell's functions; one without `output` has no projection."""
 
     forward: JITFunction
     backward: JITFunction
+    output: JITFunction | None = None
 
 
-#: As in `reference.CELLS`.
-CELLS = {
+#: The cells by their names in `reference.CELLS`.
+TRITON_CELLS = {
     "rnn_tanh": Cell(rnn_tanh_forward, rnn_tanh_backward),
     "rnn_relu": Cell(rnn_relu_forward, rnn_relu_backward),
-    "lstm": Cell(lstm_forward, lstm_backward),
+    "lstm": Cell(lstm_forward, lstm_backward, lstm_output),
     "gru": Cell(gru_forward, gru_backward),
 }

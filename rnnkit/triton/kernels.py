@@ -1,21 +1,23 @@
 """The scan of one layer as two Triton kernels, forward and backward, for every cell.
 
-A program owns a tile of `ROWS` rows of the batch and `UNITS` hidden units, for one direction, through the steps
-`first` to `first + steps` of the scan, counted as they are processed. One launch runs all steps where a tile has all
-units, since then nothing that a step needs is another program's; else one launch runs one step. The recurrent product
-reads what the steps before wrote to memory, so that a program holds no more than its tile.
+A program owns a tile of ROWS rows of the batch and UNITS hidden units, of one direction, through the steps `first` to
+`first + steps` of the scan, counted as they are processed. Where a tile has all units, a step needs nothing of other
+programs, and one launch runs all steps. Otherwise one launch runs one step. The recurrent product reads what the steps
+before wrote to memory, so that a program holds no more than its tile. carry.py tells what a row has before a step.
 
-Shapes: D directions, R rows of all steps, G gates, V values kept, W gradients of the gates, S states. Neither the
-number of steps nor that of rows is a constant of the compiler, and offsets of rows have 64 bits.
+Shapes: D directions, R rows of all steps, G gates, V values in the reserve, W gradient columns of a unit, S states. The
+number of steps and that of rows are not constants of the compiler; offsets of rows have 64 bits.
 """
 
 import triton
 from triton import language as tl
 
-#: Arguments that differ between calls of one model, which are not to cause a compilation.
+from rnnkit.triton import carry
+
+#: Integer arguments that differ between calls of one model: another value must not cause a compilation.
 SIZES = ["gate_stride", "batch", "total", "last", "first", "steps"]
 
-#: In Triton's interpreter, which multiplies bfloat16 as if its bits were integers.
+#: Whether Triton's interpreter runs the kernels. It multiplies bfloat16 as if its bits were integers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -24,9 +26,10 @@ def products(
     a, a_mask, b, b_size, b_place, b_mask, b_stride, K,
     COUNT: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """sum_k a[n, k] b[g, k, u] for each of COUNT matrices, `b_size` values apart.
+    """sum_k a[n, k] b[g, k, u], [ROWS, UNITS] for each g of COUNT.
 
-    `a` points to each row's beginning [ROWS, 1], `b + b_place` to each column's [1, UNITS].
+    `a` [ROWS, 1] points to the rows' first values, `b + b_place` [1, UNITS] to the columns' first values. The columns'
+    values are `b_stride` values apart, the COUNT matrices `b_size`. K is the number of products of each sum.
     """
     sums = ()
     for _ in tl.static_range(COUNT):
@@ -51,38 +54,26 @@ def products(
 
 
 @triton.jit
-def rows_of(step, last, batch, offsets):
-    """Where the rows of the step processed as number `step` begin, and how many there are; none beyond the ends."""
-    reverse = tl.program_id(2) == 1
-    t = tl.where(reverse, last - step, step)
-    exists = (step >= 0) & (step <= last)
-    if offsets is None:
-        start = t.to(tl.int64) * batch
-        count = tl.where(exists, batch, 0)
-    else:
-        start = tl.load(offsets + t, mask=exists, other=0)
-        count = (tl.load(offsets + t + 1, mask=exists, other=0) - start).to(tl.int32)
-    return start, count
-
-
-@triton.jit
 def aligned(size, ALIGNED: tl.constexpr):
-    """The same size, and the compiler knows that ALIGNED divides it."""
+    """`size` in a form that tells the compiler that ALIGNED divides it."""
     return size // ALIGNED * ALIGNED
 
 
 @triton.jit
-def again(u, step):
-    """The same units, of which the compiler does not know it: else it works out all addresses before the first step.
+def opaque(u, step):
+    """`u` in a form that the compiler cannot fold: min(step, 0) is always 0.
 
-    There are more of them than registers.
+    Without it the compiler moves every address out of the loop over steps, and there are more of them than registers.
     """
     return u + tl.multiple_of(tl.minimum(step, 0), 16)
 
 
 @triton.jit
 def tile(batch, hidden, ROWS: tl.constexpr, UNITS: tl.constexpr):
-    """The program's first row, its rows from there on [ROWS, 1], its units [1, UNITS]; which of them exist."""
+    """The program's first row, the numbers of its rows from there on [ROWS, 1], its units [1, UNITS], and masks.
+
+    The masks tell which rows and which units exist.
+    """
     begin = tl.program_id(0) * ROWS
     i = tl.arange(0, ROWS)[:, None]
     u = (tl.program_id(1) * UNITS + tl.arange(0, UNITS))[None, :]
@@ -91,14 +82,14 @@ def tile(batch, hidden, ROWS: tl.constexpr, UNITS: tl.constexpr):
 
 @triton.jit
 def state_base(states, k, begin, batch, hidden):
-    """Where the program's rows of state k begin in [S, D, N, H]."""
+    """Pointer to the program's first row of state k in `states` [S, D, N, H]."""
     d = tl.program_id(2).to(tl.int64)
     return states + ((k * tl.num_programs(2) + d) * batch + begin) * hidden
 
 
 @triton.jit
 def load_states(states, begin, i, u, mask, batch, hidden, STATES: tl.constexpr):
-    """The tile of each of the states [S, D, N, H]."""
+    """The program's tile of each state in `states` [S, D, N, H]."""
     found = ()
     for k in tl.static_range(STATES):
         base = state_base(states, k, begin, batch, hidden)
@@ -108,54 +99,52 @@ def load_states(states, begin, i, u, mask, batch, hidden, STATES: tl.constexpr):
 
 @triton.jit
 def store_states(states, values, begin, i, u, mask, batch, hidden, STATES: tl.constexpr):
-    """Likewise."""
+    """Writes the tile of each state to `states` [S, D, N, H]."""
     for k in tl.static_range(STATES):
         base = state_base(states, k, begin, batch, hidden)
         tl.store(base + (i * hidden + u), values[k], mask=mask)
 
 
 @triton.jit
+def load_saved(reserve, row, i, u, mask, hidden, SAVED: tl.constexpr):
+    """The V values of the program's tile, whose first row is `row`, in `reserve` [rows, V, H]."""
+    save = ()
+    for k in tl.static_range(SAVED):
+        base = reserve + (row * SAVED + k) * hidden
+        save += (tl.load(base + (i * (SAVED * hidden) + u), mask=mask, other=0.0),)
+    return save
+
+
+@triton.jit
 def bias(b, place, mask, UNITS: tl.constexpr, SUM: tl.constexpr):
-    """That of the units [1, UNITS]; zeros where there is none."""
+    """The bias of the program's units [1, UNITS]; zeros if `b` is None."""
     if b is None:
         return tl.zeros((1, UNITS), dtype=SUM)
     else:
         return tl.load(b + place, mask=mask, other=0.0).to(SUM)
 
 
-@triton.jit
-def previous_rows(step, begin, i, last, batch, offsets, initial, history, width):
-    """Pointers to h before `step`, [ROWS, 1], and which are there: in the output, or given at the beginning."""
-    start, count = rows_of(step - 1, last, batch, offsets)
-    d = tl.program_id(2).to(tl.int64)
-    directions = tl.num_programs(2)
-    found = history + ((start + begin) * directions + d) * width + i * (directions * width)
-    there = i < count - begin
-    if initial is not None:
-        found = tl.where(there, found, initial + (d * batch + begin) * width + i * width)
-        there = i < batch - begin
-    return found, there
-
-
 @triton.jit(do_not_specialize=SIZES)
 def forward(
-    gates,  # [R, gate_stride], the input's part of each gate, [D, G*H]
-    b_ih, b_hh,  # [D, G*H] or None
+    gates,  # the input's part of all gates, [R, D, G*H], its rows gate_stride values apart
+    b_ih, b_hh,  # [D, G*H], or None for zeros
     w_hh,  # [D, G*H, P]
-    initial,  # h before the first step, [D, N, P] or None for zeros
-    states, new_states,  # before the first step of this launch and after its last, [S, D, N, H]
-    offsets,  # where each step's rows begin, [T + 1], or None: each has `batch`
-    history,  # the output, [R, D*P]
-    output,  # where h goes: the output, or before a projection [D, N, H], or None
-    reserve,  # [D, R, V, H], or the states but h before each step, [D, R, S - 1, H], or None
-    gate_stride, batch, total, last,  # N, R, T - 1
+    initial,  # h before the first step, [D, N, P], or None for zeros
+    states,  # before the first step of this launch, [S, D, N, H]
+    new_states,  # on return the states after the last step of this launch, [S, D, N, H]
+    offsets,  # the row where each time step begins, [T + 1], or None: each has `batch` rows
+    output,  # h after each step, [R, D*P]; read, and written through new_h where there is no projection
+    new_h,  # on return h: `output`, or before a projection [D, N, H], or None where it is not wanted
+    all_states,  # on return the states other than h after each step, S - 1 tensors [R, D*H]; or None
+    reserve,  # on return [D, R, V, H], or the states other than h before each step, [D, R, S - 1, H]; or None
+    gate_stride, batch, total, last,  # batch N, total R, last T - 1
     first, steps,
     hidden, projected,  # H, P
     CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, EVERYTHING: tl.constexpr,
     PROJECTS: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The cell over some steps."""
+    """Runs the cell over the steps `first` to `first + steps`."""
     hidden, projected = aligned(hidden, ALIGNED), aligned(projected, ALIGNED)
     gate_stride = aligned(gate_stride, ALIGNED)
     d = tl.program_id(2).to(tl.int64)
@@ -165,21 +154,19 @@ def forward(
     w = w_hh + (d * GATES * hidden + first_unit) * projected
     state = load_states(states, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
     for step in tl.range(first, first + steps, num_stages=1):
-        u = again(u, step)
-        start, count = rows_of(step, last, batch, offsets)
-        alive = i < count - begin
-        mask = alive & u_mask
-        row = start + begin
+        u = opaque(u, step)
+        row, active = carry.active_rows(step, begin, i, last, batch, offsets)
+        mask = active & u_mask
         loaded = ()
         for g in tl.static_range(GATES):
             gate = gates + row * gate_stride + (d * GATES + g) * hidden
             loaded += (tl.load(gate + (i * gate_stride + u), mask=mask, other=0.0),)
-        before, there = previous_rows(
-            step, begin, i, last, batch, offsets, initial, history, projected
+        operand, is_there = carry.operand(
+            step, begin, i, last, batch, offsets, initial, output, projected
         )
         recurrent = products(
-            before, there & alive, w, hidden.to(tl.int64) * projected, (u - first_unit) * projected,
-            u_mask, 1, projected, GATES, DEPTH, PRECISION, SUM,
+            operand, is_there & active, w, hidden.to(tl.int64) * projected,
+            (u - first_unit) * projected, u_mask, 1, projected, GATES, DEPTH, PRECISION, SUM,
         )  # fmt: skip
         x = ()
         h = ()
@@ -187,44 +174,49 @@ def forward(
             x += (loaded[g].to(SUM) + bias(b_ih, (d * GATES + g) * hidden + u, u_mask, UNITS, SUM),)
             h += (recurrent[g] + bias(b_hh, (d * GATES + g) * hidden + u, u_mask, UNITS, SUM),)
         new, save = CELL(x, h, state)
-        if output is not None:
+        if new_h is not None:
             h_stride = hidden if PROJECTS else directions * hidden
-            h_base = output + (d * batch + begin if PROJECTS else row * directions + d) * hidden
-            tl.store(h_base + (i * h_stride + u), new[0].to(output.dtype.element_ty), mask=mask)
+            h_base = new_h + (d * batch + begin if PROJECTS else row * directions + d) * hidden
+            tl.store(h_base + (i * h_stride + u), new[0].to(new_h.dtype.element_ty), mask=mask)
+        if all_states is not None:
+            for k in tl.static_range(len(all_states)):
+                values = all_states[k] + (row * directions + d) * hidden
+                value = new[k + 1].to(all_states[k].dtype.element_ty)
+                tl.store(values + (i * (directions * hidden) + u), value, mask=mask)
         if reserve is not None:
             kept = save if EVERYTHING else state[1:]
             for k in tl.static_range(len(kept)):
                 kept_base = reserve + ((d * total + row) * len(kept) + k) * hidden
                 tl.store(kept_base + (i * (len(kept) * hidden) + u), kept[k], mask=mask)
-        waiting = state
-        state = ()
-        for k in tl.static_range(STATES):
-            state += (tl.where(alive, new[k], waiting[k]),)
+        state = carry.carried(active, new, state)
         tl.debug_barrier()  # the next step reads what this one wrote
     store_states(new_states, state, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def backward(
-    weights,  # w_hh [D, G*H, H], or w_hr [D, P, H] before a projection
-    initial,  # h before the first step, [D, N, P] or None for zeros
-    grad_states, new_grad_states,  # before the first step of this launch and after its last, [S, D, N, H]
-    offsets,  # where each step's rows begin, [T + 1], or None: each has `batch`
-    history,  # the output, [R, D*P]
+    weights,  # w_hh [D, G*H, H], or with a projection w_hr [D, P, H]
+    initial,  # h before the first step, [D, N, P], or None for zeros
+    grad_states,  # before the first step of this launch, [S, D, N, H]
+    new_grad_states,  # on return the gradients after the last step of this launch, [S, D, N, H]
+    offsets,  # the row where each time step begins, [T + 1], or None: each has `batch` rows
+    output,  # h after each step, [R, D*P]
     reserve,  # [D, R, V, H]
     grad_output,  # [R, D*H], or None for zeros
-    grad_projected,  # of h after its projection, with all that reaches it, [D, R, P], or None
-    grad_gates,  # [R, D*W*H]
-    batch, total, last,  # N, R, T - 1
+    grad_all_states,  # of the states other than h after each step, S - 1 of [R, D*H] or None for zeros; or None
+    grad_projected,  # the whole gradient of h after its projection, [D, R, P], or None without one
+    grad_gates,  # on return [R, D*W*H]
+    batch, total, last,  # batch N, total R, last T - 1
     first, steps,
     hidden, projected,  # H, P
     CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
-    GRADS: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    GRAD_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Back through the cell over some steps; step 0 is the last that the forward pass processed.
+    """Runs the cell backward over the steps `first` to `first + steps`; step 0 is the last of the forward pass.
 
-    A step T, which has no rows, adds to the states' gradients what goes through the recurrent weights of step T - 1.
+    A step begins with the product that gives the gradient of the later step's operand, h. Step T has no rows: it only
+    adds the gradient of the first operand of the forward pass, for the gradients of the initial states.
     """
     hidden, projected = aligned(hidden, ALIGNED), aligned(projected, ALIGNED)
     d = tl.program_id(2).to(tl.int64)
@@ -233,50 +225,68 @@ def backward(
     depth = GATES * hidden if grad_projected is None else projected
     grad_state = load_states(grad_states, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
     for step in tl.range(first, first + steps, num_stages=1):
-        u = again(u, step)
+        u = opaque(u, step)
         forward_step = last - step
-        start, count = rows_of(forward_step, last, batch, offsets)
-        alive = i < count - begin
-        mask = alive & u_mask
-        row = start + begin
+        row, active = carry.active_rows(forward_step, begin, i, last, batch, offsets)
+        mask = active & u_mask
         h_base = (row * directions + d) * hidden
         h_place = i * (directions * hidden) + u
         if grad_projected is None:
-            later, later_count = rows_of(forward_step + 1, last, batch, offsets)
-            through = grad_gates + ((later + begin) * directions + d) * (GRADS * hidden)
-            through += i * (directions * GRADS * hidden)
-            there = i < later_count - begin
+            later, sends = carry.active_rows(forward_step + 1, begin, i, last, batch, offsets)
+            grad_later = grad_gates + (later * directions + d) * (GRAD_COLUMNS * hidden)
+            grad_later += i * (directions * GRAD_COLUMNS * hidden)
         else:
-            through = grad_projected + (d * total + row) * projected + i * projected
-            there = alive
-        through_weights = products(
-            through, there, weights + d * depth * hidden, 0, u,
+            grad_later = grad_projected + (d * total + row) * projected + i * projected
+            sends = active
+        grad_recurrent = products(
+            grad_later, sends, weights + d * depth * hidden, 0, u,
             u_mask, hidden, depth, 1, DEPTH, PRECISION, SUM,
         )  # fmt: skip
-        grad_h = grad_state[0] + through_weights[0]
-        save = ()
-        for k in tl.static_range(SAVED):
-            kept_base = reserve + ((d * total + row) * SAVED + k) * hidden
-            save += (tl.load(kept_base + (i * (SAVED * hidden) + u), mask=mask, other=0.0),)
+        grad_state = carry.grad_operand(grad_state, grad_recurrent[0])
+        save = load_saved(reserve, d * total + row, i, u, mask, hidden, SAVED)
         h = tl.zeros((ROWS, UNITS), dtype=SUM)
         previous_h = h
-        if grad_projected is None:  # the compiler drops what the cell does not use
-            h = tl.load(history + h_base + h_place, mask=mask, other=0.0).to(SUM)
-            before, before_there = previous_rows(
-                forward_step, begin, i, last, batch, offsets, initial, history, hidden
+        if grad_projected is None:  # the compiler drops loads that the cell does not use
+            h = tl.load(output + h_base + h_place, mask=mask, other=0.0).to(SUM)
+            operand, is_there = carry.operand(
+                forward_step, begin, i, last, batch, offsets, initial, output, hidden
             )
-            previous_h = tl.load(before + u, mask=before_there & mask, other=0.0).to(SUM)
-        total_h = grad_h
+            previous_h = tl.load(operand + u, mask=is_there & mask, other=0.0).to(SUM)
+        grad_h = grad_state[0]
         if grad_output is not None:
-            total_h += tl.load(grad_output + h_base + h_place, mask=mask, other=0.0).to(SUM)
-        grads_before, grads = CELL(save, h, previous_h, (total_h,) + grad_state[1:])
-        for k in tl.static_range(GRADS):
-            grad_base = grad_gates + ((row * directions + d) * GRADS + k) * hidden
-            grad = grads[k].to(grad_gates.dtype.element_ty)
-            tl.store(grad_base + (i * (directions * GRADS * hidden) + u), grad, mask=mask)
-        waiting = (grad_h,) + grad_state[1:]
-        grad_state = ()
-        for k in tl.static_range(STATES):
-            grad_state += (tl.where(alive, grads_before[k], waiting[k]),)
+            grad_h += tl.load(grad_output + h_base + h_place, mask=mask, other=0.0).to(SUM)
+        grad_new = (grad_h,)
+        for k in tl.static_range(1, STATES):
+            grad = grad_state[k]
+            if grad_all_states is not None and grad_all_states[k - 1] is not None:
+                given = grad_all_states[k - 1] + h_base + h_place
+                grad += tl.load(given, mask=mask, other=0.0).to(SUM)
+            grad_new += (grad,)
+        grads_before, grads = CELL(save, h, previous_h, grad_new)
+        for k in tl.static_range(GRAD_COLUMNS):
+            grad_base = grad_gates + ((row * directions + d) * GRAD_COLUMNS + k) * hidden
+            tl.store(
+                grad_base + (i * (directions * GRAD_COLUMNS * hidden) + u),
+                grads[k].to(grad_gates.dtype.element_ty),
+                mask=mask,
+            )
+        grad_state = carry.carried(active, grads_before, grad_state)
         tl.debug_barrier()  # the next step reads what this one wrote
     store_states(new_grad_states, grad_state, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def unprojected(
+    reserve,  # [D, R, V, H]
+    h,  # on return h before its projection, [D, R, H]
+    total, hidden,  # R, H
+    OUTPUT: tl.constexpr, SAVED: tl.constexpr,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """h before its projection at all steps. A program has a tile of the rows of all steps."""
+    hidden = aligned(hidden, ALIGNED)
+    begin, i, u, i_mask, u_mask = tile(total, hidden, ROWS, UNITS)
+    mask = i_mask & u_mask
+    row = tl.program_id(2).to(tl.int64) * total + begin
+    found = OUTPUT(load_saved(reserve, row, i, u, mask, hidden, SAVED))
+    tl.store(h + row * hidden + (i * hidden + u), found.to(h.dtype.element_ty), mask=mask)

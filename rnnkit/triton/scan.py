@@ -1,7 +1,8 @@
-"""The scans of `rnnkit.gpu` on Triton kernels: how they are cut into programs and launched.
+"""The scans of `rnnkit.gpu` on Triton kernels: the plan of a scan, its tiles and launches, and the launching.
 
-`sequence` is one launch for the whole sequence, a program for each tile of the batch, where one program can hold all
-hidden units; `stepwise` is one launch a step, whose programs share the units. The kernel is the same (kernels.py).
+A `sequence` plan is one launch for the whole sequence, with a program for each tile of the batch; it needs room for all
+hidden units in one program. A `stepwise` plan is one launch a step, and its programs share the units. The kernels are
+the same (kernels.py).
 """
 
 import math
@@ -17,28 +18,28 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from rnnkit import plan
 from rnnkit.call import Keep
 from rnnkit.gpu import Backward, GpuCall, stacked
-from rnnkit.specs import CELLS as SPECS
+from rnnkit.plan import Scan, forced_kernel
+from rnnkit.specs import CELLS
 from rnnkit.triton import kernels
-from rnnkit.triton.cells import CELLS
+from rnnkit.triton.cells import TRITON_CELLS
 
-#: Try several ways of cutting each size, once on each kind of GPU, and keep the fastest.
+#: Time several plans for each size, once on each kind of GPU, and keep the fastest.
 AUTOTUNE = os.environ.get("RNNKIT_TRITON_AUTOTUNE", "0") not in ("", "0")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A design and its launch.
+class TritonPlan:
+    """How a scan is divided into programs and launches.
 
     Attributes:
         kernel: a name in `plan.TRITON_KERNELS`.
-        reason: why this one.
+        reason: why this kernel.
         rows, units: of a program's tile.
-        depth: how many products of each are added up at a time.
+        depth: products of each sum that are loaded and added up at a time.
         warps: of a program.
-        stages: of the pipeline from memory to these products.
+        stages: of the pipeline that loads the operands of these products.
     """
 
     kernel: str
@@ -56,56 +57,56 @@ class Plan:
         )
 
 
-#: The most units of a program that has all of them, by the bytes of an element: what fits in registers.
+#: The most units of a program that has all units, by the bytes of an element: what fits in registers.
 _MOST_UNITS = {2: 256, 4: 128, 8: 32}
-#: Units of a program that shares them with others.
+#: Units of a program where programs share the units, by the bytes of an element.
 _UNITS = {2: 32, 4: 32, 8: 16}
-#: Weights that a thread loads at a time.
+#: Weights that a thread loads at a time, by the bytes of an element.
 _LOADS = {2: 128, 4: 32, 8: 16}
-#: What the kernels are compiled for.
+#: The kind of GPU that the kernels are compiled for, by Triton's name.
 TARGET = "hip" if torch.version.hip else "cuda"
-#: Shared memory of a program, for what is loaded ahead: every GPU of these kinds has as much.
+#: Bytes of shared memory of a program for operands that are loaded ahead: every GPU of the kind has them.
 _SHARED = {"cuda": 90_000, "hip": 60_000}
 
 
-def choose(scan: plan.Scan, device: torch.device | None = None) -> Plan:
-    """The design for a scan, and tiles that fit everywhere; or the design that `plan.forced` asks for."""
-    return _choose(scan, plan.forced_kernel())
+def choose(scan: Scan, device: torch.device | None = None) -> TritonPlan:
+    """The plan of a scan, with tiles that fit on every GPU. `plan.forced` may ask for its kernel."""
+    return _choose(scan, forced_kernel())
 
 
 @lru_cache(maxsize=4096)
-def _choose(scan: plan.Scan, forced: str) -> Plan:
+def _choose(scan: Scan, forced: str) -> TritonPlan:
     units = max(16, triton.next_power_of_2(scan.hidden))
     most = _MOST_UNITS[scan.element_bytes]
     rows = 16
     if scan.projected != scan.hidden:
-        design, reason = "stepwise", "a projection is a product of its own"
+        kernel, reason = "stepwise", "a projection is a product of its own"
     elif units > most:
-        design = "stepwise"
+        kernel = "stepwise"
         reason = (
             f"one program has no room for more than {most} units of {8 * scan.element_bytes} bits"
         )
     elif forced == "stepwise":
-        design, reason = "stepwise", "forced"
+        kernel, reason = "stepwise", "forced"
     else:
         reason = "forced" if forced == "sequence" else "one program has room for all units"
-        design = "sequence"
-    if design == "stepwise":
+        kernel = "sequence"
+    if kernel == "stepwise":
         units = min(units, _UNITS[scan.element_bytes])
         most_rows = 64 if scan.element_bytes == 2 else 16 if scan.precise else 32
         rows = min(most_rows, 16 if scan.batch <= 16 else 32 if scan.batch <= 32 else 64)
     warps = 4 if units * rows < 1024 else 8
     depth, stages = _pipeline(scan, rows, units, warps)
-    return Plan(design, reason, rows, units, depth, warps, stages)
+    return TritonPlan(kernel, reason, rows, units, depth, warps, stages)
 
 
-def _pipeline(scan: plan.Scan, rows: int, units: int, warps: int) -> tuple[int, int]:
-    """Depth, as registers and shared memory allow, and no deeper than what is to be added up; and stages."""
-    gates = SPECS[scan.cell].gates
+def _pipeline(scan: Scan, rows: int, units: int, warps: int) -> tuple[int, int]:
+    """The depth, as large as registers, shared memory and the length of the sums allow, and the stages."""
+    gates = CELLS[scan.cell].gates
     together, summed = (1, gates * scan.hidden) if scan.backward else (gates, scan.projected)
     loads = _LOADS[scan.element_bytes]
     if _power_of_2_in(scan.hidden, scan.projected) * scan.element_bytes < 8:
-        loads //= 4  # they are loaded one by one
+        loads //= 4  # rows are not aligned to 8 bytes: elements are loaded one by one
     deepest = min(loads * 32 * warps // (units * together), 64)
     depth = max(16, min(1 << (deepest.bit_length() - 1), int(triton.next_power_of_2(summed))))
     stage, shared = (together * units + rows) * scan.element_bytes, _SHARED[TARGET]
@@ -114,56 +115,63 @@ def _pipeline(scan: plan.Scan, rows: int, units: int, warps: int) -> tuple[int, 
     return depth, 3 if 3 * depth * stage < shared else 2
 
 
-def _others(cut: Plan) -> list[Plan]:
-    """The ways to try of cutting it: a short list, of which `cut` is the first."""
-    changes: list[dict[str, Any]] = [{"warps": 8 if cut.warps == 4 else 4}, {"stages": 3}]
-    if cut.depth > 16:
-        changes.append({"depth": cut.depth // 2})
-    if cut.kernel == "stepwise":
-        changes.append({"units": 16} if cut.units > 16 else {"units": 32})
-        changes.append({"depth": 2 * cut.depth, "stages": 2})
-    return [*dict.fromkeys([cut, *(replace(cut, **change) for change in changes)])]
+def _alternatives(plan: TritonPlan) -> list[TritonPlan]:
+    """The plans to time instead of `plan`: a short list, of which `plan` is the first."""
+    changes: list[dict[str, Any]] = [{"warps": 8 if plan.warps == 4 else 4}, {"stages": 3}]
+    if plan.depth > 16:
+        changes.append({"depth": plan.depth // 2})
+    if plan.kernel == "stepwise":
+        changes.append({"units": 16} if plan.units > 16 else {"units": 32})
+        changes.append({"depth": 2 * plan.depth, "stages": 2})
+    return [*dict.fromkeys([plan, *(replace(plan, **change) for change in changes)])]
 
 
 @lru_cache
-def _tuned(kernel: Any, cut: Plan) -> Any:
-    """The kernel, timed in each of these ways at the first call of each size and dtype."""
+def _tuned(kernel: Any, plan: TritonPlan) -> Any:
+    """The kernel, timed with each alternative of `plan` at the first call of each size and dtype."""
     configs = [
         triton.Config(
-            {"UNITS": way.units, "DEPTH": way.depth}, num_warps=way.warps, num_stages=way.stages
+            {"UNITS": each.units, "DEPTH": each.depth}, num_warps=each.warps, num_stages=each.stages
         )
-        for way in _others(cut)
+        for each in _alternatives(plan)
     ]
     key = ["hidden", "projected", "GATES", "ROWS", "PRECISION"]
     return triton.autotune(configs=configs, key=key, cache_results=True)(kernel)
 
 
 def _power_of_2_in(*sizes: int) -> int:
-    """The largest, up to 16, that divides them all."""
-    together = math.gcd(16, *sizes)
-    return together & -together
+    """The largest power of 2, up to 16, that divides all sizes."""
+    return math.gcd(16, *sizes)
 
 
-#: What was launched tuned, and so is loaded: while a graph is captured, nothing can be timed or loaded.
+#: Tuned kernels that were launched and so are loaded: while a graph is captured, nothing can be timed or loaded.
 _launched: set[tuple[Any, ...]] = set()
+
+
+def _launch(
+    kernel: Any, grid: Any, device: torch.device, *arguments: Any, **constants: Any
+) -> None:
+    """Launches a kernel on the current stream of a device."""
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_device:  # Triton 3.9 warns where the default of enable_fp_fusion is relied on
+        kernel[grid](*arguments, enable_fp_fusion=True, **constants)
 
 
 class _Launcher:
     """Launches one pass's kernel for a call, on its device."""
 
-    def __init__(self, kernel: Any, call: GpuCall, cut: Plan, rows: int, directions: int) -> None:
-        self.kernel, self.cut = kernel, cut
+    def __init__(self, kernel: Any, call: GpuCall, plan: TritonPlan) -> None:
+        self.kernel, self.plan = kernel, plan
         self.device = call.input.device
-        tiles = triton.cdiv(rows, cut.rows)
-        self.grid = lambda meta: (tiles, triton.cdiv(call.hidden, meta["UNITS"]), directions)
+        tiles = triton.cdiv(call.batch, plan.rows)
+        self.grid = lambda meta: (tiles, triton.cdiv(call.hidden, meta["UNITS"]), call.directions)
         self.constants = {
             "GATES": call.spec.gates,
             "STATES": call.spec.states,
             "PRECISION": self._precision(call),
             "SUM": tl.float64 if call.sum_dtype == torch.float64 else tl.float32,
-            "ROWS": cut.rows,
+            "ROWS": plan.rows,
             "ALIGNED": _power_of_2_in(call.hidden, call.projected),
-            "enable_fp_fusion": True,  # Triton 3.9 warns where its default is relied on
         }
 
     def _capturing(self) -> bool:
@@ -171,30 +179,30 @@ class _Launcher:
 
     @staticmethod
     def _precision(call: GpuCall) -> str:
-        """Of float32's products; three in TF32 are as exact as one in float32. AMD's GPUs have no TF32, but for one."""
+        """Triton's `input_precision`: three TF32 products are as exact as one of float32; few AMD GPUs have TF32."""
         if TARGET == "hip" or call.input.dtype != torch.float32:
             return "ieee"
         return "tf32x3" if call.precise else "tf32"
 
     def __call__(self, *arguments: Any, **constants: Any) -> None:
-        cut, constants = self.cut, self.constants | constants
+        plan, constants = self.plan, self.constants | constants
         if self._is_tuned(arguments, constants):
-            run = _tuned(self.kernel, cut)
+            run = _tuned(self.kernel, plan)
         else:
             run = self.kernel
-            constants |= {"UNITS": cut.units, "DEPTH": cut.depth}
-            constants |= {"num_warps": cut.warps, "num_stages": cut.stages}
-        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-        with on_device:
-            run[self.grid](*arguments, **constants)
+            constants |= {"UNITS": plan.units, "DEPTH": plan.depth}
+            constants |= {"num_warps": plan.warps, "num_stages": plan.stages}
+        _launch(run, self.grid, self.device, *arguments, **constants)
 
     def _is_tuned(self, arguments: Sequence[Any], constants: dict[str, Any]) -> bool:
-        """Whether to launch what is fastest; in a captured graph only if it was launched before."""
+        """Whether to launch the tuned kernel: if tuning is on and, in a captured graph, if it was launched before."""
         if not AUTOTUNE or kernels.INTERPRETED:
             return False
         *others, hidden, projected = arguments
-        types = [getattr(argument, "dtype", None) for argument in others]
-        kind = (self.kernel, self.cut, self.device, hidden, projected, *types, *constants.values())
+        types = [
+            getattr(t, "dtype", None) for a in others for t in (a if type(a) is tuple else [a])
+        ]
+        kind = (self.kernel, self.plan, self.device, hidden, projected, *types, *constants.values())
         if kind not in _launched and self._capturing():
             return False
         _launched.add(kind)
@@ -203,8 +211,8 @@ class _Launcher:
     def all_steps(
         self, steps: int, states: Tensor, launch: Callable[[Tensor, Tensor, int, int], None]
     ) -> Tensor:
-        """Calls `launch` with states, new states, first step and steps, until all are done; the last states."""
-        at_once = steps if self.cut.kernel == "sequence" else 1
+        """The states after all steps, by calls of `launch` with states, new states, first step and number of steps."""
+        at_once = steps if self.plan.kernel == "sequence" else 1
         new = torch.empty_like(states)
         for first in range(0, steps, at_once):
             launch(states, new, first, at_once)
@@ -213,7 +221,7 @@ class _Launcher:
 
 
 def _states(call: GpuCall, given: Sequence[Tensor | None]) -> Tensor:
-    """[S, D, N, H] in the type of sums; zeros for what is not given, and for h where it is projected."""
+    """The states, or gradients of states, `given` as one tensor [S, D, N, H] in the type of sums; zeros for None."""
     shape = (call.spec.states, *call.state_shape(1))
     if all(state is None for state in given):
         return call.input.new_zeros(shape, dtype=call.sum_dtype)
@@ -226,7 +234,8 @@ def _states(call: GpuCall, given: Sequence[Tensor | None]) -> Tensor:
     return states
 
 
-def _not_projected(call: GpuCall, states: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _of_width_h(call: GpuCall, states: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The states, or gradients of states, that the kernels carry: None for an h of P values."""
     return [None if call.projects and k == 0 else state for k, state in enumerate(states)]
 
 
@@ -234,146 +243,148 @@ def forward(
     call: GpuCall,
     gates: Tensor,
     keep: int,
-    output: Tensor,
+    output: Tensor | None,
     finals: Sequence[Tensor],
     reserve: Tensor,
+    all_states: Sequence[Tensor] = (),
 ) -> None:
     """The scan forward, see `rnnkit.gpu.Scans`."""
-    launch = _Launcher(
-        kernels.forward, call, choose(call.scan(backward=False)), call.batch, call.directions
-    )
+    plan = choose(call.scan(backward=False))
+    if call.steps == 1:  # programs may share the units, so that tuning tries tiles of fewer units
+        plan = replace(plan, kernel="stepwise")
+    launch = _Launcher(kernels.forward, call, plan)
     w_hh, w_hr = stacked(call.w_hh), call.w_hr
     b_ih, b_hh = stacked(call.b_ih), stacked(call.b_hh)
     offsets, initial = call.offsets(), call.states[0] if call.states else None
-    unprojected = call.input.new_empty(call.state_shape(1)) if call.projects else None
+    projects = call.projects and output is not None
+    new_h = call.input.new_empty(call.state_shape(1)) if projects else output
+    history = gates if output is None else output  # where a single step reads nothing
 
     def step(states: Tensor, new_states: Tensor, first: int, steps: int) -> None:
         launch(
-            *(gates, b_ih, b_hh, w_hh, initial, states, new_states, offsets, output),
-            output if unprojected is None else unprojected,
+            *(gates, b_ih, b_hh, w_hh, initial, states, new_states, offsets, history, new_h),
+            tuple(all_states) or None,
             reserve if keep else None,
             *(gates.stride(0), call.batch, call.rows, call.steps - 1, first, steps),
             *(call.hidden, call.projected),
-            CELL=CELLS[call.cell].forward,
+            CELL=TRITON_CELLS[call.cell].forward,
             EVERYTHING=keep == Keep.EVERYTHING,
-            PROJECTS=call.projects,
+            PROJECTS=projects,
         )
-        for d in range(call.directions if unprojected is not None else 0):
+        for d in range(call.directions if projects else 0):
             weight = w_hr[d]
-            assert unprojected is not None and weight is not None
+            assert output is not None and new_h is not None and weight is not None
             rows = call.rows_of(d, first)
             columns = slice(d * call.projected, (d + 1) * call.projected)
-            count = rows.stop - rows.start
-            output[rows, columns] = unprojected[d, :count] @ weight.t()
+            output[rows, columns] = new_h[d, : rows.stop - rows.start] @ weight.t()
 
-    given = _not_projected(call, call.states or [None] * call.spec.states)
+    given = _of_width_h(call, call.states or [None] * call.spec.states)
     states = launch.all_steps(call.steps, _states(call, given), step)
     for k, final in enumerate(finals):
-        if call.projects and k == 0:
+        if projects and k == 0:
+            assert output is not None
             call.last_rows(output, out=final)
         else:
             final.copy_(states[k])
 
 
-def backward(back: Backward, initial_grads: Sequence[Tensor | None]) -> Tensor | None:
+def backward(
+    back: Backward,
+    initial_grads: Sequence[Tensor | None],
+    grad_all_states: Sequence[Tensor | None] = (),
+) -> Tensor | None:
     """The scan backward, see `rnnkit.gpu.Scans`."""
     call = back.call
-    launch = _Launcher(
-        kernels.backward, call, choose(call.scan(backward=True)), call.batch, call.directions
-    )
+    launch = _Launcher(kernels.backward, call, choose(call.scan(backward=True)))
     grad_output, *grad_finals = back.grads
     w_hh, w_hr = stacked(call.w_hh), stacked(call.w_hr)
     assert w_hh is not None
     offsets, initial = call.offsets(), call.states[0] if call.states else None
-    through = grad_projected = None
+    grad_recurrent = grad_projected = None
     if call.projects:
         assert w_hr is not None
-        through = call.input.new_zeros(call.state_shape(0))
+        grad_recurrent = call.input.new_zeros(call.state_shape(0))
         if grad_finals[0] is not None:
-            through.copy_(grad_finals[0])
+            grad_recurrent.copy_(grad_finals[0])
         grad_projected = call.input.new_empty(call.directions, call.rows, call.projected)
 
     def step(grad_states: Tensor, new_grad_states: Tensor, first: int, steps: int) -> None:
-        if through is not None and grad_projected is not None:
-            _through_projection(back, w_hh, through, grad_projected, first)
+        if grad_recurrent is not None and grad_projected is not None:
+            _grad_projected(back, w_hh, grad_recurrent, grad_projected, first)
         launch(
             *(w_hh if w_hr is None else w_hr, initial, grad_states, new_grad_states, offsets),
             *(back.output, back.reserve, None if w_hr is not None else grad_output),
+            tuple(grad_all_states) if any(g is not None for g in grad_all_states) else None,
             *(grad_projected, back.grad_gates),
             *(call.batch, call.rows, call.steps - 1, first, steps, call.hidden, call.projected),
-            CELL=CELLS[call.cell].backward,
+            CELL=TRITON_CELLS[call.cell].backward,
             SAVED=call.spec.saved,
-            GRADS=back.values,
+            GRAD_COLUMNS=back.values,
         )
 
-    # One step more brings the gradients to the states before the first.
+    # One step more takes the gradients to the initial states.
     steps = call.steps + (bool(call.states) and not call.projects)
-    given = _states(call, _not_projected(call, grad_finals))
+    given = _states(call, _of_width_h(call, grad_finals))
     grad_states = launch.all_steps(steps, given, step)
     for k, grad in enumerate(initial_grads):
-        if grad is not None and k == 0 and through is not None:
-            _recurrent(back, w_hh, through, call.steps)
-            grad.copy_(through)
+        if grad is not None and k == 0 and grad_recurrent is not None:
+            _grad_operand(back, w_hh, grad_recurrent, call.steps)
+            grad.copy_(grad_recurrent)
         elif grad is not None:
             grad.copy_(grad_states[k])
     return grad_projected
 
 
-def _recurrent(back: Backward, w_hh: Tensor, through: Tensor, step: int) -> None:
-    """What the gates of the step processed before `step` send to h before them, into `through` [D, N, P]."""
+def _grad_operand(back: Backward, w_hh: Tensor, grad_recurrent: Tensor, step: int) -> None:
+    """Writes the gradient of the later step's operand, h, to the rows of that step in `grad_recurrent` [D, N, P].
+
+    The other rows keep what they have. Steps are counted backward: step 0 is the last one, which has no later step.
+    """
     call = back.call
     width = call.spec.gates * call.hidden
     for d in range(call.directions if step else 0):
         rows = call.rows_of(d, call.steps - step)
-        columns = slice(d * back.values * call.hidden, d * back.values * call.hidden + width)
-        count = rows.stop - rows.start
-        torch.mm(back.grad_gates[rows, columns], w_hh[d], out=through[d, :count])
+        first = d * back.values * call.hidden
+        columns, count = slice(first, first + width), rows.stop - rows.start
+        torch.mm(back.grad_gates[rows, columns], w_hh[d], out=grad_recurrent[d, :count])
 
 
-def _through_projection(
-    back: Backward, w_hh: Tensor, through: Tensor, grad_projected: Tensor, step: int
+def _grad_projected(
+    back: Backward, w_hh: Tensor, grad_recurrent: Tensor, grad_projected: Tensor, step: int
 ) -> None:
-    """All that reaches the projected h of a step."""
+    """Writes the whole gradient of h after its projection, of one step, to its rows in `grad_projected` [D, rows, P].
+
+    grad_recurrent: [D, N, P], on entry the gradient of each row's h without that of the output, as the later steps left
+    it, or of the final h; on return with the gradient of the later step's operand.
+    """
     call = back.call
-    _recurrent(back, w_hh, through, step)
+    _grad_operand(back, w_hh, grad_recurrent, step)
     for d in range(call.directions):
         rows = call.rows_of(d, call.steps - 1 - step)
-        sums = through[d, : rows.stop - rows.start]
+        sums = grad_recurrent[d, : rows.stop - rows.start]
         if back.grads[0] is None:
             grad_projected[d, rows] = sums
         else:
             columns = slice(d * call.projected, (d + 1) * call.projected)
-            of_output = back.grads[0].view(call.rows, -1)[rows, columns]
-            torch.add(sums, of_output, out=grad_projected[d, rows])
+            grad_output = back.grads[0].view(call.rows, -1)[rows, columns]
+            torch.add(sums, grad_output, out=grad_projected[d, rows])
 
 
-def gates_again(
-    call: GpuCall,
-    d: int,
-    gates: Tensor,
-    previous: Sequence[tuple[slice, Tensor | None]],
-    states: Tensor,
-    reserve: Tensor,
-) -> None:
-    """What the forward pass did not keep, see `rnnkit.gpu.Scans`: a step whose batch is all rows."""
-    columns = slice(d * call.spec.gates * call.hidden, (d + 1) * call.spec.gates * call.hidden)
-    b_ih, b_hh, w_hh = call.b_ih[d], call.b_hh[d], call.w_hh[d]
-    for rows, h in previous:
-        count = rows.stop - rows.start
-        scan = replace(call.scan(backward=False), batch=count, directions=1)
-        cut = choose(scan)
-        if cut.kernel == "sequence":
-            cut = replace(cut, kernel="stepwise", rows=16)
-        launch = _Launcher(kernels.forward, call, cut, count, 1)
-        before = states.new_zeros(call.spec.states, count, call.hidden)
-        if call.spec.states > 1:
-            before[1:].copy_(states[rows].transpose(0, 1))
-        launch(
-            *(gates[rows, columns], b_ih, b_hh, w_hh, None if h is None else h.contiguous()),
-            *(before, torch.empty_like(before), None),
-            *(gates, None, reserve[rows], gates.stride(0), count, count, 0, 0, 1),
-            *(call.hidden, call.projected),
-            CELL=CELLS[call.cell].forward,
-            EVERYTHING=True,
-            PROJECTS=False,
-        )
+def unprojected(call: GpuCall, reserve: Tensor) -> Tensor:
+    """h before its projection at all steps, [D, rows, H], from a reserve [D, rows, V, H] of everything."""
+    output = TRITON_CELLS[call.cell].output
+    assert output is not None, f"{call.cell} has no projection"
+    h = call.input.new_empty(call.directions, call.rows, call.hidden)
+    rows, units = 16, 64
+    _launch(
+        kernels.unprojected,
+        (triton.cdiv(call.rows, rows), triton.cdiv(call.hidden, units), call.directions),
+        call.input.device,
+        *(reserve, h, call.rows, call.hidden),
+        OUTPUT=output,
+        SAVED=call.spec.saved,
+        ROWS=rows,
+        UNITS=units,
+        ALIGNED=_power_of_2_in(call.hidden),
+    )
+    return h
