@@ -49,8 +49,8 @@ class Scans(Protocol):
     ) -> None:
         """Writes output [rows, D*P], final states and reserve; gates [rows, D*G*H] are the inputs' parts.
 
-        A call of one step may want the reserve only: then there is no output and are no finals, and the states but h
-        may be of the type of sums.
+        A call of one step may want the reserve only: output is None then, and finals are empty. States but h may be of
+        the type of sums, as a reserve keeps them.
         """
 
     def backward(self, back: "Backward", initial_grads: Sequence[Tensor | None]) -> Tensor | None:
