@@ -46,7 +46,7 @@ def forward(
     """The scan forward, see `rnnkit.gpu.Scans`.
 
     Args:
-        call: the call. One of a single step may have states in the type of sums.
+        call: the call. States but h may be of the type of sums, as a reserve keeps them.
         gates: the inputs' part of the gates.
         keep: what goes into the reserve, see `rnnkit.call.Keep`.
         output: [rows, D*P]. None, with no finals, where a single step is to fill the reserve only.
@@ -56,7 +56,9 @@ def forward(
     """
     outputs = [output, *all_states, *[None] * (call.spec.states - 1 - len(all_states))]
     chosen = choose(call.scan(backward=False), call.input.device)
-    if chosen.kernel == "stepwise" or output is None:  # the others always write an output
+    # The others always write an output, and read states of the input's type.
+    only_stepwise = output is None or any(state.dtype != gates.dtype for state in call.states)
+    if chosen.kernel == "stepwise" or only_stepwise:
         _stepwise_forward(call, gates, keep, outputs, finals, reserve)
         return
     torch.ops.rnnkit.persistent_forward(

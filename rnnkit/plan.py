@@ -16,7 +16,7 @@ from rnnkit import instances
 from rnnkit.specs import CELLS
 
 KERNELS = (*instances.KERNELS, "stepwise")
-#: Those of rnnkit/triton/scan.py.
+#: Kernels of rnnkit/triton/scan.py.
 TRITON_KERNELS = ("sequence", "stepwise")
 
 WARPS = 8
@@ -105,7 +105,7 @@ class Plan:
 
     @property
     def arguments(self) -> tuple[int, int, int, int, bool]:
-        """What the extension's ops take of it: units, tiles, batch_tile, shared_bytes, cluster."""
+        """What the extension's ops take of a plan: units, tiles, batch_tile, shared_bytes, cluster."""
         cluster = self.kernel == "cluster"
         return self.units, self.tiles, self.batch_tile, self.shared_bytes, cluster
 
@@ -277,10 +277,14 @@ def _weight_rows(scan: Scan, units: int) -> int:
     return units if scan.backward else units * CELLS[scan.cell].gates
 
 
+def _exchange_gates(scan: Scan) -> int:
+    """Values of each unit that the blocks exchange: h, or the gradients of its gates."""
+    return CELLS[scan.cell].gates if scan.backward else 1
+
+
 def _slabs(scan: Scan) -> int:
     """Slabs of 64 bytes in a row of weights, and of an exchange."""
-    exchange_gates = CELLS[scan.cell].gates if scan.backward else 1
-    return -(-scan.hidden * scan.element_bytes // 64) * exchange_gates
+    return -(-scan.hidden * scan.element_bytes // 64) * _exchange_gates(scan)
 
 
 def _shared_bytes(scan: Scan, units: int, tiles: int, batch_tile: int, cluster: bool) -> int:
@@ -290,9 +294,8 @@ def _shared_bytes(scan: Scan, units: int, tiles: int, batch_tile: int, cluster: 
     states = CELLS[scan.cell].states * units * batch_tile
     exchanged = 0
     if cluster:
-        exchange_gates = CELLS[scan.cell].gates if scan.backward else 1
         exchanged = 2 * _slabs(scan) * (batch_tile // 8) * FRAGMENT
-        exchanged += exchange_gates * batch_tile * units * scan.element_bytes
+        exchanged += _exchange_gates(scan) * batch_tile * units * scan.element_bytes
     return row_blocks * _slabs(scan) * FRAGMENT + exchanged + 4 * (sums + states)
 
 
@@ -316,7 +319,7 @@ def _work(scan: Scan, units: int, tiles: int, batch_tile: int) -> tuple[float, .
 
 
 def _microseconds(scan: Scan, units: int, tiles: int, batch_tile: int, grid: int) -> float:
-    """Of a persistent step: the exchange, what all blocks load, what a block multiplies, adds up and computes."""
+    """Expected time of a persistent step: exchange, loads of all blocks, products, sums and items of a block."""
     loaded, products, sums, items, groups = _work(scan, units, tiles, batch_tile)
     weights = -(-_weight_rows(scan, units) // 8) * _slabs(scan) * FRAGMENT * groups
     return (
@@ -331,7 +334,7 @@ def _microseconds(scan: Scan, units: int, tiles: int, batch_tile: int, grid: int
 
 
 def _cluster_microseconds(scan: Scan, units: int, tiles: int, batch_tile: int) -> float:
-    """Of a step where the exchange stays in a cluster: each block writes its part to all."""
+    """Expected time of a step whose exchange stays in a cluster, where each block writes its part to all."""
     loaded, products, sums, items, groups = _work(scan, units, tiles, batch_tile)
     return (
         0.77
@@ -344,7 +347,7 @@ def _cluster_microseconds(scan: Scan, units: int, tiles: int, batch_tile: int) -
 
 
 def _stepwise_microseconds(scan: Scan) -> float:
-    """Of two launches, or of a product that reads the weights anew."""
+    """Expected time of a stepwise step: two launches, or a product that reads the weights anew."""
     weights = CELLS[scan.cell].gates * scan.hidden * scan.projected
     rate = {2: 4e8, 4: 3.5e7 if scan.precise else 1.3e8, 8: 2e7}[scan.element_bytes]
     product = 5.0 + 2.0 * scan.batch * weights / rate + weights * scan.element_bytes / 3e6

@@ -2,7 +2,11 @@
 //
 // Sequences lie longest first, so at every step the active rows are the first ones. A row that is not active is carried:
 // its states, or their gradients, stay as they are. An active row continues from the step before, or begins here with
-// its initial states: all rows at the first step, and in the reverse direction also those of shorter sequences later.
+// its initial states: all rows at the first step, and in the reverse direction rows of shorter sequences at later steps.
+//
+// The operand of a step's product is h that each row has before it. The step before writes it for the rows that it has;
+// rows that begin find their initial h, which is written before the first step. The gradient that comes back through the
+// product belongs to the step before, or, where a row begins, to its initial h: it is added to the row's carried gradient.
 #pragma once
 
 #include "cuda/elements.h"

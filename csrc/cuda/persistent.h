@@ -303,7 +303,25 @@ class Recurrence {
   float* sums_;
 };
 
-// What both passes have: the order of time, and each thread's states.
+// What a thread holds from step to step. gates, output, reserve: from a step's first row to the thread's first item.
+template <class Cell, class S, class Items, int kItems>
+struct ForwardRegisters {
+  Items items;
+  int64_t gates, output, reserve;
+  float b_ih[Cell::gates], b_hh[Cell::gates];
+  S x[kItems][Cell::gates];  // as it was loaded: to convert it would be to wait for it
+  float save[kItems][Cell::saved + 1], before[kItems][Cell::states];
+  S h[kItems];
+};
+template <class Cell, class S, class Items, int kItems>
+struct BackwardRegisters {
+  Items items;
+  int64_t gates, output, reserve;
+  float values[kItems][Cell::saved > Cell::grads ? Cell::saved : Cell::grads];  // what was saved, then the gradients
+  S h[kItems], previous_h[kItems], grad_y[kItems];
+};
+
+// What both passes have: the order of time, each thread's states and registers.
 template <class Block, class Cell_, class S_, int kUnits_, int kTiles_, bool kCluster_, bool kBackward>
 class Pass {
  public:
@@ -315,6 +333,16 @@ class Pass {
   using Exchange = Recurrence<Block, S, kUnits, kRows, kTiles, kExchangeGates, kCluster>;
   using Items = typename Exchange::Items;
   static constexpr int kItems = Exchange::kItems, kStep = Exchange::kStep, kGroup = Exchange::kGroup;
+  using Registers = std::conditional_t<kBackward, BackwardRegisters<Cell, S, Items, kItems>,
+                                       ForwardRegisters<Cell, S, Items, kItems>>;
+
+  RNNKIT_DEVICE void enter() {
+    block_.threads(registers_, [&](int thread, Registers& r) {
+      r.items = exchange_.items_of(thread);
+      exchange_.clear(thread);
+    });
+    exchange_.cluster_sync();
+  }
 
   // Where the block's shared memory ends; the plan has counted it.
   RNNKIT_ANYWHERE const std::byte* memory_end() const {
@@ -354,28 +382,23 @@ class Pass {
   const int direction_;
   bool backwards_;
   float* states_;
+  Place now_, next_;
+  typename Block::template PerThread<Registers> registers_;
 };
 
 // h_t = cell(w_ih x_t, w_hh h_{t-1}); exchange s is h before step s.
 template <class Block, class Cell_, class S_, int kUnits_, int kTiles_, bool kCluster_>
 class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, false> {
   using Base = Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, false>;
-  using Base::block_, Base::scan_, Base::exchange_, Base::direction_, Base::state, Base::state_at, Base::place;
+  using Base::block_, Base::scan_, Base::exchange_, Base::direction_, Base::registers_, Base::now_, Base::next_;
+  using Base::state, Base::state_at, Base::place;
 
  public:
   using Base::kUnits, Base::kGates, Base::kStates, Base::kRows, Base::kItems, Base::kStep, Base::kGroup;
-  using typename Base::Cell, typename Base::S, typename Base::Items, typename Base::Place;
+  using typename Base::Cell, typename Base::S, typename Base::Items, typename Base::Place, typename Base::Registers;
 
   RNNKIT_DEVICE ForwardScan(const Block& block, const PersistentScan& scan, std::byte* shared)
       : Base(block, scan, shared) {}
-
-  RNNKIT_DEVICE void enter() {
-    block_.threads(registers_, [&](int thread, Registers& r) {
-      r.items = exchange_.items_of(thread);
-      exchange_.clear(thread);
-    });
-    exchange_.cluster_sync();
-  }
 
   RNNKIT_DEVICE void begin() {
     block_.threads(registers_, [&](int thread, Registers& r) {
@@ -391,7 +414,6 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
         r.b_ih[g] = there && b_ih ? widened(*at<S>(b_ih, g * hidden + unit)) : 0;
         r.b_hh[g] = there && b_hh ? widened(*at<S>(b_hh, g * hidden + unit)) : 0;
       }
-      // From the first row of a step to this thread's first item in it.
       const int64_t wide = scan_.directions * hidden;
       r.gates = r.items.n * wide * kGates + direction_ * kGates * hidden + unit;
       r.output = r.items.n * wide + direction_ * hidden + unit;
@@ -477,15 +499,6 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
   }
 
  private:
-  struct Registers {
-    Items items;
-    int64_t gates, output, reserve;
-    float b_ih[kGates], b_hh[kGates];
-    S x[kItems][kGates];  // as it was loaded: to convert it would be to wait for it
-    float save[kItems][Cell::saved + 1], before[kItems][kStates];
-    S h[kItems];
-  };
-
   // Loads the input's part of the gates long before it is needed.
   RNNKIT_DEVICE void prefetch(const Place& place, int group) {
     const int64_t hidden = scan_.hidden, wide = scan_.directions * kGates * hidden;
@@ -524,9 +537,6 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
       });
     });
   }
-
-  Place now_, next_;
-  typename Block::template PerThread<Registers> registers_;
 };
 
 // Gradients of the gates at t from the gradient of h_t. Step s is counted from the last step of the sequence, and exchange s
@@ -534,22 +544,15 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
 template <class Block, class Cell_, class S_, int kUnits_, int kTiles_, bool kCluster_>
 class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, true> {
   using Base = Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, true>;
-  using Base::block_, Base::scan_, Base::exchange_, Base::direction_, Base::state, Base::state_at, Base::place;
+  using Base::block_, Base::scan_, Base::exchange_, Base::direction_, Base::registers_, Base::now_, Base::next_;
+  using Base::state, Base::state_at, Base::place;
 
  public:
   using Base::kUnits, Base::kGates, Base::kStates, Base::kRows, Base::kItems, Base::kStep, Base::kGroup;
-  using typename Base::Cell, typename Base::S, typename Base::Items, typename Base::Place;
+  using typename Base::Cell, typename Base::S, typename Base::Items, typename Base::Place, typename Base::Registers;
 
   RNNKIT_DEVICE BackwardScan(const Block& block, const PersistentScan& scan, std::byte* shared)
       : Base(block, scan, shared) {}
-
-  RNNKIT_DEVICE void enter() {
-    block_.threads(registers_, [&](int thread, Registers& r) {
-      r.items = exchange_.items_of(thread);
-      exchange_.clear(thread);
-    });
-    exchange_.cluster_sync();
-  }
 
   RNNKIT_DEVICE void begin() {
     block_.threads(registers_, [&](int thread, Registers& r) {
@@ -644,13 +647,6 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   }
 
  private:
-  struct Registers {
-    Items items;
-    int64_t gates, output, reserve;
-    float values[kItems][Cell::saved > Cell::grads ? Cell::saved : Cell::grads];  // what was saved, then the gradients
-    S h[kItems], previous_h[kItems], grad_y[kItems];
-  };
-
   // Whether a step's loads are under way during the step before. A thread with many items has no registers for that, and
   // loads between product and cell.
   static constexpr bool kEarly = kItems < 4;
@@ -709,8 +705,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
     });
   }
 
-  Place now_, next_, after_;
-  typename Block::template PerThread<Registers> registers_;
+  Place after_;
 };
 
 template <bool kBackward, class Block, class Cell, class S, int kUnits, int kTiles, bool kCluster>

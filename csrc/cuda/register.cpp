@@ -97,7 +97,7 @@ void set_states(Scan& scan, const CellSizes& sizes, const char* name, const List
   }
 }
 
-// What both kinds of scan read and write in the forward pass; the sizes are there already.
+// Sets what both kinds of scan read and write in the forward pass.
 void set_forward(Scan& scan, const CellSizes& sizes, const Tensor& gates, const Optionals& b_ih, const Optionals& b_hh,
                  const Tensors& initial, int64_t keep, const Optionals& outputs, const Tensors& finals,
                  const Tensor& reserve) {
@@ -113,7 +113,7 @@ void set_forward(Scan& scan, const CellSizes& sizes, const Tensor& gates, const 
   scan.reserve = mutable_data(reserve);
 }
 
-// And in the backward pass.
+// Sets what both kinds of scan read and write in the backward pass.
 void set_backward(Scan& scan, const CellSizes& sizes, const Tensors& initial, const Tensor& output,
                   const Tensor& reserve, const Optionals& grad_outputs, const Optionals& grad_finals,
                   const Tensor& grad_gates, const Optionals& grad_initial) {
@@ -127,11 +127,12 @@ void set_backward(Scan& scan, const CellSizes& sizes, const Tensors& initial, co
   set_states(scan, sizes, "grad_initial", grad_initial, &State::grad_initial);
 }
 
-// How a persistent scan is cut, as rnnkit/plan.py says.
+// How a persistent scan is split into blocks, as rnnkit/plan.py says.
 struct Plan {
-  int64_t units, tiles, batch_tile;  // hidden units of a block; groups of 8 rows that it multiplies at a time; its rows
-  int64_t shared_bytes;              // of a block
-  bool cluster;
+  int64_t units, tiles;  // of a block: hidden units, groups of 8 rows of the batch that it multiplies at a time
+  int64_t batch_tile;    // rows of the batch that it owns
+  int64_t shared_bytes;  // and its shared memory
+  bool cluster;          // the blocks of a direction and slice are a cluster
 };
 
 PersistentScan persistent_scan(const Plan& plan, int64_t element_bytes, const Tensors& weights, const Optional& offsets,

@@ -65,8 +65,9 @@ struct Scan {
 // A scan in one launch.
 struct PersistentScan : Scan {
   const int64_t* offsets;  // [T + 1] row where each step begins; null: dense
-  int units, batch_tile;   // of a block: hidden units, rows of the batch
+  int units;               // hidden units of a block
   int blocks, slices;      // of a direction
+  int batch_tile;          // rows of the batch that a block owns
   int shared_bytes;        // of a block
 
   // Where the blocks are no cluster:
