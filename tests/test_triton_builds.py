@@ -46,11 +46,11 @@ def test_every_kernel_compiles(target: tuple[str, ...]) -> None:
     """
     built = builds(target)
     scans = [b for b in built if b["kernel"] != "unprojected"]
-    assert len(scans) < len(built)
     found = {(b["case"].split("-")[0], b["kernel"], b["plan"]) for b in scans}
     assert len(found) == 4 * len(CELLS), found
     assert not [b for b in scans if b["products"] == 0 or b["barriers"] != 1]
     cuda = target[0] == "cuda"
+    assert not cuda or len(scans) < len(built), "no case has a projection"
     assert not [b for b in built if b["spilled"] > (SPILLED if cuda else 4 * SPILLED)]
     # An RTX's programs have 99 KB, an MI300's 64.
     assert not [b for b in built if b["shared"] > (99 if cuda else 64) * 1024]

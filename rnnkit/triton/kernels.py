@@ -217,6 +217,7 @@ def backward(
 
     A step begins with the product that gives the gradient of the later step's operand, h. Step T has no rows: it only
     adds the gradient of the first operand of the forward pass, for the gradients of the initial states.
+    With a projection, the product is that of grad_projected and w_hr instead, and there is no step T.
     """
     hidden, projected = aligned(hidden, ALIGNED), aligned(projected, ALIGNED)
     d = tl.program_id(2).to(tl.int64)
