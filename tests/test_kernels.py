@@ -460,7 +460,9 @@ def test_kernels_are_for_this_cpu() -> None:
 
 
 def test_cells_are_the_reference_s() -> None:
-    specs = [(spec.name, spec.gates, spec.states, spec.saved) for spec in CELLS.values()]
+    specs = [
+        (s.name, s.gates, s.states, s.saved, [*s.input_grads], s.projects) for s in CELLS.values()
+    ]
     assert backends.EXTENSION.cells() == specs
 
 

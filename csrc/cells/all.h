@@ -1,7 +1,7 @@
 // The only list of cells: X(struct, name in the ops).
 //
 // A cell has, for one hidden unit of a lane type V:
-//   gates, states, saved   as in rnnkit.reference.CellSpec
+//   gates, states, saved   as in rnnkit.specs.CellSpec
 //   units                  hidden units in one panel of packed weights
 //   grads, input_grad[]    how many gradients the gates have, and the place of that of gate g's input part. Those of the
 //                          recurrent parts come first, in gate order

@@ -94,7 +94,7 @@ bool Call::weights_fit() {
   hidden = weight(0, 1)->size(0) / cell.gates;
   projected = weight(0, 1)->size(1);
   const bool projects = weight(0, 4).has_value();
-  if (projects ? cell.states != 2 : projected != hidden) return false;
+  if (projects ? !cell.projects : projected != hidden) return false;
   const int64_t gates = cell.gates * hidden;
   const int64_t shapes[][2] = {{gates, input_size}, {gates, projected}, {gates}, {gates}, {projected, hidden}};
   for (int64_t d = 0; d < directions; ++d)

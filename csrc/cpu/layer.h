@@ -24,6 +24,9 @@ struct Direction {
 // The most states that a cell can have. Only the length of Layer::states depends on it.
 constexpr int kMaxStates = 4;
 
+// The most gates that a cell can have. Only the length of CellKernels::input_grad depends on it.
+constexpr int kMaxGates = 16;
+
 // One state of a cell in all rows of a layer, of type T = Sum<S>. State 0 is h, of width P; the others have width H.
 template <class T>
 struct State {
@@ -89,6 +92,8 @@ struct Kernels {
 struct CellKernels {
   const char* name;
   int64_t gates, states, saved;
+  bool projects;                  // whether h may be projected
+  int64_t input_grad[kMaxGates];  // the gradient column of each gate's input part
   Kernels<float> f32;
   Kernels<double> f64;
 };

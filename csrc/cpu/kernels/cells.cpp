@@ -8,8 +8,23 @@ namespace rnnkit::RNNKIT_CAPABILITY {
 RNNKIT_CELLS(X)
 #undef X
 
-#define X(Cell, name) \
-  {name, Cell::gates, Cell::states, Cell::saved, Build<Cell, float>::kernels(), Build<Cell, double>::kernels()},
+// One row of the table.
+template <class Cell>
+CellKernels row(const char* name) {
+  CellKernels row{name,
+                  Cell::gates,
+                  Cell::states,
+                  Cell::saved,
+                  kCanProject<Cell>,
+                  {},
+                  Build<Cell, float>::kernels(),
+                  Build<Cell, double>::kernels()};
+  static_assert(Cell::gates <= kMaxGates && Cell::states <= kMaxStates);
+  for (int g = 0; g < Cell::gates; ++g) row.input_grad[g] = Cell::input_grad[g];
+  return row;
+}
+
+#define X(Cell, name) row<Cell>(name),
 CellTable cells() {
   static const CellKernels table[] = {RNNKIT_CELLS(X)};
   return {table, table + sizeof table / sizeof *table};
