@@ -73,7 +73,7 @@ def run(
     final_states = finals[0] if layers == 1 else [torch.cat(s) for s in zip(*finals, strict=True)]
     if result_dtypes is not None:
         output = output.to(result_dtypes[0])
-        final_states = [s.to(d) for s, d in zip(final_states, result_dtypes, strict=False)]
+        final_states = [s.to(result_dtypes[min(k, 1)]) for k, s in enumerate(final_states)]
     return output, tuple(final_states)
 
 

@@ -67,15 +67,16 @@ class Arguments {
     return found;
   }
 
-  // The states in `hx`: h, or h and c if `pair`; empty, which stands for zeros, if it is None.
-  std::vector<Tensor> states(PyObject* hx, bool pair) {
+  // The `count` states in `hx`: h, or a tuple of as many; empty, which stands for zeros, if it is None.
+  std::vector<Tensor> states(PyObject* hx, int64_t count) {
     if (hx == Py_None) return {};
-    if (!pair) return {tensor(hx)};
-    if (!PyTuple_Check(hx) || PyTuple_GET_SIZE(hx) != 2) {
+    if (count == 1) return {tensor(hx)};
+    std::vector<Tensor> found;
+    if (!PyTuple_Check(hx) || PyTuple_GET_SIZE(hx) != count)
       refuse();
-      return {};
-    }
-    return {tensor(PyTuple_GET_ITEM(hx, 0)), tensor(PyTuple_GET_ITEM(hx, 1))};
+    else
+      for (int64_t i = 0; i < count; ++i) found.push_back(tensor(PyTuple_GET_ITEM(hx, i)));
+    return found;
   }
 
   // lists: for each layer and direction, a list of `kWeights` tensors or None.
@@ -109,9 +110,10 @@ bool sizes_fit(const std::string& cell, const Tensor& x, const std::vector<Tenso
     if (!weights[i] || !weights[i + 1]) return false;
   const Tensor &w_ih = *weights[0], &w_hh = *weights[1];
   if (x.dim() != 3 || x.size(0) == 0 || w_ih.dim() != 2 || w_hh.dim() != 2 || x.size(2) != w_ih.size(1)) return false;
-  const int64_t sizes[] = {w_hh.size(1), w_hh.size(0) / gates_of(cell)};  // P of h, H of c
+  const int64_t hidden = w_hh.size(0) / gates_of(cell), projected = w_hh.size(1);
   for (size_t i = 0; i < states.size(); ++i) {
-    if (states[i].dim() != 3 || states[i].size(1) != x.size(1) || states[i].size(2) != sizes[i]) return false;
+    const int64_t width = i == 0 ? projected : hidden;
+    if (states[i].dim() != 3 || states[i].size(1) != x.size(1) || states[i].size(2) != width) return false;
     if (states[i].size(0) * kWeights != int64_t(weights.size())) return false;
   }
   return true;
@@ -304,7 +306,10 @@ std::vector<Tensor> states_of_layer(const std::vector<Tensor>& states, int64_t l
 }
 
 py::object as_states(const std::vector<Tensor>& finals) {
-  return finals.size() == 1 ? py::cast(finals[0]) : py::make_tuple(finals[0], finals[1]);
+  if (finals.size() == 1) return py::cast(finals[0]);
+  py::tuple states(finals.size());
+  for (size_t i = 0; i < finals.size(); ++i) states[i] = py::cast(finals[i]);
+  return states;
 }
 
 }  // namespace
@@ -315,7 +320,7 @@ py::object direct_layers(const std::string& cell, py::handle input, py::handle h
   Arguments arguments;
   if (!ordinary_dispatch()) return py::none();
   Tensor x = arguments.tensor(input.ptr());
-  const std::vector<Tensor> states = arguments.states(hx.ptr(), states_of(cell) == 2);
+  const std::vector<Tensor> states = arguments.states(hx.ptr(), states_of(cell));
   const Weights given = arguments.weights(weights);
   if (!arguments.fits || x.dim() != 3) return py::none();
   if (arguments.need_gradients && !packed.empty()) return py::none();
@@ -351,7 +356,7 @@ py::object direct_cell(const std::string& cell, py::handle input, py::handle hx,
   Arguments arguments;
   if (!ordinary_dispatch()) return py::none();
   const Tensor own_x = arguments.tensor(input.ptr());
-  const std::vector<Tensor> own_states = arguments.states(hx.ptr(), states_of(cell) == 2);
+  const std::vector<Tensor> own_states = arguments.states(hx.ptr(), states_of(cell));
   const Weights given = arguments.weights(weights);
   if (!arguments.fits || own_x.dim() != 2 || given.size() != kWeights) return py::none();
   const Tensor x = unsqueezed(own_x);
