@@ -56,7 +56,7 @@ def forward(
     """
     outputs = [output, *all_states, *[None] * (call.spec.states - 1 - len(all_states))]
     chosen = choose(call.scan(backward=False), call.input.device)
-    # The others always write an output, and read states of the input's type.
+    # The persistent kernels always write an output, and read states of the input's dtype.
     only_stepwise = output is None or any(state.dtype != gates.dtype for state in call.states)
     if chosen.kernel == "stepwise" or only_stepwise:
         _stepwise_forward(call, gates, keep, outputs, finals, reserve)

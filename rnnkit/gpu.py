@@ -339,9 +339,9 @@ class Backward:
         grads: the gradients of the output h and of each final state.
         grad_all_states: the gradients of the other outputs.
         output: [rows, D*P], h after each step.
-        reserve: [D, rows, saved values, H].
-        values: the number of gradient columns of a hidden unit, see `CellSpec.input_grads`.
-        grad_gates: [rows, D*values*H], the gates' gradients; written by the scan.
+        reserve: [D, rows, V, H], the V values that the cell saves; recomputed if the forward pass kept only states.
+        grad_columns: the number of gradient columns of a hidden unit, see `CellSpec.input_grads`.
+        grad_gates: [rows, D*grad_columns*H], the gates' gradients; written by the scan.
     """
 
     def __init__(
@@ -361,7 +361,7 @@ class Backward:
         ]
         self.output = plain(output).view(call.rows, -1)
         self.reserve = reserve.contiguous()
-        self.values = call.spec.grad_columns
+        self.grad_columns = call.spec.grad_columns
         self.first_weight = 1 + len(call.states)
         if keep != Keep.EVERYTHING and call.spec.saved > 0:
             self._compute_reserve()
@@ -369,7 +369,7 @@ class Backward:
     def run(self) -> dict[int, Tensor]:
         """The gradients, by their index in [input, *states, *weights]."""
         call = self.call
-        width = self.values * call.hidden
+        width = self.grad_columns * call.hidden
         self.grad_gates = call.input.new_empty(call.rows, call.directions * width)
         self.found: dict[int, Tensor] = {}
         initial = [
@@ -411,13 +411,15 @@ class Backward:
             return [(of, output[before]), *parts] if call.steps > 1 else parts
         if initial is None:
             initial = call.input.new_zeros(call.batch, width)
+        # index: for each row, the place of its previous h in [output, initial]: in the output of the step before, in
+        # scan order, or in `initial` if the sequence begins. active: for each step, the active rows of the step before.
         counts = torch.tensor(call.counts)
         zero, starts = counts.new_zeros(1), counts.cumsum(0) - counts
-        alive = torch.cat([counts[1:], zero] if d else [zero, counts[:-1]])
+        active = torch.cat([counts[1:], zero] if d else [zero, counts[:-1]])
         step = torch.arange(call.steps).repeat_interleave(counts)
         n = torch.arange(call.rows) - starts[step]
-        row = (starts + counts if d else starts - alive)[step] + n
-        index = _sent(torch.where(n < alive[step], row, call.rows + n), output.device)
+        row = (starts + counts if d else starts - active)[step] + n
+        index = _sent(torch.where(n < active[step], row, call.rows + n), output.device)
         return [(slice(0, call.rows), torch.cat([output, initial]).index_select(0, index))]
 
     def _runs(self) -> list[tuple[int, int, int]]:
@@ -431,7 +433,7 @@ class Backward:
         return runs
 
     def _weights(self, d: int, of_gates: Tensor) -> None:
-        """Computes the gradients of direction d's weights. of_gates: its part of `grad_gates`, [rows, values*H]."""
+        """Computes the gradients of direction d's weights. of_gates: its part, [rows, columns*H]."""
         call, H = self.call, self.call.hidden
         recurrent = of_gates[:, : call.spec.gates * H]
         runs = self._runs()
@@ -461,13 +463,13 @@ class Backward:
     def _input(self) -> Tensor:
         call, H = self.call, self.call.hidden
         grad = None
-        if self.values == call.spec.gates:
+        if self.grad_columns == call.spec.gates:
             grad = self.grad_gates @ _joined(call.w_ih)
         else:
             for d, w_ih in enumerate(call.w_ih):
                 assert w_ih is not None
                 for first, end, at in self._runs():
-                    start = (d * self.values + at) * H
+                    start = (d * self.grad_columns + at) * H
                     part = self.grad_gates[:, start : start + (end - first) * H]
                     weight = w_ih[first * H : end * H]
                     grad = part @ weight if grad is None else torch.addmm(grad, part, weight)

@@ -165,13 +165,16 @@ class _Layers(Interop, nn.RNNBase):
             self._update_flat_weights()
         super().check_input(input, batch_sizes)
 
-    def _check_states(self, input: Tensor, states: Sequence[Tensor], packed: Tensor | None) -> None:
+    def _check_states(
+        self, input: Tensor, states: Sequence[Tensor], batch_sizes: Tensor | None
+    ) -> None:
         """torch.nn's checks of the input and, if states are given, of the states."""
-        self.check_input(input, packed)
-        if packed is not None and torch.compiler.is_exporting():
-            self._check_exported_states(states, packed)
+        self.check_input(input, batch_sizes)
+        if batch_sizes is not None and torch.compiler.is_exporting():
+            self._check_exported_states(states, batch_sizes)
         elif states:
-            self.check_forward_args(input, states if len(states) > 1 else states[0], packed)  # type: ignore[arg-type]
+            hx = states if len(states) > 1 else states[0]
+            self.check_forward_args(input, hx, batch_sizes)  # type: ignore[arg-type]
 
     @staticmethod
     def _check_exported_states(states: Sequence[Tensor], batch_sizes: Tensor) -> None:

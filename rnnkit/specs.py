@@ -25,7 +25,8 @@ class CellSpec:
             hidden unit, in columns: 0 to G-1 are those of the gates' recurrent parts. Where the input part of a gate
             has the same gradient, it points to that column; the GRU's n gate has a column of its own, 3.
         step: (input part of each gate, recurrent part of each gate, states) -> new states, all [N, H].
-        projects: whether the cell supports a projection of h (w_hr); its kernels must then never read h.
+        projects: whether the cell supports a projection of h (w_hr). `uses_h` and `uses_previous_h` of its C++ struct
+            must then be false: the cell never reads h. The recurrent product reads the projected h.
     """
 
     name: str

@@ -7,7 +7,7 @@ namespace rnnkit::RNNKIT_CAPABILITY {
 
 struct Lstm {
   static constexpr int gates = 4, states = 2, units = 16;
-  static constexpr int saved = 5;  // i, f, g, o, c
+  static constexpr int saved = 5;  // i, f, g, o, and c before the step
   static constexpr int grads = 4;  // of i, f, g, o: both parts of a gate have the same
   static constexpr int input_grad[] = {0, 1, 2, 3};
   static constexpr bool uses_h = false, uses_previous_h = false;

@@ -15,8 +15,9 @@ class Stop {
   Stop(bool (*wants_to_stop)(), double work)
       : wants_to_stop_(wants_to_stop), stride_(1 + static_cast<int64_t>(1e6 / (work + 100))) {}
 
-  // Whether the call is to end before step `step`. `meets`: the threads meet after each step. They have to stop before
-  // the same one, so that what the calling thread, number 0, hears before a step holds two steps later.
+  // Whether the call is to end before step `step`. `thread`: 0 is the calling thread, the only one that asks. `meets`:
+  // the threads meet after each step. A stop that thread 0 hears of at step s then takes effect at s + 2, so that all
+  // threads see it before the same step.
   bool before(int64_t step, int thread, bool meets) {
     if (wants_to_stop_ == nullptr) return false;
     if (thread == 0 && step % stride_ == 0 && first_.load(std::memory_order_relaxed) == kNever && is_due()) {

@@ -64,7 +64,9 @@ struct StepState : State {
 // One step of one direction, element by element: the cell between two products.
 struct Step {
   Carry<int64_t> carry;
-  int64_t rows;  // of the batch that the step changes: the active ones; backward also carried ones that get a gradient
+  // Rows of the batch that the step changes: the active ones. The backward pass without a projection also changes rows
+  // that begin at the step after: the gradient of their initial h arrives now. Its launch after the last step: all rows.
+  int64_t rows;
   int64_t hidden;
   int64_t stride;  // between rows of arrays [rows, D*H]
   StepState states[kMaxStates];
@@ -79,9 +81,12 @@ struct Step {
 
   // The backward pass.
   const void* previous_output;  // of S, [before, stride]: h of the step before
-  const void* grad_recurrent;   // of S, [grad_recurrent_rows, H] or null: the gradient of h that came through w_hh
-  int64_t grad_recurrent_rows;  // rows that had the step after, more than are active where some began there
-  void* grad_gates;             // of S, [active, grad_gate_stride], from the direction's first on
+  // Of S, [grad_recurrent_rows, H] or null: the gradient of h through w_hh, for the rows of the step after, which are
+  // more than the active ones where some begin there. With a projection: the whole gradient of h before its projection,
+  // through w_hr, for the active rows.
+  const void* grad_recurrent;
+  int64_t grad_recurrent_rows;
+  void* grad_gates;  // of S, [active, grad_gate_stride], from the direction's first on
   int64_t grad_gate_stride;
 };
 

@@ -27,7 +27,7 @@ RNNKIT_DEVICE const S* at(const void* array, int64_t index) {
   return static_cast<const S*>(array) + index;
 }
 
-// The part of a pass that is the same in both directions of time: who the block is, its weights, products and flags.
+// The part that the forward and the backward pass share: who the block is, its weights, products and flags.
 // kRows rows of weights; kTiles groups of 8 rows of the batch at a time; kExchangeGates as in slabs_of.
 template <class Block, class S, int kUnits, int kRows, int kTiles, int kExchangeGates, bool kCluster>
 class Recurrence {
@@ -380,7 +380,7 @@ class Pass {
   const PersistentScan& scan_;
   const Exchange exchange_;
   const int direction_;
-  bool backwards_;
+  bool backwards_;  // whether times decrease from step to step: in one pass of each direction
   float* states_;
   Place now_, next_;
   typename Block::template PerThread<Registers> registers_;
@@ -539,8 +539,8 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
   }
 };
 
-// Gradients of the gates at t from the gradient of h_t. Step s is counted from the last step of the sequence, and exchange s
-// is the gradients of its gates' recurrent parts.
+// Gradients of the gates at t from the gradient of h_t. Step 0 is the last step of the direction's forward scan, which
+// is time 0 for d = 1. Exchange s is the gradients of the recurrent parts of step s's gates.
 template <class Block, class Cell_, class S_, int kUnits_, int kTiles_, bool kCluster_>
 class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, true> {
   using Base = Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, true>;
@@ -651,7 +651,8 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   // loads between product and cell.
   static constexpr bool kEarly = kItems < 4;
 
-  // Loads what a step reads of the forward pass long before it is needed, and adds the other states' gradients.
+  // Called once for each step and group. Loads what the step reads of the forward pass long before it is needed, and
+  // adds the incoming gradients of the states other than h to `state`.
   RNNKIT_DEVICE void prefetch(const Place& place, const Place& before, int group) {
     const int64_t hidden = scan_.hidden, wide = scan_.directions * hidden, row = place.row + group * kGroup;
     const float* const saved = static_cast<const float*>(scan_.reserve) + row * Cell::saved * hidden;
@@ -679,7 +680,8 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
     add_gradients(place, group);
   }
 
-  // Adds the gradients of the states but h at a step to what later steps sent.
+  // Adds the incoming gradients of the states other than h after a step to what later steps left in `state`. There are
+  // none unless these states were outputs of the layer.
   RNNKIT_DEVICE void add_gradients(const Place& place, int group) {
     const int64_t wide = scan_.directions * scan_.hidden, row = place.row + group * kGroup;
 #pragma unroll

@@ -31,7 +31,7 @@ constexpr int kVector = kVectorBytes / int(sizeof(S));
 template <class S>
 constexpr int kSlab = 4 * kVector<S>;
 
-// What the forward pass keeps for the backward pass; the numbers are those of rnnkit.ops.Keep.
+// What the forward pass keeps for the backward pass; the numbers are those of rnnkit.call.Keep.
 enum class Keep : int { nothing, states, everything };
 
 constexpr int kMaxStates = 4;  // of any cell; arrays over a cell's states are as long

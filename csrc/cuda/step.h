@@ -16,7 +16,7 @@ RNNKIT_DEVICE void write(void* array, int64_t index, Sum<S> value) {
   if (array) static_cast<S*>(array)[index] = narrowed<S>(value);
 }
 
-// A state before a step that begins with its initial value, zero without one.
+// The initial value of a row's state; 0 if none was given.
 template <class S>
 RNNKIT_DEVICE Sum<S> initial_of(const State& state, int64_t at) {
   return state.initial_is_wide ? static_cast<const Sum<S>*>(state.initial)[at] : read<S>(state.initial, at);

@@ -1,12 +1,14 @@
 """What a row of the batch has before a step: what the step before left, or its initial values where it begins.
 
 A row of a packed sequence is active at some steps only: it ends early or, in the reverse direction, begins late. While
-it is not active it keeps its states, and backward their gradients. The scans ask here at two places: where the operand
-of a step's recurrent product is read (`operand`), and where that operand's gradient is taken (`grad_operand`).
+it is not active it keeps its states, and backward their gradients. The kernels ask here where they read the operand of
+a step's recurrent product (`operand`, also for the previous h of a cell's backward), and where they take that
+operand's gradient (`grad_operand`). With a projection, `_grad_operand` of scan.py takes it.
 
-Two more cases belong here. A row that is put back to its initial values before a step does not continue from the step
-before: `operand` selects its initial h, the scan its other initial states, and `grad_operand` lets no gradient pass.
-A factor of the operand goes with the pointers that `operand` returns, and multiplies `grad_recurrent`.
+What further cases would change: A row that is put back to its initial values before a step does not continue from the
+step before. `operand` selects its initial h, the kernel its other initial states, and the operand's gradient goes to
+the initial h instead of the step before. A factor of the operand goes with the pointers that `operand` returns, and
+multiplies `grad_recurrent` and the result of `_grad_operand`; the previous h of a cell's backward has no factor.
 
 In all functions a program has ROWS rows of the batch, from `begin` on, which i [ROWS, 1] counts. Steps are counted as
 they are processed, up to `last`. `offsets` [T + 1] are the rows where time steps begin, None where each has `batch`.
@@ -59,10 +61,10 @@ def operand(step, begin, i, last, batch, offsets, initial, output, width):
 
 @triton.jit
 def grad_operand(grad_state, grad_recurrent):
-    """Gradients of the states after a step: `grad_state`, those that the later steps left, with that of the operand.
+    """Gradients of the states after a step: `grad_state`, to whose h the gradient through the later product is added.
 
-    `grad_recurrent` is the gradient of the later step's operand, h. Of a row that begins at the later step it is the
-    gradient of the initial h, which a row that is not active keeps.
+    `grad_state` is what the later steps left. `grad_recurrent` is the gradient of the later step's operand, h. Where a
+    row begins at the later step, that is its initial h: the row is not active now and keeps the sum.
     """
     return (grad_state[0] + grad_recurrent,) + grad_state[1:]
 

@@ -118,7 +118,7 @@ class Cell(NamedTuple):
     output: JITFunction | None = None
 
 
-#: The cells by their names in `reference.CELLS`.
+#: The cells by their names in `specs.CELLS`.
 TRITON_CELLS = {
     "rnn_tanh": Cell(rnn_tanh_forward, rnn_tanh_backward),
     "rnn_relu": Cell(rnn_relu_forward, rnn_relu_backward),

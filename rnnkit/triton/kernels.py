@@ -197,7 +197,7 @@ def forward(
 def backward(
     weights,  # w_hh [D, G*H, H], or with a projection w_hr [D, P, H]
     initial,  # h before the first step, [D, N, P], or None for zeros
-    grad_states,  # before the first step of this launch, [S, D, N, H]
+    grad_states,  # as the later steps left them, in the first launch of the final states, [S, D, N, H]
     new_grad_states,  # on return the gradients after the last step of this launch, [S, D, N, H]
     offsets,  # the row where each time step begins, [T + 1], or None: each has `batch` rows
     output,  # h after each step, [R, D*P]

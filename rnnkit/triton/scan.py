@@ -319,7 +319,7 @@ def backward(
             *(call.batch, call.rows, call.steps - 1, first, steps, call.hidden, call.projected),
             CELL=TRITON_CELLS[call.cell].backward,
             SAVED=call.spec.saved,
-            GRAD_COLUMNS=back.values,
+            GRAD_COLUMNS=back.grad_columns,
         )
 
     # One step more takes the gradients to the initial states.
@@ -344,7 +344,7 @@ def _grad_operand(back: Backward, w_hh: Tensor, grad_recurrent: Tensor, step: in
     width = call.spec.gates * call.hidden
     for d in range(call.directions if step else 0):
         rows = call.rows_of(d, call.steps - step)
-        first = d * back.values * call.hidden
+        first = d * back.grad_columns * call.hidden
         columns, count = slice(first, first + width), rows.stop - rows.start
         torch.mm(back.grad_gates[rows, columns], w_hh[d], out=grad_recurrent[d, :count])
 

@@ -1,5 +1,5 @@
-// The backward pass of one layer, for any cell: the scan in reverse, a segment of steps at a time, which leaves the
-// gradients of the segment's gates; and then their products with W_ih here and with x and h in weight_gradients.h.
+// The backward pass of one layer, for any cell, a segment of steps at a time: the scan in reverse, which writes the
+// gradients of the segment's gates; then their products with W_ih here, and with x and h in weight_gradients.h.
 #pragma once
 
 #include "cpu/kernels/recompute.h"
@@ -104,7 +104,8 @@ class Backward {
     }
   }
 
-  // Backward of step s; s = -1 leaves only the gradients of the initial states of rows that begin at step 0.
+  // Backward of step s. s = -1 runs no cell: it only writes the gradients of the initial states of rows that begin at
+  // step 0.
   void step(const Segment& segment, const Partition<S>& partition, int64_t s, Barrier& meet) {
     const bool fetch = outgrow_cache<S>(Cell::gates * layer_.hidden * layer_.projected / partition.members);
     for_panels(layer_.projected, partition, s, [&](int64_t first, int64_t width, int64_t next) {
@@ -132,10 +133,11 @@ class Backward {
       body(first(sweep[i]), min_of(own.end, (sweep[i] + 1) * kPanel) - first(sweep[i]), first(sweep.next(i)));
   }
 
-  // Columns first to first + width - 1 of the gradient of h between steps s and s + 1: what grad_h_ holds and, for rows
-  // that step s + 1 has, its gates' gradients times W_hh. For rows that begin at s + 1 this is the gradient of the
-  // initial h. To all others the gradient of y is added, and the cell's backward of step s follows. `next`: the first
-  // column of the next panel, which is prefetched; `first`: none.
+  // Columns first to first + width - 1 of the gradient of h between steps s and s + 1. dh = grad_h_ + dgates(s + 1)
+  // W_hh; a row that is not active at s + 1 has no product. A row that begins at s + 1 writes dh to the gradient of its
+  // initial h. Any other row adds dY and runs the cell's backward of step s; with a projection it writes dh to
+  // grads_.projected instead, for step_before_projection. `next`: the first column of the next panel, which is
+  // prefetched; `first`: none.
   void step_of_h(const Segment& segment, const ActiveRows<S>& rows, int64_t s, int64_t first, int64_t width,
                  int64_t next) {
     const int64_t d = rows.direction, P = layer_.projected, K = Cell::gates * layer_.hidden;
@@ -316,7 +318,9 @@ class Backward {
   Recompute<Cell, S> recompute_;
   WeightGradients<Cell, S> weight_gradients_;
   Stop stop_;
-  T *grad_h_, *grad_others_;  // [D, N, P], [D, N, kOthers, H]: gradients of the states between two steps
+  // Gradients of the states between two steps. grad_h_ has no part through W_hh: of a row that no step has reached it
+  // is the gradient of the final h; after that, what the cell's backward returned for the previous h.
+  T *grad_h_, *grad_others_;  // [D, N, P], [D, N, kOthers, H]
   Matrix<S> w_hh_[2], w_ih_[2], w_hr_[2];
 };
 

@@ -1,9 +1,15 @@
-// What a row of the batch has before a step of a scan. Each scan asks in two places: where it writes the operand of the
-// next product, and where it takes the gradient of that operand.
+// What a row of the batch has before a step of a scan. Who asks:
+// - forward.h, where a row ends. It does not ask where a row begins: both operand buffers hold the initial h from the
+//   start.
+// - backward.h, where it takes the gradient of a step's operand, and for the previous h that a cell's backward reads.
+// - segment.h, for the operands of many steps. The gradient of W_hh and recompute.h multiply with them.
 //
-// Further cases belong here and in these two places. A row that a mask puts back to its initial state before a step has
-// Before::initial there, whether it was active or not. A mask that is multiplied with the operand of the recurrent
-// product changes no state: it is applied where the operand is written, and again to the operand's gradient.
+// A reset, which puts a row back to its initial states before a step, would be a further case here and in all of these
+// places. In forward.h it would have to write the initial states before the step.
+//
+// A mask that is multiplied with the recurrent operand changes no state and is not a case of Before. It would be
+// applied in forward.h (prepare, cell, project), in step_of_h of backward.h, and to the rows of y that segment.h gives
+// by pointer and stride. The GRU would need a buffer of its own for h: now its state is read from the operand's buffer.
 #pragma once
 
 #include "cpu/layer.h"

@@ -1,6 +1,7 @@
 // A weight matrix as products read it: packed into panels, or unpacked, which is row-major in the module's parameter.
 // The format of a panel [K, width] follows from the element type (gemm.h, MatrixB): rows of float or double, or pairs
-// of rows of bfloat16. All else here is the same for every format; a new one is a new Operand and a new PanelFormat.
+// of rows of bfloat16. A further type that both factors of a product have needs an Operand and a PanelFormat, and
+// nothing else here changes. Weights of another type than the rows that they multiply would change Operand itself.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -87,7 +88,8 @@ class Matrix {
   static int64_t packed_size(int64_t K, int64_t columns) {
     return round_up(K, Operand<S>::pair) * round_up(columns, kPanel);
   }
-  // Unpacked, W is read in single rows and up to the next multiple of the lanes, so that not every W can be.
+  // Whether W cannot be read unpacked: its type is multiplied in pairs of rows, or a vector load would run past the end
+  // of a row.
   static bool must_pack(int64_t columns) { return Operand<S>::pair > 1 || columns % kLanes<S> != 0; }
 
   // Packs this thread's part of the panels.

@@ -29,7 +29,8 @@ struct Split {
     const double alone = cycles_of_step<S>(rows, weights);
     const double by_rows = cycles_of_step<S>((layer.batch + available - 1) / available, weights);
     const double meeting = kMeeting * threads * (layer.direction[0].w_hr == nullptr ? 1 : 2);
-    const double from_others = rows * layer.projected * (available - 1) / available * sizeof(S);  // bytes of h
+    // Cycles to read h of the units that other cores wrote: about one for each byte.
+    const double from_others = rows * layer.projected * (available - 1) / available * sizeof(S);
     const double by_units = cycles_of_step<S>(rows, weights * own_panels / panels) + meeting + from_others;
     const double worth_waking = 0.9 * alone;
     if (by_rows < worth_waking && (by_rows <= by_units || panels < available))
@@ -39,9 +40,10 @@ struct Split {
   }
 
  private:
-  // In cycles: what meeting costs for each thread, and the latency of a multiply-add, of which two begin in a cycle. In
-  // bytes a cycle: what a core reads from its L2 and from L3. What another core wrote comes at about one byte a cycle.
-  static constexpr double kMeeting = 750, kLatency = 4, kFromL2 = 32, kFromL3 = 8;
+  static constexpr double kMeeting = 750;  // cycles that a meeting of all threads costs, for each of them
+  static constexpr double kLatency = 4;    // cycles until a multiply-add is done; a core begins two in each cycle
+  static constexpr double kFromL2 = 32;    // bytes that a core reads from its L2 in a cycle
+  static constexpr double kFromL3 = 8;     // bytes that a core reads from L3 in a cycle
 
   // A core's cycles for a step that multiplies `rows` rows with so many weights: to multiply and to read them, for the
   // most part at the same time. Of more weights than its L2 holds it finds there what it read last (Sweep).
@@ -77,8 +79,8 @@ class Sweep {
   bool down_;
 };
 
-// Block `index` of `blocks` of the batch. Summed over the times `times`, all blocks have nearly the same number of
-// rows.
+// Block `index` of `blocks` of the batch. The batch is cut so that each block has about as many pairs (row, step) in
+// the times `times`.
 template <class S>
 Range row_block(const Layer<S>& layer, Range times, int64_t index, int64_t blocks) {
   if (layer.rows() == layer.steps * layer.batch) return range_of(layer.batch, index, blocks);

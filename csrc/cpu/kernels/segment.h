@@ -33,8 +33,9 @@ std::vector<Segment> segments_of(const Layer<S>& layer) {
   return segments;
 }
 
-// Values of a segment's rows, `width` of each: [segments, D, rows, width]. With memory for two segments, a thread can
-// begin one while others still multiply the one before it.
+// Values of a segment's rows, `width` of each: [segments, D, rows, width]. `segments` is the number of buffers, 1 or 2,
+// which consecutive segments use in turn. With two, a thread can begin a segment while others still multiply the one
+// before, and the first recurrent product of a segment still finds the gate gradients of the step after it.
 template <class E>
 class SegmentValues {
  public:

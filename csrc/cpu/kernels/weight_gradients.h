@@ -13,8 +13,8 @@ namespace rnnkit::RNNKIT_CAPABILITY {
 template <class S>
 struct SegmentGrads {
   SegmentValues<S> gates;        // [Cell::grads, H]: gradients of the gates
-  SegmentValues<S> projected;    // [P]: with a projection, the gradient of h behind it
-  SegmentValues<S> unprojected;  // [H]: with a projection, h before it
+  SegmentValues<S> projected;    // [P]: the gradient of the projected h; empty without a projection
+  SegmentValues<S> unprojected;  // [H]: h before its projection, a value; empty without a projection
 };
 
 template <class Cell, class S>
@@ -121,8 +121,9 @@ class WeightGradients {
     }
   }
 
-  // One result of a(r, m), a gradient of gate m in row r: c[M, columns] = the sum over r of a(r, m) b(r), and sums[M] =
-  // that of a(r, m). Null: not needed. `packed`: what pack() made of b.
+  // c [M, columns] = AᵀB and sums [M] = the column sums of A, over the rows of a segment; null: not needed. A [rows, M]
+  // is the gradient of some gates (M = gates * H) or of the projected h (M = P). B is `b`, and `packed` what pack()
+  // made of it.
   template <class B>
   struct Product {
     B b;
@@ -131,16 +132,16 @@ class WeightGradients {
     T *c, *sums;
   };
 
-  // What the products over one segment have in common: whether they are added to those before, the number of its rows,
-  // and the distance from a(r, m) to a(r + 1, m).
+  // What the products over one segment have in common. add: whether c and sums are added to. rows: of the segment. lda:
+  // elements from row to row of A.
   struct Sums {
     bool add;
     int64_t rows, lda;
     int thread, threads;
   };
 
-  // Products with the same a(r, m), each thread for some of the M. Rows of a that are far apart are copied first, a
-  // block at a time, so that the micro-kernel walks packed memory.
+  // Computes the products that share A, each thread some rows of every c. Rows of A that are far apart are copied
+  // first, a block at a time, so that the micro-kernel walks packed memory.
   template <class... Products>
   void products(const Sums& of, const S* a, int64_t M, Products... each) const {
     const Range own = range_of(M, of.thread, of.threads, 16);
@@ -178,8 +179,9 @@ class WeightGradients {
     }
   }
 
-  // Adds to each[m] the sum of a's row m over its pairs; null: nothing. Four sums side by side, apart from those of
-  // earlier blocks, keep rounding errors small.
+  // Adds the sums of A's first `rows` columns to each of these bias gradients; null: skipped. `a` is Aᵀ, so A's columns
+  // are its rows; `pairs`: A's rows, in pairs. Four sums side by side, apart from those of earlier blocks, keep
+  // rounding errors small.
   static void add_rows(MatrixA<S, true> a, int64_t pairs, int64_t rows, std::initializer_list<T*> each) {
     if (std::all_of(each.begin(), each.end(), [](const T* sums) { return sums == nullptr; })) return;
     for (int64_t m = 0; m < rows; m += kLanes<T>) {
