@@ -145,10 +145,12 @@ def _with_data(saved: list[Any], count: int, differentiated: bool) -> list[Any]:
 _AS_IT_IS = nullcontext()
 
 
+#: The place of the first tensor among the arguments of `_Layer`.
+_TENSORS = 5
+
+
 class _Layer(torch.autograd.Function):
     """(fields of the call, number of states, keep, *tensors of the call) -> (*outputs, *final states)."""
-
-    _TENSORS = 5  # number of arguments before the tensors
 
     @staticmethod
     def forward(
@@ -182,7 +184,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         batch_sizes, output, reserve, *saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[_Layer._TENSORS :]
+        needs = ctx.needs_input_grad[_TENSORS:]
         input, *others = _with_data(saved, len(needs), _are_differentiated(grads))
         states, weights = others[: ctx.n_states], others[ctx.n_states :]
         call = LayerCall(ctx.cell, input, states, weights, batch_sizes, ctx.all_states)
@@ -190,7 +192,7 @@ class _Layer(torch.autograd.Function):
         # Autograd runs backward passes of a GPU in another thread, where no backend is forced.
         with backends.forcing(ctx.backend) if ctx.backend else _AS_IT_IS:
             found = gradients(call, grads, output, reserve, ctx.keep, needs, written)
-        return *[None] * _Layer._TENSORS, *found
+        return *[None] * _TENSORS, *found
 
 
 def gradients(
