@@ -213,6 +213,7 @@ def gradients(
         return ops.differentiable_backward(call, grads, needs, torch.is_grad_enabled())
     backend = _ops(call.input.device)
     if written:
-        output = backend.layer_forward(call, None, Keep.NOTHING)[0][0]
+        of_h = replace(call, all_states=False)
+        output = backend.layer_forward(of_h, None, Keep.NOTHING)[0][0]
     found = iter(backend.layer_backward(call, grads, output, reserve, keep, list(needs)))
     return [next(found) if need else None for need in needs]

@@ -106,8 +106,14 @@ TRITON_REASON = _find_triton()
 
 def unavailable(name: str) -> str:
     """Why backend `name` cannot be used on any device here; empty if it can."""
-    reasons = [why_not(None) for (of, _), why_not in _WHY_NOT.items() if of == name]
-    return "" if "" in reasons else next(iter(reasons), "")
+    reasons = []
+    for device in ("cpu", "cuda"):  # a GPU is asked last: not every process may do that
+        why_not = _WHY_NOT.get((name, device))
+        reason = "" if why_not is None else why_not(None)
+        if not reason:
+            return ""
+        reasons.append(reason)
+    return reasons[1 if name == "triton" else 0]
 
 
 def serving(device: torch.device) -> str:
@@ -219,8 +225,8 @@ def _on_interpreter(index: int | None) -> str:
 _WHY_NOT: dict[tuple[str, str], Callable[[int | None], str]] = {
     ("cpp", "cpu"): lambda index: EXTENSION_REASON,
     ("cpp", "cuda"): lambda index: CUDA_REASON or _unusable(index),
-    ("triton", "cuda"): lambda index: TRITON_REASON or _too_old(index),
     ("triton", "cpu"): _on_interpreter,
+    ("triton", "cuda"): lambda index: TRITON_REASON or _too_old(index),
 }
 
 

@@ -89,7 +89,9 @@ class LayerCall:
 
     @property
     def spec(self) -> CellSpec:
-        """The cell's `CellSpec`."""
+        """The cell's `CellSpec`; a RuntimeError if there is no such cell."""
+        if self.cell not in CELLS:
+            raise RuntimeError(f"expected cell to be the name of a cell, got '{self.cell}'")
         return CELLS[self.cell]
 
     @property
@@ -175,9 +177,9 @@ class LayerCall:
         """The number of outputs: of states that are returned after each step."""
         return self.spec.states if self.all_states else 1
 
-    def output_shape(self, index: int) -> list[int]:
+    def output_shape(self, index: int) -> tuple[int, ...]:
         """The shape of output `index`: [T, N, D*width] or [rows, D*width]."""
-        return [*self.input.shape[:-1], self.directions * self.state_width(index)]
+        return *self.input.shape[:-1], self.directions * self.state_width(index)
 
     def reserve_shape(self, keep: int) -> list[int]:
         """The reserve's shape: [D, rows, values for each hidden unit, H], or [0] if nothing is kept."""
@@ -212,8 +214,7 @@ class LayerCall:
 
     def check(self) -> None:
         """Checks that all arguments fit together; raises a RuntimeError that names what was expected and what came."""
-        if self.cell not in CELLS:
-            raise RuntimeError(f"expected cell to be the name of a cell, got '{self.cell}'")
+        spec = self.spec
         if len(self.weights) not in (len(WEIGHTS), 2 * len(WEIGHTS)):
             raise RuntimeError(
                 f"expected weights to hold {len(WEIGHTS)} tensors for each of 1 or 2 directions, got "
@@ -230,10 +231,8 @@ class LayerCall:
         if self.steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         self._check_weights()
-        if self.states and len(self.states) != self.spec.states:
-            raise RuntimeError(
-                f"expected {self.spec.states} states or none, got {len(self.states)}"
-            )
+        if self.states and len(self.states) != spec.states:
+            raise RuntimeError(f"expected {spec.states} states or none, got {len(self.states)}")
         for index, state in enumerate(self.states):
             self.check_like_input(state, f"hx[{index}]", self.state_shape(index))
 
@@ -289,9 +288,9 @@ class LayerCall:
                 if weight is not None:
                     self.check_like_input(weight, name, shape)
 
-    def check_like_input(self, tensor: Tensor, name: str, shape: Sequence[int]) -> None:
+    def check_like_input(self, tensor: Tensor, name: str, shape: tuple[int, ...]) -> None:
         """Checks that a tensor has this shape, and the input's dtype and device."""
-        if tuple(tensor.shape) != tuple(shape):
+        if tensor.shape != shape:  # both are tuples
             raise RuntimeError(f"expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
         if tensor.dtype != self.input.dtype:
             raise RuntimeError(
@@ -327,7 +326,7 @@ class LayerCall:
                 f"expected grads of {self.outputs} outputs and of {states} final states, got {len(grads)}"
             )
         self.check_like_input(output, "output", self.output_shape(0))
-        shapes: list[Sequence[int]] = [self.output_shape(index) for index in range(self.outputs)]
+        shapes: list[tuple[int, ...]] = [self.output_shape(index) for index in range(self.outputs)]
         shapes += [self.state_shape(index) for index in range(states)]
         for index, (grad, shape) in enumerate(zip(grads, shapes, strict=True)):
             if grad is not None:
@@ -354,12 +353,13 @@ def _check_memory(tensor: Tensor, name: str) -> None:
         raise RuntimeError(
             f"expected {name} to be an ordinary dense Tensor, got layout {tensor.layout}"
         )
-    if tensor.numel() == 0:
+    count = tensor.numel()
+    if count == 0:
         return
-    last = sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    if not tensor.is_contiguous():
+        strides = zip(tensor.shape, tensor.stride(), strict=True)
+        count = 1 + sum((size - 1) * stride for size, stride in strides)
+    needed = (tensor.storage_offset() + count) * tensor.element_size()
     there = tensor.untyped_storage().nbytes()
     if there < needed:
         raise RuntimeError(

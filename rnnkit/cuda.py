@@ -55,10 +55,10 @@ def forward(
         all_states: [rows, D*H] for each state but h, its values after each step; None or missing: not wanted.
     """
     outputs = [output, *all_states, *[None] * (call.spec.states - 1 - len(all_states))]
-    chosen = choose(call.scan(backward=False), call.input.device)
     # The persistent kernels always write an output, and read states of the input's dtype.
     only_stepwise = output is None or any(state.dtype != gates.dtype for state in call.states)
-    if chosen.kernel == "stepwise" or only_stepwise:
+    chosen = None if only_stepwise else choose(call.scan(backward=False), call.input.device)
+    if chosen is None or chosen.kernel == "stepwise":
         _stepwise_forward(call, gates, keep, outputs, finals, reserve)
         return
     torch.ops.rnnkit.persistent_forward(

@@ -180,18 +180,24 @@ class GpuCall(LayerCall):
     @classmethod
     def of(cls, call: LayerCall) -> "GpuCall":
         """Checks the call and makes its tensors `plain`."""
-        call.check()
-        return cls(*call.arguments).with_tensors([plain(tensor) for tensor in call.tensors])
+        checked = cls(*call.arguments)
+        checked.check()
+        tensors = checked.tensors
+        laid_out = [plain(tensor) for tensor in tensors]
+        if all(one is other for one, other in zip(tensors, laid_out, strict=True)):
+            return checked
+        return checked.with_tensors(laid_out)
 
-    @cached_property
-    def counts(self) -> list[int]:
-        """The number of rows of each step, computed once."""
-        return super().counts
-
-    @cached_property
-    def starts(self) -> list[int]:
-        """The row where each step begins, then the number of all rows, computed once."""
-        return super().starts
+    # Of a call that does not change, computed once.
+    spec = cached_property(LayerCall.spec.fget)  # type: ignore[attr-defined]
+    directions = cached_property(LayerCall.directions.fget)  # type: ignore[attr-defined]
+    hidden = cached_property(LayerCall.hidden.fget)  # type: ignore[attr-defined]
+    projected = cached_property(LayerCall.projected.fget)  # type: ignore[attr-defined]
+    projects = cached_property(LayerCall.projects.fget)  # type: ignore[attr-defined]
+    counts = cached_property(LayerCall.counts.fget)  # type: ignore[attr-defined]
+    starts = cached_property(LayerCall.starts.fget)  # type: ignore[attr-defined]
+    batch = cached_property(LayerCall.batch.fget)  # type: ignore[attr-defined]
+    rows = cached_property(LayerCall.rows.fget)  # type: ignore[attr-defined]
 
     @property
     def ragged(self) -> bool:

@@ -39,6 +39,7 @@ def _define(
 
 def forward_composite(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
     """`layer_forward` by the reference."""
+    call.check_keep(keep)
     reserve = call.results(keep)[2]
     outputs, finals = reference.run(call)
     return outputs, finals, reserve.zero_()

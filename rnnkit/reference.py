@@ -44,7 +44,7 @@ def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
 def _scan(
     call: LayerCall, d: int, steps: Sequence[Tensor], states: list[Tensor]
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """Runs direction d. Returns the active rows' states after each step, and all rows' states after the last step.
+    """Runs direction d. Returns the active rows' outputs after each step, and all rows' states after the last step.
 
     The first n rows of the states are active at a step of n rows; the others are carried.
     """
@@ -63,7 +63,7 @@ def _scan(
         )
         if w_hr is not None:
             new[0] = linear(new[0], w_hr)
-        after.append(new)
+        after.append(new[: call.outputs])
         if rows < states[0].size(0):
             new = [torch.cat([n, s[rows:]]) for n, s in zip(new, states, strict=True)]
         states = new

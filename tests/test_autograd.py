@@ -33,6 +33,8 @@ GRADCHECK_CASES = [
         Case(cell, (2, 2, 1, 2), 2, (2, 1), dtype=torch.float64),
         Case(cell, (3, 1, 1, 2), bias=False, states=False, dtype=torch.float64),
         *[Case(cell, (2, 2, 1, 3), 1, (2, 1), projected=2, dtype=torch.float64)]
+        * CELLS[cell].projects,
+        *[Case(cell, (2, 2, 1, 3), 2, (2, 1), dtype=torch.float64, all_states=True)]
         * (CELLS[cell].states > 1),
     )
 ]

@@ -21,8 +21,8 @@ struct Call {
   const CellKernels& cell;
   const at::Tensor input;
   const std::vector<at::Tensor> states;
-  const OptionalTensors& weights;
-  const std::optional<at::Tensor>& batch_sizes;
+  const OptionalTensors weights;
+  const std::optional<at::Tensor> batch_sizes;
   const bool all_states;
   int64_t steps = 0, batch = 0, input_size = 0, hidden = 0, projected = 0, directions = 0;
   std::vector<int64_t> offsets;  // of a packed sequence: the row where each step begins, then rows(); else empty
