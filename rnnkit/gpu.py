@@ -199,6 +199,13 @@ class GpuCall(LayerCall):
     batch = cached_property(LayerCall.batch.fget)  # type: ignore[attr-defined]
     rows = cached_property(LayerCall.rows.fget)  # type: ignore[attr-defined]
 
+    # One weight of each direction.
+    w_ih = cached_property(lambda self: self.of_kind("w_ih"))
+    w_hh = cached_property(lambda self: self.of_kind("w_hh"))
+    b_ih = cached_property(lambda self: self.of_kind("b_ih"))
+    b_hh = cached_property(lambda self: self.of_kind("b_hh"))
+    w_hr = cached_property(lambda self: self.of_kind("w_hr"))
+
     @property
     def ragged(self) -> bool:
         """Whether steps have different numbers of rows."""
@@ -251,31 +258,6 @@ class GpuCall(LayerCall):
     def gates(self) -> Tensor:
         """The input parts of all gates, without biases, [rows, D*G*H]."""
         return self.matrix() @ _joined(self.w_ih).t()
-
-    @property
-    def w_ih(self) -> list[Tensor | None]:
-        """Of each direction."""
-        return self.of_kind("w_ih")
-
-    @property
-    def w_hh(self) -> list[Tensor | None]:
-        """Of each direction."""
-        return self.of_kind("w_hh")
-
-    @property
-    def b_ih(self) -> list[Tensor | None]:
-        """Of each direction."""
-        return self.of_kind("b_ih")
-
-    @property
-    def b_hh(self) -> list[Tensor | None]:
-        """Of each direction."""
-        return self.of_kind("b_hh")
-
-    @property
-    def w_hr(self) -> list[Tensor | None]:
-        """Of each direction."""
-        return self.of_kind("w_hr")
 
 
 def _joined(weights: Sequence[Tensor | None]) -> Tensor:
