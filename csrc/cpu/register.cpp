@@ -150,8 +150,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> layer_forward(
       TORCH_CHECK(packed->scalar_type() == at::kByte && packed->is_contiguous() && packed->numel() == size &&
                       reinterpret_cast<uintptr_t>(packed->const_data_ptr()) % 64 == 0 &&
                       kernels.check(layer, static_cast<const std::byte*>(packed->const_data_ptr())),
-                  "expected packed to be ", size, " bytes from pack_weights for this cell, these sizes and this CPU, got ", packed->scalar_type(), " of shape ",
-                  packed->sizes());
+                  "expected packed to be ", size,
+                  " bytes from pack_weights for this cell, these sizes and this CPU, got ", packed->scalar_type(),
+                  " of shape ", packed->sizes());
       layer.packed = static_cast<const std::byte*>(packed->const_data_ptr());
     }
     run(kernels.forward_scratch, kernels.forward, layer);
