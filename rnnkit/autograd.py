@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rnnkit import backends, exporting, gpu, ops, reference
-from rnnkit.call import Keep, LayerCall
+from rnnkit.call import BackwardCall, Keep, LayerCall
 
 
 def run(
@@ -188,32 +188,24 @@ class _Layer(torch.autograd.Function):
         input, *others = _with_data(saved, len(needs), _are_differentiated(grads))
         states, weights = others[: ctx.n_states], others[ctx.n_states :]
         call = LayerCall(ctx.cell, input, states, weights, batch_sizes, ctx.all_states)
+        back = BackwardCall(call, grads, output, reserve, ctx.keep, list(needs))
         written = ctx.watch is not None and ctx.watch.written()
         # Autograd runs backward passes of a GPU in another thread, where no backend is forced.
         with backends.forcing(ctx.backend) if ctx.backend else _AS_IT_IS:
-            found = gradients(call, grads, output, reserve, ctx.keep, needs, written)
+            found = gradients(back, written)
         return *[None] * _TENSORS, *found
 
 
-def gradients(
-    call: LayerCall,
-    grads: Sequence[Tensor | None],
-    output: Tensor,
-    reserve: Tensor,
-    keep: int,
-    needs: Sequence[bool],
-    written: bool,
-) -> list[Tensor | None]:
+def gradients(back: BackwardCall, written: bool) -> list[Tensor | None]:
     """`layer_backward`, or the reference's gradients if they have to be differentiable or are transformed.
 
-    If `written`, `output` was written to since the forward pass and is computed again. Returns a list like
-    `call.tensors`, None where `needs` is False.
+    If `written`, the output was written to since the forward pass and is computed again. Returns a list like
+    `back.call.tensors`, None where `back.needs` is False.
     """
-    if _are_differentiated(grads):
-        return ops.differentiable_backward(call, grads, needs, torch.is_grad_enabled())
-    backend = _ops(call.input.device)
+    if _are_differentiated(back.grads):
+        return ops.differentiable_backward(back, torch.is_grad_enabled())
+    backend = _ops(back.call.input.device)
     if written:
-        of_h = replace(call, all_states=False)
-        output = backend.layer_forward(of_h, None, Keep.NOTHING)[0][0]
-    found = iter(backend.layer_backward(call, grads, output, reserve, keep, list(needs)))
-    return [next(found) if need else None for need in needs]
+        of_h = replace(back.call, all_states=False)
+        back = replace(back, output=backend.layer_forward(of_h, None, Keep.NOTHING)[0][0])
+    return back.in_place_of(backend.layer_backward(back))

@@ -1,11 +1,12 @@
 """`LayerCall`: the arguments of one layer's ops by name, their sizes and checks, and the shapes of the results.
 
 `torch.ops.rnnkit.layer_forward` and `layer_backward` take flat arguments that begin with `ARGUMENTS`; all other Python
-code takes a `LayerCall`. The C++ kernels check the arguments themselves, and call `refuse` to raise the error.
+code takes a `LayerCall`, or a `BackwardCall`, which adds the arguments of the backward pass. The C++ kernels check the
+arguments themselves, and call `refuse` to raise the error.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from itertools import accumulate
@@ -19,6 +20,9 @@ from rnnkit.specs import CELLS, WEIGHTS, CellSpec
 
 #: The first arguments in the ops' schemas: the fields of `LayerCall`.
 ARGUMENTS = "str cell, Tensor input, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, bool all_states"
+
+#: The arguments of `layer_backward` after `ARGUMENTS`: the fields of `BackwardCall` after `call`.
+BACKWARD_ARGUMENTS = "Tensor?[] grads, Tensor output, Tensor reserve, int keep, bool[] needs"
 
 #: The results of `layer_forward`: the outputs, the final states and the reserve.
 Results = tuple[list[Tensor], list[Tensor], Tensor]
@@ -311,39 +315,70 @@ class LayerCall:
         if keep not in tuple(Keep):
             raise RuntimeError(f"expected keep to be 0, 1 or 2, got {keep}")
 
-    def check_backward(
-        self,
-        grads: Sequence[Tensor | None],
-        output: Tensor,
-        reserve: Tensor,
-        keep: int,
-        needs: Sequence[bool],
-    ) -> None:
-        """Checks the other arguments of `layer_backward`."""
-        states = self.spec.states
-        if len(grads) != self.outputs + states:
+
+@dataclass(frozen=True, eq=False)
+class BackwardCall:
+    """The backward pass of a layer.
+
+    Attributes:
+        call: the arguments of the forward pass.
+        grads: the gradient of each output, then of each final state; None for zeros.
+        output, reserve, keep: h after each step, the reserve and the `Keep` of the forward pass.
+        needs: for each of `call.tensors`, whether to compute its gradient.
+    """
+
+    call: LayerCall
+    grads: Sequence[Tensor | None]
+    output: Tensor
+    reserve: Tensor
+    keep: int
+    needs: Sequence[bool]
+
+    @property
+    def arguments(self) -> tuple[object, ...]:
+        """The flat arguments of `layer_backward`."""
+        others = self.grads, self.output, self.reserve, self.keep, self.needs
+        return *self.call.arguments, *others
+
+    @property
+    def needed(self) -> dict[int, Tensor]:
+        """The tensors whose gradients are needed, by their index in `call.tensors`."""
+        tensors = enumerate(zip(self.call.tensors, self.needs, strict=True))
+        return {index: t for index, (t, need) in tensors if need and t is not None}
+
+    def in_place_of(self, found: Iterable[Tensor]) -> list[Tensor | None]:
+        """The gradients of the `needed` tensors as a list like `call.tensors`, with None for the others."""
+        by_index = dict(zip(self.needed, found, strict=True))
+        return [by_index.get(index) for index in range(len(self.needs))]
+
+    def check(self) -> None:
+        """Checks the call and the arguments that the backward pass adds; errors as in `LayerCall.check`."""
+        call = self.call
+        call.check()
+        outputs, states = call.outputs, call.spec.states
+        if len(self.grads) != outputs + states:
             raise RuntimeError(
-                f"expected grads of {self.outputs} outputs and of {states} final states, got {len(grads)}"
+                f"expected grads of {outputs} outputs and of {states} final states, got {len(self.grads)}"
             )
-        self.check_like_input(output, "output", self.output_shape(0))
-        shapes: list[tuple[int, ...]] = [self.output_shape(index) for index in range(self.outputs)]
-        shapes += [self.state_shape(index) for index in range(states)]
-        for index, (grad, shape) in enumerate(zip(grads, shapes, strict=True)):
+        call.check_like_input(self.output, "output", call.output_shape(0))
+        shapes: list[tuple[int, ...]] = [call.output_shape(index) for index in range(outputs)]
+        shapes += [call.state_shape(index) for index in range(states)]
+        for index, (grad, shape) in enumerate(zip(self.grads, shapes, strict=True)):
             if grad is not None:
-                self.check_like_input(grad, f"grads[{index}]", shape)
-        if keep not in (Keep.STATES, Keep.EVERYTHING):
-            raise RuntimeError(f"expected keep to be 1 or 2, got {keep}")
-        kept = self.reserve_shape(keep)
-        if list(reserve.shape) != kept or reserve.dtype != self.sum_dtype:
+                call.check_like_input(grad, f"grads[{index}]", shape)
+        if self.keep not in (Keep.STATES, Keep.EVERYTHING):
+            raise RuntimeError(f"expected keep to be 1 or 2, got {self.keep}")
+        reserve, kept = self.reserve, call.reserve_shape(self.keep)
+        if list(reserve.shape) != kept or reserve.dtype != call.sum_dtype:
             raise RuntimeError(
-                f"expected reserve to be {self.sum_dtype} of shape {kept}, got {reserve.dtype} of shape "
+                f"expected reserve to be {call.sum_dtype} of shape {kept}, got {reserve.dtype} of shape "
                 f"{list(reserve.shape)}"
             )
-        self.check_device(reserve, "reserve")
+        call.check_device(reserve, "reserve")
         _check_memory(reserve, "reserve")
-        if len(needs) != len(self.tensors):
+        if len(self.needs) != len(call.tensors):
             raise RuntimeError(
-                f"expected needs to have {len(self.tensors)} entries, got {len(needs)}"
+                f"expected needs to have {len(call.tensors)} entries, got {len(self.needs)}"
             )
 
 
@@ -376,7 +411,7 @@ def from_arguments(arguments: Sequence[object]) -> tuple[LayerCall, Sequence[obj
 def refuse(op: str, *arguments: object) -> NoReturn:
     """Raises the RuntimeError that names what is wrong, after a C++ kernel of `op` refused its arguments."""
     call, others = from_arguments(arguments)
-    call.check()
     if op == "layer_backward":
-        call.check_backward(*others)  # type: ignore[arg-type]
+        BackwardCall(call, *others).check()  # type: ignore[arg-type]
+    call.check()
     raise RuntimeError(f"rnnkit::{op} cannot take these arguments")

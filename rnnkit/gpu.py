@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rnnkit import backends, ops, plan
-from rnnkit.call import Keep, LayerCall, Results
+from rnnkit.call import BackwardCall, Keep, LayerCall, Results
 from rnnkit.specs import WEIGHTS
 
 
@@ -293,30 +293,19 @@ def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
     return outputs, finals, reserve
 
 
-def layer_backward(
-    call: LayerCall,
-    grads: Sequence[Tensor | None],
-    output: Tensor,
-    reserve: Tensor,
-    keep: int,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+def layer_backward(back: BackwardCall) -> list[Tensor]:
     """`rnnkit::layer_backward` on CUDA tensors."""
-    run = scans(call.input.device)
+    run = scans(back.call.input.device)
     if run is None:
-        return ops.backward_composite(call, grads, output, reserve, keep, needs)
-    call = GpuCall.of(call)
-    call.check_backward(grads, output, reserve, keep, needs)
-    wanted = {
-        place: tensor
-        for place, (tensor, need) in enumerate(zip(call.tensors, needs, strict=True))
-        if need and tensor is not None
-    }
+        return ops.backward_composite(back)
+    call = GpuCall.of(back.call)
+    back = replace(back, call=call)
+    back.check()
     if call.empty:
-        return [torch.zeros_like(tensor) for tensor in wanted.values()]
+        return [torch.zeros_like(tensor) for tensor in back.needed.values()]
     with _products_like_scans(call.input):
-        found = Backward(call, run, [plain(g) for g in grads], output, reserve, keep, needs).run()
-    return [found[place] for place in wanted]
+        found = Backward(back, call, run).run()
+    return [cast(Tensor, found[index]) for index in back.needed]
 
 
 class Backward:
@@ -329,59 +318,46 @@ class Backward:
         output: [rows, D*P], h after each step.
         reserve: [D, rows, V, H], the V values that the cell saves; recomputed if the forward pass kept only states.
         grad_columns: the number of gradient columns of a hidden unit, see `CellSpec.input_grads`.
-        grad_gates: [rows, D*grad_columns*H], the gates' gradients; written by the scan.
+        grad_gates: [rows, D*grad_columns*H], on return from the scan the gates' gradients.
     """
 
-    def __init__(
-        self,
-        call: GpuCall,
-        run: Scans,
-        grads: Sequence[Tensor | None],
-        output: Tensor,
-        reserve: Tensor,
-        keep: int,
-        needs: Sequence[bool],
-    ) -> None:
-        self.call, self.scans, self.needs = call, run, needs
+    def __init__(self, back: BackwardCall, call: GpuCall, run: Scans) -> None:
+        self.call, self.scans, self.needs = call, run, back.needs
+        grads = [plain(grad) for grad in back.grads]
         self.grads = [grads[0], *grads[call.outputs :]]
         self.grad_all_states = [
             None if grad is None else grad.view(call.rows, -1) for grad in grads[1 : call.outputs]
         ]
-        self.output = plain(output).view(call.rows, -1)
-        self.reserve = reserve.contiguous()
-        self.grad_columns = call.spec.grad_columns
-        self.first_weight = 1 + len(call.states)
-        if keep != Keep.EVERYTHING and call.spec.saved > 0:
+        self.output = plain(back.output).view(call.rows, -1)
+        self.reserve = back.reserve.contiguous()
+        if back.keep != Keep.EVERYTHING and call.spec.saved > 0:
             self._compute_reserve()
-
-    def run(self) -> dict[int, Tensor]:
-        """The gradients, by their index in [input, *states, *weights]."""
-        call = self.call
+        self.grad_columns = call.spec.grad_columns
         width = self.grad_columns * call.hidden
         self.grad_gates = call.input.new_empty(call.rows, call.directions * width)
-        self.found: dict[int, Tensor] = {}
+
+    def run(self) -> list[Tensor | None]:
+        """The gradients, a list like `call.tensors` with None for some of those that are not needed."""
+        call = self.call
         initial = [
             call.input.new_empty(call.state_shape(k)) if call.states else None
             for k in range(call.spec.states)
         ]
         grad_projected = self.scans.backward(self, initial, self.grad_all_states)
-        for k, grad in enumerate(initial):
-            if grad is not None:
-                self.found[1 + k] = grad
-        needed = [d for d in range(call.directions) if self.needs[self._place(d, 4)]]
-        if grad_projected is not None and needed:
+        weights = [self._weights(d) for d in range(call.directions)]
+        of_w_hr = self._need("w_hr")
+        if grad_projected is not None and any(of_w_hr):
             unprojected = self.scans.unprojected(call, self.reserve)
-            for d in needed:
-                self.found[self._place(d, 4)] = grad_projected[d].t() @ unprojected[d]
-        for d in range(call.directions):
-            self._weights(d, self.grad_gates[:, d * width : (d + 1) * width])
-        if self.needs[0]:
-            self.found[0] = self._input()
-        return self.found
+            for d, need in enumerate(of_w_hr):
+                if need:
+                    weights[d][WEIGHTS.index("w_hr")] = grad_projected[d].t() @ unprojected[d]
+        given = initial if call.states else []
+        of_input = self._input() if self.needs[0] else None
+        return [of_input, *given, *(grad for of_direction in weights for grad in of_direction)]
 
-    def _place(self, d: int, k: int) -> int:
-        """The index of direction d's weight k in [input, *states, *weights]."""
-        return self.first_weight + d * len(WEIGHTS) + k
+    def _need(self, name: str) -> Sequence[bool]:
+        """For each direction, whether the gradient of its weight `name` is needed."""
+        return self.needs[1 + len(self.call.states) + WEIGHTS.index(name) :: len(WEIGHTS)]
 
     def _previous(self, d: int) -> list[tuple[slice, Tensor | None]]:
         """h_{t-1} of all rows, as a list of (range of rows, matrix); None instead of a matrix means zeros."""
@@ -420,33 +396,33 @@ class Backward:
                 runs.append((gate, gate + 1, place))
         return runs
 
-    def _weights(self, d: int, of_gates: Tensor) -> None:
-        """Computes the gradients of direction d's weights. of_gates: its part, [rows, columns*H]."""
+    def _weights(self, d: int) -> list[Tensor | None]:
+        """The gradients of direction d's weights, see `specs.WEIGHTS`; None instead of that of w_hr."""
         call, H = self.call, self.call.hidden
+        width = self.grad_columns * H
+        of_gates = self.grad_gates[:, d * width : (d + 1) * width]
         recurrent = of_gates[:, : call.spec.gates * H]
         runs = self._runs()
-        need = [self.needs[self._place(d, k)] for k in range(4)]
-        if need[0]:
+        w_ih = w_hh = b_ih = b_hh = None
+        if self._need("w_ih")[d]:
             x = call.matrix()
             parts = [
                 of_gates[:, at * H : (at + end - first) * H].t() @ x for first, end, at in runs
             ]
-            self.found[self._place(d, 0)] = _joined(parts)
-        if need[1]:
-            grad = None
+            w_ih = _joined(parts)
+        if self._need("w_hh")[d]:
             for rows, h in self._previous(d):
                 if h is None:
                     continue
                 part = recurrent[rows].t()
-                grad = part @ h if grad is None else torch.addmm(grad, part, h)
-            if grad is None:
-                grad = call.input.new_zeros(call.spec.gates * H, call.projected)
-            self.found[self._place(d, 1)] = grad
-        if (need[2] and call.b_ih[d] is not None) or (need[3] and call.b_hh[d] is not None):
+                w_hh = part @ h if w_hh is None else torch.addmm(w_hh, part, h)
+            if w_hh is None:
+                w_hh = call.input.new_zeros(call.spec.gates * H, call.projected)
+        if self._need("b_ih")[d] or self._need("b_hh")[d]:
             sums = of_gates.sum(0)
             inputs = [sums[at * H : (at + end - first) * H] for first, end, at in runs]
-            self.found[self._place(d, 2)] = _joined(inputs)
-            self.found[self._place(d, 3)] = sums[: call.spec.gates * H].clone()
+            b_ih, b_hh = _joined(inputs), sums[: call.spec.gates * H].clone()
+        return [w_ih, w_hh, b_ih, b_hh, None]
 
     def _input(self) -> Tensor:
         call, H = self.call, self.call.hidden
@@ -484,4 +460,4 @@ class Backward:
 
 if not (backends.CUDA_REASON and backends.TRITON_REASON):
     ops.library.impl("layer_forward", ops.of_call(layer_forward), "CUDA")
-    ops.library.impl("layer_backward", ops.of_call(layer_backward), "CUDA")
+    ops.library.impl("layer_backward", ops.of_backward(layer_backward), "CUDA")

@@ -14,8 +14,8 @@ from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkit import backends
-from rnnkit.call import LayerCall, Results
-from rnnkit.ops import of_call
+from rnnkit.call import BackwardCall, LayerCall, Results
+from rnnkit.ops import of_backward, of_call
 
 
 class _QuantizationConfig:
@@ -169,10 +169,9 @@ def _forward_flops(call: LayerCall, *_: Any) -> int:
     return _product(call.rows, call.weights)
 
 
-def _backward_flops(
-    call: LayerCall, grads: Any, output: Any, reserve: Any, keep: int, needs: Sequence[bool]
-) -> int:
+def _backward_flops(back: BackwardCall) -> int:
     """FLOPs of two products for each of the forward pass, without those for gradients that are not needed."""
+    call, needs = back.call, back.needs
     found = 2 * _forward_flops(call)
     if not needs[0]:
         found -= _product(call.rows, call.of_kind("w_ih"))
@@ -185,11 +184,10 @@ def _backward_flops(
 
 def _register_flops(counter: ModuleType) -> None:
     def register(op: Any, formula: Callable[..., int]) -> None:
-        of_arguments = of_call(formula)
-        counter.register_flop_formula(op, get_raw=True)(lambda *args, **_: of_arguments(*args))
+        counter.register_flop_formula(op, get_raw=True)(lambda *args, **_: formula(*args))
 
-    register(torch.ops.rnnkit.layer_forward, _forward_flops)
-    register(torch.ops.rnnkit.layer_backward, _backward_flops)
+    register(torch.ops.rnnkit.layer_forward, of_call(_forward_flops))
+    register(torch.ops.rnnkit.layer_backward, of_backward(_backward_flops))
 
 
 class _AfterImport:

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from rnnkit import reference
-from rnnkit.call import ARGUMENTS, LayerCall, Results, from_arguments
+from rnnkit.call import (
+    ARGUMENTS,
+    BACKWARD_ARGUMENTS,
+    BackwardCall,
+    LayerCall,
+    Results,
+    from_arguments,
+)
 from rnnkit.specs import CELLS, WEIGHTS
 
 library = torch.library.Library("rnnkit", "DEF")
@@ -28,13 +35,18 @@ def of_call(function: Callable[..., Any]) -> Callable[..., Any]:
     return flat
 
 
+def of_backward(function: Callable[[BackwardCall], Any]) -> Callable[..., Any]:
+    """Turns a function of a BackwardCall into one of the flat arguments of `layer_backward`."""
+    return of_call(lambda call, *others: function(BackwardCall(call, *others)))
+
+
 def _define(
     name: str, others: str, results: str, *, fake: Callable[..., Any], composite: Callable[..., Any]
 ) -> None:
-    """Defines an op whose arguments are `call.ARGUMENTS`, followed by `others`."""
+    """Defines an op of flat arguments: `call.ARGUMENTS`, then `others`."""
     library.define(f"{name}({ARGUMENTS}, {others}) -> {results}")
-    torch.library.register_fake(f"rnnkit::{name}", of_call(fake), lib=library)
-    library.impl(name, of_call(composite), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rnnkit::{name}", fake, lib=library)
+    library.impl(name, composite, "CompositeExplicitAutograd")
 
 
 def forward_composite(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
@@ -45,26 +57,17 @@ def forward_composite(call: LayerCall, packed: Tensor | None, keep: int) -> Resu
     return outputs, finals, reserve.zero_()
 
 
-def backward_composite(
-    call: LayerCall,
-    grads: Sequence[Tensor | None],
-    output: Tensor,
-    reserve: Tensor,
-    keep: int,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+def backward_composite(back: BackwardCall) -> list[Tensor]:
     """`layer_backward` by the reference."""
-    found = differentiable_backward(call, grads, needs, create_graph=False)
-    return [grad for grad in found if grad is not None]
+    return [grad for grad in differentiable_backward(back, create_graph=False) if grad is not None]
 
 
-def differentiable_backward(
-    call: LayerCall, grads: Sequence[Tensor | None], needs: Sequence[bool], create_graph: bool
-) -> list[Tensor | None]:
+def differentiable_backward(back: BackwardCall, create_graph: bool) -> list[Tensor | None]:
     """The gradients, by autograd through the reference; with `create_graph` they can be differentiated again.
 
-    Returns a list like `call.tensors`, None where `needs` is False.
+    Returns a list like `back.call.tensors`, None where `back.needs` is False. Does not use `back`'s output and reserve.
     """
+    call, needs = back.call, back.needs
     # An op runs below autograd, for example in a compiled graph, where enable_grad alone records nothing.
     autograd_on = torch._C._SetExcludeDispatchKeyGuard(
         torch._C.DispatchKey.AutogradFunctionality, False
@@ -82,15 +85,12 @@ def differentiable_backward(
         outputs, finals = reference.run(call.with_tensors(tensors))
         pairs = [
             (o, g)
-            for o, g in zip([*outputs, *finals], grads, strict=True)
+            for o, g in zip([*outputs, *finals], back.grads, strict=True)
             if g is not None and o.requires_grad
         ]
         wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
         if not pairs or not wanted:
-            return [
-                torch.zeros_like(t) if need and t is not None else None
-                for t, need in zip(tensors, needs, strict=True)
-            ]
+            return back.in_place_of(torch.zeros_like(t) for t in back.needed.values())
         found = torch.autograd.grad(
             [o for o, _ in pairs],
             wanted,
@@ -99,11 +99,7 @@ def differentiable_backward(
             allow_unused=True,
             materialize_grads=True,
         )
-    remaining = iter(found)
-    return [
-        next(remaining) if need and t is not None else None
-        for t, need in zip(tensors, needs, strict=True)
-    ]
+    return back.in_place_of(found)
 
 
 def _check_devices(call: LayerCall, **others: Sequence[Tensor | None]) -> None:
@@ -126,20 +122,10 @@ def _forward_fake(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
     return call.results(keep)
 
 
-def _backward_fake(
-    call: LayerCall,
-    grads: Sequence[Tensor | None],
-    output: Tensor,
-    reserve: Tensor,
-    keep: int,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    _check_devices(call, grads=grads, output=[output], reserve=[reserve])
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t, need in zip(call.tensors, needs, strict=True)
-        if need and t is not None
-    ]
+def _backward_fake(back: BackwardCall) -> list[Tensor]:
+    _check_devices(back.call, grads=back.grads, output=[back.output], reserve=[back.reserve])
+    contiguous = torch.contiguous_format
+    return [torch.empty_like(t, memory_format=contiguous) for t in back.needed.values()]
 
 
 # packed: what `pack_weights` returned for these weights, or None. keep: see `call.Keep`.
@@ -148,19 +134,16 @@ _define(
     "layer_forward",
     "Tensor? packed, int keep",
     "(Tensor[], Tensor[], Tensor)",
-    fake=_forward_fake,
-    composite=forward_composite,
+    fake=of_call(_forward_fake),
+    composite=of_call(forward_composite),
 )
-# grads: the gradient of each output, then of each final state; None for zeros.
-# output, reserve, keep: h, the reserve and `keep` of the forward pass.
-# needs: whether to compute the gradient of the input, of each of `states` and of each of `weights`.
-# Returns the gradients that are needed, in that order.
+# See `BackwardCall`. Returns the gradients that are needed, in the order of `LayerCall.tensors`.
 _define(
     "layer_backward",
-    "Tensor?[] grads, Tensor output, Tensor reserve, int keep, bool[] needs",
+    BACKWARD_ARGUMENTS,
     "Tensor[]",
-    fake=_backward_fake,
-    composite=backward_composite,
+    fake=of_backward(_backward_fake),
+    composite=of_backward(backward_composite),
 )
 # Packs a layer's weights for many calls of layer_forward without gradients. The result is stale once a weight changes.
 library.define("pack_weights(str cell, Tensor?[] weights) -> Tensor")
@@ -183,16 +166,7 @@ def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
     return found
 
 
-def layer_backward(
-    call: LayerCall,
-    grads: Sequence[Tensor | None],
-    output: Tensor,
-    reserve: Tensor,
-    keep: int,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+def layer_backward(back: BackwardCall) -> list[Tensor]:
     """Calls the op. Returns the gradients that are needed."""
-    found: list[Tensor] = torch.ops.rnnkit.layer_backward(
-        *call.arguments, grads, output, reserve, keep, needs
-    )
+    found: list[Tensor] = torch.ops.rnnkit.layer_backward(*back.arguments)
     return found

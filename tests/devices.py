@@ -50,7 +50,7 @@ class OpsOfGpu:
     """In the place of `torch.ops.rnnkit`: layers take CPU tensors the way of CUDA tensors, other ops are `others`."""
 
     layer_forward = staticmethod(products_without_onednn()(ops.of_call(gpu.layer_forward)))
-    layer_backward = staticmethod(products_without_onednn()(ops.of_call(gpu.layer_backward)))
+    layer_backward = staticmethod(products_without_onednn()(ops.of_backward(gpu.layer_backward)))
 
     def __init__(self, others: Any) -> None:
         self._others = others

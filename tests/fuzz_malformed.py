@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import rnnkit
 from rnnkit import backends, ops, specs, stack
-from rnnkit.call import Keep, LayerCall
+from rnnkit.call import BackwardCall, Keep, LayerCall
 
 OPS = ("layer_forward", "layer_backward", "pack_weights")
 #: The fields of `LayerCall`.
@@ -298,7 +298,7 @@ def _composite(kind: str, own: dict[str, Any]) -> Callable[[], Any]:
     def composite() -> Any:
         call = LayerCall(**{name: own[name] for name in CALL})
         if kind == "layer_backward":
-            return ops.backward_composite(call, **others)
+            return ops.backward_composite(BackwardCall(call, **others))
         return ops.forward_composite(call, None, Keep.NOTHING)[:2]
 
     return composite

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import Any
 
 import torch
 from tolerances import assert_close_to_truth
 from torch import Tensor
 
 from rnnkit import ops, plan, reference
-from rnnkit.call import Keep, LayerCall, Results
+from rnnkit.call import BackwardCall, Keep, LayerCall, Results
 from rnnkit.specs import CELLS, WEIGHTS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -108,16 +109,20 @@ class Call(LayerCall):
         """The op: outputs, final states, reserve."""
         return ops.layer_forward(self, None, keep)
 
-    def backward(
+    def backward_call(
         self,
         outputs: Sequence[Tensor],
         reserve: Tensor,
         needs: list[bool] | None = None,
         keep: Keep = Keep.EVERYTHING,
-    ) -> list[Tensor]:
-        """The op: the gradients that are needed, all by default."""
+    ) -> BackwardCall:
+        """The backward pass of this call, by default for all gradients."""
         needs = self.all_needs if needs is None else needs
-        return ops.layer_backward(self, self.grads, outputs[0], reserve, keep, needs)
+        return BackwardCall(self, self.grads, outputs[0], reserve, keep, needs)
+
+    def backward(self, *arguments: Any, **options: Any) -> list[Tensor]:
+        """The op: the gradients that are needed. Takes what `backward_call` takes."""
+        return ops.layer_backward(self.backward_call(*arguments, **options))
 
     def run(self, keep: Keep = Keep.EVERYTHING) -> dict[str, Tensor]:
         """Every result of both ops by name."""
@@ -132,8 +137,8 @@ class Call(LayerCall):
         heavy = self.rows * sum(w.numel() for w in self.weights if w is not None) > 2**30
         it = self if heavy else self.on("cpu")
         outputs, finals = reference.run(it)
-        found = ops.differentiable_backward(it, it.grads, it.all_needs, create_graph=False)
-        results = self.named(outputs, finals, [grad for grad in found if grad is not None])
+        found = ops.backward_composite(it.backward_call(outputs, it.input.new_empty(0)))
+        results = self.named(outputs, finals, found)
         return {name: result.to(self.input.device) for name, result in results.items()}
 
     def gradient_names(self) -> list[str]:

@@ -37,7 +37,7 @@ def arguments(it: Call, keep: Keep = Keep.EVERYTHING) -> tuple[list, list]:
     outputs, _, reserve = it.forward(keep)
     return (
         [*it.arguments, None, keep],
-        [*it.arguments, it.grads, outputs[0], reserve, keep, it.all_needs],
+        [*it.backward_call(outputs, reserve, keep=keep).arguments],
     )
 
 

@@ -24,7 +24,7 @@ from torch.testing import assert_close
 
 import rnnkit
 from rnnkit import backends, ops
-from rnnkit.call import Keep, LayerCall
+from rnnkit.call import BackwardCall, Keep, LayerCall
 from rnnkit.specs import CELLS
 
 OPS = torch.ops.rnnkit
@@ -250,7 +250,7 @@ def test_ops_that_meet_a_tensor_without_memory(cell: str) -> None:
         (call, grads, y, reserve.to("meta")),
     ):
         with pytest.raises(RuntimeError, match=r"expected .* on .*, got"):
-            ops.layer_backward(bad, *given, Keep.EVERYTHING, needs)
+            ops.layer_backward(BackwardCall(bad, *given, Keep.EVERYTHING, needs))
     on_meta_alone = LayerCall(cell, x.to("meta"), [], weights_of(cell, **on_meta))
     assert ops.layer_forward(on_meta_alone, None, Keep.NOTHING)[0][0].is_meta
 
@@ -301,7 +301,7 @@ def test_kept_and_packed_memory_that_was_cut(cell: str, size: int) -> None:
         with pytest.raises(RuntimeError, match=f"expected reserve .* bytes of memory, got {size}"):
             needs = [True, *[False] * len(weights)]
             grads = [y, *[None] * len(finals)]
-            ops.layer_backward(call, grads, y, reserve, Keep.EVERYTHING, needs)
+            ops.layer_backward(BackwardCall(call, grads, y, reserve, Keep.EVERYTHING, needs))
 
 
 @each_layer

@@ -167,8 +167,8 @@ def test_recomputed_reserve_has_the_same_bits(
     with plan.forced(kernel):
         (output,), _, expected = it.forward(Keep.EVERYTHING)
         _, _, states = it.forward(Keep.STATES)
-        of, needs = gpu.GpuCall.of(it), it.all_needs
-        back = gpu.Backward(of, scan, it.grads, output, states, Keep.STATES, needs)
+        given = it.backward_call([output], states, keep=Keep.STATES)
+        back = gpu.Backward(given, gpu.GpuCall.of(it), scan)
     assert_same_bits([back.reserve], [expected])
 
 

@@ -173,8 +173,7 @@ def builds(case: Case, target: GPUTarget) -> Iterator[Build]:
         mock.patch.object(kernels, "unprojected", recorder("unprojected")),
     ):
         (output, *_), _, reserve = gpu.layer_forward(arguments, None, Keep.EVERYTHING)
-        needs = arguments.all_needs
-        gpu.layer_backward(arguments, arguments.grads, output, reserve, Keep.EVERYTHING, needs)
+        gpu.layer_backward(arguments.backward_call([output], reserve))
     yield from found.values()
 
 

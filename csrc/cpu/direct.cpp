@@ -264,9 +264,11 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
         if (needs.get(places[i])) found[1 + i] = needed.at(next++);
     } else {
       const py::gil_scoped_acquire acquired;
-      const auto layer_call = py::module_::import("rnnkit.call").attr("LayerCall")(cell, x, states, weights);
+      const py::module_ calls = py::module_::import("rnnkit.call");
+      const py::object layer_call = calls.attr("LayerCall")(cell, x, states, weights);
+      const py::object back = calls.attr("BackwardCall")(layer_call, op_grads, output, reserve, keep, needs.vec());
       const auto all = py::module_::import("rnnkit.autograd")
-                           .attr("gradients")(layer_call, op_grads, output, reserve, keep, needs.vec(), written)
+                           .attr("gradients")(back, written)
                            .cast<std::vector<std::optional<Tensor>>>();
       for (size_t i = 0; i < n; ++i) found[1 + i] = all.at(places[i]).value_or(Tensor());
     }
