@@ -233,10 +233,14 @@ class LayerCall:
         _check_memory(input, "input")
         self._check_batch_sizes()
         if self.steps == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+            raise RuntimeError(
+                f"expected input to have at least 1 step, got shape {list(input.shape)}"
+            )
         self._check_weights()
         if self.states and len(self.states) != spec.states:
-            raise RuntimeError(f"expected {spec.states} states or none, got {len(self.states)}")
+            raise RuntimeError(
+                f"expected hx to hold {spec.states} states or none, got {len(self.states)}"
+            )
         for index, state in enumerate(self.states):
             self.check_like_input(state, f"hx[{index}]", self.state_shape(index))
 
@@ -258,9 +262,8 @@ class LayerCall:
                     f"{count} after {before} at step {t}"
                 )
         if sum(counts) != self.rows:
-            got = "more" if sum(counts) > self.rows else sum(counts)
             raise RuntimeError(
-                f"expected batch_sizes to sum to the input's {self.rows} rows, got {got}"
+                f"expected batch_sizes to sum to the input's {self.rows} rows, got {sum(counts)}"
             )
 
     def _check_weights(self) -> None:
@@ -269,17 +272,22 @@ class LayerCall:
                 if weight is None:
                     raise RuntimeError(f"expected {name} of direction {d} to be a tensor, got None")
                 if weight.dim() != 2:
-                    raise RuntimeError(f"expected {name} to have 2 dimensions, got {weight.dim()}")
+                    raise RuntimeError(
+                        f"expected {name} of direction {d} to have 2 dimensions, got {weight.dim()}"
+                    )
+        _, w_hh, _, _, w_hr = self.direction(0)
         width = self.spec.gates * self.hidden
-        if self.projects and not self.spec.projects:
-            raise RuntimeError(f"expected w_hr to be None for {self.cell}")
-        if not self.projects and self.projected != self.hidden:
+        if w_hh.size(0) != width:
             raise RuntimeError(
-                f"expected w_hh of shape {[width, self.hidden]}, got {list(self.direction(0).w_hh.shape)}"
+                f"expected w_hh of direction 0 to have a multiple of {self.spec.gates} rows, got {w_hh.size(0)}"
+            )
+        if w_hr is not None and not self.spec.projects:
+            raise RuntimeError(
+                f"expected w_hr to be None for {self.cell}, got shape {list(w_hr.shape)}"
             )
         shapes = (
             (width, self.input.size(-1)),
-            (width, self.projected),
+            (width, self.projected if self.projects else self.hidden),
             (width,),
             (width,),
             (self.projected, self.hidden),
@@ -287,10 +295,13 @@ class LayerCall:
         for d in range(self.directions):
             of_direction = self.direction(d)
             if (of_direction.w_hr is not None) != self.projects:
-                raise RuntimeError("expected w_hr in all directions or in none")
+                alone = 0 if self.projects else d
+                raise RuntimeError(
+                    f"expected w_hr in all directions or in none, got it in direction {alone} alone"
+                )
             for name, weight, shape in zip(WEIGHTS, of_direction, shapes, strict=True):
                 if weight is not None:
-                    self.check_like_input(weight, name, shape)
+                    self.check_like_input(weight, f"{name} of direction {d}", shape)
 
     def check_like_input(self, tensor: Tensor, name: str, shape: tuple[int, ...]) -> None:
         """Checks that a tensor has this shape, and the input's dtype and device."""

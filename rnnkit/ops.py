@@ -20,7 +20,6 @@ from rnnkit.call import (
     Results,
     from_arguments,
 )
-from rnnkit.specs import CELLS, WEIGHTS
 
 library = torch.library.Library("rnnkit", "DEF")
 
@@ -52,6 +51,7 @@ def _define(
 def forward_composite(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
     """`layer_forward` by the reference."""
     call.check_keep(keep)
+    call.check()
     reserve = call.results(keep)[2]
     outputs, finals = reference.run(call)
     return outputs, finals, reserve.zero_()
@@ -59,6 +59,7 @@ def forward_composite(call: LayerCall, packed: Tensor | None, keep: int) -> Resu
 
 def backward_composite(back: BackwardCall) -> list[Tensor]:
     """`layer_backward` by the reference."""
+    back.check()
     return [grad for grad in differentiable_backward(back, create_graph=False) if grad is not None]
 
 
@@ -151,12 +152,11 @@ library.define("pack_weights(str cell, Tensor?[] weights) -> Tensor")
 
 @torch.library.impl(library, "pack_weights", "CompositeExplicitAutograd")
 def _pack_composite(cell: str, weights: Sequence[Tensor | None]) -> Tensor:
-    if cell not in CELLS:
-        raise RuntimeError(f"expected cell to be the name of a cell, got {cell!r}")
-    if len(weights) not in (len(WEIGHTS), 2 * len(WEIGHTS)):
-        raise RuntimeError(
-            f"expected weights to hold 5 tensors for each of 1 or 2 directions, got {len(weights)}"
-        )
+    input = torch.empty(1, 1, 0)
+    w_ih = weights[0] if weights else None
+    if w_ih is not None and w_ih.dim() == 2:  # any other w_ih is refused, whatever the input
+        input = torch.empty(1, 1, w_ih.size(1), dtype=w_ih.dtype, device=w_ih.device)
+    LayerCall(cell, input, [], weights).check()
     return torch.empty(0, dtype=torch.uint8, device="cpu")
 
 

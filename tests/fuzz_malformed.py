@@ -162,7 +162,7 @@ BATCH_SIZES: dict[str, Callable[[Tensor], Any]] = {
     "fake": _fake,
 }
 
-CELL_NAMES: tuple[Any, ...] = ("", "lstmm", "LSTM", "gru\0", "rnn", None, 3, *ops.CELLS)
+CELL_NAMES: tuple[Any, ...] = ("", "lstmm", "LSTM", "gru\0", "rnn", None, 3, *specs.CELLS)
 NUMBERS: dict[str, tuple[Any, ...]] = {
     "cell": CELL_NAMES,
     "keep": (-1, 0, 1, 2, 3, 7, 2**31, 2**63 - 1, -(2**63), 2**64, None, 1.5, True),

@@ -9,7 +9,6 @@ import pytest
 import test_kernels
 import torch
 from kernel_cases import (
-    Call,
     Case,
     assert_case_matches_reference,
     assert_matches_reference,
@@ -19,7 +18,7 @@ from kernel_cases import (
 from test_kernels import BAD_BACKWARDS, BAD_CALLS
 from tolerances import assert_close_to_truth
 
-from rnnkit import backends, cuda, gpu, instances, plan
+from rnnkit import cuda, gpu, instances, plan
 from rnnkit.call import Keep
 from rnnkit.specs import CELLS
 
@@ -275,43 +274,16 @@ def test_nan_stays_in_its_row(cell: str, lengths: tuple[int, ...], place: str, k
 # Errors
 
 
-def refusal(run: Callable[[], object]) -> str:
-    """The text of the error that `run` raises."""
-    with pytest.raises(RuntimeError) as error:
-        run()
-    return str(error.value)
-
-
-cpu_kernels = pytest.mark.skipif(
-    backends.EXTENSION is None, reason=f"no C++ kernels: {backends.EXTENSION_REASON}"
-)
-
-
-@cpu_kernels
+@on_host
 @pytest.mark.parametrize("what", BAD_CALLS)
-def test_bad_calls_are_refused_as_on_the_cpu(what: str) -> None:
-    case, change = BAD_CALLS[what]
-    it = call(case)
-    outputs, _, reserve = it.forward()
-    bad: Call = replace(it, **change(it))
-    runs = [bad.forward, lambda: bad.backward(outputs, reserve)]
-    expected = [refusal(run) for run in runs]
-    with host_build.ops():
-        assert [refusal(run) for run in runs] == expected
+def test_bad_calls_are_refused(what: str) -> None:
+    test_kernels.test_bad_calls_are_refused("cpu", what)
 
 
-@cpu_kernels
+@on_host
 @pytest.mark.parametrize("what", BAD_BACKWARDS)
-def test_bad_backward_calls_are_refused_as_on_the_cpu(what: str) -> None:
-    case, change = BAD_BACKWARDS[what]
-    it = call(case)
-    outputs, _, reserve = it.forward()
-    given = (it.grads, outputs[0], reserve, it.all_needs, Keep.EVERYTHING)
-    grads, output, reserve, needs, keep = change(*given)
-    bad = replace(it, grads=grads)
-    expected = refusal(lambda: bad.backward([output], reserve, needs, keep))
-    with host_build.ops():
-        assert refusal(lambda: bad.backward([output], reserve, needs, keep)) == expected
+def test_bad_backward_calls_are_refused(what: str) -> None:
+    test_kernels.test_bad_backward_calls_are_refused("cpu", what)
 
 
 @on_host

@@ -1,13 +1,18 @@
 """The ops as torch.library sees them: schema, fake results and functionalization, over every kind of call."""
 
+from collections.abc import Iterator
+from unittest import mock
+
 import pytest
+import test_kernels
 import torch
-from devices import on_each_device, on_gpu
+from devices import OpsOfGpu, on_each_device, on_gpu
 from kernel_cases import Call, Case, call, small_cases
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
+import rnnkit
 from rnnkit.call import Keep
 from rnnkit.specs import CELLS, WEIGHTS
 
@@ -119,3 +124,25 @@ def test_weights_of_a_direction() -> None:
         (16,),
         (3, 4),
     ]
+
+
+@pytest.fixture
+def composites() -> Iterator[None]:
+    """The ops run on the reference, as on a device without kernels."""
+    with (
+        rnnkit.backend("reference"),
+        mock.patch.object(torch.ops, "rnnkit", OpsOfGpu(torch.ops.rnnkit)),
+    ):
+        yield
+
+
+@pytest.mark.usefixtures("composites")
+@pytest.mark.parametrize("what", test_kernels.BAD_CALLS)
+def test_composites_refuse_bad_calls(what: str) -> None:
+    test_kernels.test_bad_calls_are_refused("cpu", what)
+
+
+@pytest.mark.usefixtures("composites")
+@pytest.mark.parametrize("what", test_kernels.BAD_BACKWARDS)
+def test_composites_refuse_bad_backward_calls(what: str) -> None:
+    test_kernels.test_bad_backward_calls_are_refused("cpu", what)

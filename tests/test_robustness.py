@@ -4,6 +4,7 @@ import copy
 import inspect
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -255,11 +256,21 @@ def test_ops_that_meet_a_tensor_without_memory(cell: str) -> None:
     assert ops.layer_forward(on_meta_alone, None, Keep.NOTHING)[0][0].is_meta
 
 
-def test_pack_weights_without_any() -> None:
-    with pytest.raises(RuntimeError, match="name of a cell, got 'nix'"):
-        OPS.pack_weights("nix", [])
-    with pytest.raises(RuntimeError, match="expected weights to hold 5"):
-        OPS.pack_weights("gru", [])
+@pytest.mark.parametrize("device", ("cpu", "meta"))
+def test_pack_weights_of_no_layer(device: str) -> None:
+    """Refused as a call with these weights is, also on a device without kernels."""
+    w_ih, w_hh, *others = weights_of("gru", device=device)
+    assert w_ih is not None and w_hh is not None
+    for cell, weights, text in (
+        ("nix", [], "cell to be the name of a cell, got 'nix'"),
+        ("gru", [], "weights to hold 5 tensors for each of 1 or 2 directions, got 0"),
+        ("gru", [w_ih], "weights to hold 5 tensors for each of 1 or 2 directions, got 1"),
+        ("gru", [None, w_hh, *others], "w_ih of direction 0 to be a tensor, got None"),
+        ("gru", [w_ih[0], w_hh, *others], "w_ih of direction 0 to have 2 dimensions, got 1"),
+        ("gru", [w_ih[1:], w_hh, *others], "w_ih of direction 0 of shape [12, 3], got [11, 3]"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^expected {re.escape(text)}$"):
+            OPS.pack_weights(cell, weights)
 
 
 @on_cpp

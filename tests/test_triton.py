@@ -318,6 +318,16 @@ def test_empty(device: str, cell: str, sizes: tuple[int, int, int, int]) -> None
     test_kernels.test_empty(device, cell, torch.float32, 2, sizes)
 
 
+@pytest.mark.parametrize("what", test_kernels.BAD_CALLS)
+def test_bad_calls_are_refused(device: str, what: str) -> None:
+    test_kernels.test_bad_calls_are_refused(device, what)
+
+
+@pytest.mark.parametrize("what", test_kernels.BAD_BACKWARDS)
+def test_bad_backward_calls_are_refused(device: str, what: str) -> None:
+    test_kernels.test_bad_backward_calls_are_refused(device, what)
+
+
 # Layers
 
 

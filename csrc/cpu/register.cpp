@@ -165,11 +165,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> layer_forward(
 namespace {
 
 Tensor pack_weights(std::string_view cell, const OptionalTensors& weights) {
-  TORCH_CHECK(weights.size() > 0 && weights.get(0) && weights.get(0)->dim() == 2,
-              "expected weights to begin with w_ih of 2 dimensions");
-  const Tensor w_ih = *weights.get(0);
-  const Call call(cell, at::empty({1, 1, w_ih.size(1)}, w_ih.options()), {}, weights, std::nullopt,
-                  /*all_states=*/false);
+  Tensor input = at::empty({1, 1, 0}, at::kFloat);
+  const std::optional<Tensor> w_ih = weights.empty() ? std::nullopt : weights.get(0);
+  if (w_ih && w_ih->dim() == 2)  // any other w_ih is refused, whatever the input
+    input = at::empty({1, 1, w_ih->size(1)}, w_ih->options());
+  const Call call(cell, input, {}, weights, std::nullopt, /*all_states=*/false);
   Tensor packed = at::empty({0}, at::kByte);
   with_operand_type(call, [&](auto operand) {
     using S = decltype(operand);
