@@ -400,7 +400,7 @@ def _check_memory(tensor: Tensor, name: str) -> None:
             f"expected {name} to be an ordinary dense Tensor, got layout {tensor.layout}"
         )
     count = tensor.numel()
-    if count == 0:
+    if count == 0 or not torch._C._has_storage(tensor):
         return
     if not tensor.is_contiguous():
         strides = zip(tensor.shape, tensor.stride(), strict=True)
