@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rnnkit import backends, interop, stack
 from rnnkit.call import Keep
 from rnnkit.interop import Interop
+from rnnkit.update_gate import UpdateGate
 
 Device = torch.device | str | int | None
 States = tuple[Tensor, Tensor]
@@ -222,7 +223,7 @@ class _Layers(Interop, nn.RNNBase):
         if interop.is_traced(input, hx):
             return interop.traced(self, input, hx)
         if interop.runs_as_torchs([w for of_direction in weights for w in of_direction]):
-            return self._torchs.forward(self, input, hx)
+            return interop.run_as_torchs(self, input, hx)
         stack.check_plain("input", input.data if isinstance(input, PackedSequence) else input)
         self._check_projected(weights)
         states = stack.as_state_pair(hx) if self._cell == "lstm" else stack.as_states(hx)
@@ -443,13 +444,15 @@ class LSTM(_Layers):
         __call__ = forward
 
 
-class GRU(_Layers):
+class GRU(UpdateGate, _Layers):
     r"""Gated recurrent unit, `torch.nn.GRU` on rnnkit's kernels.
 
     .. math::
         r, z &= \sigma(W_r x_t + b_r + W_{hr} h_{t-1} + b_{hr}), \ldots \\
         n &= \tanh(W_n x_t + b_n + r \odot (W_{hn} h_{t-1} + b_{hn})) \\
         h_t &= (1 - z) \odot n + z \odot h_{t-1}
+
+    or, if the update gate z `"writes"`, :math:`h_t = z \odot n + (1 - z) \odot h_{t-1}`.
 
     Args:
         input_size: I, features of the input.
@@ -461,6 +464,9 @@ class GRU(_Layers):
         bidirectional: whether a second direction runs from the end (D = 2). Default False.
         recompute: whether the backward pass recomputes the gates instead of keeping them. This takes a fraction of
             the memory and about a third more time; the gradients are equal up to rounding. Default False.
+        update_gate: what z = 1 does: `"keeps"` the unit's state, as in torch.nn, or `"writes"` the new value, as in
+            Chung et al. 2014 and most textbooks. Default `"keeps"`. `convert_update_gate` turns a trained layer of one
+            kind into one of the other.
         device, dtype: device and dtype of the parameters.
 
     Shape:
@@ -469,20 +475,22 @@ class GRU(_Layers):
         Gate order r, z, n.
 
     Raises:
-        ValueError: the input's rank or dtype does not fit.
+        ValueError: the input's rank or dtype does not fit, or `update_gate` has another value.
         RuntimeError: a size does not fit, or there is no time step.
 
-    Source: Cho et al. 2014, in PyTorch's convention, where z keeps the old state and r multiplies the
-    recurrent part after its bias; parameters and messages as in `torch.nn.GRU`.
+    Source: Cho et al. 2014, with r multiplying the recurrent part after its bias, as in PyTorch; parameters and
+    messages as in `torch.nn.GRU`.
     """
 
     _torchs = nn.GRU
-    _cell = "gru"
 
-    def _init(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
+    def _init(
+        self, *args: Any, device: Device = None, update_gate: str = "keeps", **kwargs: Any
+    ) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, device=device, **kwargs)
+        self._set_update_gate(update_gate)
 
     @_implemented_by(_init)
     def __init__(
@@ -498,6 +506,7 @@ class GRU(_Layers):
         device: Device = None,
         dtype: torch.dtype | None = None,
         recompute: bool = False,
+        update_gate: str = "keeps",
     ) -> None: ...
 
     @overload
