@@ -121,6 +121,9 @@ def unlike_torchs(module: Any) -> str:
     """Why torch.nn's class with the same parameters computes something else; empty if it does not."""
     if getattr(module, "update_gate", "keeps") == "writes":
         return "has update_gate='writes': call convert_update_gate('keeps') first"
+    for name in ("grad_clip", "grad_cut"):
+        if getattr(module, name, None) is not None:
+            return f"has {name}, which torch.nn's have not: set it to None first"
     return ""
 
 

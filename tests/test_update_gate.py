@@ -51,7 +51,9 @@ def results(module: nn.Module, *given: Any) -> dict[str, Tensor]:
     return named
 
 
-def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+def assert_same(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], truth: dict[str, Tensor]
+) -> None:
     for name, value in ours.items():
         gradient = name.startswith("grad")
         assert_close_to_truth(value, theirs[name], truth[name], gradient=gradient, name=name)
