@@ -192,7 +192,7 @@ class LayerCall:
         return *self.input.shape[:-1], self.directions * self.state_width(index)
 
     def reserve_shape(self, keep: int) -> list[int]:
-        """The reserve's shape: [D, rows, values for each hidden unit, H], or [0] if nothing is kept."""
+        """The reserve's shape: [D, rows, V, H], V values for each row and hidden unit, or [0] if nothing is kept."""
         if keep == Keep.NOTHING:
             return [0]
         values = self.spec.saved if keep == Keep.EVERYTHING else self.spec.states - 1

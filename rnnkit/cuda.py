@@ -51,7 +51,7 @@ def forward(
         keep: what goes into the reserve, see `rnnkit.call.Keep`.
         output: [rows, D*P]. None, with no finals, where a single step is to fill the reserve only.
         finals: the final states, or none.
-        reserve: [D, rows, what is kept, H].
+        reserve: [D, rows, V, H], V values as `keep` says.
         all_states: [rows, D*H] for each state but h, its values after each step; None or missing: not wanted.
     """
     outputs = [output, *all_states, *[None] * (call.spec.states - 1 - len(all_states))]
@@ -81,7 +81,7 @@ def forward(
     )
 
 
-def _values(call: GpuCall) -> Tensor:
+def _between(call: GpuCall) -> Tensor:
     """Memory for the states, or their gradients, between two steps."""
     return call.input.new_empty(call.spec.states, *call.state_shape(1), dtype=call.sum_dtype)
 
@@ -106,7 +106,7 @@ def _stepwise_forward(
         call.counts,
         keep,
         call.precise,
-        _values(call) if call.steps > 1 else None,
+        _between(call) if call.steps > 1 else None,
         new(call.directions, call.batch, call.spec.gates * call.hidden),
         new(call.state_shape(1)) if call.projects and outputs[0] is not None else None,
         outputs,
@@ -170,7 +170,7 @@ def _stepwise_backward(
         back.reserve,
         grad_outputs,
         grad_finals,
-        _values(call),
+        _between(call),
         new(call.state_shape(0)),
         new(call.state_shape(1)) if call.projects else None,
         grad_projected,

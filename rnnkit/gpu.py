@@ -57,7 +57,7 @@ class Scans(Protocol):
             output: [rows, D*P], on return h after each step. None, with empty `finals`, in a call of one step that
                 only fills the reserve; the initial states other than h may then have the dtype of sums.
             finals: on return, the final states.
-            reserve: [D, rows, values, H], written as `LayerCall.reserve_shape` says.
+            reserve: [D, rows, V, H], on return what `keep` says; see `LayerCall.reserve_shape`.
             all_states: [rows, D*H] each, on return the states other than h after each step; empty to skip them.
         """
 
@@ -317,8 +317,8 @@ class Backward:
         grad_all_states: the gradients of the other outputs.
         output: [rows, D*P], h after each step.
         reserve: [D, rows, V, H], the V values that the cell saves; recomputed if the forward pass kept only states.
-        grad_columns: the number of gradient columns of a hidden unit, see `CellSpec.input_grads`.
-        grad_gates: [rows, D*grad_columns*H], on return from the scan the gates' gradients.
+        grad_columns: W, the number of gradient columns of a hidden unit, see `CellSpec.input_grads`.
+        grad_gates: [rows, D*W*H], on return from the scan the gates' gradients.
     """
 
     def __init__(self, back: BackwardCall, call: GpuCall, run: Scans) -> None:

@@ -129,7 +129,7 @@ def _backward_fake(back: BackwardCall) -> list[Tensor]:
 
 
 # packed: what `pack_weights` returned for these weights, or None. keep: see `call.Keep`.
-# Returns the outputs, the final states and the reserve [D, rows, values kept for each hidden unit, H].
+# Returns the outputs, the final states and the reserve [D, rows, V, H].
 _define(
     "layer_forward",
     "Tensor? packed, int keep",

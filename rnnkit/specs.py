@@ -39,7 +39,7 @@ class CellSpec:
 
     @property
     def grad_columns(self) -> int:
-        """Gradients that a kernel writes for each hidden unit and step."""
+        """W, the number of gradients that a kernel writes for each hidden unit and step."""
         return max(*self.input_grads, self.gates - 1) + 1
 
 

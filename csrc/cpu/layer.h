@@ -59,7 +59,7 @@ struct Layer {
   S* y;                     // [rows, D*P]: h after each step. The backward pass reads it
   State<T> states[kMaxStates];
   Keep keep;
-  T* reserve;  // [D, rows, values kept, H], written by the forward and read by the backward pass; null: nothing is kept
+  T* reserve;  // [D, rows, V, H], V as `keep` says; written by the forward and read by the backward pass; null: none
   T* grad_x;   // [rows, I], written by the backward pass; null: not needed
 
   // What a step passes back, the gradients of the states before it, is clipped to this absolute value, infinity for

@@ -21,7 +21,7 @@ struct Carry {
   Int after;   // rows that have the step after; 0 at the last step
 
   RNNKIT_ANYWHERE bool is_active(Int n) const { return n < active; }
-  // Before this step the row has its initial states.
+  // For an active row: before this step it has its initial states. Also true for rows that are over.
   RNNKIT_ANYWHERE bool begins(Int n) const { return n >= before; }
   // This step leaves the row's final states, whose gradients the backward pass begins with.
   RNNKIT_ANYWHERE bool ends(Int n) const { return n < active && n >= after; }

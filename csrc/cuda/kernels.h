@@ -24,7 +24,7 @@ enum class Type { bfloat16, half, float32, float64 };
 struct CellSizes {
   int gates, states, saved, grads;
 
-  // Values of each unit and row that a reserve holds.
+  // V, the values of each row and unit in the reserve.
   int kept(Keep keep) const { return keep == Keep::everything ? saved : keep == Keep::states ? states - 1 : 0; }
 };
 inline CellSizes sizes_of(std::string_view cell) {
@@ -36,8 +36,8 @@ inline CellSizes sizes_of(std::string_view cell) {
   throw std::runtime_error("rnnkit: no such cell: " + std::string(cell));
 }
 
-// One persistent kernel of a pass and type. A block has `units` hidden units and multiplies `tiles` groups of 8 rows of the
-// batch at a time; where the blocks of a slice are a cluster, they exchange through its shared memory.
+// One persistent kernel of a pass and type. A block has `units` hidden units and multiplies 8 * tiles rows of the batch
+// at a time; where the blocks of a slice are a cluster, they exchange through its shared memory.
 struct Persistent {
   std::string_view cell;
   bool cluster;
@@ -58,19 +58,21 @@ inline void check(const std::string& error) {
 
 // A state in one step of one direction: as State has it, from the direction's and the step's first row on.
 struct StepState : State {
-  void* value;  // of Sum<S>, [N, H]: between steps, the state or its gradient of rows that go on
+  // Of Sum<S>, [N, H]: from step to step, forward the state of rows that go on, backward the gradient of all rows that
+  // the reverse scan has reached.
+  void* value;
 };
 
 // One step of one direction, element by element: the cell between two products.
 struct Step {
   Carry<int64_t> carry;
   // Rows of the batch that the step changes: the active ones. The backward pass without a projection also changes rows
-  // that begin at the step after: the gradient of their initial h arrives now. Its launch after the last step: all rows.
+  // that begin at the step after: the gradient of their initial h arrives now. Its last launch, after step 0: all rows.
   int64_t rows;
   int64_t hidden;
   int64_t stride;  // between rows of arrays [rows, D*H]
   StepState states[kMaxStates];
-  void* reserve;  // of Sum<S>, [active, what is kept, H] or null
+  void* reserve;  // of Sum<S>, [active, V, H] or null
   Keep keep;
 
   const void* gates;  // of S, [active, gate_stride]: w_ih x, from the direction's first gate on

@@ -7,9 +7,10 @@
 // partial sums; then each thread adds the warps' sums for its units and rows of the batch and runs the cell. The part of
 // the next exchange is written first of all results, since the others wait for it.
 //
-// Exchanges are numbered from 0 and lie in two buffers in turn. Exchange e overwrites e - 2: a block writes e after all
-// its warps waited for e - 1, thus for every block of the direction, each of which had read e - 2 when it wrote e - 1.
-// In a cluster one barrier an exchange stands for all that waiting.
+// Exchanges are numbered from 0 and lie in two buffers in turn. Exchange e overwrites e - 2, which nobody reads any
+// more: a block writes e after its warps have waited for e - 1, thus for every block of its direction and slice, and
+// each of these had read all of e - 2 before it published e - 1. In a cluster one barrier an exchange stands for all
+// that waiting.
 //
 // A step is a chain of dependent instructions: hardly anything but latency decides its time. So all places are worked
 // out before the first step, and a thread goes from one to the next by constants.
@@ -28,27 +29,28 @@ RNNKIT_DEVICE const S* at(const void* array, int64_t index) {
 }
 
 // The part that the forward and the backward pass share: who the block is, its weights, products and flags.
-// kRows rows of weights; kTiles groups of 8 rows of the batch at a time; kExchangeGates as in slabs_of.
+// kRows: rows of weights; kTiles: tiles of 8 rows of the batch in a group, see kGroup; kExchangeGates: as in slabs_of.
 template <class Block, class S, int kUnits, int kRows, int kTiles, int kExchangeGates, bool kCluster>
 class Recurrence {
  public:
   static constexpr int kRowBlocks = row_blocks(kRows), kRowTiles = (kRowBlocks + 1) / 2;
   static constexpr int kStride = sum_stride(kTiles), kGroup = 8 * kTiles;
-  // A thread's items: one unit, for rows of the batch kStep apart. A block multiplies kGroup rows at a time.
+  // A block multiplies kGroup rows of the batch at a time, a group. An item is one unit of one row: in a group a thread
+  // has up to kItems, of one unit, in rows kStep apart.
   static constexpr int kItems = (kUnits * kGroup + kThreads - 1) / kThreads, kStep = kThreads / kUnits;
   static_assert(kThreads % kUnits == 0 && kStep % 8 == 0);
 
   RNNKIT_DEVICE Recurrence(const Block& block, const PersistentScan& scan, std::byte* shared)
       : block_(block), scan_(scan) {
     block_in_slice_ = block.index % scan.blocks;
-    const int group = block.index / scan.blocks;
-    direction_ = group / scan.slices;
+    const int team = block.index / scan.blocks;  // the blocks of one direction and slice
+    direction_ = team / scan.slices;
     first_unit_ = block_in_slice_ * kUnits;
-    first_row_ = int64_t(group % scan.slices) * scan.batch_tile;
+    first_row_ = int64_t(team % scan.slices) * scan.batch_tile;
     const int64_t rows = scan.batch - first_row_;
     slice_rows_ = rows < scan.batch_tile ? int(rows) : scan.batch_tile;
     slabs_ = slabs_of<S>(scan.hidden, kExchangeGates);
-    tiles_ = scan.tiles();
+    tiles_ = scan.slice_tiles();
     weights_ = shared;
     shared += int64_t(kRowBlocks) * slabs_ * kFragmentBytes;
     if constexpr (kCluster) {
@@ -56,8 +58,8 @@ class Recurrence {
       staged_ = shared + 2 * exchange_bytes();
       shared = staged_ + kExchangeGates * scan.batch_tile * kUnits * int(sizeof(S));
     } else {
-      exchanged_ = static_cast<std::byte*>(scan.exchanged) + int64_t(group) * 2 * exchange_bytes();
-      flags_ = scan.flags + int64_t(group) * scan.blocks * kFlagStride;
+      exchanged_ = static_cast<std::byte*>(scan.exchanged) + int64_t(team) * 2 * exchange_bytes();
+      flags_ = scan.flags + int64_t(team) * scan.blocks * kFlagStride;
     }
     sums_ = reinterpret_cast<float*>(shared);
     rest_ = sums_ + kWarps * kRowBlocks * 8 * kStride;
@@ -76,7 +78,7 @@ class Recurrence {
         kCluster ? n * kUnits + unit : int(place_of<S>(first_unit_ + unit, 0, kExchangeGates, n, tiles_));
     return {unit, there ? n : 1 << 30, staged * int(sizeof(S))};
   }
-  // Calls body(item, row of the slice) for a thread's items in a group of kGroup rows, if their row is below `active`.
+  // Calls body(item, row of the slice) for a thread's items in group number `group`, if their row is below `active`.
   template <class Body>
   RNNKIT_DEVICE void each_item(const Items& items, int group, int active, const Body& body) const {
 #pragma unroll
@@ -297,7 +299,7 @@ class Recurrence {
   }
   static RNNKIT_DEVICE void clear_vector(void* to) { *static_cast<Words*>(to) = Words{}; }
 
-  int slabs_, tiles_;
+  int slabs_, tiles_;  // tiles_: of the whole slice
   uint32_t* flags_ = nullptr;
   std::byte *weights_, *exchanged_, *staged_ = nullptr;
   float* sums_;
@@ -368,7 +370,9 @@ class Pass {
     return {scan_.offset(t) + exchange_.first_row_, exchange_.active(scan_.count(t))};
   }
 
-  // A state of an item, or its gradient; a carried row's stay as they are.
+  // A state of an item, or its gradient. Forward, a row that is not active keeps its states. Backward, dh of every row
+  // gets the product added: 0 where the row does not have the later step, and what belongs to its initial h where it
+  // begins there.
   RNNKIT_DEVICE float& state(int k, const Items& items, int n) const {
     return states_[(k * scan_.batch_tile + n) * kUnits + items.unit];
   }
@@ -382,7 +386,7 @@ class Pass {
   const int direction_;
   bool backwards_;  // whether times decrease from step to step: in one pass of each direction
   float* states_;
-  Place now_, next_;
+  Place now_, next_;  // next_: of the step processed next; backward, Carry calls it the step before
   typename Block::template PerThread<Registers> registers_;
 };
 
@@ -445,7 +449,7 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
   }
 
   RNNKIT_DEVICE void step(int64_t s) {
-    const bool first = s == 0 && !scan_.states[0].initial;  // h is zero then, and no block tells
+    const bool first = s == 0 && !scan_.states[0].initial;  // h is zero, and no block tells; gpu.py always gives an h
     const bool last = s + 1 == scan_.steps;
     const int groups = exchange_.groups();
     for (int group = 0; group < groups; ++group) {
@@ -477,7 +481,7 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
         block_.threads(registers_, [&](int thread, Registers&) { exchange_.multicast(thread, uint32_t(s + 1)); });
         exchange_.publish(uint32_t(s + 1));
       }
-      keep(group);
+      write_step(group);
       if (!last_group)
         prefetch(now_, group + 1);
       else if (!last)
@@ -513,7 +517,7 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
   }
 
   // Writes the output, other states' values if they are asked for, and what the backward pass is to find.
-  RNNKIT_DEVICE void keep(int group) {
+  RNNKIT_DEVICE void write_step(int group) {
     const int64_t hidden = scan_.hidden, row = now_.row + group * kGroup, wide = scan_.directions * hidden;
     const int values = scan_.keep == Keep::everything ? Cell::saved : kStates - 1;
     S* const output = static_cast<S*>(scan_.states[0].all) + row * wide;
@@ -575,7 +579,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
     });
     now_ = place(0);
     next_ = place(1);
-    after_ = place(2);
+    second_next_ = place(2);
     if (kEarly) prefetch(now_, next_, 0);
   }
 
@@ -616,15 +620,15 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
         block_.threads(registers_, [&](int thread, Registers&) { exchange_.multicast(thread, uint32_t(s)); });
         exchange_.publish(uint32_t(s));
       }
-      keep(group);
+      write_step(group);
       if (kEarly && !last_group)
         prefetch(now_, next_, group + 1);
       else if (kEarly && !last)
-        prefetch(next_, after_, 0);
+        prefetch(next_, second_next_, 0);
     }
     now_ = next_;
-    next_ = after_;
-    after_ = place(s + 3);
+    next_ = second_next_;
+    second_next_ = place(s + 3);
   }
 
   RNNKIT_DEVICE void end() {
@@ -647,19 +651,19 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   }
 
  private:
-  // Whether a step's loads are under way during the step before. A thread with many items has no registers for that, and
-  // loads between product and cell.
+  // Whether a step's loads are under way during the step that is processed before it. A thread with many items has no
+  // registers for that, and loads between product and cell.
   static constexpr bool kEarly = kItems < 4;
 
   // Called once for each step and group. Loads what the step reads of the forward pass long before it is needed, and
-  // adds the incoming gradients of the states other than h to `state`.
+  // adds the incoming gradients of the states other than h to `state`. before: the step before `place`.
   RNNKIT_DEVICE void prefetch(const Place& place, const Place& before, int group) {
     const int64_t hidden = scan_.hidden, wide = scan_.directions * hidden, row = place.row + group * kGroup;
     const float* const saved = static_cast<const float*>(scan_.reserve) + row * Cell::saved * hidden;
     const S* const output = at<S>(scan_.states[0].all, row * wide);
     const S* const previous = at<S>(scan_.states[0].all, (before.row + group * kGroup) * wide);
     const S* const grad_output = scan_.states[0].grad_all ? at<S>(scan_.states[0].grad_all, row * wide) : nullptr;
-    const Carry<int> carry{place.active, before.active, 0};
+    const Carry<int> carry{place.active, before.active, 0};  // `after` is not asked for
     block_.threads(registers_, [&](int, Registers& r) {
       exchange_.each_item(r.items, group, place.active, [&](int item, int n) {
         const float* from = saved + r.reserve + item * kStep * Cell::saved * hidden;
@@ -695,7 +699,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   }
 
   // Writes the gradients of the gates, for the products over all steps.
-  RNNKIT_DEVICE void keep(int group) {
+  RNNKIT_DEVICE void write_step(int group) {
     const int64_t hidden = scan_.hidden, wide = scan_.directions * Cell::grads * hidden;
     S* const of_step = static_cast<S*>(scan_.grad_gates) + (now_.row + group * kGroup) * wide;
     block_.threads(registers_, [&](int, Registers& r) {
@@ -707,7 +711,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
     });
   }
 
-  Place after_;
+  Place second_next_;
 };
 
 template <bool kBackward, class Block, class Cell, class S, int kUnits, int kTiles, bool kCluster>

@@ -129,7 +129,7 @@ void set_backward(Scan& scan, const CellSizes& sizes, const Tensors& initial, co
 
 // How a persistent scan is split into blocks, as rnnkit/plan.py says.
 struct Plan {
-  int64_t units, tiles;  // of a block: hidden units, groups of 8 rows of the batch that it multiplies at a time
+  int64_t units, tiles;  // of a block: hidden units; it multiplies 8 * tiles rows of the batch at a time
   int64_t batch_tile;    // rows of the batch that it owns
   int64_t shared_bytes;  // and its shared memory
   bool cluster;          // the blocks of a direction and slice are a cluster
@@ -153,12 +153,12 @@ PersistentScan persistent_scan(const Plan& plan, int64_t element_bytes, const Te
   scan.blocks = static_cast<int>((hidden + scan.units - 1) / scan.units);
   scan.slices = static_cast<int>((batch + scan.batch_tile - 1) / scan.batch_tile);
   for (size_t d = 0; d < weights.size(); ++d) scan.weight[d] = data(weights[d]);
-  const int64_t groups = scan.directions * scan.slices;
+  const int64_t teams = scan.directions * scan.slices;  // of blocks that exchange with each other
   scan.precise = precise;
   if (plan.cluster) return scan;
-  const int64_t flags = groups * scan.blocks * kFlagStride * int64_t(sizeof(uint32_t));
+  const int64_t flags = teams * scan.blocks * kFlagStride * int64_t(sizeof(uint32_t));
   const int64_t exchanged =
-      groups * 2 * slabs_of(hidden, element_bytes, exchange_gates) * scan.tiles() * kFragmentBytes;
+      teams * 2 * slabs_of(hidden, element_bytes, exchange_gates) * scan.slice_tiles() * kFragmentBytes;
   STD_TORCH_CHECK(workspace.numel() >= flags + exchanged, "expected a workspace of ", flags + exchanged, " bytes, got ",
                   workspace.numel());
   scan.exchanged = mutable_data(workspace);
@@ -203,7 +203,8 @@ void persistent_backward(std::string cell, int64_t units, int64_t tiles, int64_t
 }
 
 StepwiseScan stepwise_scan(const Tensor& w_hh, const Optional& w_hr, std::vector<int64_t> counts, int64_t rows,
-                           bool precise, const Optional& values, const Tensor& recurrent, const Optional& unprojected) {
+                           bool precise, const Optional& between, const Tensor& recurrent,
+                           const Optional& unprojected) {
   StepwiseScan scan{};
   scan.steps = static_cast<int64_t>(counts.size());
   scan.batch = counts[0];
@@ -215,22 +216,22 @@ StepwiseScan stepwise_scan(const Tensor& w_hh, const Optional& w_hr, std::vector
   scan.weight[0] = data(w_hh);
   scan.counts = std::move(counts);
   scan.w_hr = data(w_hr);
-  scan.values = mutable_data(values);
+  scan.between = mutable_data(between);
   scan.recurrent = mutable_data(recurrent);
   scan.unprojected = mutable_data(unprojected);
   return scan;
 }
 
 void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, Optionals b_ih, Optionals b_hh, Optional w_hr,
-                      Tensors initial, std::vector<int64_t> counts, int64_t keep, bool precise, Optional values,
+                      Tensors initial, std::vector<int64_t> counts, int64_t keep, bool precise, Optional between,
                       Tensor recurrent, Optional unprojected, Optionals outputs, Tensors finals, Tensor reserve) {
   const Type type = type_of(gates);
-  STD_TORCH_CHECK(counts.size() == 1 || values, "expected values of more than one step");
+  STD_TORCH_CHECK(counts.size() == 1 || between, "expected between for more than one step, got none");
   const bool asked = !outputs.empty() && outputs[0];
   STD_TORCH_CHECK(asked == !finals.empty() && (asked || counts.size() == 1),
                   "expected an output and finals, or neither of a single step");
   StepwiseScan scan =
-      stepwise_scan(w_hh, w_hr, std::move(counts), gates.size(0), precise, values, recurrent, unprojected);
+      stepwise_scan(w_hh, w_hr, std::move(counts), gates.size(0), precise, between, recurrent, unprojected);
   set_forward(scan, sizes_of(cell), gates, b_ih, b_hh, initial, keep, outputs, finals, reserve);
   for (size_t k = 0; k < initial.size(); ++k) scan.states[k].initial_is_wide = type_of(initial[k]) != type;
   scan.gate_stride = gates.stride(0);
@@ -240,10 +241,10 @@ void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, Optionals b_i
 
 void stepwise_backward(std::string cell, Tensor w_hh, Optional w_hr, Tensors initial, std::vector<int64_t> counts,
                        bool precise, Tensor output, Tensor reserve, Optionals grad_outputs, Optionals grad_finals,
-                       Tensor values, Tensor grad_recurrent, Optional grad_unprojected, Optional grad_projected,
+                       Tensor between, Tensor grad_recurrent, Optional grad_unprojected, Optional grad_projected,
                        Tensor grad_gates, Optionals grad_initial) {
   StepwiseScan scan =
-      stepwise_scan(w_hh, w_hr, std::move(counts), output.size(0), precise, values, grad_recurrent, grad_unprojected);
+      stepwise_scan(w_hh, w_hr, std::move(counts), output.size(0), precise, between, grad_recurrent, grad_unprojected);
   set_backward(scan, sizes_of(cell), initial, output, reserve, grad_outputs, grad_finals, grad_gates, grad_initial);
   scan.grad_projected = mutable_data(grad_projected);
   const Guard guard(output);
@@ -277,11 +278,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
       " Tensor(c!)?[] grad_initial) -> ()");
   m.def(
       "stepwise_forward(str cell, Tensor gates, Tensor w_hh, Tensor?[] b_ih, Tensor?[] b_hh, Tensor? w_hr,"
-      " Tensor[] initial, int[] counts, int keep, bool precise, Tensor(a!)? values, Tensor(b!) recurrent,"
+      " Tensor[] initial, int[] counts, int keep, bool precise, Tensor(a!)? between, Tensor(b!) recurrent,"
       " Tensor(c!)? unprojected, Tensor(d!)?[] outputs, Tensor(e!)[] finals, Tensor(f!) reserve) -> ()");
   m.def(
       "stepwise_backward(str cell, Tensor w_hh, Tensor? w_hr, Tensor[] initial, int[] counts, bool precise,"
-      " Tensor output, Tensor reserve, Tensor?[] grad_outputs, Tensor?[] grad_finals, Tensor(a!) values,"
+      " Tensor output, Tensor reserve, Tensor?[] grad_outputs, Tensor?[] grad_finals, Tensor(a!) between,"
       " Tensor(b!) grad_recurrent, Tensor(c!)? grad_unprojected, Tensor(d!)? grad_projected, Tensor(e!) grad_gates,"
       " Tensor(f!)?[] grad_initial) -> ()");
   m.def("unprojected(str cell, Tensor reserve, Tensor(a!) h) -> ()");

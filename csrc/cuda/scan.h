@@ -4,6 +4,9 @@
 // In a persistent scan a block owns `units` hidden units of one direction for `batch_tile` rows of the batch (a slice), for
 // the whole sequence. The blocks of one direction and slice exchange a vector each step: h in the forward pass, the
 // gradients of the gates in the backward pass. S is the type of what is multiplied; all else is computed in float.
+//
+// For each row and hidden unit a reserve has V values, as `keep` says, and the backward pass writes W gradients of the
+// gates (Cell::grads: G, and 4 for a GRU).
 #pragma once
 
 #ifndef RNNKIT_CAPABILITY
@@ -57,9 +60,9 @@ struct Scan {
   const void *b_ih[2], *b_hh[2];  // of S, [G*H] or null
   const void* gates;              // of S, [rows, D*G*H]: w_ih x
   State states[kMaxStates];
-  void* reserve;  // of Sum<S>, [D, rows, what is kept, H]
+  void* reserve;  // of Sum<S>, [D, rows, V, H]
   Keep keep;
-  void* grad_gates;  // of S, [rows, D*grads*H]
+  void* grad_gates;  // of S, [rows, D*W*H]
 };
 
 // A scan in one launch.
@@ -76,7 +79,8 @@ struct PersistentScan : Scan {
 
   RNNKIT_ANYWHERE int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * batch; }
   RNNKIT_ANYWHERE int64_t count(int64_t t) const { return offsets ? offsets[t + 1] - offsets[t] : batch; }
-  RNNKIT_ANYWHERE int tiles() const { return batch_tile / 8; }
+  // Tiles of 8 rows of the batch in a slice; a block multiplies as many of them at a time as its kernel says.
+  RNNKIT_ANYWHERE int slice_tiles() const { return batch_tile / 8; }
 };
 
 // Slabs of an exchanged vector: of every kSlab units one for each gate that is exchanged, which is 1 in the forward pass
@@ -90,7 +94,7 @@ RNNKIT_ANYWHERE int slabs_of(int64_t hidden, int exchange_gates) {
   return slabs_of(hidden, sizeof(S), exchange_gates);
 }
 
-// Where a unit's value of one gate lies in an exchange for row n of the slice, in elements.
+// Where a unit's value of one gate lies in an exchange for row n of the slice, in elements. tiles: slice_tiles().
 template <class S>
 RNNKIT_ANYWHERE int64_t place_of(int64_t unit, int gate, int exchange_gates, int n, int tiles) {
   const int64_t slab = unit / kSlab<S> * exchange_gates + gate;

@@ -163,7 +163,7 @@ class Stepwise {
       const int64_t size = scan_.batch * scan_.hidden;
       for (int k = 0; k < sizes_.states; ++k) {
         const State& from = scan_.states[k];
-        step.states[k].value = moved(scan_.values, (k * scan_.directions + d) * size * sum_bytes());
+        step.states[k].value = moved(scan_.between, (k * scan_.directions + d) * size * sum_bytes());
         if (k == 0 && scan_.w_hr) continue;
         step.states[k].initial = moved(from.initial, d * size * (from.initial_is_wide ? sum_bytes() : bytes()));
         step.states[k].initial_is_wide = from.initial_is_wide;
@@ -184,7 +184,8 @@ class Stepwise {
     }
   }
 
-  // After the last step of the backward pass: one more, that no row has, hands its rows' gradients on.
+  // After step 0 of the backward pass: a launch in which no row is active. It adds the last product and writes the
+  // gradients of the initial states.
   void initial_gradients(int first, Steps& steps, const Matrices& recurrent) const {
     bool any = false;
     for (int j = 0; j < steps.directions; ++j) {

@@ -16,10 +16,10 @@ struct StepwiseScan : Scan {
   int64_t gate_stride;          // between rows of gates
 
   // Scratch.
-  void* values;  // of Sum<S>, [states, D, N, H]; a forward pass of one step needs none
+  void* between;  // of Sum<S>, [states, D, N, H]: StepState::value of each; a forward pass of one step needs none
   // Of S. Forward: w_hh h, [D, N, G*H]. Backward: the gradient of h through w_hh, [D, N, P]. With a projection it
-  // begins as the gradient of the final h. A step writes its active rows only: rows not yet reached keep that gradient,
-  // and rows that began keep the gradient of their initial h.
+  // begins as the gradient of the final h. A step writes its active rows only: rows that the reverse scan has not
+  // reached hold the gradient of their final h, and rows whose first step it has passed hold that of their initial h.
   void* recurrent;
   void* unprojected;     // of S, [D, N, H], with a projection: h before it, or its gradient
   void* grad_projected;  // of S, [D, rows, P], with a projection; on return the whole gradient of each projected h

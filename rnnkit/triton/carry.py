@@ -10,8 +10,9 @@ step before. `operand` selects its initial h, the kernel its other initial state
 the initial h instead of the step before. A factor of the operand goes with the pointers that `operand` returns, and
 multiplies `grad_recurrent` and the result of `_grad_operand`; the previous h of a cell's backward has no factor.
 
-In all functions a program has ROWS rows of the batch, from `begin` on, which i [ROWS, 1] counts. Steps are counted as
-they are processed, up to `last`. `offsets` [T + 1] are the rows where time steps begin, None where each has `batch`.
+In all functions a program has ROWS rows of the batch, from `begin` on, which i [ROWS, 1] counts. Steps are numbered 0
+to `last` in the order of the direction's forward scan, in both passes. `offsets` [T + 1] are the rows where time steps
+begin, None where each has `batch`.
 """
 
 import triton

@@ -215,9 +215,10 @@ def backward(
 ):  # fmt: skip
     """Runs the cell backward over the steps `first` to `first + steps`; step 0 is the last of the forward pass.
 
-    A step begins with the product that gives the gradient of the later step's operand, h. Step T has no rows: it only
-    adds the gradient of the first operand of the forward pass, for the gradients of the initial states.
-    With a projection, the product is that of grad_projected and w_hr instead, and there is no step T.
+    A step begins with the product that gives the gradient of the later step's operand, h. Where there are initial
+    states, a step T follows: no row has it, so only its product counts, which completes their gradients.
+    With a projection, the product is that of grad_projected and w_hr instead, and `_grad_operand` of scan.py takes the
+    place of step T.
     """
     hidden, projected = aligned(hidden, ALIGNED), aligned(projected, ALIGNED)
     d = tl.program_id(2).to(tl.int64)
