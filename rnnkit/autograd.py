@@ -38,7 +38,8 @@ def run(
         return reference.run(call)
     if torch.is_grad_enabled() and _need_grad(tensors):
         found = _Layer.apply(
-            *(call.cell, call.batch_sizes, call.all_states, len(call.states), keep),
+            *(call.cell, call.batch_sizes, call.all_states, call.grad_clip, call.grad_cut),
+            *(len(call.states), keep),
             *call.tensors,
         )
         output, *others = found[: call.outputs]
@@ -146,7 +147,7 @@ _AS_IT_IS = nullcontext()
 
 
 #: The place of the first tensor among the arguments of `_Layer`.
-_TENSORS = 5
+_TENSORS = 7
 
 
 class _Layer(torch.autograd.Function):
@@ -158,16 +159,19 @@ class _Layer(torch.autograd.Function):
         cell: str,
         batch_sizes: Tensor | None,
         all_states: bool,
+        grad_clip: float,
+        grad_cut: int,
         n_states: int,
         keep: Keep,
         input: Tensor,
         *others: Tensor | None,
     ) -> tuple[Tensor, ...]:
         states: Any = others[:n_states]
-        call = LayerCall(cell, input, states, others[n_states:], batch_sizes, all_states)
+        options = all_states, grad_clip, grad_cut
+        call = LayerCall(cell, input, states, others[n_states:], batch_sizes, *options)
         outputs, finals, reserve = _ops(input.device).layer_forward(call, None, keep)
         output = outputs[0]
-        ctx.cell, ctx.all_states, ctx.n_states, ctx.keep = cell, all_states, n_states, keep
+        ctx.cell, ctx.options, ctx.n_states, ctx.keep = cell, options, n_states, keep
         ctx.backend = None if torch.compiler.is_compiling() else backends.forced_backend()
         ctx.set_materialize_grads(False)
         # Users may write to torch.nn's output before the backward pass, and to this one. The output is therefore saved
@@ -187,7 +191,7 @@ class _Layer(torch.autograd.Function):
         needs = ctx.needs_input_grad[_TENSORS:]
         input, *others = _with_data(saved, len(needs), _are_differentiated(grads))
         states, weights = others[: ctx.n_states], others[ctx.n_states :]
-        call = LayerCall(ctx.cell, input, states, weights, batch_sizes, ctx.all_states)
+        call = LayerCall(ctx.cell, input, states, weights, batch_sizes, *ctx.options)
         back = BackwardCall(call, grads, output, reserve, ctx.keep, list(needs))
         written = ctx.watch is not None and ctx.watch.written()
         # Autograd runs backward passes of a GPU in another thread, where no backend is forced.

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from itertools import accumulate
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rnnkit.specs import CELLS, WEIGHTS, CellSpec
 
 #: The first arguments in the ops' schemas: the fields of `LayerCall`.
-ARGUMENTS = "str cell, Tensor input, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, bool all_states"
+ARGUMENTS = (
+    "str cell, Tensor input, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, bool all_states, "
+    "float grad_clip, int grad_cut"
+)
 
 #: The arguments of `layer_backward` after `ARGUMENTS`: the fields of `BackwardCall` after `call`.
 BACKWARD_ARGUMENTS = "Tensor?[] grads, Tensor output, Tensor reserve, int keep, bool[] needs"
@@ -59,6 +62,9 @@ class LayerCall:
         weights: for each direction the five of `specs.WEIGHTS`, None for those that the layer does not have.
         batch_sizes: int64 [T] on the CPU, not increasing.
         all_states: whether the outputs are all states after each step, instead of h only.
+        grad_clip: the largest absolute value of a gradient that a step passes back: an element of the gradient of a
+            state before the step. Larger ones are set to it.
+        grad_cut: k to pass no gradients back across the boundaries between times k*j - 1 and k*j; 0 for no cuts.
     """
 
     cell: str
@@ -67,14 +73,14 @@ class LayerCall:
     weights: Sequence[Tensor | None]
     batch_sizes: Tensor | None = None
     all_states: bool = False
+    grad_clip: float = math.inf
+    grad_cut: int = 0
 
     @property
-    def arguments(
-        self,
-    ) -> tuple[str, Tensor, Sequence[Tensor], Sequence[Tensor | None], Tensor | None, bool]:
+    def arguments(self) -> tuple[Any, ...]:
         """The call as an op's flat arguments, see `ARGUMENTS`."""
         tensors = self.input, self.states, self.weights, self.batch_sizes
-        return self.cell, *tensors, self.all_states
+        return self.cell, *tensors, self.all_states, self.grad_clip, self.grad_cut
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -219,6 +225,10 @@ class LayerCall:
     def check(self) -> None:
         """Checks that all arguments fit together; raises a RuntimeError that names what was expected and what came."""
         spec = self.spec
+        if not self.grad_clip > 0:
+            raise RuntimeError(f"expected grad_clip to be positive, got {self.grad_clip}")
+        if self.grad_cut < 0:
+            raise RuntimeError(f"expected grad_cut to be at least 0, got {self.grad_cut}")
         if len(self.weights) not in (len(WEIGHTS), 2 * len(WEIGHTS)):
             raise RuntimeError(
                 f"expected weights to hold {len(WEIGHTS)} tensors for each of 1 or 2 directions, got "

@@ -6,11 +6,13 @@ They subclass torch.nn's cells, which provide parameters, initialization, state_
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from rnnkit import backends, interop, stack
 from rnnkit.call import Keep
 from rnnkit.interop import Interop
+from rnnkit.update_gate import UpdateGate
 
 
 class _Cell(Interop, nn.RNNCellBase):
@@ -33,7 +35,7 @@ class _Cell(Interop, nn.RNNCellBase):
         if interop.is_traced(input, hx):
             return interop.traced(self, input, hx)
         if interop.runs_as_torchs(weights):
-            return self._torchs.forward(self, input, hx)
+            return interop.run_as_torchs(self, input, hx)
         if self._cell == "lstm":
             return self._step(input, stack.as_state_pair(hx, too_few=RuntimeError), weights)
         return self._step(input, stack.as_states(hx), weights)[0]
@@ -161,7 +163,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
         __call__ = forward
 
 
-class GRUCell(_Cell, nn.GRUCell):
+class GRUCell(UpdateGate, _Cell, nn.GRUCell):
     r"""One step of a GRU, `torch.nn.GRUCell` on rnnkit's kernels.
 
     .. math::
@@ -169,22 +171,38 @@ class GRUCell(_Cell, nn.GRUCell):
         n &= \tanh(W_n x + b_n + r \odot (W_{hn} h + b_{hn})) \\
         h' &= (1 - z) \odot n + z \odot h
 
+    or, if the update gate z `"writes"`, :math:`h' = z \odot n + (1 - z) \odot h`.
+
     Args:
         input_size: I, features of the input.
         hidden_size: H, features of the hidden state.
         bias: whether the cell has `b_ih` and `b_hh`. Default True.
         device, dtype: device and dtype of the parameters.
+        update_gate: what z = 1 does: `"keeps"` the unit's state, as in torch.nn, or `"writes"` the new value. Default
+            `"keeps"`. See `rnnkit.GRU`.
 
     Shape:
         input [N, I] or [I]; `hx` [N, H] or [H], zeros if None. Returns h', shaped like `hx`.
 
     Raises:
-        ValueError: a rank does not fit.
+        ValueError: a rank does not fit, or `update_gate` has another value.
         RuntimeError: a size does not fit.
     """
 
     _torchs = nn.GRUCell
-    _cell = "gru"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        update_gate: str = "keeps",
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype)
+        self._set_update_gate(update_gate)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; see the class."""

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from rnnkit.cells import GRUCell, LSTMCell, RNNCell
+from rnnkit.interop import unlike_torchs
 from rnnkit.layers import GRU, LSTM, RNN
 
 #: torch.nn's classes, as they were when rnnkit was imported -> rnnkit's.
@@ -99,7 +100,9 @@ def _why_left(module: nn.Module, given: type, to: dict[type[nn.Module], type[nn.
         names = [cls.__name__ for cls in OURS]
         return "it is scripted" if getattr(module, "original_name", "") in names else ""
     if given in to:
-        return "its forward was replaced by another" if "forward" in vars(module) else ""
+        if "forward" in vars(module):
+            return "its forward was replaced by another"
+        return unlike_torchs(module)
     if given in to.values():
         return ""
     package = "torch.nn" if to is OURS else "rnnkit"
@@ -116,7 +119,7 @@ def _become(module: nn.Module, cls: type[nn.Module]) -> None:
         # torch made a class for this module alone, with a property for each parametrized tensor.
         own = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
         cls = type(f"Parametrized{cls.__name__}", (cls,), own)
-    for name in ("recompute", "frozen", "_packed"):
+    for name in ("recompute", "frozen", "grad_clip", "grad_cut", "_packed"):
         vars(module).pop(name, None)
     module.__class__ = cls
 

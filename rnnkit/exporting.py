@@ -1,5 +1,7 @@
 """Exports one layer to ONNX as its standard operators `RNN`, `LSTM` and `GRU`."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,20 @@ OPERATORS: dict[str, tuple[str, tuple[int, ...], dict[str, int]]] = {
 _ACTIVATIONS = {"rnn_tanh": "Tanh", "rnn_relu": "Relu"}
 
 
+def of_torchs_cell(call: LayerCall) -> LayerCall:
+    """The call by a cell that torch.nn has, and ONNX: "gru_writes" is "gru" with the rows of z negated."""
+    if call.cell != "gru_writes":
+        return call
+
+    def converted(weight: Tensor | None) -> Tensor | None:
+        if weight is None:
+            return None
+        r, z, n = weight.chunk(3)
+        return torch.cat([r, -z, n])
+
+    return replace(call, cell="gru", weights=[converted(weight) for weight in call.weights])
+
+
 def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
     """The results of `reference.run`, as one node of an ONNX graph.
 
@@ -25,6 +41,7 @@ def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
 
     Source: https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and onnx__RNN.html.
     """
+    call = of_torchs_cell(call)
     if call.cell not in OPERATORS or call.projects or call.outputs > 1:
         return reference.run(call)
     name, order, attributes = OPERATORS[call.cell]

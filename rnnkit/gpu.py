@@ -238,6 +238,11 @@ class GpuCall(LayerCall):
         t = self.steps - 1 - step if d else step
         return slice(self.starts[t], self.starts[t + 1])
 
+    def cuts(self, d: int, step: int) -> bool:
+        """Whether direction d's step number `step` passes no gradients back to the step before, see `grad_cut`."""
+        boundary = self.steps - step if d else step
+        return self.grad_cut > 0 and step > 0 and boundary % self.grad_cut == 0
+
     def last_rows(self, output: Tensor, out: Tensor) -> None:
         """Copies each sequence's last h from the output [rows, D*P] to `out` [D, N, P]."""
         for d in range(self.directions):

@@ -13,7 +13,7 @@ from torch.fx import Proxy, Tracer
 from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkit import backends
+from rnnkit import backends, exporting
 from rnnkit.call import BackwardCall, LayerCall, Results
 from rnnkit.ops import of_backward, of_call
 
@@ -104,6 +104,29 @@ def runs_as_torchs(weights: Sequence[Tensor | None]) -> bool:
     return any(type(weight).__name__ == "ExpandedWeight" for weight in weights)
 
 
+def run_as_torchs(module: Any, input: Any, hx: Any) -> Any:
+    """The call by torch.nn's own forward.
+
+    Raises:
+        RuntimeError: torch.nn's module computes something else.
+    """
+    if why := unlike_torchs(module):
+        raise RuntimeError(
+            f"expected a layer or cell like torch.nn's under torch.jit.trace, got one that {why}"
+        )
+    return module._torchs.forward(module, input, hx)
+
+
+def unlike_torchs(module: Any) -> str:
+    """Why torch.nn's class with the same parameters computes something else; empty if it does not."""
+    if getattr(module, "update_gate", "keeps") == "writes":
+        return "has update_gate='writes': call convert_update_gate('keeps') first"
+    for name in ("grad_clip", "grad_cut"):
+        if getattr(module, name, None) is not None:
+            return f"has {name}, which torch.nn's have not: set it to None first"
+    return ""
+
+
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     """Decompositions of rnnkit's ops into ATen's, for `torch.export.ExportedProgram.run_decompositions`.
 
@@ -135,6 +158,7 @@ def _forward_as_aten(call: LayerCall, packed: Tensor | None, keep: int) -> Resul
         raise RuntimeError(
             "expected a call for h alone: ATen's operators give no other state after each step"
         )
+    call = exporting.of_torchs_cell(call)
     states, batch_sizes = call.states, call.batch_sizes
     if not states:
         batch: Any = call.input.size(1) if batch_sizes is None else batch_sizes[0].item()

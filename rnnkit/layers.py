@@ -5,6 +5,7 @@ not subclass `nn.RNN`, `nn.LSTM` or `nn.GRU`, because torch.compile breaks the g
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, overload
 
@@ -15,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rnnkit import backends, interop, stack
 from rnnkit.call import Keep
 from rnnkit.interop import Interop
+from rnnkit.update_gate import UpdateGate
 
 Device = torch.device | str | int | None
 States = tuple[Tensor, Tensor]
@@ -35,6 +37,24 @@ _CHECKS = {
 }
 
 
+#: rnnkit's own options of a layer, which torch.nn's do not have.
+_OPTIONS = ("recompute", "frozen", "grad_clip", "grad_cut")
+
+
+def _check_gradient_rule(grad_clip: Any, grad_cut: Any) -> None:
+    """Checks the arguments of a layer's constructor."""
+    if grad_clip is not None:
+        if not isinstance(grad_clip, int | float) or isinstance(grad_clip, bool):
+            raise TypeError(f"expected grad_clip to be a number or None, got {grad_clip!r}")
+        if not grad_clip > 0:
+            raise ValueError(f"expected grad_clip to be positive, got {grad_clip}")
+    if grad_cut is not None:
+        if not isinstance(grad_cut, int) or isinstance(grad_cut, bool):
+            raise TypeError(f"expected grad_cut to be a number of steps or None, got {grad_cut!r}")
+        if grad_cut < 1:
+            raise ValueError(f"expected grad_cut to be at least 1, got {grad_cut}")
+
+
 def _implemented_by(implementation: Callable[..., None]) -> Callable[[Init], Init]:
     """Replaces an `__init__` by `implementation`, but keeps its signature for readers and type checkers.
 
@@ -52,23 +72,37 @@ class _Layers(Interop, nn.RNNBase):
     """The base of RNN, LSTM and GRU: turns torch.nn's arguments into a call of `stack.run`, and its results back."""
 
     recompute = frozen = False  # defaults for modules pickled by a version without these attributes
+    grad_clip: float | None = None
+    grad_cut: int | None = None
     _packed: tuple[Tensor, ...] = ()
     _torchs: ClassVar[type[nn.RNNBase]]
     _cell: str  #: The cell's name in `specs.CELLS`.
 
     def __init__(
-        self, *args: Any, device: Device = None, recompute: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        device: Device = None,
+        recompute: bool = False,
+        grad_clip: float | None = None,
+        grad_cut: int | None = None,
+        **kwargs: Any,
     ) -> None:
         if not isinstance(recompute, bool):
             raise TypeError(f"expected recompute to be a bool, got {recompute!r}")
+        _check_gradient_rule(grad_clip, grad_cut)
         if device is not None:  # None: `device` may still be one of the positional args
             kwargs["device"] = device
         super().__init__(*args, **kwargs)
         self.recompute = recompute
+        if grad_clip is not None:
+            self.grad_clip = grad_clip
+        if grad_cut is not None:
+            self.grad_cut = grad_cut
 
     def extra_repr(self) -> str:
-        """torch.nn's `extra_repr`, followed by `recompute` and `frozen` where they are True."""
-        added = [f", {name}=True" for name in ("recompute", "frozen") if getattr(self, name)]
+        """torch.nn's `extra_repr`, followed by rnnkit's own options where they are set."""
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        added = [f", {name}={value}" for name, value in options.items() if value]
         return super().extra_repr() + "".join(added)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -147,6 +181,8 @@ class _Layers(Interop, nn.RNNBase):
             dropout=self.dropout if self.training else 0.0,
             keep=self._keep,
             packed=self._packed_weights(weights),
+            grad_clip=self.grad_clip or math.inf,
+            grad_cut=self.grad_cut or 0,
         )
 
     def _check_projected(self, weights: Weights) -> None:
@@ -216,13 +252,15 @@ class _Layers(Interop, nn.RNNBase):
                 self.proj_size or self.hidden_size,
                 self.batch_first,
                 self._keep,
+                self.grad_clip or math.inf,
+                self.grad_cut or 0,
             )
             if found is not None:
                 return found
         if interop.is_traced(input, hx):
             return interop.traced(self, input, hx)
         if interop.runs_as_torchs([w for of_direction in weights for w in of_direction]):
-            return self._torchs.forward(self, input, hx)
+            return interop.run_as_torchs(self, input, hx)
         stack.check_plain("input", input.data if isinstance(input, PackedSequence) else input)
         self._check_projected(weights)
         states = stack.as_state_pair(hx) if self._cell == "lstm" else stack.as_states(hx)
@@ -300,6 +338,11 @@ class RNN(_Layers):
         dropout: in training, probability of zeroing an element of the output of every layer except the last.
         bidirectional: whether a second direction runs from the end (D = 2). Default False.
         recompute: has no effect, since an RNN keeps only its output in any case. Default False.
+        grad_clip: x to clip, in the backward pass, what each step passes back, the gradients of the states before it,
+            elementwise to [-x, x] (Graves 2013). None for no limit. Default None.
+        grad_cut: k to pass no gradients back across the boundaries between times k*j - 1 and k*j, in both directions:
+            backpropagation through time truncated to windows of k steps, with the states as they are. None for no
+            cuts. Default None.
         device, dtype: device and dtype of the parameters.
 
     Shape:
@@ -307,7 +350,7 @@ class RNN(_Layers):
         Returns the output [T, N, D*H] (or [T, D*H], or a PackedSequence) and `h_n`, shaped like `hx`.
 
     Raises:
-        ValueError: the input's rank or dtype does not fit.
+        ValueError: the input's rank or dtype does not fit, or an option has no such value.
         RuntimeError: a size does not fit, or there is no time step.
 
     Source: Elman 1990, "Finding structure in time"; parameters and messages as in `torch.nn.RNN`.
@@ -349,6 +392,8 @@ class RNN(_Layers):
         device: Device = None,
         dtype: torch.dtype | None = None,
         recompute: bool = False,
+        grad_clip: float | None = None,
+        grad_cut: int | None = None,
     ) -> None: ...
 
     @overload
@@ -385,6 +430,11 @@ class LSTM(_Layers):
         proj_size: P < H, features of the projected hidden state; 0 for none. Default 0.
         recompute: whether the backward pass recomputes the gates instead of keeping them. This takes a fraction of
             the memory and about a third more time; the gradients are equal up to rounding. Default False.
+        grad_clip: x to clip, in the backward pass, what each step passes back, the gradients of the states before it,
+            elementwise to [-x, x] (Graves 2013). None for no limit. Default None.
+        grad_cut: k to pass no gradients back across the boundaries between times k*j - 1 and k*j, in both directions:
+            backpropagation through time truncated to windows of k steps, with the states as they are. None for no
+            cuts. Default None.
         device, dtype: device and dtype of the parameters.
 
     Shape:
@@ -393,7 +443,7 @@ class LSTM(_Layers):
         [T, ·], or a PackedSequence) and `(h_n, c_n)`, shaped like `hx`. Gate order i, f, g, o.
 
     Raises:
-        ValueError: the input's rank or dtype does not fit.
+        ValueError: the input's rank or dtype does not fit, or an option has no such value.
         RuntimeError: a size does not fit, or there is no time step.
 
     Source: Hochreiter & Schmidhuber 1997, with forget gates (Gers et al. 2000); projection: Sak et al.
@@ -424,6 +474,8 @@ class LSTM(_Layers):
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
+        grad_clip: float | None = None,
+        grad_cut: int | None = None,
     ) -> None: ...
 
     def _returned(self, finals: tuple[Tensor, ...]) -> Any:
@@ -443,13 +495,15 @@ class LSTM(_Layers):
         __call__ = forward
 
 
-class GRU(_Layers):
+class GRU(UpdateGate, _Layers):
     r"""Gated recurrent unit, `torch.nn.GRU` on rnnkit's kernels.
 
     .. math::
         r, z &= \sigma(W_r x_t + b_r + W_{hr} h_{t-1} + b_{hr}), \ldots \\
         n &= \tanh(W_n x_t + b_n + r \odot (W_{hn} h_{t-1} + b_{hn})) \\
         h_t &= (1 - z) \odot n + z \odot h_{t-1}
+
+    or, if the update gate z `"writes"`, :math:`h_t = z \odot n + (1 - z) \odot h_{t-1}`.
 
     Args:
         input_size: I, features of the input.
@@ -461,6 +515,14 @@ class GRU(_Layers):
         bidirectional: whether a second direction runs from the end (D = 2). Default False.
         recompute: whether the backward pass recomputes the gates instead of keeping them. This takes a fraction of
             the memory and about a third more time; the gradients are equal up to rounding. Default False.
+        update_gate: what z = 1 does: `"keeps"` the unit's state, as in torch.nn, or `"writes"` the new value, as in
+            Chung et al. 2014 and most textbooks. Default `"keeps"`. `convert_update_gate` turns a trained layer of one
+            kind into one of the other.
+        grad_clip: x to clip, in the backward pass, what each step passes back, the gradients of the states before it,
+            elementwise to [-x, x] (Graves 2013). None for no limit. Default None.
+        grad_cut: k to pass no gradients back across the boundaries between times k*j - 1 and k*j, in both directions:
+            backpropagation through time truncated to windows of k steps, with the states as they are. None for no
+            cuts. Default None.
         device, dtype: device and dtype of the parameters.
 
     Shape:
@@ -469,20 +531,22 @@ class GRU(_Layers):
         Gate order r, z, n.
 
     Raises:
-        ValueError: the input's rank or dtype does not fit.
+        ValueError: the input's rank or dtype does not fit, or an option has no such value.
         RuntimeError: a size does not fit, or there is no time step.
 
-    Source: Cho et al. 2014, in PyTorch's convention, where z keeps the old state and r multiplies the
-    recurrent part after its bias; parameters and messages as in `torch.nn.GRU`.
+    Source: Cho et al. 2014, with r multiplying the recurrent part after its bias, as in PyTorch; parameters and
+    messages as in `torch.nn.GRU`.
     """
 
     _torchs = nn.GRU
-    _cell = "gru"
 
-    def _init(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
+    def _init(
+        self, *args: Any, device: Device = None, update_gate: str = "keeps", **kwargs: Any
+    ) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, device=device, **kwargs)
+        self._set_update_gate(update_gate)
 
     @_implemented_by(_init)
     def __init__(
@@ -498,6 +562,9 @@ class GRU(_Layers):
         device: Device = None,
         dtype: torch.dtype | None = None,
         recompute: bool = False,
+        update_gate: str = "keeps",
+        grad_clip: float | None = None,
+        grad_cut: int | None = None,
     ) -> None: ...
 
     @overload

@@ -4,8 +4,10 @@ Every kernel is tested against it. It also runs on devices and dtypes without ke
 to differentiate twice, transform or trace.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +43,33 @@ def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
     )
 
 
+class _Clip(torch.autograd.Function):
+    """The identity, whose gradients are clipped to the limit."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(state: Tensor, limit: float) -> Tensor:
+        return state.view_as(state)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.limit = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.clamp(-ctx.limit, ctx.limit), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Any:
+        return tangent.view_as(tangent)
+
+
+def _cut(state: Tensor, rows: int) -> Tensor:
+    """The state, whose first rows, those that continue from the step before, pass no gradient back."""
+    return torch.cat([state[:rows].detach(), state[rows:]])
+
+
 def _scan(
     call: LayerCall, d: int, steps: Sequence[Tensor], states: list[Tensor]
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
@@ -51,9 +80,17 @@ def _scan(
     gates = call.spec.gates
     w_ih, w_hh, b_ih, b_hh, w_hr = call.direction(d)
     after: list[list[Tensor]] = []
-    for x in reversed(steps) if d else steps:
+    times = range(len(steps))
+    before = 0  # the rows of the step before
+    for t in reversed(times) if d else times:
+        x = steps[t]
         rows = x.size(0)
         active = [state[:rows] for state in states]
+        if call.grad_cut > 0 and (t + d) % call.grad_cut == 0:
+            active = [_cut(state, min(before, rows)) for state in active]
+        if call.grad_clip < math.inf and torch.is_grad_enabled():
+            active = [_Clip.apply(state, call.grad_clip) for state in active]
+        before = rows
         new = list(
             call.spec.step(
                 linear(x, w_ih, b_ih).chunk(gates, -1),

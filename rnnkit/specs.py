@@ -62,11 +62,17 @@ def _lstm(x: Sequence[Tensor], h: Sequence[Tensor], states: Sequence[Tensor]) ->
     return o * torch.tanh(c), c
 
 
-def _gru(x: Sequence[Tensor], h: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """r, z = σ(x + h); n = tanh(x + r⊙h); h' = (1 - z)⊙n + z⊙h; gate order r, z, n."""
-    r, z = (torch.sigmoid(x[k] + h[k]) for k in (0, 1))
-    n = torch.tanh(x[2] + r * h[2])
-    return ((1 - z) * n + z * states[0],)
+def _gru(writes: bool) -> Step:
+    """r, z = σ(x + h); n = tanh(x + r⊙h); h' = (1 - z)⊙n + z⊙h, or if z `writes` z⊙n + (1 - z)⊙h; order r, z, n."""
+
+    def step(
+        x: Sequence[Tensor], h: Sequence[Tensor], states: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        r, z = (torch.sigmoid(x[k] + h[k]) for k in (0, 1))
+        n = torch.tanh(x[2] + r * h[2])
+        return (z * n + (1 - z) * states[0] if writes else (1 - z) * n + z * states[0],)
+
+    return step
 
 
 #: All cells. Fakes, kernels and tests iterate over it.
@@ -78,6 +84,9 @@ CELLS = {
         CellSpec(
             "lstm", gates=4, states=2, saved=5, input_grads=(0, 1, 2, 3), step=_lstm, projects=True
         ),
-        CellSpec("gru", gates=3, states=1, saved=4, input_grads=(0, 1, 3), step=_gru),
+        CellSpec("gru", gates=3, states=1, saved=4, input_grads=(0, 1, 3), step=_gru(writes=False)),
+        CellSpec(
+            "gru_writes", gates=3, states=1, saved=4, input_grads=(0, 1, 3), step=_gru(writes=True)
+        ),
     )
 }

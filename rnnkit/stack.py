@@ -1,6 +1,7 @@
 """Runs stacked layers, in one or both directions, with dropout, packed sequences and autocast, for every cell."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,8 @@ def run(
     step: bool = False,
     keep: Keep = Keep.EVERYTHING,
     packed: Sequence[Tensor] = (),
+    grad_clip: float = math.inf,
+    grad_cut: int = 0,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run a stack of layers.
 
@@ -40,6 +43,8 @@ def run(
         step: whether this is the one step of a cell module, which uses only the final states.
         keep: what the forward pass keeps for the backward pass, if gradients are needed.
         packed: what `pack` returned, if the layers are frozen; else empty.
+        grad_clip: see `LayerCall`.
+        grad_cut: see `LayerCall`.
 
     Returns:
         The last layer's output [T, N, D*P] or [rows, D*P], and the final states, shaped like `states`.
@@ -66,6 +71,8 @@ def run(
             states if layers == 1 else [state[of_layer] for state in states],
             [w for direction in weights[of_layer] for w in direction],
             batch_sizes,
+            grad_clip=grad_clip,
+            grad_cut=grad_cut,
         )
         packed_here = packed[index] if packed and result_dtypes is None else None
         (output,), final = autograd.run(call, keep=keep, packed=packed_here)

@@ -1,5 +1,6 @@
 """Calls of the ops for the kernels' tests: a `Case` says the sizes, a `Call` holds the tensors and runs them."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -31,6 +32,7 @@ class Case:
         dtype, device: of every tensor.
         off_kink: whether every ReLU stays on its side of zero, where rounding does not decide on it.
         all_states: whether every state is an output.
+        grad_clip, grad_cut: see `LayerCall`.
     """
 
     cell: str
@@ -44,6 +46,8 @@ class Case:
     device: str = "cpu"
     off_kink: bool = False
     all_states: bool = False
+    grad_clip: float = math.inf
+    grad_cut: int = 0
 
     def scan(self, backward: bool, precise: bool = True) -> plan.Scan:
         """What decides how its scan runs."""
@@ -68,6 +72,8 @@ class Case:
             ["all"] * self.all_states
             + ["nobias"] * (not self.bias)
             + ["nostates"] * (not self.states)
+            + [f"clip{self.grad_clip}"] * (self.grad_clip < math.inf)
+            + [f"cut{self.grad_cut}"] * (self.grad_cut > 0)
         )
         parts += [str(self.dtype).removeprefix("torch."), *[self.device] * (self.device != "cpu")]
         return "-".join(parts)
@@ -204,6 +210,8 @@ def call(case: Case, seed: int = 0) -> Call:
         weights=[s and weight(*s) for _ in range(case.directions) for s in shapes],
         batch_sizes=batch_sizes,
         all_states=case.all_states,
+        grad_clip=case.grad_clip,
+        grad_cut=case.grad_cut,
         grads=[normal(*shape) for shape in [*output_shapes, *state_shapes]],
     ).on(case.device)
 
@@ -284,16 +292,22 @@ _VARIANTS: tuple[dict, ...] = (
     {"lengths": tuple(range(45, 0, -1))},
     {"bias": False},
     {"states": False},
+    {"grad_clip": 0.05, "lengths": (5, 3, 3, 1)},
+    {"grad_clip": 0.1, "grad_cut": 3, "lengths": (9,) * 8 + (4,) * 9 + (1,) * 16},
+    {"grad_clip": 0.1},
+    {"grad_cut": 2},
 )
 _ALL_STATES: tuple[dict, ...] = (
     {"all_states": True, "lengths": (5, 3, 3, 1)},
     {"all_states": True},
     {"all_states": True, "projected": 1, "states": False, "lengths": (6, 5, 2)},
+    {"all_states": True, "grad_clip": 0.1, "grad_cut": 2, "lengths": (5, 3, 3, 1)},
 )
 _PROJECTIONS: tuple[dict, ...] = (
     {"projected": 3, "lengths": (6, 5, 2)},
     {"projected": 1},
     {"projected": 15, "bias": False, "states": False},
+    {"projected": 3, "grad_clip": 0.1, "grad_cut": 2, "lengths": (6, 5, 2)},
 )
 
 

@@ -25,4 +25,5 @@
   X(RnnTanh, "rnn_tanh") \
   X(RnnRelu, "rnn_relu") \
   X(Lstm, "lstm")        \
-  X(Gru, "gru")
+  X(Gru, "gru")          \
+  X(GruWrites, "gru_writes")

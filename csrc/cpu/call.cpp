@@ -30,7 +30,7 @@ template <class... Others>
   try {
     py::module_::import("rnnkit.call")
         .attr("refuse")(op, call.cell.name, call.input, call.states, call.weights.vec(), call.batch_sizes,
-                        call.all_states, others...);
+                        call.all_states, call.rule.clip, call.rule.cut, others...);
   } catch (py::error_already_set& error) {
     error.restore();
   }
@@ -46,12 +46,19 @@ void throw_python_error() {
 }
 
 Call::Call(std::string_view name, const Tensor& x, at::TensorList initial, const OptionalTensors& w,
-           const std::optional<Tensor>& sizes, bool all)
-    : cell(find_cell(name)), input(x), states(initial.vec()), weights(w), batch_sizes(sizes), all_states(all) {
+           const std::optional<Tensor>& sizes, bool all, const GradientRule& of_gradients)
+    : cell(find_cell(name)),
+      input(x),
+      states(initial.vec()),
+      weights(w),
+      batch_sizes(sizes),
+      all_states(all),
+      rule(of_gradients) {
   if (!fits()) refuse("layer_forward", *this);
 }
 
 bool Call::fits() {
+  if (!(rule.clip > 0) || rule.cut < 0) return false;
   if (weights.size() != kWeights && weights.size() != 2 * kWeights) return false;
   directions = weights.size() / kWeights;
   if (!input.is_floating_point() || input.dim() != (batch_sizes ? 2 : 3) || !has_memory(input)) return false;

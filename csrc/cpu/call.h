@@ -4,6 +4,7 @@
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
+#include <limits>
 #include <optional>
 #include <string_view>
 #include <vector>
@@ -16,6 +17,12 @@ using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
 constexpr int64_t kWeights = 5;  // weights of one direction, see WEIGHTS in rnnkit/specs.py
 
+// How the backward pass changes what a step passes back, see `LayerCall` of rnnkit/call.py.
+struct GradientRule {
+  double clip = std::numeric_limits<double>::infinity();
+  int64_t cut = 0;
+};
+
 // `LayerCall` of rnnkit/call.py in C++. The constructor throws the error of `LayerCall.check` if arguments do not fit.
 struct Call {
   const CellKernels& cell;
@@ -24,11 +31,12 @@ struct Call {
   const OptionalTensors weights;
   const std::optional<at::Tensor> batch_sizes;
   const bool all_states;
+  const GradientRule rule;
   int64_t steps = 0, batch = 0, input_size = 0, hidden = 0, projected = 0, directions = 0;
   std::vector<int64_t> offsets;  // of a packed sequence: the row where each step begins, then rows(); else empty
 
   Call(std::string_view name, const at::Tensor& x, at::TensorList initial, const OptionalTensors& w,
-       const std::optional<at::Tensor>& sizes, bool all_states);
+       const std::optional<at::Tensor>& sizes, bool all_states, const GradientRule& rule = {});
 
   // Checks the other arguments of layer_backward. Throws the error of `LayerCall.check_backward` if they do not fit.
   void check_backward(const OptionalTensors& grads, const at::Tensor& output, const at::Tensor& reserve, int64_t keep,

@@ -157,6 +157,7 @@ struct OpCall {
   const Weights& weights;
   bool step;     // one step of a cell module: the caller's tensors lack T and D, and only final states are returned
   int64_t keep;  // rnnkit.call.Keep, used only if gradients are needed
+  GradientRule rule;
 };
 
 // Replaces the first n saved tensors by the last n, which alias the data that they had in the forward pass. If the
@@ -177,15 +178,18 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
  public:
   // tensors: the caller's input, states and weights, without those that are absent.
   static variable_list forward(torch::autograd::AutogradContext* ctx, const OpCall& call, at::TensorList tensors) {
-    auto [outputs, results, reserve] = op_of<decltype(layer_forward)>("rnnkit::layer_forward")
-                                           .call(call.cell, call.x, call.states, OptionalTensors(call.weights),
-                                                 std::nullopt, /*all_states=*/false, std::nullopt, call.keep);
+    auto [outputs, results, reserve] =
+        op_of<decltype(layer_forward)>("rnnkit::layer_forward")
+            .call(call.cell, call.x, call.states, OptionalTensors(call.weights), std::nullopt, /*all_states=*/false,
+                  call.rule.clip, call.rule.cut, std::nullopt, call.keep);
     const Tensor output = outputs[0];
     ctx->set_materialize_grads(false);
     auto& data = ctx->saved_data;
     data["cell"] = call.cell;
     data["step"] = call.step;
     data["keep"] = call.keep;
+    data["grad_clip"] = call.rule.clip;
+    data["grad_cut"] = call.rule.cut;
     data["states"] = int64_t(call.states.size());
     int64_t weights_there = 0;
     for (size_t i = 0; i < call.weights.size(); ++i) weights_there |= int64_t(call.weights[i].has_value()) << i;
@@ -218,7 +222,8 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
     auto& data = ctx->saved_data;
     const std::string cell = data["cell"].toStringRef();
     const bool step = data["step"].toBool();
-    const int64_t keep = data["keep"].toInt();
+    const int64_t keep = data["keep"].toInt(), grad_cut = data["grad_cut"].toInt();
+    const double grad_clip = data["grad_clip"].toDouble();
     variable_list saved = ctx->get_saved_variables();
     const size_t n_states = data["states"].toInt(), n = data["tensors"].toInt();
     const Tensor output = saved[n], reserve = saved[n + 1];
@@ -258,14 +263,15 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
     if (ordinary && !written) {
       const std::vector<Tensor> needed =
           op_of<decltype(layer_backward)>("rnnkit::layer_backward")
-              .call(cell, x, states, OptionalTensors(weights), std::nullopt, /*all_states=*/false,
+              .call(cell, x, states, OptionalTensors(weights), std::nullopt, /*all_states=*/false, grad_clip, grad_cut,
                     OptionalTensors(op_grads), output, reserve, keep, needs);
       for (size_t i = 0, next = 0; i < n; ++i)
         if (needs.get(places[i])) found[1 + i] = needed.at(next++);
     } else {
       const py::gil_scoped_acquire acquired;
       const py::module_ calls = py::module_::import("rnnkit.call");
-      const py::object layer_call = calls.attr("LayerCall")(cell, x, states, weights);
+      const py::object layer_call =
+          calls.attr("LayerCall")(cell, x, states, weights, py::none(), /*all_states=*/false, grad_clip, grad_cut);
       const py::object back = calls.attr("BackwardCall")(layer_call, op_grads, output, reserve, keep, needs.vec());
       const auto all = py::module_::import("rnnkit.autograd")
                            .attr("gradients")(back, written)
@@ -294,9 +300,10 @@ Results with_gradients(const OpCall& call, const Tensor& x, const std::vector<Te
 }
 
 Results without_gradients(const OpCall& call, const std::optional<Tensor>& packed) {
-  auto [outputs, finals, reserve] = op_of<decltype(layer_forward)>("rnnkit::layer_forward")
-                                        .call(call.cell, call.x, call.states, OptionalTensors(call.weights),
-                                              std::nullopt, /*all_states=*/false, packed, int64_t(Keep::nothing));
+  auto [outputs, finals, reserve] =
+      op_of<decltype(layer_forward)>("rnnkit::layer_forward")
+          .call(call.cell, call.x, call.states, OptionalTensors(call.weights), std::nullopt, /*all_states=*/false,
+                call.rule.clip, call.rule.cut, packed, int64_t(Keep::nothing));
   return {outputs[0], finals};
 }
 
@@ -318,7 +325,7 @@ py::object as_states(const std::vector<Tensor>& finals) {
 
 py::object direct_layers(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
                          const std::vector<Tensor>& packed, int64_t directions, int64_t input_size, int64_t projected,
-                         bool batch_first, int64_t keep) {
+                         bool batch_first, int64_t keep, double grad_clip, int64_t grad_cut) {
   Arguments arguments;
   if (!ordinary_dispatch()) return py::none();
   Tensor x = arguments.tensor(input.ptr());
@@ -340,7 +347,7 @@ py::object direct_layers(const std::string& cell, py::handle input, py::handle h
       const std::vector<Tensor> initial = layers == 1 ? states : states_of_layer(states, layer, directions);
       const auto first = given.begin() + layer * per_layer;
       const Weights own(first, first + per_layer);
-      const OpCall call{cell, x, initial, own, /*step=*/false, keep};
+      const OpCall call{cell, x, initial, own, /*step=*/false, keep, {grad_clip, grad_cut}};
       Results results = arguments.need_gradients
                             ? with_gradients(call, x, initial)
                             : without_gradients(call, packed.empty() ? std::nullopt : std::optional(packed.at(layer)));
@@ -371,7 +378,7 @@ py::object direct_cell(const std::string& cell, py::handle input, py::handle hx,
   std::vector<Tensor> finals;
   {
     const py::gil_scoped_release released;
-    const OpCall call{cell, x, states, given, /*step=*/true, keep};
+    const OpCall call{cell, x, states, given, /*step=*/true, keep, {}};
     if (arguments.need_gradients) {
       finals = with_gradients(call, own_x, own_states).finals;
     } else {

@@ -14,12 +14,13 @@ namespace rnnkit {
 
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor> layer_forward(
     std::string_view cell, const at::Tensor& input, at::TensorList states, const OptionalTensors& weights,
-    const std::optional<at::Tensor>& batch_sizes, bool all_states, const std::optional<at::Tensor>& packed,
-    int64_t kept);
+    const std::optional<at::Tensor>& batch_sizes, bool all_states, double grad_clip, int64_t grad_cut,
+    const std::optional<at::Tensor>& packed, int64_t kept);
 
 std::vector<at::Tensor> layer_backward(std::string_view cell, const at::Tensor& input, at::TensorList states,
                                        const OptionalTensors& weights, const std::optional<at::Tensor>& batch_sizes,
-                                       bool all_states, const OptionalTensors& grads, const at::Tensor& output,
+                                       bool all_states, double grad_clip, int64_t grad_cut,
+                                       const OptionalTensors& grads, const at::Tensor& output,
                                        const at::Tensor& reserve, int64_t keep, const c10::List<bool>& needs);
 
 int64_t gates_of(std::string_view cell);
@@ -30,9 +31,11 @@ int64_t states_of(std::string_view cell);
 // packed: what `stack.pack` returned if the layer is frozen, else empty.
 // input_size, projected (P): the module's attributes, which the weights have to fit.
 // keep: rnnkit.call.Keep, used only if gradients are needed.
+// grad_clip, grad_cut: see GradientRule.
 py::object direct_layers(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
                          const std::vector<at::Tensor>& packed, int64_t directions, int64_t input_size,
-                         int64_t projected, bool batch_first, int64_t keep);  // (output, states)
+                         int64_t projected, bool batch_first, int64_t keep, double grad_clip,
+                         int64_t grad_cut);  // (output, states)
 py::object direct_cell(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
                        int64_t keep);  // states
 

@@ -62,6 +62,11 @@ struct Layer {
   T* reserve;  // [D, rows, V, H], V as `keep` says; written by the forward and read by the backward pass; null: none
   T* grad_x;   // [rows, I], written by the backward pass; null: not needed
 
+  // What a step passes back, the gradients of the states before it, is clipped to this absolute value, infinity for
+  // no limit, and is zero across the boundaries before the times that are multiples of grad_cut, 0 for none.
+  T grad_clip;
+  int64_t grad_cut;
+
   int threads;  // at most
 
   // Whether the user wants the call to end early, asked by the thread that made the call; null: never.

@@ -84,6 +84,8 @@ Layer<S> make_layer(const Call& call, Operands& operands) {
   }
   layer.x = operands.read<S>(call.input);
   for (size_t i = 0; i < call.states.size(); ++i) layer.states[i].initial = operands.read<T>(call.states[i]);
+  layer.grad_clip = static_cast<T>(call.rule.clip);
+  layer.grad_cut = call.rule.cut;
   layer.threads = call.threads();
   layer.wants_to_stop = wants_to_stop;
   return layer;
@@ -120,10 +122,11 @@ int64_t states_of(std::string_view cell) { return find_cell(cell).states; }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> layer_forward(
     std::string_view cell, const Tensor& input, at::TensorList states, const OptionalTensors& weights,
-    const std::optional<Tensor>& batch_sizes, bool all_states, const std::optional<Tensor>& packed, int64_t kept) {
+    const std::optional<Tensor>& batch_sizes, bool all_states, double grad_clip, int64_t grad_cut,
+    const std::optional<Tensor>& packed, int64_t kept) {
   TORCH_CHECK(kept >= 0 && kept <= 2, "expected keep to be 0, 1 or 2, got ", kept);
   const Keep keep = static_cast<Keep>(kept);
-  const Call call(cell, input, states, weights, batch_sizes, all_states);
+  const Call call(cell, input, states, weights, batch_sizes, all_states, {grad_clip, grad_cut});
   const auto result = [&](const std::vector<int64_t>& shape, const at::TensorOptions& options) {
     return call.empty() ? at::zeros(shape, options) : allocate(shape, options);
   };
@@ -186,9 +189,10 @@ Tensor pack_weights(std::string_view cell, const OptionalTensors& weights) {
 
 std::vector<Tensor> layer_backward(std::string_view cell, const Tensor& input, at::TensorList states,
                                    const OptionalTensors& weights, const std::optional<Tensor>& batch_sizes,
-                                   bool all_states, const OptionalTensors& grads, const Tensor& output,
-                                   const Tensor& reserve, int64_t keep, const c10::List<bool>& needs) {
-  const Call call(cell, input, states, weights, batch_sizes, all_states);
+                                   bool all_states, double grad_clip, int64_t grad_cut, const OptionalTensors& grads,
+                                   const Tensor& output, const Tensor& reserve, int64_t keep,
+                                   const c10::List<bool>& needs) {
+  const Call call(cell, input, states, weights, batch_sizes, all_states, {grad_clip, grad_cut});
   call.check_backward(grads, output, reserve, keep, needs);
   std::vector<Tensor> wanted = {input};
   wanted.insert(wanted.end(), call.states.begin(), call.states.end());

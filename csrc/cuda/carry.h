@@ -13,6 +13,22 @@
 
 namespace rnnkit::cuda {
 
+// What a step passes back: the gradient of a state before it. See grad_clip and grad_cut of LayerCall in rnnkit/call.py.
+struct GradientRule {
+  double clip;  // infinity for no limit
+  int64_t cut;  // 0 for none
+
+  // Whether no gradient passes back across the boundary before time t, between two steps.
+  RNNKIT_ANYWHERE bool cuts(int64_t t) const { return cut > 0 && t % cut == 0; }
+  // stopped: whether the boundary is cut, and the row continues across it.
+  template <class T>
+  RNNKIT_ANYWHERE T passed_back(T grad, bool stopped) const {
+    if (stopped) return T(0);
+    const T limit = static_cast<T>(clip);
+    return grad > limit ? limit : grad < -limit ? -limit : grad;
+  }
+};
+
 // Rows of one step of one direction; before and after are the neighbours in the order of that direction's forward pass.
 template <class Int>
 struct Carry {

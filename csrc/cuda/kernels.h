@@ -88,7 +88,10 @@ struct Step {
   // through w_hr, for the active rows.
   const void* grad_recurrent;
   int64_t grad_recurrent_rows;
-  void* grad_gates;  // of S, [active, grad_gate_stride], from the direction's first on
+  GradientRule rule;
+  bool recurrent_is_passed_back;  // grad_recurrent completes what the step after passes back; not with a projection
+  bool cuts_before, cuts_after;   // whether the rule cuts the boundary to the step before, to the step after
+  void* grad_gates;               // of S, [active, grad_gate_stride], from the direction's first on
   int64_t grad_gate_stride;
 };
 
@@ -121,10 +124,13 @@ struct Product {
 // blas: torch's handle of cuBLAS for the current stream.
 std::string multiply(const Product& product, void* blas);
 
-// sum [rows, width] = a + b, a matrix without data is zeros; of S.
+// sum [rows, width] = a + b, a matrix without data is zeros; of S. The first `passed_back` rows of a are what a step
+// passes back, and the rule holds for them; the boundary is cut for the first `stopped` rows.
 struct Addition {
   Matrices a, b, sum;
   int64_t rows, width;
+  GradientRule rule;
+  int64_t passed_back, stopped;
 };
 std::string launch_add(Type type, const Addition& addition, Stream stream);
 

@@ -586,6 +586,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   RNNKIT_DEVICE void step(int64_t s) {
     const bool last = s + 1 == scan_.steps;
     const int groups = exchange_.groups();
+    const bool cuts = scan_.rule.cuts(boundary(s)), cuts_next = scan_.rule.cuts(boundary(s + 1));
     for (int group = 0; group < groups; ++group) {
       const bool last_group = group + 1 == groups;
       if (s > 0 && group == 0) exchange_.wait();
@@ -598,12 +599,16 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
 #pragma unroll
           for (int k = 0; k < kStates; ++k) grad_state[k] = state(k, r.items, n);
           grad_state[0] += exchange_.product_of(r.items, 0, item);
+          if (n < last_active_) grad_state[0] = scan_.rule.passed_back(grad_state[0], cuts && n < now_.active);
           if (n < now_.active) {
             grad_state[0] += widened(r.grad_y[item]);
             float grads[Cell::grads];
             Cell::backward(r.values[item], widened(r.h[item]), widened(r.previous_h[item]), grad_state, grads);
 #pragma unroll
             for (int k = 0; k < Cell::grads; ++k) r.values[item][k] = grads[k];
+#pragma unroll
+            for (int k = 1; k < kStates; ++k)
+              grad_state[k] = scan_.rule.passed_back(grad_state[k], cuts_next && n < next_.active);
           } else {
 #pragma unroll
             for (int k = 0; k < Cell::grads; ++k) r.values[item][k] = 0;
@@ -626,6 +631,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
       else if (kEarly && !last)
         prefetch(next_, second_next_, 0);
     }
+    last_active_ = now_.active;
     now_ = next_;
     next_ = second_next_;
     second_next_ = place(s + 3);
@@ -642,8 +648,9 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
 #pragma unroll
           for (int k = 0; k < kStates; ++k)
             if (scan_.states[k].grad_initial)
-              static_cast<S*>(scan_.states[k].grad_initial)[state_at(r.items, n)] =
-                  narrowed<S>(state(k, r.items, n) + (k == 0 ? exchange_.product_of(r.items, 0, item) : 0));
+              static_cast<S*>(scan_.states[k].grad_initial)[state_at(r.items, n)] = narrowed<S>(
+                  k > 0 ? state(k, r.items, n)
+                        : scan_.rule.passed_back(state(k, r.items, n) + exchange_.product_of(r.items, 0, item), false));
         });
       });
       block_.sync();
@@ -711,7 +718,11 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
     });
   }
 
+  // The later of the times of steps s - 1 and s, which are counted backward.
+  RNNKIT_DEVICE int64_t boundary(int64_t s) const { return direction_ == 0 ? scan_.steps - s : s; }
+
   Place second_next_;
+  int last_active_ = 0;  // rows of the slice that have the step processed last, which passes gradients back to them
 };
 
 template <bool kBackward, class Block, class Cell, class S, int kUnits, int kTiles, bool kCluster>

@@ -115,14 +115,15 @@ void set_forward(Scan& scan, const CellSizes& sizes, const Tensor& gates, const 
 
 // Sets what both kinds of scan read and write in the backward pass.
 void set_backward(Scan& scan, const CellSizes& sizes, const Tensors& initial, const Tensor& output,
-                  const Tensor& reserve, const Optionals& grad_outputs, const Optionals& grad_finals,
-                  const Tensor& grad_gates, const Optionals& grad_initial) {
+                  const Tensor& reserve, const Optionals& grad_outputs, const Optionals& grad_finals, double grad_clip,
+                  int64_t grad_cut, const Tensor& grad_gates, const Optionals& grad_initial) {
   set_states(scan, sizes, "initial", initial, &State::initial);
   scan.states[0].all = const_cast<void*>(data(output));
   scan.keep = Keep::everything;
   scan.reserve = const_cast<void*>(data(reserve));
   set_states(scan, sizes, "grad_outputs", grad_outputs, &State::grad_all);
   set_states(scan, sizes, "grad_finals", grad_finals, &State::grad_final);
+  scan.rule = {grad_clip, grad_cut};
   scan.grad_gates = mutable_data(grad_gates);
   set_states(scan, sizes, "grad_initial", grad_initial, &State::grad_initial);
 }
@@ -191,14 +192,15 @@ void persistent_forward(std::string cell, int64_t units, int64_t tiles, int64_t 
 // weights: w_hh of each direction, transposed.
 void persistent_backward(std::string cell, int64_t units, int64_t tiles, int64_t batch_tile, int64_t shared_bytes,
                          bool cluster, Tensors weights, Tensors initial, Optional offsets, int64_t steps, int64_t batch,
-                         Tensor output, Tensor reserve, Optionals grad_outputs, Optionals grad_finals, bool precise,
-                         Tensor workspace, Tensor grad_gates, Optionals grad_initial) {
+                         Tensor output, Tensor reserve, Optionals grad_outputs, Optionals grad_finals, double grad_clip,
+                         int64_t grad_cut, bool precise, Tensor workspace, Tensor grad_gates, Optionals grad_initial) {
   const Type type = type_of(output);
   const Plan plan{units, tiles, batch_tile, shared_bytes, cluster};
   const CellSizes sizes = sizes_of(cell);
   PersistentScan scan = persistent_scan(plan, output.element_size(), weights, offsets, steps, batch, weights[0].size(0),
                                         output.size(0), workspace, precise, sizes.gates);
-  set_backward(scan, sizes, initial, output, reserve, grad_outputs, grad_finals, grad_gates, grad_initial);
+  set_backward(scan, sizes, initial, output, reserve, grad_outputs, grad_finals, grad_clip, grad_cut, grad_gates,
+               grad_initial);
   launch(cell, type, true, plan, scan, output);
 }
 
@@ -241,11 +243,12 @@ void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, Optionals b_i
 
 void stepwise_backward(std::string cell, Tensor w_hh, Optional w_hr, Tensors initial, std::vector<int64_t> counts,
                        bool precise, Tensor output, Tensor reserve, Optionals grad_outputs, Optionals grad_finals,
-                       Tensor between, Tensor grad_recurrent, Optional grad_unprojected, Optional grad_projected,
-                       Tensor grad_gates, Optionals grad_initial) {
+                       double grad_clip, int64_t grad_cut, Tensor between, Tensor grad_recurrent,
+                       Optional grad_unprojected, Optional grad_projected, Tensor grad_gates, Optionals grad_initial) {
   StepwiseScan scan =
       stepwise_scan(w_hh, w_hr, std::move(counts), output.size(0), precise, between, grad_recurrent, grad_unprojected);
-  set_backward(scan, sizes_of(cell), initial, output, reserve, grad_outputs, grad_finals, grad_gates, grad_initial);
+  set_backward(scan, sizes_of(cell), initial, output, reserve, grad_outputs, grad_finals, grad_clip, grad_cut,
+               grad_gates, grad_initial);
   scan.grad_projected = mutable_data(grad_projected);
   const Guard guard(output);
   run_stepwise(cell, type_of(output), true, scan, stream_of(output), blas_handle());
@@ -274,7 +277,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
       "persistent_backward(str cell, int units, int tiles, int batch_tile, int shared_bytes, bool cluster, Tensor[] "
       "weights,"
       " Tensor[] initial, Tensor? offsets, int steps, int batch, Tensor output, Tensor reserve,"
-      " Tensor?[] grad_outputs, Tensor?[] grad_finals, bool precise, Tensor(a!) workspace, Tensor(b!) grad_gates,"
+      " Tensor?[] grad_outputs, Tensor?[] grad_finals, float grad_clip, int grad_cut, bool precise, Tensor(a!) "
+      "workspace, Tensor(b!) grad_gates,"
       " Tensor(c!)?[] grad_initial) -> ()");
   m.def(
       "stepwise_forward(str cell, Tensor gates, Tensor w_hh, Tensor?[] b_ih, Tensor?[] b_hh, Tensor? w_hr,"
@@ -282,7 +286,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
       " Tensor(c!)? unprojected, Tensor(d!)?[] outputs, Tensor(e!)[] finals, Tensor(f!) reserve) -> ()");
   m.def(
       "stepwise_backward(str cell, Tensor w_hh, Tensor? w_hr, Tensor[] initial, int[] counts, bool precise,"
-      " Tensor output, Tensor reserve, Tensor?[] grad_outputs, Tensor?[] grad_finals, Tensor(a!) between,"
+      " Tensor output, Tensor reserve, Tensor?[] grad_outputs, Tensor?[] grad_finals, float grad_clip, int grad_cut, "
+      "Tensor(a!) between,"
       " Tensor(b!) grad_recurrent, Tensor(c!)? grad_unprojected, Tensor(d!)? grad_projected, Tensor(e!) grad_gates,"
       " Tensor(f!)?[] grad_initial) -> ()");
   m.def("unprojected(str cell, Tensor reserve, Tensor(a!) h) -> ()");

@@ -17,6 +17,7 @@
 #include <cstdint>
 
 #include "cells/all.h"
+#include "cuda/carry.h"
 #include "cuda/elements.h"
 
 namespace rnnkit::cuda {
@@ -63,6 +64,7 @@ struct Scan {
   void* reserve;  // of Sum<S>, [D, rows, V, H]
   Keep keep;
   void* grad_gates;  // of S, [rows, D*W*H]
+  GradientRule rule;
 };
 
 // A scan in one launch.

@@ -67,6 +67,8 @@ RNNKIT_DEVICE void backward_element(const Step& step, int64_t n, int64_t unit) {
     grad_state[k] =
         step.carry.ends(n) ? read<S>(step.states[k].grad_final, at) : static_cast<const T*>(step.states[k].value)[at];
   if (n < step.grad_recurrent_rows) grad_state[0] += read<S>(step.grad_recurrent, at);
+  if (n < step.grad_recurrent_rows && step.recurrent_is_passed_back)
+    grad_state[0] = step.rule.passed_back(grad_state[0], step.cuts_after && step.carry.is_active(n));
   if (step.carry.is_active(n)) {
     T save[Cell::saved + 1], grads[Cell::grads], h = 0, previous_h = 0;
 #pragma unroll
@@ -80,6 +82,9 @@ RNNKIT_DEVICE void backward_element(const Step& step, int64_t n, int64_t unit) {
     if constexpr (Cell::uses_previous_h)
       previous_h = step.carry.begins(n) ? read<S>(step.states[0].initial, at) : read<S>(step.previous_output, beside);
     Cell::backward(save, h, previous_h, grad_state, grads);
+#pragma unroll
+    for (int k = 1; k < Cell::states; ++k)
+      grad_state[k] = step.rule.passed_back(grad_state[k], step.cuts_before && !step.carry.begins(n));
 #pragma unroll
     for (int k = 0; k < Cell::grads; ++k)
       write<S>(step.grad_gates, n * step.grad_gate_stride + k * hidden + unit, grads[k]);
@@ -102,7 +107,8 @@ RNNKIT_DEVICE void unprojected_element(const Sum<S>* reserve, S* h, int64_t row,
 
 template <class S>
 RNNKIT_DEVICE void add_element(const Addition& addition, int64_t n, int64_t column) {
-  const Sum<S> a = read<S>(addition.a.data, n * addition.a.stride + column);
+  Sum<S> a = read<S>(addition.a.data, n * addition.a.stride + column);
+  if (n < addition.passed_back) a = addition.rule.passed_back(a, n < addition.stopped);
   write<S>(addition.sum.data, n * addition.sum.stride + column,
            a + read<S>(addition.b.data, n * addition.b.stride + column));
 }

@@ -98,11 +98,15 @@ class Stepwise {
         step.grad_gates = side_by_side(scan_.grad_gates, row, d, sizes_.grads * scan_.hidden).data;
         step.grad_recurrent = nth(recurrent, j).data;
         step.grad_recurrent_rows = step.carry.after;
+        step.cuts_before = cuts(d, s);
+        step.cuts_after = cuts(d, s + 1);
         if (scan_.w_hr) {
           // The whole gradient of the projected h, for that of w_hr, and from it the gradient of h before its projection.
           const Matrices whole = {moved(scan_.grad_projected, (d * scan_.rows + row) * scan_.projected * bytes()),
                                   scan_.projected, 0};
-          add(nth(recurrent, j), side_by_side(h.grad_all, row, d, scan_.projected), whole, active, scan_.projected);
+          const Carry<int64_t>& carry = step.carry;
+          add(nth(recurrent, j), side_by_side(h.grad_all, row, d, scan_.projected), whole, active, scan_.projected,
+              carry.after, cuts(d, s + 1) ? carry.active : 0);
           multiply(whole, w_hr_, d, 1, false, nth(unprojected, j), active);
           step.grad_recurrent = nth(unprojected, j).data;
           step.grad_recurrent_rows = active;
@@ -131,6 +135,10 @@ class Stepwise {
 
   // The time of step s, in the order of the forward pass.
   int64_t time(int d, int64_t s) const { return d == 0 ? s : scan_.steps - 1 - s; }
+  // Whether step s passes nothing back to the step before.
+  bool cuts(int d, int64_t s) const {
+    return s > 0 && s < scan_.steps && scan_.rule.cuts(std::max(time(d, s), time(d, s - 1)));
+  }
   int64_t count(int64_t t) const { return t < 0 || t >= scan_.steps ? 0 : scan_.counts[t]; }
 
   // An array [D, rows, width] of S from direction `first` on; and the `number`th matrix after that.
@@ -156,6 +164,8 @@ class Stepwise {
       step.hidden = scan_.hidden;
       step.stride = scan_.directions * scan_.hidden;
       step.keep = scan_.keep;
+      step.rule = scan_.rule;
+      step.recurrent_is_passed_back = !scan_.w_hr;
       step.gate_stride = scan_.gate_stride;
       step.grad_gate_stride = scan_.directions * sizes_.grads * scan_.hidden;
       step.b_ih = scan_.b_ih[d];
@@ -192,6 +202,7 @@ class Stepwise {
       const int d = first + j;
       Step& step = steps.of[j];
       step.carry = {};
+      step.cuts_before = step.cuts_after = false;
       step.rows = scan_.batch;
       step.grad_recurrent_rows = scan_.w_hr ? 0 : count(time(d, 0));
       for (int k = 0; k < sizes_.states; ++k) {
@@ -199,7 +210,7 @@ class Stepwise {
         if (k == 0 && scan_.w_hr) {
           if (grad)
             add(nth(recurrent, j), {}, of_directions(grad, d, scan_.batch, scan_.projected), scan_.batch,
-                scan_.projected);
+                scan_.projected, scan_.batch);
         } else {
           step.states[k].grad_initial = of_directions(grad, d, scan_.batch, scan_.hidden).data;
           any = any || grad;
@@ -217,8 +228,9 @@ class Stepwise {
     const int64_t columns = transposed ? w.height : w.width, depth = transposed ? w.width : w.height;
     check(cuda::multiply({type_, transposed, scan_.precise, rows, columns, depth, a, b, c, count}, blas_));
   }
-  void add(const Matrices& a, const Matrices& b, const Matrices& sum, int64_t rows, int64_t width) const {
-    check(launch_add(type_, {a, b, sum, rows, width}, stream_));
+  void add(const Matrices& a, const Matrices& b, const Matrices& sum, int64_t rows, int64_t width,
+           int64_t passed_back = 0, int64_t stopped = 0) const {
+    check(launch_add(type_, {a, b, sum, rows, width, scan_.rule, passed_back, stopped}, stream_));
   }
 
   std::string_view cell_;

@@ -61,13 +61,42 @@ def operand(step, begin, i, last, batch, offsets, initial, output, width):
 
 
 @triton.jit
-def grad_operand(grad_state, grad_recurrent):
+def cuts(step, last, GRAD_CUT: tl.constexpr):
+    """Whether no gradient passes back from a step to the step before, see `LayerCall.grad_cut`."""
+    if GRAD_CUT == 0:
+        return False
+    else:
+        boundary = tl.where(tl.program_id(2) == 1, last - step + 1, step)
+        return boundary % GRAD_CUT == 0
+
+
+@triton.jit
+def passed_back(grad, continues, cut, GRAD_CLIP: tl.constexpr, GRAD_CUT: tl.constexpr):
+    """The gradient that a step passes back, clipped; zero in rows that continue from the step before if that is cut.
+
+    `GRAD_CLIP` is None for no limit.
+    """
+    if GRAD_CLIP is not None:
+        grad = tl.where(grad > GRAD_CLIP, GRAD_CLIP, tl.where(grad < -GRAD_CLIP, -GRAD_CLIP, grad))
+    if GRAD_CUT > 0:
+        grad = tl.where(continues & cut, 0.0, grad)
+    return grad
+
+
+@triton.jit
+def grad_operand(
+    grad_state, grad_recurrent, sends, active, cut, GRAD_CLIP: tl.constexpr, GRAD_CUT: tl.constexpr
+):
     """Gradients of the states after a step: `grad_state`, to whose h the gradient through the later product is added.
 
     `grad_state` is what the later steps left. `grad_recurrent` is the gradient of the later step's operand, h. Where a
-    row begins at the later step, that is its initial h: the row is not active now and keeps the sum.
+    row begins at the later step, that is its initial h: the row is not active now and keeps the sum. `sends`: which
+    rows have the later step, and so are passed a gradient back; `cut`: whether that step `cuts`.
     """
-    return (grad_state[0] + grad_recurrent,) + grad_state[1:]
+    sum = grad_state[0] + grad_recurrent
+    if (GRAD_CLIP is not None) | (GRAD_CUT > 0):
+        sum = tl.where(sends, passed_back(sum, active, cut, GRAD_CLIP, GRAD_CUT), sum)
+    return (sum,) + grad_state[1:]
 
 
 @triton.jit

@@ -110,6 +110,25 @@ def gru_backward(save, h, previous_h, grad_state):
     return (grad_state[0] * z,), (grad_r, grad_z, grad_n * r, grad_n)
 
 
+@triton.jit
+def gru_writes_forward(x, h, state):
+    """As `gru_forward`, but h' = h + z (n - h)."""
+    r = sigmoid(x[0] + h[0])
+    z = sigmoid(x[1] + h[1])
+    n = tanh(x[2] + r * h[2])
+    return (state[0] + z * (n - state[0]),), (r, z, n, h[2])
+
+
+@triton.jit
+def gru_writes_backward(save, h, previous_h, grad_state):
+    """Saved: r, z, n, and the recurrent part of n."""
+    r, z, n, recurrent = save
+    grad_n = grad_state[0] * z * (1 - n * n)
+    grad_r = grad_n * recurrent * r * (1 - r)
+    grad_z = grad_state[0] * (n - previous_h) * z * (1 - z)
+    return (grad_state[0] * (1 - z),), (grad_r, grad_z, grad_n * r, grad_n)
+
+
 class Cell(NamedTuple):
     """A cell's functions; one without `output` has no projection."""
 
@@ -124,4 +143,5 @@ TRITON_CELLS = {
     "rnn_relu": Cell(rnn_relu_forward, rnn_relu_backward),
     "lstm": Cell(lstm_forward, lstm_backward, lstm_output),
     "gru": Cell(gru_forward, gru_backward),
+    "gru_writes": Cell(gru_writes_forward, gru_writes_backward),
 }

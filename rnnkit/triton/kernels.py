@@ -210,7 +210,8 @@ def backward(
     first, steps,
     hidden, projected,  # H, P
     CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
-    GRAD_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    GRAD_COLUMNS: tl.constexpr, GRAD_CLIP: tl.constexpr, GRAD_CUT: tl.constexpr,
+    PRECISION: tl.constexpr, SUM: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Runs the cell backward over the steps `first` to `first + steps`; step 0 is the last of the forward pass.
@@ -244,7 +245,13 @@ def backward(
             grad_later, sends, weights + d * depth * hidden, 0, u,
             u_mask, hidden, depth, 1, DEPTH, PRECISION, SUM,
         )  # fmt: skip
-        grad_state = carry.grad_operand(grad_state, grad_recurrent[0])
+        if grad_projected is None:
+            cut = carry.cuts(forward_step + 1, last, GRAD_CUT)
+            grad_state = carry.grad_operand(
+                grad_state, grad_recurrent[0], sends, active, cut, GRAD_CLIP, GRAD_CUT
+            )
+        else:
+            grad_state = (grad_state[0] + grad_recurrent[0],) + grad_state[1:]
         save = load_saved(reserve, d * total + row, i, u, mask, hidden, SAVED)
         h = tl.zeros((ROWS, UNITS), dtype=SUM)
         previous_h = h
@@ -265,6 +272,13 @@ def backward(
                 grad += tl.load(given, mask=mask, other=0.0).to(SUM)
             grad_new += (grad,)
         grads_before, grads = CELL(save, h, previous_h, grad_new)
+        if (GRAD_CLIP is not None) | (GRAD_CUT > 0):
+            _, continues = carry.active_rows(forward_step - 1, begin, i, last, batch, offsets)
+            cut = carry.cuts(forward_step, last, GRAD_CUT)
+            passed = (grads_before[0],)  # that of h is not complete before the product
+            for k in tl.static_range(1, STATES):
+                passed += (carry.passed_back(grads_before[k], continues, cut, GRAD_CLIP, GRAD_CUT),)
+            grads_before = passed
         for k in tl.static_range(GRAD_COLUMNS):
             grad_base = grad_gates + ((row * directions + d) * GRAD_COLUMNS + k) * hidden
             tl.store(

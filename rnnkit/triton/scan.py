@@ -320,6 +320,8 @@ def backward(
             CELL=TRITON_CELLS[call.cell].backward,
             SAVED=call.spec.saved,
             GRAD_COLUMNS=back.grad_columns,
+            GRAD_CLIP=call.grad_clip if call.grad_clip < math.inf else None,
+            GRAD_CUT=call.grad_cut,
         )
 
     # One step more takes the gradients to the initial states.
@@ -346,7 +348,13 @@ def _grad_operand(back: Backward, w_hh: Tensor, grad_recurrent: Tensor, step: in
         rows = call.rows_of(d, call.steps - step)
         first = d * back.grad_columns * call.hidden
         columns, count = slice(first, first + width), rows.stop - rows.start
-        torch.mm(back.grad_gates[rows, columns], w_hh[d], out=grad_recurrent[d, :count])
+        passed = grad_recurrent[d, :count]
+        torch.mm(back.grad_gates[rows, columns], w_hh[d], out=passed)
+        if call.grad_clip < math.inf:
+            passed.clamp_(-call.grad_clip, call.grad_clip)
+        if call.cuts(d, call.steps - step):
+            earlier = call.rows_of(d, call.steps - step - 1)
+            passed[: earlier.stop - earlier.start].zero_()
 
 
 def _grad_projected(

@@ -15,6 +15,7 @@ class Backward {
   Backward(const Layer<S>& layer, std::byte* scratch)
       : layer_(layer),
         projects_(kCanProject<Cell> && layer.direction[0].w_hr != nullptr),
+        clips_(layer.grad_clip < T(__builtin_inf())),
         segments_(segments_of(layer)),
         max_rows_(max_rows(layer, segments_)),
         arena_(scratch),
@@ -133,33 +134,39 @@ class Backward {
       body(first(sweep[i]), min_of(own.end, (sweep[i] + 1) * kPanel) - first(sweep[i]), first(sweep.next(i)));
   }
 
+  // What a step passes back, as Layer::grad_clip limits it.
+  RNNKIT_INLINE Vector<T> clipped(Vector<T> grad) const {
+    return clips_ ? -at_most(-at_most(grad, layer_.grad_clip), layer_.grad_clip) : grad;
+  }
+
   // Columns first to first + width - 1 of the gradient of h between steps s and s + 1. dh = grad_h_ + dgates(s + 1)
-  // W_hh; a row that is not active at s + 1 has no product. A row that begins at s + 1 writes dh to the gradient of its
-  // initial h. Any other row adds dY and runs the cell's backward of step s; with a projection it writes dh to
-  // grads_.projected instead, for step_before_projection. `next`: the first column of the next panel, which is
-  // prefetched; `first`: none.
+  // W_hh, clipped, or zero where step s + 1 passes nothing back; a row that is not active at s + 1 has no product, and
+  // its dh is grad_h_. A row that begins at s + 1 writes dh to the gradient of its initial h. Any other row adds dY and
+  // runs the cell's backward of step s; with a projection it writes dh to grads_.projected instead, for
+  // step_before_projection. `next`: the first column of the next panel, which is prefetched; `first`: none.
   void step_of_h(const Segment& segment, const ActiveRows<S>& rows, int64_t s, int64_t first, int64_t width,
                  int64_t next) {
     const int64_t d = rows.direction, P = layer_.projected, K = Cell::gates * layer_.hidden;
     const Carry here = rows.before(s), after = rows.before(s + 1);
+    const bool cuts = rows.cuts(s + 1), needs_product = !cuts || after.active > after.continuing;
     const Segment& of_after = s + 1 < segment.end ? segment : segments_[max_of(0, segment.index - 1)];
     const S* ahead = next != first ? w_hh_[d].ahead(0, next) : nullptr;
     const int64_t touched = max_of(here.active, after.active);
     alignas(64) T grad_recurrent[kRowBlock * kPanel];
     for (int64_t m = 0; m < touched; m += kRowBlock) {
       const int64_t count = min_of(kRowBlock, touched - m);
-      if (after.active > m)
+      if (after.active > m && needs_product)
         w_hh_[d].multiply(min_of(count, after.active - m), round_up(width, kLanes<T>), K,
                           rows_of(grads_.gates.at(of_after, d, rows.first(s + 1) + m), grads_.gates.width()), 0, first,
                           grad_recurrent, kPanel, false, m == 0 ? ahead : nullptr);
       for (int64_t i = 0; i < count; ++i) {
         const Before before = after.of(m + i);
         const int64_t n = rows.range.begin + m + i, state = (d * layer_.batch + n) * P + first;
-        const T* from_product = before == Before::carried ? nullptr : grad_recurrent + i * kPanel;
+        const T* from_product = grad_recurrent + i * kPanel;
         T* grad_h = grad_h_ + state;
         if (before == Before::initial) {
           for_vectors<T>(width, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
-            const Vector<T> grad = load(grad_h + u, lanes) + load(from_product + u);
+            const Vector<T> grad = clipped(load(grad_h + u, lanes) + load(from_product + u));
             if (T* to = layer_.states[0].grad_initial; to != nullptr) store(to + state + u, grad, lanes);
             if (!projects_) finish_others(d, n, first + u, lanes);
           });
@@ -171,8 +178,11 @@ class Backward {
         const RowOfCell of = projects_ ? RowOfCell{} : row_of_cell(segment, rows, s, m + i, here);
         if (!projects_) add_grad_all(of, row, d, first, width);
         for_vectors<T>(width, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
-          Vector<T> grad = load(grad_h + u, lanes);
-          if (from_product != nullptr) grad += load(from_product + u);
+          Vector<T> grad{};
+          if (before == Before::carried)
+            grad = load(grad_h + u, lanes);
+          else if (!cuts)
+            grad = clipped(load(grad_h + u, lanes) + load(from_product + u));
           if (grad_y != nullptr) grad += load(grad_y + u, lanes);
           if (projects_) {
             store(grad_projected + u, grad, lanes);
@@ -221,6 +231,7 @@ class Backward {
     const S *h, *previous_h;  // h after the step, and before it
     T* grad_others;           // [kOthers, H]: on entry of the states after the step, on return of those before it
     S *grads, *unprojected;   // grads: [Cell::grads, H]
+    bool cuts;                // whether the step passes nothing back to the step before
   };
   // `n`: the row in the range.
   RowOfCell row_of_cell(const Segment& segment, const ActiveRows<S>& rows, int64_t s, int64_t n, Carry carry) const {
@@ -232,6 +243,7 @@ class Backward {
     if (Cell::uses_previous_h) of.previous_h = rows.operand(s, n, carry, initial_h_);
     of.grad_others = at(grad_others_, (d * layer_.batch + rows.range.begin + n) * kOthers<Cell> * H);
     of.grads = grads_.gates.at(segment, d, row);
+    of.cuts = rows.cuts(s) && carry.of(n) == Before::previous;
     if (projects_) of.unprojected = grads_.unprojected.at(segment, d, row);
     return of;
   }
@@ -266,7 +278,8 @@ class Backward {
 #pragma GCC unroll 8
     for (int64_t k = 0; k < Cell::grads; ++k) store(of.grads + k * H + unit, grad[k], lanes);
 #pragma GCC unroll 8
-    for (int64_t k = 0; k < kOthers<Cell>; ++k) store(of.grad_others + k * H + unit, grad_state[k + 1], lanes);
+    for (int64_t k = 0; k < kOthers<Cell>; ++k)
+      store(of.grad_others + k * H + unit, of.cuts ? V{} : clipped(grad_state[k + 1]), lanes);
     if (of.unprojected != nullptr) store(of.unprojected + unit, Cell::output(save), lanes);
     return grad_state[0];
   }
@@ -309,7 +322,7 @@ class Backward {
   }
 
   const Layer<S>& layer_;
-  const bool projects_;
+  const bool projects_, clips_;
   const std::vector<Segment> segments_;
   const int64_t max_rows_;  // of a segment, in one direction
   Arena arena_;

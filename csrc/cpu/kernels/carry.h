@@ -55,6 +55,11 @@ struct ActiveRows {
     return {min_of(active(s - 1), now), now};
   }
 
+  // Whether step s passes no gradients back to the step before, see Layer::grad_cut.
+  bool cuts(int64_t s) const {
+    return layer.grad_cut > 0 && s > 0 && max_of(time(s), time(s - 1)) % layer.grad_cut == 0;
+  }
+
   // The index in x and y of the range's first row at step s.
   int64_t first(int64_t s) const { return layer.begin(time(s)) + range.begin; }
 

@@ -1,0 +1,70 @@
+"""`UpdateGate`: the base of GRU and GRUCell that knows which way their update gate z works."""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+#: What z = 1 means -> the cell's name in `specs.CELLS`: the unit keeps its state, or it writes the new value.
+CELLS = {"keeps": "gru", "writes": "gru_writes"}
+
+Module = TypeVar("Module", bound="UpdateGate")
+
+
+class UpdateGate(nn.Module):
+    """Has `update_gate` and the conversion between its two values."""
+
+    _cell = CELLS["keeps"]
+
+    def _set_update_gate(self, update_gate: str) -> None:
+        _check(update_gate)
+        if update_gate != self.update_gate:
+            self._cell = CELLS[update_gate]
+
+    @property
+    def update_gate(self) -> str:
+        """`"keeps"`, h' = (1 - z)⊙n + z⊙h, or `"writes"`, h' = z⊙n + (1 - z)⊙h."""
+        return "keeps" if self._cell == CELLS["keeps"] else "writes"
+
+    def convert_update_gate(self: Module, to: str) -> Module:
+        """Changes `update_gate`, and the weights with it, so that the module computes the same as before.
+
+        z becomes 1 - z: since 1 - σ(a) = σ(-a), the rows of z in every weight and bias are negated, in place. What an
+        optimizer has gathered for these rows (momentum) is not.
+
+        Args:
+            to: `"keeps"` or `"writes"`.
+
+        Returns:
+            The module.
+
+        Raises:
+            ValueError: `to` is neither.
+            RuntimeError: a weight is parametrized.
+        """
+        _check(to)
+        if to == self.update_gate:
+            return self
+        if parametrize.is_parametrized(self):
+            raise RuntimeError(
+                "expected weights that can be changed in place, got a parametrized one: remove its "
+                "parametrizations first"
+            )
+        with torch.no_grad():
+            for weight in self.parameters(recurse=False):
+                z = weight.chunk(3)[1]
+                z.neg_()
+        self._cell = CELLS[to]
+        vars(self).pop("_packed", None)  # packed weights of a frozen layer
+        return self
+
+    def extra_repr(self) -> str:
+        """The other options, followed by `update_gate` if the gate writes."""
+        writes = ", update_gate=writes" if self.update_gate == "writes" else ""
+        return super().extra_repr() + writes
+
+
+def _check(update_gate: Any) -> None:
+    if update_gate not in CELLS:
+        raise ValueError(f"expected update_gate to be 'keeps' or 'writes', got {update_gate!r}")
