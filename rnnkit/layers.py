@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnkit import backends, interop, stack
 from rnnkit.call import Keep
+from rnnkit.init import Initialized, Initializer
 from rnnkit.interop import Interop
 
 Device = torch.device | str | int | None
@@ -48,7 +49,7 @@ def _implemented_by(implementation: Callable[..., None]) -> Callable[[Init], Ini
     return decorate
 
 
-class _Layers(Interop, nn.RNNBase):
+class _Layers(Initialized, Interop, nn.RNNBase):
     """The base of RNN, LSTM and GRU: turns torch.nn's arguments into a call of `stack.run`, and its results back."""
 
     recompute = frozen = False  # defaults for modules pickled by a version without these attributes
@@ -67,7 +68,7 @@ class _Layers(Interop, nn.RNNBase):
         self.recompute = recompute
 
     def extra_repr(self) -> str:
-        """torch.nn's `extra_repr`, followed by `recompute` and `frozen` where they are True."""
+        """torch.nn's `extra_repr`, followed by `init` if given and `recompute` and `frozen` where they are True."""
         added = [f", {name}=True" for name in ("recompute", "frozen") if getattr(self, name)]
         return super().extra_repr() + "".join(added)
 
@@ -300,6 +301,9 @@ class RNN(_Layers):
         dropout: in training, probability of zeroing an element of the output of every layer except the last.
         bidirectional: whether a second direction runs from the end (D = 2). Default False.
         recompute: has no effect, since an RNN keeps only its output in any case. Default False.
+        init: what initializes the parameters after torch.nn's own initialization, also in `reset_parameters()`: an
+            initializer of `rnnkit.init` by its name (`"orthogonal"`, `"xavier"`, `"keras"` or `"identity"`), or a
+            callable that takes the module. Default None.
         device, dtype: device and dtype of the parameters.
 
     Shape:
@@ -307,7 +311,7 @@ class RNN(_Layers):
         Returns the output [T, N, D*H] (or [T, D*H], or a PackedSequence) and `h_n`, shaped like `hx`.
 
     Raises:
-        ValueError: the input's rank or dtype does not fit.
+        ValueError: the input's rank or dtype does not fit; in the constructor, `init` is unknown or not for this cell.
         RuntimeError: a size does not fit, or there is no time step.
 
     Source: Elman 1990, "Finding structure in time"; parameters and messages as in `torch.nn.RNN`.
@@ -349,6 +353,7 @@ class RNN(_Layers):
         device: Device = None,
         dtype: torch.dtype | None = None,
         recompute: bool = False,
+        init: Initializer | None = None,
     ) -> None: ...
 
     @overload
@@ -385,6 +390,9 @@ class LSTM(_Layers):
         proj_size: P < H, features of the projected hidden state; 0 for none. Default 0.
         recompute: whether the backward pass recomputes the gates instead of keeping them. This takes a fraction of
             the memory and about a third more time; the gradients are equal up to rounding. Default False.
+        init: what initializes the parameters after torch.nn's own initialization, also in `reset_parameters()`: an
+            initializer of `rnnkit.init` by its name (`"orthogonal"`, `"xavier"`, `"keras"` or `"forget_bias"`), or a
+            callable that takes the module. Default None.
         device, dtype: device and dtype of the parameters.
 
     Shape:
@@ -393,7 +401,7 @@ class LSTM(_Layers):
         [T, ·], or a PackedSequence) and `(h_n, c_n)`, shaped like `hx`. Gate order i, f, g, o.
 
     Raises:
-        ValueError: the input's rank or dtype does not fit.
+        ValueError: the input's rank or dtype does not fit; in the constructor, `init` is unknown or not for this cell.
         RuntimeError: a size does not fit, or there is no time step.
 
     Source: Hochreiter & Schmidhuber 1997, with forget gates (Gers et al. 2000); projection: Sak et al.
@@ -424,6 +432,7 @@ class LSTM(_Layers):
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
+        init: Initializer | None = None,
     ) -> None: ...
 
     def _returned(self, finals: tuple[Tensor, ...]) -> Any:
@@ -461,6 +470,9 @@ class GRU(_Layers):
         bidirectional: whether a second direction runs from the end (D = 2). Default False.
         recompute: whether the backward pass recomputes the gates instead of keeping them. This takes a fraction of
             the memory and about a third more time; the gradients are equal up to rounding. Default False.
+        init: what initializes the parameters after torch.nn's own initialization, also in `reset_parameters()`: an
+            initializer of `rnnkit.init` by its name (`"orthogonal"`, `"xavier"` or `"keras"`), or a
+            callable that takes the module. Default None.
         device, dtype: device and dtype of the parameters.
 
     Shape:
@@ -469,7 +481,7 @@ class GRU(_Layers):
         Gate order r, z, n.
 
     Raises:
-        ValueError: the input's rank or dtype does not fit.
+        ValueError: the input's rank or dtype does not fit; in the constructor, `init` is unknown or not for this cell.
         RuntimeError: a size does not fit, or there is no time step.
 
     Source: Cho et al. 2014, in PyTorch's convention, where z keeps the old state and r multiplies the
@@ -498,6 +510,7 @@ class GRU(_Layers):
         device: Device = None,
         dtype: torch.dtype | None = None,
         recompute: bool = False,
+        init: Initializer | None = None,
     ) -> None: ...
 
     @overload
