@@ -1,5 +1,6 @@
 """rnnkit: torch.nn's recurrent layers and cells on fused kernels, as a drop-in replacement."""
 
+from rnnkit import init
 from rnnkit.backends import backend
 from rnnkit.cells import GRUCell, LSTMCell, RNNCell
 from rnnkit.converting import convert, patch, revert
@@ -23,6 +24,7 @@ __all__ = [
     "decompositions",
     "explain",
     "freeze",
+    "init",
     "pack_padded_sequence",
     "pad_packed_sequence",
     "patch",

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from rnnkit import backends, interop, stack
 from rnnkit.call import Keep
+from rnnkit.init import Initialized, Initializer
 from rnnkit.interop import Interop
+from rnnkit.layers import Device
 from rnnkit.update_gate import UpdateGate
 
 
-class _Cell(Interop, nn.RNNCellBase):
+class _Cell(Initialized, Interop, nn.RNNCellBase):
     """The base of the three cells: turns torch.nn's arguments into a call of `stack.run`, and its results back."""
 
     input_size: int
@@ -101,17 +103,33 @@ class RNNCell(_Cell, nn.RNNCell):
         hidden_size: H, features of the hidden state.
         bias: whether the cell has `b_ih` and `b_hh`. Default True.
         nonlinearity: `"tanh"` or `"relu"`. Default `"tanh"`.
+        init: what initializes the parameters after torch.nn's own initialization, also in `reset_parameters()`: an
+            initializer of `rnnkit.init` by its name (`"orthogonal"`, `"xavier"`, `"keras"` or `"identity"`), or a
+            callable that takes the module. Default None.
         device, dtype: device and dtype of the parameters.
 
     Shape:
         input [N, I] or [I]; `hx` [N, H] or [H], zeros if None. Returns h', shaped like `hx`.
 
     Raises:
-        ValueError: a rank does not fit.
+        ValueError: a rank does not fit; in the constructor, `init` is unknown or not for this cell.
         RuntimeError: a size does not fit, or the nonlinearity is unknown.
     """
 
     _torchs = nn.RNNCell
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        init: Initializer | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype, init=init)
 
     @property
     def _cell(self) -> str:  # type: ignore[override]
@@ -140,18 +158,33 @@ class LSTMCell(_Cell, nn.LSTMCell):
         input_size: I, features of the input.
         hidden_size: H, features of the hidden and the cell state.
         bias: whether the cell has `b_ih` and `b_hh`. Default True.
+        init: what initializes the parameters after torch.nn's own initialization, also in `reset_parameters()`: an
+            initializer of `rnnkit.init` by its name (`"orthogonal"`, `"xavier"`, `"keras"` or `"forget_bias"`), or a
+            callable that takes the module. Default None.
         device, dtype: device and dtype of the parameters.
 
     Shape:
         input [N, I] or [I]; `hx` a pair h, c, each [N, H] or [H], zeros if None. Returns (h', c').
 
     Raises:
-        ValueError: a rank does not fit.
+        ValueError: a rank does not fit; in the constructor, `init` is unknown or not for this cell.
         RuntimeError: a size does not fit.
     """
 
     _torchs = nn.LSTMCell
     _cell = "lstm"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        init: Initializer | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype, init=init)
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
@@ -177,6 +210,9 @@ class GRUCell(UpdateGate, _Cell, nn.GRUCell):
         input_size: I, features of the input.
         hidden_size: H, features of the hidden state.
         bias: whether the cell has `b_ih` and `b_hh`. Default True.
+        init: what initializes the parameters after torch.nn's own initialization, also in `reset_parameters()`: an
+            initializer of `rnnkit.init` by its name (`"orthogonal"`, `"xavier"` or `"keras"`), or a
+            callable that takes the module. Default None.
         device, dtype: device and dtype of the parameters.
         update_gate: what z = 1 does: `"keeps"` the unit's state, as in torch.nn, or `"writes"` the new value. Default
             `"keeps"`. See `rnnkit.GRU`.
@@ -185,7 +221,7 @@ class GRUCell(UpdateGate, _Cell, nn.GRUCell):
         input [N, I] or [I]; `hx` [N, H] or [H], zeros if None. Returns h', shaped like `hx`.
 
     Raises:
-        ValueError: a rank does not fit, or `update_gate` has another value.
+        ValueError: a rank does not fit; in the constructor, an option has no such value or is not for this cell.
         RuntimeError: a size does not fit.
     """
 
@@ -196,13 +232,14 @@ class GRUCell(UpdateGate, _Cell, nn.GRUCell):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
-        device: torch.device | str | int | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
+        init: Initializer | None = None,
         update_gate: str = "keeps",
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, device, dtype)
         self._set_update_gate(update_gate)
+        super().__init__(input_size, hidden_size, bias, device, dtype, init=init)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; see the class."""

@@ -65,7 +65,7 @@ def convert(model: nn.Module) -> Report:
 def revert(model: nn.Module) -> Report:
     """Undo `convert`: turn every layer and cell of rnnkit in a model into torch.nn's, in place.
 
-    A layer's `recompute` and `frozen` are lost. The `requires_grad` that `freeze` set to False stays False.
+    A module's `init`, `recompute` and `frozen` are lost. The `requires_grad` that `freeze` set to False stays False.
 
     Args:
         model: a model, or a layer or cell itself; changed in place.
@@ -119,7 +119,7 @@ def _become(module: nn.Module, cls: type[nn.Module]) -> None:
         # torch made a class for this module alone, with a property for each parametrized tensor.
         own = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
         cls = type(f"Parametrized{cls.__name__}", (cls,), own)
-    for name in ("recompute", "frozen", "grad_clip", "grad_cut", "_packed"):
+    for name in ("recompute", "frozen", "grad_clip", "grad_cut", "_initializer", "_packed"):
         vars(module).pop(name, None)
     module.__class__ = cls
 

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnkit import backends, interop, stack
 from rnnkit.call import Keep
+from rnnkit.init import Initialized, Initializer
 from rnnkit.interop import Interop
 from rnnkit.update_gate import UpdateGate
 
@@ -68,7 +69,7 @@ def _implemented_by(implementation: Callable[..., None]) -> Callable[[Init], Ini
     return decorate
 
 
-class _Layers(Interop, nn.RNNBase):
+class _Layers(Initialized, Interop, nn.RNNBase):
     """The base of RNN, LSTM and GRU: turns torch.nn's arguments into a call of `stack.run`, and its results back."""
 
     recompute = frozen = False  # defaults for modules pickled by a version without these attributes
@@ -100,7 +101,7 @@ class _Layers(Interop, nn.RNNBase):
             self.grad_cut = grad_cut
 
     def extra_repr(self) -> str:
-        """torch.nn's `extra_repr`, followed by rnnkit's own options where they are set."""
+        """torch.nn's `extra_repr`, followed by `init` and rnnkit's other options where they are set."""
         options = {name: getattr(self, name) for name in _OPTIONS}
         added = [f", {name}={value}" for name, value in options.items() if value]
         return super().extra_repr() + "".join(added)
@@ -343,6 +344,9 @@ class RNN(_Layers):
         grad_cut: k to pass no gradients back across the boundaries between times k*j - 1 and k*j, in both directions:
             backpropagation through time truncated to windows of k steps, with the states as they are. None for no
             cuts. Default None.
+        init: what initializes the parameters after torch.nn's own initialization, also in `reset_parameters()`: an
+            initializer of `rnnkit.init` by its name (`"orthogonal"`, `"xavier"`, `"keras"` or `"identity"`), or a
+            callable that takes the module. Default None.
         device, dtype: device and dtype of the parameters.
 
     Shape:
@@ -350,7 +354,8 @@ class RNN(_Layers):
         Returns the output [T, N, D*H] (or [T, D*H], or a PackedSequence) and `h_n`, shaped like `hx`.
 
     Raises:
-        ValueError: the input's rank or dtype does not fit, or an option has no such value.
+        ValueError: the input's rank or dtype does not fit; in the constructor, an option has no such value or is not
+            for this cell.
         RuntimeError: a size does not fit, or there is no time step.
 
     Source: Elman 1990, "Finding structure in time"; parameters and messages as in `torch.nn.RNN`.
@@ -394,6 +399,7 @@ class RNN(_Layers):
         recompute: bool = False,
         grad_clip: float | None = None,
         grad_cut: int | None = None,
+        init: Initializer | None = None,
     ) -> None: ...
 
     @overload
@@ -435,6 +441,9 @@ class LSTM(_Layers):
         grad_cut: k to pass no gradients back across the boundaries between times k*j - 1 and k*j, in both directions:
             backpropagation through time truncated to windows of k steps, with the states as they are. None for no
             cuts. Default None.
+        init: what initializes the parameters after torch.nn's own initialization, also in `reset_parameters()`: an
+            initializer of `rnnkit.init` by its name (`"orthogonal"`, `"xavier"`, `"keras"` or `"forget_bias"`), or a
+            callable that takes the module. Default None.
         device, dtype: device and dtype of the parameters.
 
     Shape:
@@ -443,7 +452,8 @@ class LSTM(_Layers):
         [T, ·], or a PackedSequence) and `(h_n, c_n)`, shaped like `hx`. Gate order i, f, g, o.
 
     Raises:
-        ValueError: the input's rank or dtype does not fit, or an option has no such value.
+        ValueError: the input's rank or dtype does not fit; in the constructor, an option has no such value or is not
+            for this cell.
         RuntimeError: a size does not fit, or there is no time step.
 
     Source: Hochreiter & Schmidhuber 1997, with forget gates (Gers et al. 2000); projection: Sak et al.
@@ -476,6 +486,7 @@ class LSTM(_Layers):
         recompute: bool = False,
         grad_clip: float | None = None,
         grad_cut: int | None = None,
+        init: Initializer | None = None,
     ) -> None: ...
 
     def _returned(self, finals: tuple[Tensor, ...]) -> Any:
@@ -523,6 +534,9 @@ class GRU(UpdateGate, _Layers):
         grad_cut: k to pass no gradients back across the boundaries between times k*j - 1 and k*j, in both directions:
             backpropagation through time truncated to windows of k steps, with the states as they are. None for no
             cuts. Default None.
+        init: what initializes the parameters after torch.nn's own initialization, also in `reset_parameters()`: an
+            initializer of `rnnkit.init` by its name (`"orthogonal"`, `"xavier"` or `"keras"`), or a
+            callable that takes the module. Default None.
         device, dtype: device and dtype of the parameters.
 
     Shape:
@@ -531,7 +545,8 @@ class GRU(UpdateGate, _Layers):
         Gate order r, z, n.
 
     Raises:
-        ValueError: the input's rank or dtype does not fit, or an option has no such value.
+        ValueError: the input's rank or dtype does not fit; in the constructor, an option has no such value or is not
+            for this cell.
         RuntimeError: a size does not fit, or there is no time step.
 
     Source: Cho et al. 2014, with r multiplying the recurrent part after its bias, as in PyTorch; parameters and
@@ -545,8 +560,8 @@ class GRU(UpdateGate, _Layers):
     ) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__("GRU", *args, device=device, **kwargs)
         self._set_update_gate(update_gate)
+        super().__init__("GRU", *args, device=device, **kwargs)
 
     @_implemented_by(_init)
     def __init__(
@@ -565,6 +580,7 @@ class GRU(UpdateGate, _Layers):
         update_gate: str = "keeps",
         grad_clip: float | None = None,
         grad_cut: int | None = None,
+        init: Initializer | None = None,
     ) -> None: ...
 
     @overload

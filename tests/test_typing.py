@@ -34,6 +34,8 @@ for layer in (rnnkit.GRU(3, 4, bidirectional=True), rnnkit.RNN(3, 4, nonlinearit
 assert_type(rnnkit.LSTMCell(3, 4)(x[0]), Pair)
 assert_type(rnnkit.GRUCell(3, 4)(x[0]), Tensor)
 assert_type(rnnkit.RNNCell(3, 4)(x[0], x[0]), Tensor)
+assert_type(rnnkit.init.chrono_(rnnkit.LSTM(3, 4, init="keras"), t_max=100), rnnkit.LSTM)
+rnnkit.GRUCell(3, 4, init=rnnkit.init.orthogonal_)
 assert_type(rnnkit.convert(nn.Sequential(lstm)).exchanged, dict[str, str])
 with rnnkit.patch(), rnnkit.backend("reference"):
     pass
