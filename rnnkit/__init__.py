@@ -5,6 +5,7 @@ from rnnkit.backends import backend
 from rnnkit.cells import GRUCell, LSTMCell, RNNCell
 from rnnkit.converting import convert, patch, revert
 from rnnkit.explaining import explain
+from rnnkit.foreign_weights import from_haste, from_keras, to_haste, to_keras
 from rnnkit.freezing import freeze
 from rnnkit.interop import decompositions
 from rnnkit.layers import GRU, LSTM, RNN
@@ -24,9 +25,13 @@ __all__ = [
     "decompositions",
     "explain",
     "freeze",
+    "from_haste",
+    "from_keras",
     "init",
     "pack_padded_sequence",
     "pad_packed_sequence",
     "patch",
     "revert",
+    "to_haste",
+    "to_keras",
 ]

@@ -8,6 +8,7 @@ from torch import Tensor
 from rnnkit import reference
 from rnnkit.call import LayerCall
 from rnnkit.packing import padded_with
+from rnnkit.update_gate import with_other_gate
 
 #: For each cell: ONNX's operator, for each of its gates the index of torch's gate, and extra attributes.
 OPERATORS: dict[str, tuple[str, tuple[int, ...], dict[str, int]]] = {
@@ -23,14 +24,8 @@ def of_torchs_cell(call: LayerCall) -> LayerCall:
     """The call by a cell that torch.nn has, and ONNX: "gru_writes" is "gru" with the rows of z negated."""
     if call.cell != "gru_writes":
         return call
-
-    def converted(weight: Tensor | None) -> Tensor | None:
-        if weight is None:
-            return None
-        r, z, n = weight.chunk(3)
-        return torch.cat([r, -z, n])
-
-    return replace(call, cell="gru", weights=[converted(weight) for weight in call.weights])
+    weights = [None if weight is None else with_other_gate(weight) for weight in call.weights]
+    return replace(call, cell="gru", weights=weights)
 
 
 def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:

@@ -65,6 +65,12 @@ class UpdateGate(nn.Module):
         return super().extra_repr() + writes
 
 
+def with_other_gate(weight: torch.Tensor) -> torch.Tensor:
+    """A GRU's weight or bias for the other `update_gate`: the rows of z negated."""
+    r, z, n = weight.chunk(3)
+    return torch.cat([r, -z, n])
+
+
 def _check(update_gate: Any) -> None:
     if update_gate not in CELLS:
         raise ValueError(f"expected update_gate to be 'keeps' or 'writes', got {update_gate!r}")

@@ -181,3 +181,32 @@ def test_onnx() -> None:
     (name,) = (given.name for given in session.get_inputs())
     found = session.run(None, {name: x.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(found), theirs(x)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("library", ["keras", "haste"])
+@pytest.mark.parametrize("kind", ["GRU", "GRUCell"])
+def test_weights_of_other_libraries(kind: str, library: str) -> None:
+    """Their gates keep; a module whose gate writes computes the same after loading, and writes the same for them."""
+    write, load = getattr(rnnkit, f"to_{library}"), getattr(rnnkit, f"from_{library}")
+    theirs, _ = pair(kind, 3, 5)
+    weights = write(theirs)
+    ours = load(getattr(rnnkit, kind)(3, 5, update_gate="writes").double(), weights)
+    x = torch.randn(2, 3, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x))
+    written = write(ours)
+    if isinstance(weights, dict):
+        weights, written = [*weights.values()], [*written.values()]
+    for found, expected in zip(written, weights, strict=True):
+        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected))
+
+
+@pytest.mark.parametrize("kind", ["GRU", "GRUCell"])
+def test_chrono_initialization_remembers(kind: str) -> None:
+    torch.manual_seed(0)
+    module = rnnkit.init.chrono_(getattr(rnnkit, kind)(3, 64, update_gate="writes"), 100)
+    biases = [p.chunk(3)[1] for name, p in module.named_parameters() if "bias" in name]
+    assert (sum(biases) <= 0).all() and sum(biases).mean() < -2
+    other = getattr(rnnkit, kind)(
+        3, 64, update_gate="writes", init=lambda m: rnnkit.init.chrono_(m, 100)
+    )
+    assert (next(p for n, p in other.named_parameters() if "bias_ih" in n).chunk(3)[1] <= 0).all()

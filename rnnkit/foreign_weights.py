@@ -1,0 +1,285 @@
+"""Weights of Keras's and haste's layers, loaded into rnnkit's or torch.nn's layers and cells, and written for them.
+
+Both libraries have transposed matrices, [I, G*H] and [H, G*H], and gate orders of their own. Their LSTMs have one bias
+where torch's has two.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rnnkit import stack
+from rnnkit.update_gate import with_other_gate
+
+Module = TypeVar("Module", bound=nn.Module)
+
+#: For each kind of module, a library's order of torch's gates (LSTM i, f, g, o; GRU r, z, n). Each order exchanges at
+#: most two gates, so that it also turns the library's order into torch's.
+_KERAS = {"RNN": (0,), "LSTM": (0, 1, 2, 3), "GRU": (1, 0, 2)}
+_HASTE = {"LSTM": (0, 2, 1, 3), "GRU": (1, 0, 2)}
+
+#: torch.nn's classes as they were when rnnkit was imported, since `rnnkit.patch` replaces them in torch.nn.
+_CELLS = {nn.RNNCell: "RNN", nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}
+
+
+def from_keras(module: Module, weights: Sequence[Any]) -> Module:
+    """Load the weights of Keras's layers (Keras 3 or tf.keras) into a layer or cell, in place.
+
+    A SimpleRNN's weights fit an RNN, an LSTM's an LSTM and a GRU's a GRU; those of a Bidirectional layer with
+    `merge_mode="concat"` fit a layer with `bidirectional=True`. Keras's input is [N, T, I], as with `batch_first=True`.
+
+    The weights do not tell how the Keras layer computes. It must have Keras's defaults: activation tanh (a SimpleRNN:
+    the module's `nonlinearity`), recurrent_activation sigmoid and, in a GRU, `reset_after=True`. The biases of a GRU
+    with `reset_after=False` have another shape, which is an error; if it has none, this cannot be noticed.
+
+    Args:
+        module: an RNN, LSTM, GRU or cell of rnnkit or torch.nn. Its parameters stay the same objects, with their dtype
+            and device.
+        weights: arrays or tensors, as the Keras layer's `get_weights()` returns them: for each layer and direction
+            kernel [I, G*H], recurrent_kernel [H, G*H] and, if `module` has biases, bias [G*H] (in a GRU [2, 3*H], of
+            the input and of the recurrent part). Gate order i, f, c, o (LSTM) or z, r, h (GRU). The forward direction
+            comes before the backward one. For several layers join their lists, `first + second`, as the
+            `get_weights()` of a keras.Sequential of them does.
+
+    Returns:
+        `module`. In an RNN or LSTM, Keras's bias is now `bias_ih`, and `bias_hh` is zero.
+
+    Raises:
+        TypeError: `module` is no layer or cell, or `weights` no list of arrays.
+        ValueError: the number of arrays or a shape does not fit, or the biases are of a GRU with `reset_after=False`.
+            Or `module` has a projection, is on the meta device, or a parametrization or pruning computes its weights.
+
+    Source: keras/src/layers/rnn/simple_rnn.py, lstm.py and gru.py.
+    """
+    kind = _checked_kind(module, "Keras", _KERAS)
+    if not isinstance(weights, list | tuple):
+        raise TypeError(
+            f"expected weights to be a list of arrays, as get_weights() returns, got {type(weights).__name__}"
+        )
+    expected = _as_keras(module, kind)
+    if len(weights) != len(expected):
+        arrays = "kernel, recurrent_kernel, bias" if module.bias else "kernel, recurrent_kernel"
+        raise ValueError(
+            f"expected weights to be {len(expected)} arrays ({arrays} of each layer and direction) for a module with "
+            f"bias={module.bias}, got {len(weights)}"
+        )
+    given = [_as_tensor(f"weights[{k}]", value) for k, value in enumerate(weights)]
+    for k, (value, like) in enumerate(zip(given, expected, strict=True)):
+        if kind == "GRU" and value.shape == like.shape[1:]:
+            raise ValueError(
+                f"expected weights[{k}], the bias, of shape {tuple(like.shape)}, got {tuple(value.shape)}: the GRU has "
+                "reset_after=False, a recurrence that torch's GRU does not have"
+            )
+        _check_shape(f"weights[{k}]", value, like)
+    per_direction = 3 if module.bias else 2
+    loaded = []
+    for start in range(0, len(given), per_direction):
+        kernel, recurrent_kernel, *bias = given[start : start + per_direction]
+        biases = [pair for b in bias for pair in (b if kind == "GRU" else (b, torch.zeros_like(b)))]
+        loaded.append([kernel, recurrent_kernel, *biases])
+    return _load(module, _KERAS[kind], loaded)
+
+
+def to_keras(module: nn.Module) -> list[Any]:
+    """Write a layer's or cell's weights for Keras, in the form that `from_keras` reads.
+
+    Args:
+        module: an RNN, LSTM, GRU or cell of rnnkit or torch.nn.
+
+    Returns:
+        Numpy arrays for `set_weights()` of the Keras layer; for several layers, of a keras.Sequential of them. They are
+        copies, float32 for bfloat16. In an RNN or LSTM, bias is the sum of `bias_ih` and `bias_hh`.
+
+    Raises:
+        TypeError: `module` is no layer or cell.
+        ValueError: `module` has a projection or is on the meta device.
+        RuntimeError: numpy is not installed.
+
+    Source: keras/src/layers/rnn/simple_rnn.py, lstm.py and gru.py.
+    """
+    return [
+        array.cpu().numpy() for array in _as_keras(module, _checked_kind(module, "Keras", _KERAS))
+    ]
+
+
+def from_haste(module: Module, weights: Mapping[str, Any]) -> Module:
+    """Load the weights of a haste_pytorch LSTM or GRU into a layer or cell, in place.
+
+    haste's layers have one layer and one direction, and biases. Its LayerNorm and IndRNN layers compute something else,
+    and so do zoneout and DropConnect (`dropout`), of which the weights do not tell.
+
+    Args:
+        module: an LSTM, GRU or cell of rnnkit or torch.nn. Its parameters stay the same objects, with their dtype and
+            device.
+        weights: `state_dict()` of the haste layer: kernel [I, G*H], recurrent_kernel [H, G*H], bias [G*H] and, in a
+            GRU, recurrent_bias [3*H]. Gate order i, g, f, o (LSTM) or z, r, g (GRU).
+
+    Returns:
+        `module`. In an LSTM, haste's bias is now `bias_ih`, and `bias_hh` is zero.
+
+    Raises:
+        TypeError: `module` is no layer or cell, or `weights` no mapping of names to arrays.
+        ValueError: a name is missing or unknown, or a shape does not fit. Or `module` is an RNN, has no biases, several
+            layers, two directions or a projection, is on the meta device, or a parametrization or pruning computes its
+            weights.
+
+    Source: frameworks/pytorch/lstm.py and gru.py of https://github.com/lmnt-com/haste.
+    """
+    kind = _checked_kind(module, "haste", _HASTE)
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"expected weights to be a dict, as state_dict() returns, got {type(weights).__name__}"
+        )
+    expected = to_haste(module)
+    if weights.keys() != expected.keys():
+        raise ValueError(
+            f"expected weights of a haste {kind} to be {', '.join(expected)}, got {', '.join(map(str, weights))}"
+        )
+    given = {name: _as_tensor(f"weights[{name!r}]", weights[name]) for name in expected}
+    for name, like in expected.items():
+        _check_shape(f"weights[{name!r}]", given[name], like)
+    given.setdefault("recurrent_bias", torch.zeros_like(given["bias"]))
+    return _load(module, _HASTE[kind], [[*given.values()]])
+
+
+def to_haste(module: nn.Module) -> dict[str, Tensor]:
+    """Write the weights of an LSTM, GRU or cell for haste_pytorch, in the form that `from_haste` reads.
+
+    Args:
+        module: an LSTM, GRU or cell of rnnkit or torch.nn, with biases, one layer and one direction.
+
+    Returns:
+        Tensors for `load_state_dict()` of the haste layer. They are copies of `module`'s dtype and device. In an LSTM,
+        bias is the sum of `bias_ih` and `bias_hh`.
+
+    Raises:
+        TypeError: `module` is no layer or cell.
+        ValueError: `module` is an RNN, has no biases, several layers, two directions or a projection, or is on the meta
+            device.
+
+    Source: frameworks/pytorch/lstm.py and gru.py of https://github.com/lmnt-com/haste.
+    """
+    kind = _checked_kind(module, "haste", _HASTE)
+    if not module.bias or len(_parameter_names(module)) > 1:
+        raise ValueError(
+            f"expected module to have biases, one layer and one direction, as haste's layers do, got {module}"
+        )
+    ((kernel, recurrent_kernel, *biases),) = _written(module, _HASTE[kind])
+    written = {"kernel": kernel, "recurrent_kernel": recurrent_kernel}
+    if kind == "GRU":
+        return written | {"bias": biases[0], "recurrent_bias": biases[1]}
+    return written | {"bias": biases[0] + biases[1]}
+
+
+def _checked_kind(module: nn.Module, library: str, orders: Mapping[str, Sequence[int]]) -> str:
+    """Checks that `library` has such layers; returns the kind of the module, a key of `orders`."""
+    if isinstance(module, nn.RNNBase):
+        kind = module.mode.split("_")[0]
+    else:
+        kind = next((kind for cls, kind in _CELLS.items() if isinstance(module, cls)), "")
+    if not kind:
+        raise TypeError(
+            f"expected module to be a layer or cell of rnnkit or torch.nn, got {type(module).__name__}"
+        )
+    if kind not in orders:
+        raise ValueError(
+            f"expected module to be a kind that {library} has, {' or '.join(orders)}, got {kind}"
+        )
+    if getattr(module, "proj_size", 0):
+        raise ValueError(
+            f"expected module to have no projection, as {library}'s layers, got proj_size={module.proj_size}"
+        )
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise ValueError(
+            "expected module to have values, got one on the meta device: call module.to_empty(device=...) first"
+        )
+    return kind
+
+
+def _parameter_names(module: nn.Module) -> list[list[str]]:
+    """The names of weight_ih, weight_hh and, if there are biases, bias_ih, bias_hh of each layer and direction."""
+    suffixes = [""]
+    if isinstance(module, nn.RNNBase):
+        directions = ("", "_reverse") if module.bidirectional else ("",)
+        suffixes = [f"_l{k}{way}" for k in range(module.num_layers) for way in directions]
+    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if module.bias else 2]
+    return [[kind + suffix for kind in kinds] for suffix in suffixes]
+
+
+def _reordered(weight: Tensor, order: Sequence[int]) -> Tensor:
+    """The gates' blocks of rows in another order."""
+    blocks = weight.chunk(len(order))
+    return torch.cat([blocks[k] for k in order])
+
+
+def _as_keeping(module: nn.Module, weight: Tensor) -> Tensor:
+    """The module's weight for an update gate that keeps, as theirs does; or theirs for the module's."""
+    return with_other_gate(weight) if getattr(module, "update_gate", "") == "writes" else weight
+
+
+def _written(module: nn.Module, order: Sequence[int]) -> list[list[Tensor]]:
+    """Copies in a library's order: kernel, recurrent_kernel and the biases of each layer and direction."""
+    written = []
+    for names in _parameter_names(module):
+        weights = stack.parameters(module, names)
+        for name, weight in zip(names, weights, strict=True):
+            if weight is None:
+                raise ValueError(f"expected {name} to be a tensor, got None")
+        written.append(
+            [
+                _reordered(_as_keeping(module, w.detach()), order).t().contiguous()
+                for w in weights
+                if w is not None
+            ]
+        )
+    return written
+
+
+def _as_keras(module: nn.Module, kind: str) -> list[Tensor]:
+    """The list that `get_weights()` would return, as tensors."""
+    arrays = []
+    for written in _written(module, _KERAS[kind]):
+        # numpy has no bfloat16.
+        kernel, recurrent_kernel, *biases = (
+            weight.float() if weight.dtype == torch.bfloat16 else weight for weight in written
+        )
+        arrays += [kernel, recurrent_kernel]
+        if biases:
+            arrays.append(torch.stack(biases) if kind == "GRU" else biases[0] + biases[1])
+    return arrays
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if str(getattr(value, "dtype", "")) == "bfloat16":  # an array of ml_dtypes, which torch refuses
+        value = value.astype("float32")
+    try:
+        return torch.tensor(value)  # unlike as_tensor does not warn of an array that is read-only
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"expected {name} to be an array or a tensor, got {type(value).__name__}: {error}"
+        ) from error
+
+
+def _check_shape(name: str, value: Tensor, like: Tensor) -> None:
+    if value.shape != like.shape:
+        raise ValueError(f"expected {name} of shape {tuple(like.shape)}, got {tuple(value.shape)}")
+
+
+def _load(module: Module, order: Sequence[int], given: Sequence[Sequence[Tensor]]) -> Module:
+    """Writes kernel, recurrent_kernel and the biases of each layer and direction into the module's parameters."""
+    state = {}
+    for names, weights in zip(_parameter_names(module), given, strict=True):
+        for name, weight in zip(names, weights, strict=True):
+            if name not in module._parameters:
+                raise ValueError(
+                    f"expected {name} to be a parameter, got a weight that a parametrization or pruning computes: "
+                    "remove it first"
+                )
+            state[name] = _as_keeping(module, _reordered(weight.t(), order))
+    # Not all that a subclass may add is given. A frozen layer packs its weights again.
+    module.load_state_dict(state, strict=False)
+    return module
