@@ -10,6 +10,7 @@ from rnnkit.freezing import freeze
 from rnnkit.interop import decompositions
 from rnnkit.layers import GRU, LSTM, RNN
 from rnnkit.packing import pack_padded_sequence, pad_packed_sequence
+from rnnkit.readout import Readout
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Readout",
     "backend",
     "convert",
     "decompositions",

@@ -34,7 +34,7 @@ def run(
             batch: Any = call.input.size(1) if ragged is None else ragged[0].item()
             call = replace(call, states=call.zero_states(batch))
     tensors = [tensor for tensor in call.tensors if tensor is not None]
-    if _on_reference(device) or _transformed(tensors):
+    if _on_reference(device) or transformed(tensors):
         return reference.run(call)
     if torch.is_grad_enabled() and _need_grad(tensors):
         found = _Layer.apply(
@@ -80,7 +80,7 @@ def _need_grad(tensors: Sequence[Tensor]) -> bool:
     return any(t.requires_grad and not t.is_inference() for t in tensors)
 
 
-def _transformed(tensors: Sequence[Tensor]) -> bool:
+def transformed(tensors: Sequence[Tensor]) -> bool:
     """Whether a torch.func transform is active or a tensor has a forward-mode tangent."""
     if torch.compiler.is_compiling():
         return False
@@ -119,7 +119,7 @@ def _as_they_are(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 def _are_differentiated(grads: Sequence[Tensor | None]) -> bool:
     """Whether the backward pass from `grads` has to be differentiable itself, or runs under a transform."""
     create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return create_graph or _transformed([g for g in grads if g is not None])
+    return create_graph or transformed([g for g in grads if g is not None])
 
 
 def _with_data(saved: list[Any], count: int, differentiated: bool) -> list[Any]:

@@ -36,6 +36,10 @@ assert_type(rnnkit.GRUCell(3, 4)(x[0]), Tensor)
 assert_type(rnnkit.RNNCell(3, 4)(x[0], x[0]), Tensor)
 assert_type(rnnkit.init.chrono_(rnnkit.LSTM(3, 4, init="keras"), t_max=100), rnnkit.LSTM)
 rnnkit.GRUCell(3, 4, init=rnnkit.init.orthogonal_)
+readout = rnnkit.Readout(4, 5)
+assert_type(readout(x), Tensor)
+assert_type(readout.predict(packed), PackedSequence)
+assert_type(readout.loss(x, x.long()), Tensor)
 assert_type(rnnkit.convert(nn.Sequential(lstm)).exchanged, dict[str, str])
 with rnnkit.patch(), rnnkit.backend("reference"):
     pass
@@ -47,6 +51,7 @@ rnnkit.LSTMCell(3, 4)([1.0])
 rnnkit.convert(rnnkit.GRU(3, 4)).swapped
 rnnkit.GRU(3, 4, bidirectionl=True)
 rnnkit.LSTM("x", 4)
+rnnkit.Readout(3, 4).predict("x")
 """
 
 
@@ -67,12 +72,15 @@ def test_a_script_is_checked_as_it_runs(tmp_path: Path) -> None:
     errors = [
         line.partition("wrong.py:")[2] for line in done.stdout.splitlines() if "error:" in line
     ]
-    assert [error[0] for error in errors] == ["2", "3", "4", "5", "6"], done.stdout + done.stderr
+    assert [error[0] for error in errors] == ["2", "3", "4", "5", "6", "7"], (
+        done.stdout + done.stderr
+    )
     assert "No overload variant" in errors[0]
     assert "Argument 1" in errors[1]
     assert "has no attribute" in errors[2]
     assert "Unexpected keyword" in errors[3]
     assert "Argument 1" in errors[4]
+    assert "No overload variant" in errors[5]
 
 
 def test_the_package_says_that_it_is_typed() -> None:
