@@ -163,7 +163,9 @@ def _forward_as_aten(call: LayerCall, packed: Tensor | None, keep: int) -> Resul
     if not states:
         batch: Any = call.input.size(1) if batch_sizes is None else batch_sizes[0].item()
         states = call.zero_states(batch)
-    op = getattr(torch.ops.aten, call.cell)
+    op = getattr(torch.ops.aten, call.cell, None)
+    if op is None:
+        raise RuntimeError(f"expected a cell that ATen has an operator for, got {call.cell}")
     hx = list(states) if call.spec.states > 1 else states[0]
     there = [weight for weight in call.weights if weight is not None]
     biased = call.direction(0).b_ih is not None

@@ -14,6 +14,9 @@ from rnnkit import ops, plan, reference
 from rnnkit.call import BackwardCall, Keep, LayerCall, Results
 from rnnkit.specs import CELLS, WEIGHTS
 
+#: Names of a cell's states in results: of as many as the kernels allow.
+STATES = ("h", "c", "s2", "s3")
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -152,7 +155,7 @@ class Call(LayerCall):
         """Names of the gradients that are returned when all are needed."""
         suffixes = ("", "_reverse")[: self.directions]
         weights = [name + suffix for suffix in suffixes for name in WEIGHTS]
-        names = ["input", *("h_0", "c_0")[: len(self.states)], *weights]
+        names = ["input", *(f"{name}_0" for name in STATES[: len(self.states)]), *weights]
         return [f"grad {name}" for name, need in zip(names, self.all_needs, strict=True) if need]
 
     def named(
@@ -160,7 +163,8 @@ class Call(LayerCall):
     ) -> dict[str, Tensor]:
         """Results of both ops by name."""
         assert len(finals) == self.spec.states
-        names = [*("output", "c at all steps")[: self.outputs], *("h_n", "c_n")[: len(finals)]]
+        names = ["output", *(f"{name} at all steps" for name in STATES[1 : self.outputs])]
+        names += [f"{name}_n" for name in STATES[: len(finals)]]
         names += self.gradient_names()
         return dict(zip(names, [*outputs, *finals, *grads], strict=True))
 
@@ -199,7 +203,7 @@ def call(case: Case, seed: int = 0) -> Call:
             return uniform.to(case.dtype)
         return (uniform * 2 * bound - bound).to(case.dtype)
 
-    widths = (projected, hidden)[: spec.states]
+    widths = [projected, *[hidden] * (spec.states - 1)]
     state_shapes = [(case.directions, batch, width) for width in widths]
     output_widths = widths if case.all_states else widths[:1]
     output_shapes = [(*rows, case.directions * width) for width in output_widths]
@@ -300,12 +304,12 @@ _VARIANTS: tuple[dict, ...] = (
 _ALL_STATES: tuple[dict, ...] = (
     {"all_states": True, "lengths": (5, 3, 3, 1)},
     {"all_states": True},
-    {"all_states": True, "projected": 1, "states": False, "lengths": (6, 5, 2)},
     {"all_states": True, "grad_clip": 0.1, "grad_cut": 2, "lengths": (5, 3, 3, 1)},
 )
 _PROJECTIONS: tuple[dict, ...] = (
     {"projected": 3, "lengths": (6, 5, 2)},
     {"projected": 1},
+    {"projected": 1, "all_states": True, "states": False, "lengths": (6, 5, 2)},
     {"projected": 15, "bias": False, "states": False},
     {"projected": 3, "grad_clip": 0.1, "grad_cut": 2, "lengths": (6, 5, 2)},
 )
@@ -316,6 +320,7 @@ def variants(case: Case, few: bool = False) -> list[Case]:
     changes = _VARIANTS[:2] if few else _VARIANTS
     if CELLS[case.cell].states > 1:
         changes += _ALL_STATES[:1] if few else _ALL_STATES
+    if CELLS[case.cell].projects:
         projections = _PROJECTIONS[:1] if few else _PROJECTIONS
         changes += tuple(p for p in projections if p["projected"] < case.sizes[3])
     return [case, *(replace(case, **change) for change in changes)]

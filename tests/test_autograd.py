@@ -35,7 +35,7 @@ GRADCHECK_CASES = [
         *[Case(cell, (2, 2, 1, 3), 1, (2, 1), projected=2, dtype=torch.float64)]
         * CELLS[cell].projects,
         *[Case(cell, (2, 2, 1, 3), 2, (2, 1), dtype=torch.float64, all_states=True)]
-        * (CELLS[cell].states > 1),
+        * CELLS[cell].projects,
     )
 ]
 on_gradcheck_cases = pytest.mark.parametrize("case", on_each_device(GRADCHECK_CASES), ids=str)

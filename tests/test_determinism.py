@@ -48,7 +48,7 @@ CASES = [
     Case(cell, dtype=dtype, **options)
     for dtype in (torch.float32, torch.float64, torch.bfloat16)
     for cell in CELLS
-    for options in SHARED + PROJECTED * (CELLS[cell].states > 1)
+    for options in SHARED + PROJECTED * CELLS[cell].projects
 ]
 on_cases = pytest.mark.parametrize("case", CASES, ids=str)
 

@@ -540,4 +540,4 @@ def test_cells_are_the_reference_s() -> None:
     cells = pytest.importorskip("rnnkit.triton.cells", reason="triton is not installed")
     assert cells.TRITON_CELLS.keys() == CELLS.keys()
     projected = {name for name, cell in cells.TRITON_CELLS.items() if cell.output}
-    assert projected == {name for name, spec in CELLS.items() if spec.states > 1}
+    assert projected == {name for name, spec in CELLS.items() if spec.projects}

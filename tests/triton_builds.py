@@ -188,10 +188,11 @@ def cases() -> Iterator[tuple[Case, bool]]:
             if at % 2:
                 case = replace(case, lengths=tuple(2 if n < 2 else 1 for n in range(batch)))
             yield replace(case, states=at % 3 != 0, bias=at % 3 != 1), tf32
+        if CELLS[cell].projects:
+            yield Case(cell, (2, 3, 4, 100), projected=33), True
         if CELLS[cell].states > 1:
             all_states = Case(cell, (2, 3, 4, 40), 2, all_states=True)
             wide = {"sizes": (2, 40, 4, 650), "bias": False, "dtype": torch.bfloat16}
-            yield Case(cell, (2, 3, 4, 100), projected=33), True
             yield all_states, False
             yield replace(all_states, directions=1, **wide), True
 
