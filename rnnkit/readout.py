@@ -328,7 +328,7 @@ def _loss_of_rows(
         IndexError: a target is out of range (only on the CPU).
     """
     classes, wide = weight.size(0), _wide(h.dtype)
-    with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
+    with torch.no_grad():
         targets, places, mask = _rows_that_count(targets, ignore_index, classes)
         loss, of_h, of_weight, of_bias = results = _results(h, weight, needs)
         chunk = chunk or max(_CHUNK_BYTES // (wide.itemsize * max(classes, 1)), _FEWEST_ROWS)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tolerances import assert_close_to_truth
+from tolerances import assert_close_to_truth, relative_error
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
@@ -233,8 +233,27 @@ def test_autocast(low: torch.dtype, dtype: torch.dtype | None) -> None:
     tolerance = {} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}
     assert_close(inside, gradients(expected, layer, h), **tolerance)
     with torch.autocast("cpu", low):
+        # Of the same logits in the low dtype: what follows is in float32.
+        assert_close(layer.loss(h, targets), expected, rtol=1e-6, atol=0)
+    with torch.autocast("cpu", low):
         expected = torchs_loss(layer, h, targets)
     assert_same(layer, h, loss, expected, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_over_many_chunks_keep_their_digits(device: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = rnnkit.Readout(2, 3, dtype=dtype, device=device)
+    h = (1 + torch.randn(4096, 2)).to(device, dtype).requires_grad_()
+    targets = torch.zeros(4096, dtype=torch.int64, device=device)
+    truth, exact = copy.deepcopy(layer).double(), h.detach().double().requires_grad_()
+    losses = layer.loss(h, targets, chunk=16), torchs_loss(truth, exact, targets)
+    (_, *found), (_, *expected) = (
+        gradients(loss, *given)
+        for loss, given in zip(losses, ((layer, h), (truth, exact)), strict=True)
+    )
+    for grad, of_truth in zip(found, expected, strict=True):
+        assert relative_error(grad, of_truth) < torch.finfo(dtype).eps
 
 
 # Memory and work
