@@ -288,6 +288,7 @@ def _slabs(scan: Scan) -> int:
 
 
 def _shared_bytes(scan: Scan, units: int, tiles: int, batch_tile: int, cluster: bool) -> int:
+    """Shared memory of a block, which a launch holds to what the kernel needs (csrc/cuda/persistent.h)."""
     rows = _weight_rows(scan, units)
     row_blocks = -(-rows // 8)
     sums = WARPS * row_blocks * 8 * (tiles * 8 + 4)

@@ -296,9 +296,30 @@ def test_the_plan_is_checked() -> None:
             {"units": 5},
             {"tiles": 3},
             {"batch_tile": 12},
-            {"shared_bytes": 4096},
             {"workspace_bytes": 16},
         ):
             patch.setattr(plan, "choose", lambda *a, wrong=wrong: replace(real(*a), **wrong))
             with pytest.raises(RuntimeError, match=r"plan|kernel|workspace"):
                 it.forward()
+
+
+@on_host
+@pytest.mark.parametrize("kernel", IN_ONE_LAUNCH)
+@each_cell
+def test_the_plan_counts_shared_memory_as_the_kernel_does(cell: str, kernel: str) -> None:
+    """Each launch compares the numbers, so that every test on the host build does; this one sees that it refuses."""
+    case, real = Case(cell), plan.choose
+    it = call(case)
+    with plan.forced(kernel):
+        outputs, _, reserve = it.forward()
+        runs = (it.forward, lambda: it.backward(outputs, reserve))
+        for run, chosen in zip(runs, kernels_of(case), strict=True):
+            for wrong in (chosen.shared_bytes - 4, chosen.shared_bytes + 4):
+                expected = f"a plan with {chosen.shared_bytes} bytes of shared memory, got {wrong}"
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(
+                        plan,
+                        "choose",
+                        lambda *a, wrong=wrong: replace(real(*a), shared_bytes=wrong),
+                    )
+                    assert expected in refusal(run)

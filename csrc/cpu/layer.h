@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/dtypes.h"
+#include "common/states.h"
 
 namespace rnnkit {
 
@@ -20,9 +21,6 @@ struct Direction {
   const S* w_hr;       // [P, H], or null: no projection, P = H
   Sum<S>*grad_w_ih, *grad_w_hh, *grad_b_ih, *grad_b_hh, *grad_w_hr;
 };
-
-// The most states that a cell can have. Only the length of Layer::states depends on it.
-constexpr int kMaxStates = 4;
 
 // The most gates that a cell can have. Only the length of CellKernels::input_grad depends on it.
 constexpr int kMaxGates = 16;
@@ -38,13 +36,6 @@ struct State {
   const T* grad_final;  // like final; null: zeros
   const T* grad_all;    // [rows, D*width], for h the gradient of Layer::y; null: zeros
   T* grad_initial;      // like initial; null: not needed
-};
-
-// What the forward pass keeps for the backward pass.
-enum class Keep {
-  nothing,
-  states,      // the states other than h, before each step: the backward pass computes the gates again
-  everything,  // the Cell::saved values
 };
 
 template <class S>

@@ -42,13 +42,10 @@ void persistent_kernel(const PersistentScan& scan) {
   const int64_t blocks = scan.directions * scan.slices * scan.blocks;
   std::vector<std::vector<std::byte>> shared(blocks);
   for (std::vector<std::byte>& memory : shared)
-    memory.assign(scan.shared_bytes, std::byte(0xff));  // NaN where nothing is written
+    memory.assign(Pass::shared_bytes(scan), std::byte(0xff));  // NaN where nothing is written
   std::vector<Pass> passes;
-  for (int64_t block = 0; block < blocks; ++block) {
+  for (int64_t block = 0; block < blocks; ++block)
     passes.emplace_back(HostBlock{int(block), &shared, scan.blocks}, scan, shared[block].data());
-    if (passes.back().memory_end() != shared[block].data() + scan.shared_bytes)
-      throw std::runtime_error("unexpected plan: shared memory of another size");
-  }
   for (Pass& pass : passes) pass.enter();
   for (Pass& pass : passes) pass.begin();
   for (int64_t s = 0; s < scan.steps; ++s)
@@ -57,14 +54,22 @@ void persistent_kernel(const PersistentScan& scan) {
 }
 #endif
 
+template <class Pass>
+Persistent instance(std::string_view cell) {
+  return {cell,
+          Pass::kCluster,
+          Pass::kUnits,
+          Pass::kTiles,
+          reinterpret_cast<const void*>(&persistent_kernel<Pass>),
+          &Pass::shared_bytes};
+}
+
 // Those of a cell that are listed in instances.inc, which rnnkit/instances.py writes for the build.
 template <class Cell, class S, bool kBackward>
 void add_instances(std::vector<Persistent>& table, std::string_view cell) {
 #define RNNKIT_INSTANCE(backward, several_gates, cluster, units, tiles)      \
   if constexpr (backward == kBackward && several_gates == (Cell::gates > 1)) \
-    table.push_back({cell, bool(cluster), units, tiles,                      \
-                     reinterpret_cast<const void*>(                          \
-                         &persistent_kernel<ScanOf<kBackward, BlockOfBuild, Cell, S, units, tiles, bool(cluster)>>)});
+    table.push_back(instance<ScanOf<kBackward, BlockOfBuild, Cell, S, units, tiles, bool(cluster)>>(cell));
 #include "instances.inc"
 #undef RNNKIT_INSTANCE
 }

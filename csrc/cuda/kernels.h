@@ -43,6 +43,7 @@ struct Persistent {
   bool cluster;
   int units, tiles;
   const void* function;
+  int64_t (*shared_bytes)(const PersistentScan& scan);  // shared memory that a block needs
 };
 
 template <class S, bool kBackward>

@@ -35,6 +35,10 @@ std::string launch_persistent(const Persistent& kernel, const PersistentScan& sc
   if (status == cudaSuccess)
     status = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   if (status != cudaSuccess) return error_of(status, "shared memory of the persistent kernel");
+  const int64_t shared_bytes = kernel.shared_bytes(scan);
+  if (shared_bytes > most)
+    return "a block of the persistent kernel needs " + std::to_string(shared_bytes) +
+           " bytes of shared memory, and this GPU has " + std::to_string(most);
   cudaLaunchAttribute attribute{};
   if (kernel.cluster) {
     cudaFuncAttributes attributes{};
@@ -55,7 +59,7 @@ std::string launch_persistent(const Persistent& kernel, const PersistentScan& sc
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(scan.shared_bytes);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;

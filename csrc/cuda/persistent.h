@@ -40,6 +40,31 @@ class Recurrence {
   static constexpr int kItems = (kUnits * kGroup + kThreads - 1) / kThreads, kStep = kThreads / kUnits;
   static_assert(kThreads % kUnits == 0 && kStep % 8 == 0);
 
+  static constexpr int kSums = kWarps * kRowBlocks * 8 * kStride;  // partial sums of a block
+
+  // Where the parts of a block's shared memory begin. The kernel has pointers to them and counts in int. The check of a
+  // plan, which may be wrong, counts bytes from 0 in int64_t, so that no number overflows.
+  template <class At>
+  struct Parts {
+    At weights;
+    At exchanged, staged;  // in a cluster: two exchanges, and this block's part of the next one
+    At sums;               // floats: kSums partial sums, and behind them the states of the pass
+  };
+  template <class At, class Int>
+  static RNNKIT_ANYWHERE Parts<At> parts_of(At at, Int slabs, Int tiles, Int batch_tile) {
+    Parts<At> parts{};
+    parts.weights = at;
+    at += int64_t(kRowBlocks) * slabs * kFragmentBytes;
+    if constexpr (kCluster) {
+      parts.exchanged = at;
+      at += 2 * exchange_bytes_of(slabs, tiles);
+      parts.staged = at;
+      at += kExchangeGates * batch_tile * kUnits * int(sizeof(S));
+    }
+    parts.sums = at;
+    return parts;
+  }
+
   RNNKIT_DEVICE Recurrence(const Block& block, const PersistentScan& scan, std::byte* shared)
       : block_(block), scan_(scan) {
     block_in_slice_ = block.index % scan.blocks;
@@ -51,18 +76,16 @@ class Recurrence {
     slice_rows_ = rows < scan.batch_tile ? int(rows) : scan.batch_tile;
     slabs_ = slabs_of<S>(scan.hidden, kExchangeGates);
     tiles_ = scan.slice_tiles();
-    weights_ = shared;
-    shared += int64_t(kRowBlocks) * slabs_ * kFragmentBytes;
-    if constexpr (kCluster) {
-      exchanged_ = shared;
-      staged_ = shared + 2 * exchange_bytes();
-      shared = staged_ + kExchangeGates * scan.batch_tile * kUnits * int(sizeof(S));
-    } else {
+    const auto parts = parts_of(shared, slabs_, tiles_, scan.batch_tile);
+    weights_ = parts.weights;
+    exchanged_ = parts.exchanged;
+    staged_ = parts.staged;
+    if constexpr (!kCluster) {
       exchanged_ = static_cast<std::byte*>(scan.exchanged) + int64_t(team) * 2 * exchange_bytes();
       flags_ = scan.flags + int64_t(team) * scan.blocks * kFlagStride;
     }
-    sums_ = reinterpret_cast<float*>(shared);
-    rest_ = sums_ + kWarps * kRowBlocks * 8 * kStride;
+    sums_ = reinterpret_cast<float*>(parts.sums);
+    rest_ = sums_ + kSums;
   }
 
   // What a thread computes in every step.
@@ -97,7 +120,7 @@ class Recurrence {
   // Zeroes the partial sums, which the first step reads without a product. In a cluster it also zeroes the exchange, and
   // cluster_sync() must follow, since other blocks write into it.
   RNNKIT_DEVICE void clear(int thread) const {
-    for (int k = thread; k < kWarps * kRowBlocks * 8 * kStride; k += kThreads) sums_[k] = 0;
+    for (int k = thread; k < kSums; k += kThreads) sums_[k] = 0;
     if constexpr (kCluster) {
       const std::byte* end = reinterpret_cast<const std::byte*>(sums_);
       for (std::byte* at = exchanged_ + thread * 16; at < end; at += kThreads * 16) clear_vector(at);
@@ -276,7 +299,7 @@ class Recurrence {
   float* rest_;  // shared memory behind the sums: states
 
  private:
-  RNNKIT_DEVICE int exchange_bytes() const { return slabs_ * tiles_ * kFragmentBytes; }
+  RNNKIT_DEVICE int exchange_bytes() const { return exchange_bytes_of(slabs_, tiles_); }
   // A value as products read it: TF32 is rounded here, once, and not in each product.
   RNNKIT_DEVICE S operand(S value) const {
     if constexpr (std::is_same_v<S, float>)
@@ -301,7 +324,7 @@ class Recurrence {
 
   int slabs_, tiles_;  // tiles_: of the whole slice
   uint32_t* flags_ = nullptr;
-  std::byte *weights_, *exchanged_, *staged_ = nullptr;
+  std::byte *weights_, *exchanged_, *staged_;
   float* sums_;
 };
 
@@ -346,9 +369,12 @@ class Pass {
     exchange_.cluster_sync();
   }
 
-  // Where the block's shared memory ends; the plan has counted it.
-  RNNKIT_ANYWHERE const std::byte* memory_end() const {
-    return reinterpret_cast<const std::byte*>(states_ + kStates * scan_.batch_tile * kUnits);
+  // Shared memory that a block needs, the states [kStates, batch_tile, kUnits] included.
+  static int64_t shared_bytes(const PersistentScan& scan) {
+    const int64_t slabs = slabs_of<S>(scan.hidden, kExchangeGates), tiles = scan.slice_tiles(),
+                  batch_tile = scan.batch_tile;
+    return Exchange::parts_of(int64_t(0), slabs, tiles, batch_tile).sums +
+           (Exchange::kSums + kStates * batch_tile * kUnits) * int(sizeof(float));
   }
 
  protected:

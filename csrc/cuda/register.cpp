@@ -132,7 +132,7 @@ void set_backward(Scan& scan, const CellSizes& sizes, const Tensors& initial, co
 struct Plan {
   int64_t units, tiles;  // of a block: hidden units; it multiplies 8 * tiles rows of the batch at a time
   int64_t batch_tile;    // rows of the batch that it owns
-  int64_t shared_bytes;  // and its shared memory
+  int64_t shared_bytes;  // and its shared memory, as the plan has counted it
   bool cluster;          // the blocks of a direction and slice are a cluster
 };
 
@@ -148,7 +148,6 @@ PersistentScan persistent_scan(const Plan& plan, int64_t element_bytes, const Te
   scan.offsets = static_cast<const int64_t*>(data(offsets));
   scan.units = static_cast<int>(plan.units);
   scan.batch_tile = static_cast<int>(plan.batch_tile);
-  scan.shared_bytes = static_cast<int>(plan.shared_bytes);
   STD_TORCH_CHECK(plan.units > 0 && plan.tiles > 0 && plan.batch_tile > 0 && plan.batch_tile % (8 * plan.tiles) == 0,
                   "unexpected plan");
   scan.blocks = static_cast<int>((hidden + scan.units - 1) / scan.units);
@@ -159,7 +158,7 @@ PersistentScan persistent_scan(const Plan& plan, int64_t element_bytes, const Te
   if (plan.cluster) return scan;
   const int64_t flags = teams * scan.blocks * kFlagStride * int64_t(sizeof(uint32_t));
   const int64_t exchanged =
-      teams * 2 * slabs_of(hidden, element_bytes, exchange_gates) * scan.slice_tiles() * kFragmentBytes;
+      teams * 2 * exchange_bytes_of<int64_t>(slabs_of(hidden, element_bytes, exchange_gates), scan.slice_tiles());
   STD_TORCH_CHECK(workspace.numel() >= flags + exchanged, "expected a workspace of ", flags + exchanged, " bytes, got ",
                   workspace.numel());
   scan.exchanged = mutable_data(workspace);
@@ -173,6 +172,9 @@ void launch(const std::string& cell, Type type, bool backward, const Plan& plan,
       find_persistent(cell, type, backward, plan.cluster, static_cast<int>(plan.units), static_cast<int>(plan.tiles));
   STD_TORCH_CHECK(kernel != nullptr, "no persistent kernel for ", cell, " with ", plan.units, " units and ", plan.tiles,
                   " tiles");
+  const int64_t shared_bytes = kernel->shared_bytes(scan);
+  STD_TORCH_CHECK(plan.shared_bytes == shared_bytes, "expected a plan with ", shared_bytes,
+                  " bytes of shared memory, got ", plan.shared_bytes);
   const Guard guard(on);
   check(launch_persistent(*kernel, scan, stream_of(on)));
 }

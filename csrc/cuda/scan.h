@@ -17,6 +17,7 @@
 #include <cstdint>
 
 #include "cells/all.h"
+#include "common/states.h"
 #include "cuda/carry.h"
 #include "cuda/elements.h"
 
@@ -34,11 +35,6 @@ constexpr int kVector = kVectorBytes / int(sizeof(S));
 // Hidden units in a slab, 64 bytes of k: a fragment is a slab of 8 rows, four vectors each.
 template <class S>
 constexpr int kSlab = 4 * kVector<S>;
-
-// What the forward pass keeps for the backward pass; the numbers are those of rnnkit.call.Keep.
-enum class Keep : int { nothing, states, everything };
-
-constexpr int kMaxStates = 4;  // of any cell; arrays over a cell's states are as long
 
 // One state of the cell; state 0 is h. Arrays of S, or null where they are zeros or not asked for.
 struct State {
@@ -73,7 +69,6 @@ struct PersistentScan : Scan {
   int units;               // hidden units of a block
   int blocks, slices;      // of a direction
   int batch_tile;          // rows of the batch that a block owns
-  int shared_bytes;        // of a block
 
   // Where the blocks are no cluster:
   uint32_t* flags;  // [D, slices, blocks, kFlagStride], zeros: how many exchanges each block has completed
@@ -94,6 +89,12 @@ RNNKIT_ANYWHERE int slabs_of(int64_t hidden, int64_t element_bytes, int exchange
 template <class S>
 RNNKIT_ANYWHERE int slabs_of(int64_t hidden, int exchange_gates) {
   return slabs_of(hidden, sizeof(S), exchange_gates);
+}
+
+// Bytes of an exchange between the blocks of a direction and slice.
+template <class Int>
+RNNKIT_ANYWHERE Int exchange_bytes_of(Int slabs, Int tiles) {
+  return slabs * tiles * kFragmentBytes;
 }
 
 // Where a unit's value of one gate lies in an exchange for row n of the slice, in elements. tiles: slice_tiles().
