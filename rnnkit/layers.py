@@ -253,8 +253,8 @@ class _Layers(Initialized, Interop, nn.RNNBase):
                 self.proj_size or self.hidden_size,
                 self.batch_first,
                 self._keep,
-                self.grad_clip or math.inf,
-                self.grad_cut or 0,
+                self.grad_clip,
+                self.grad_cut,
             )
             if found is not None:
                 return found

@@ -188,8 +188,8 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
     data["cell"] = call.cell;
     data["step"] = call.step;
     data["keep"] = call.keep;
-    data["grad_clip"] = call.rule.clip;
-    data["grad_cut"] = call.rule.cut;
+    if (call.rule.clip != GradientRule{}.clip) data["grad_clip"] = call.rule.clip;
+    if (call.rule.cut != GradientRule{}.cut) data["grad_cut"] = call.rule.cut;
     data["states"] = int64_t(call.states.size());
     int64_t weights_there = 0;
     for (size_t i = 0; i < call.weights.size(); ++i) weights_there |= int64_t(call.weights[i].has_value()) << i;
@@ -222,8 +222,10 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
     auto& data = ctx->saved_data;
     const std::string cell = data["cell"].toStringRef();
     const bool step = data["step"].toBool();
-    const int64_t keep = data["keep"].toInt(), grad_cut = data["grad_cut"].toInt();
-    const double grad_clip = data["grad_clip"].toDouble();
+    const int64_t keep = data["keep"].toInt();
+    const auto clip = data.find("grad_clip"), cut = data.find("grad_cut");
+    const double grad_clip = clip == data.end() ? GradientRule{}.clip : clip->second.toDouble();
+    const int64_t grad_cut = cut == data.end() ? GradientRule{}.cut : cut->second.toInt();
     variable_list saved = ctx->get_saved_variables();
     const size_t n_states = data["states"].toInt(), n = data["tensors"].toInt();
     const Tensor output = saved[n], reserve = saved[n + 1];
@@ -325,7 +327,8 @@ py::object as_states(const std::vector<Tensor>& finals) {
 
 py::object direct_layers(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
                          const std::vector<Tensor>& packed, int64_t directions, int64_t input_size, int64_t projected,
-                         bool batch_first, int64_t keep, double grad_clip, int64_t grad_cut) {
+                         bool batch_first, int64_t keep, std::optional<double> grad_clip,
+                         std::optional<int64_t> grad_cut) {
   Arguments arguments;
   if (!ordinary_dispatch()) return py::none();
   Tensor x = arguments.tensor(input.ptr());
@@ -334,6 +337,7 @@ py::object direct_layers(const std::string& cell, py::handle input, py::handle h
   if (!arguments.fits || x.dim() != 3) return py::none();
   if (arguments.need_gradients && !packed.empty()) return py::none();
   if (directions != 1 && directions != 2) return py::none();
+  const GradientRule rule{grad_clip.value_or(GradientRule{}.clip), grad_cut.value_or(GradientRule{}.cut)};
   const size_t per_layer = directions * kWeights, layers = given.size() / per_layer;
   if (layers * per_layer != given.size() || (!packed.empty() && packed.size() != layers)) return py::none();
   if (batch_first) x = x.transpose(0, 1);
@@ -347,7 +351,7 @@ py::object direct_layers(const std::string& cell, py::handle input, py::handle h
       const std::vector<Tensor> initial = layers == 1 ? states : states_of_layer(states, layer, directions);
       const auto first = given.begin() + layer * per_layer;
       const Weights own(first, first + per_layer);
-      const OpCall call{cell, x, initial, own, /*step=*/false, keep, {grad_clip, grad_cut}};
+      const OpCall call{cell, x, initial, own, /*step=*/false, keep, rule};
       Results results = arguments.need_gradients
                             ? with_gradients(call, x, initial)
                             : without_gradients(call, packed.empty() ? std::nullopt : std::optional(packed.at(layer)));

@@ -31,11 +31,11 @@ int64_t states_of(std::string_view cell);
 // packed: what `stack.pack` returned if the layer is frozen, else empty.
 // input_size, projected (P): the module's attributes, which the weights have to fit.
 // keep: rnnkit.call.Keep, used only if gradients are needed.
-// grad_clip, grad_cut: see GradientRule.
+// grad_clip, grad_cut: the module's attributes, see GradientRule.
 py::object direct_layers(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
                          const std::vector<at::Tensor>& packed, int64_t directions, int64_t input_size,
-                         int64_t projected, bool batch_first, int64_t keep, double grad_clip,
-                         int64_t grad_cut);  // (output, states)
+                         int64_t projected, bool batch_first, int64_t keep, std::optional<double> grad_clip,
+                         std::optional<int64_t> grad_cut);  // (output, states)
 py::object direct_cell(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
                        int64_t keep);  // states
 
