@@ -5,6 +5,7 @@ from rnnkit.backends import backend
 from rnnkit.cells import GRUCell, LSTMCell, RNNCell
 from rnnkit.converting import convert, patch, revert
 from rnnkit.explaining import explain
+from rnnkit.flow import gradient_flow
 from rnnkit.foreign_weights import from_haste, from_keras, to_haste, to_keras
 from rnnkit.freezing import freeze
 from rnnkit.interop import decompositions
@@ -29,6 +30,7 @@ __all__ = [
     "freeze",
     "from_haste",
     "from_keras",
+    "gradient_flow",
     "init",
     "pack_padded_sequence",
     "pad_packed_sequence",

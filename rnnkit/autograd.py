@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rnnkit import backends, exporting, gpu, ops, reference
+from rnnkit import backends, exporting, flow, gpu, ops, reference
 from rnnkit.call import BackwardCall, Keep, LayerCall
 
 
@@ -34,7 +34,7 @@ def run(
             batch: Any = call.input.size(1) if ragged is None else ragged[0].item()
             call = replace(call, states=call.zero_states(batch))
     tensors = [tensor for tensor in call.tensors if tensor is not None]
-    if _on_reference(device) or transformed(tensors):
+    if (_on_reference(device) and not _is_recorded()) or transformed(tensors):
         return reference.run(call)
     if torch.is_grad_enabled() and _need_grad(tensors):
         found = _Layer.apply(
@@ -51,6 +51,11 @@ def run(
         packed = None
     outputs, finals, _ = _ops(device).layer_forward(call, packed, Keep.NOTHING)
     return outputs, finals
+
+
+def _is_recorded() -> bool:
+    """Whether the backward pass has to go through `gradients`, which hands the gradients of states to a recorder."""
+    return not torch.compiler.is_compiling() and flow.recorder() is not None
 
 
 def _interprets(device: torch.device) -> bool:
@@ -196,20 +201,30 @@ class _Layer(torch.autograd.Function):
         written = ctx.watch is not None and ctx.watch.written()
         # Autograd runs backward passes of a GPU in another thread, where no backend is forced.
         with backends.forcing(ctx.backend) if ctx.backend else _AS_IT_IS:
-            found = gradients(back, written)
+            found = gradients(back, written, saved[1 + ctx.n_states + 1])
         return *[None] * _TENSORS, *found
 
 
-def gradients(back: BackwardCall, written: bool) -> list[Tensor | None]:
+def gradients(back: BackwardCall, written: bool, w_hh: Tensor | None) -> list[Tensor | None]:
     """`layer_backward`, or the reference's gradients if they have to be differentiable or are transformed.
 
-    If `written`, the output was written to since the forward pass and is computed again. Returns a list like
-    `back.call.tensors`, None where `back.needs` is False.
+    If `written`, the output was written to since the forward pass and is computed again. `w_hh` is the tensor that the
+    call had as its first direction's. Returns a list like `back.call.tensors`, None where `back.needs` is False.
     """
+    recorder = None if torch.compiler.is_compiling() else flow.recorder()
+    place = None if recorder is None else recorder.place(w_hh)
+    if place is not None:
+        back = replace(back, flow=True)
     if _are_differentiated(back.grads):
-        return ops.differentiable_backward(back, torch.is_grad_enabled())
-    backend = _ops(back.call.input.device)
-    if written:
-        of_h = replace(back.call, all_states=False)
-        back = replace(back, output=backend.layer_forward(of_h, None, Keep.NOTHING)[0][0])
-    return back.in_place_of(backend.layer_backward(back))
+        found, of_states = ops.differentiable_backward(back, torch.is_grad_enabled())
+    else:
+        backend = _ops(back.call.input.device)
+        if written:
+            of_h = replace(back.call, all_states=False)
+            back = replace(back, output=backend.layer_forward(of_h, None, Keep.NOTHING)[0][0])
+        results = backend.layer_backward(back)
+        count = len(back.needed)
+        found, of_states = back.in_place_of(results[:count]), results[count:]
+    if recorder is not None and place is not None:
+        recorder.add(place, back, of_states)
+    return found

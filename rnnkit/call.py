@@ -25,7 +25,9 @@ ARGUMENTS = (
 )
 
 #: The arguments of `layer_backward` after `ARGUMENTS`: the fields of `BackwardCall` after `call`.
-BACKWARD_ARGUMENTS = "Tensor?[] grads, Tensor output, Tensor reserve, int keep, bool[] needs"
+BACKWARD_ARGUMENTS = (
+    "Tensor?[] grads, Tensor output, Tensor reserve, int keep, bool[] needs, bool flow"
+)
 
 #: The results of `layer_forward`: the outputs, the final states and the reserve.
 Results = tuple[list[Tensor], list[Tensor], Tensor]
@@ -346,6 +348,7 @@ class BackwardCall:
         grads: the gradient of each output, then of each final state; None for zeros.
         output, reserve, keep: h after each step, the reserve and the `Keep` of the forward pass.
         needs: for each of `call.tensors`, whether to compute its gradient.
+        flow: whether to return the gradient of each state after each step, too.
     """
 
     call: LayerCall
@@ -354,11 +357,12 @@ class BackwardCall:
     reserve: Tensor
     keep: int
     needs: Sequence[bool]
+    flow: bool = False
 
     @property
     def arguments(self) -> tuple[object, ...]:
         """The flat arguments of `layer_backward`."""
-        others = self.grads, self.output, self.reserve, self.keep, self.needs
+        others = self.grads, self.output, self.reserve, self.keep, self.needs, self.flow
         return *self.call.arguments, *others
 
     @property
@@ -366,6 +370,12 @@ class BackwardCall:
         """The tensors whose gradients are needed, by their index in `call.tensors`."""
         tensors = enumerate(zip(self.call.tensors, self.needs, strict=True))
         return {index: t for index, (t, need) in tensors if need and t is not None}
+
+    def new_flow(self) -> list[Tensor]:
+        """Uninitialized gradients of the states after each step, in the dtype of sums; none if `flow` is False."""
+        call = self.call
+        states = range(call.spec.states if self.flow else 0)
+        return [call.input.new_empty(call.output_shape(k), dtype=call.sum_dtype) for k in states]
 
     def in_place_of(self, found: Iterable[Tensor]) -> list[Tensor | None]:
         """The gradients of the `needed` tensors as a list like `call.tensors`, with None for the others."""

@@ -149,6 +149,7 @@ def backward(
         _workspace(call, chosen),
         back.grad_gates,
         initial_grads,
+        back.flow,
     )
     return None
 
@@ -180,6 +181,7 @@ def _stepwise_backward(
         grad_projected,
         back.grad_gates,
         initial_grads,
+        back.flow,
     )
     return grad_projected
 

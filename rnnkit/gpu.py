@@ -307,10 +307,11 @@ def layer_backward(back: BackwardCall) -> list[Tensor]:
     back = replace(back, call=call)
     back.check()
     if call.empty:
-        return [torch.zeros_like(tensor) for tensor in back.needed.values()]
+        zeros = [torch.zeros_like(tensor) for tensor in back.needed.values()]
+        return [*zeros, *(new.zero_() for new in back.new_flow())]
     with _products_like_scans(call.input):
-        found = Backward(back, call, run).run()
-    return [cast(Tensor, found[index]) for index in back.needed]
+        found, flow = Backward(back, call, run).run()
+    return [*(cast(Tensor, found[index]) for index in back.needed), *flow]
 
 
 class Backward:
@@ -324,6 +325,8 @@ class Backward:
         reserve: [D, rows, V, H], the V values that the cell saves; recomputed if the forward pass kept only states.
         grad_columns: W, the number of gradient columns of a hidden unit, see `CellSpec.input_grads`.
         grad_gates: [rows, D*W*H], on return from the scan the gates' gradients.
+        flow: on return from the scan the gradient of each state after each step, [rows, D*H] in the dtype of sums; None
+            for a projected h, and an empty list if they are not asked for.
     """
 
     def __init__(self, back: BackwardCall, call: GpuCall, run: Scans) -> None:
@@ -340,15 +343,23 @@ class Backward:
         self.grad_columns = call.spec.grad_columns
         width = self.grad_columns * call.hidden
         self.grad_gates = call.input.new_empty(call.rows, call.directions * width)
+        self._new_flow = back.new_flow()
+        self.flow = [
+            None if call.projects and k == 0 else new.view(call.rows, -1)
+            for k, new in enumerate(self._new_flow)
+        ]
 
-    def run(self) -> list[Tensor | None]:
-        """The gradients, a list like `call.tensors` with None for some of those that are not needed."""
+    def run(self) -> tuple[list[Tensor | None], list[Tensor]]:
+        """The gradients, a list like `call.tensors` with None for some of those that are not needed, and the flow."""
         call = self.call
         initial = [
             call.input.new_empty(call.state_shape(k)) if call.states else None
             for k in range(call.spec.states)
         ]
         grad_projected = self.scans.backward(self, initial, self.grad_all_states)
+        if grad_projected is not None and self._new_flow:
+            of_h = self._new_flow[0].view(call.rows, call.directions, -1)
+            of_h.copy_(grad_projected.transpose(0, 1))
         weights = [self._weights(d) for d in range(call.directions)]
         of_w_hr = self._need("w_hr")
         if grad_projected is not None and any(of_w_hr):
@@ -358,7 +369,8 @@ class Backward:
                     weights[d][WEIGHTS.index("w_hr")] = grad_projected[d].t() @ unprojected[d]
         given = initial if call.states else []
         of_input = self._input() if self.needs[0] else None
-        return [of_input, *given, *(grad for of_direction in weights for grad in of_direction)]
+        of_weights = (grad for of_direction in weights for grad in of_direction)
+        return [of_input, *given, *of_weights], self._new_flow
 
     def _need(self, name: str) -> Sequence[bool]:
         """For each direction, whether the gradient of its weight `name` is needed."""

@@ -60,13 +60,17 @@ def forward_composite(call: LayerCall, packed: Tensor | None, keep: int) -> Resu
 def backward_composite(back: BackwardCall) -> list[Tensor]:
     """`layer_backward` by the reference."""
     back.check()
-    return [grad for grad in differentiable_backward(back, create_graph=False) if grad is not None]
+    found, flow = differentiable_backward(back, create_graph=False)
+    return [*(grad for grad in found if grad is not None), *flow]
 
 
-def differentiable_backward(back: BackwardCall, create_graph: bool) -> list[Tensor | None]:
+def differentiable_backward(
+    back: BackwardCall, create_graph: bool
+) -> tuple[list[Tensor | None], list[Tensor]]:
     """The gradients, by autograd through the reference; with `create_graph` they can be differentiated again.
 
-    Returns a list like `back.call.tensors`, None where `back.needs` is False. Does not use `back`'s output and reserve.
+    Returns a list like `back.call.tensors`, None where `back.needs` is False, and the gradients that `back.flow` asks
+    for. Does not use `back`'s output and reserve.
     """
     call, needs = back.call, back.needs
     # An op runs below autograd, for example in a compiled graph, where enable_grad alone records nothing.
@@ -83,24 +87,42 @@ def differentiable_backward(back: BackwardCall, create_graph: bool) -> list[Tens
             else t.detach().requires_grad_()
             for t, need in zip(call.tensors, needs, strict=True)
         ]
-        outputs, finals = reference.run(call.with_tensors(tensors))
+        seen: list[list[list[Tensor]]] = []
+        traced = call.with_tensors(tensors)
+        outputs, finals = reference.run(traced, seen if back.flow else None)
         pairs = [
             (o, g)
             for o, g in zip([*outputs, *finals], back.grads, strict=True)
             if g is not None and o.requires_grad
         ]
-        wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
-        if not pairs or not wanted:
-            return back.in_place_of(torch.zeros_like(t) for t in back.needed.values())
-        found = torch.autograd.grad(
-            [o for o, _ in pairs],
-            wanted,
-            [g for _, g in pairs],
-            create_graph=create_graph,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    return back.in_place_of(found)
+        needed = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
+        wanted = [*needed, *(s for steps in seen for states in steps for s in states)]
+        if pairs and wanted:
+            found = torch.autograd.grad(
+                [o for o, _ in pairs],
+                wanted,
+                [g for _, g in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        else:
+            found = tuple(torch.zeros_like(t) for t in wanted)
+    return back.in_place_of(found[: len(needed)]), _flow(back, found[len(needed) :])
+
+
+def _flow(back: BackwardCall, found: tuple[Tensor, ...]) -> list[Tensor]:
+    """The gradients of each direction's states after each time step, as `BackwardCall.new_flow` lays them out."""
+    states, steps = back.call.spec.states, back.call.steps
+    join = torch.stack if back.call.batch_sizes is None else torch.cat
+    flow = []
+    for k in range(states if back.flow else 0):
+        of_state = found[k::states]
+        directions = [
+            join(of_state[d * steps : (d + 1) * steps]) for d in range(back.call.directions)
+        ]
+        flow.append(torch.cat(directions, -1).to(back.call.sum_dtype))
+    return flow
 
 
 def _check_devices(call: LayerCall, **others: Sequence[Tensor | None]) -> None:
@@ -126,7 +148,8 @@ def _forward_fake(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
 def _backward_fake(back: BackwardCall) -> list[Tensor]:
     _check_devices(back.call, grads=back.grads, output=[back.output], reserve=[back.reserve])
     contiguous = torch.contiguous_format
-    return [torch.empty_like(t, memory_format=contiguous) for t in back.needed.values()]
+    needed = [torch.empty_like(t, memory_format=contiguous) for t in back.needed.values()]
+    return [*needed, *back.new_flow()]
 
 
 # packed: what `pack_weights` returned for these weights, or None. keep: see `call.Keep`.
@@ -138,7 +161,8 @@ _define(
     fake=of_call(_forward_fake),
     composite=of_call(forward_composite),
 )
-# See `BackwardCall`. Returns the gradients that are needed, in the order of `LayerCall.tensors`.
+# See `BackwardCall`. Returns the gradients that are needed, in the order of `LayerCall.tensors`; then, if `flow`, the
+# gradient of each state after each step, shaped like the outputs.
 _define(
     "layer_backward",
     BACKWARD_ARGUMENTS,
@@ -167,6 +191,6 @@ def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
 
 
 def layer_backward(back: BackwardCall) -> list[Tensor]:
-    """Calls the op. Returns the gradients that are needed."""
+    """Calls the op. Returns the gradients that are needed, and those that `flow` asks for."""
     found: list[Tensor] = torch.ops.rnnkit.layer_backward(*back.arguments)
     return found

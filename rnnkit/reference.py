@@ -16,8 +16,13 @@ from torch.nn.functional import linear
 from rnnkit.call import LayerCall
 
 
-def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns the outputs, [T, N, D*P] or [rows, D*P] for h, and the final states, shaped like the initial ones."""
+def run(
+    call: LayerCall, seen: list[list[list[Tensor]]] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the outputs, [T, N, D*P] or [rows, D*P] for h, and the final states, shaped like the initial ones.
+
+    If `seen` is given, each direction's states after each time step are appended to it, of active rows alone.
+    """
     input, batch_sizes = call.input, call.batch_sizes
     # In an empty batch all steps are alike, so that one is enough.
     if (
@@ -27,6 +32,7 @@ def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
         and input.size(0) > 1
     ):
         of_one, last = run(replace(call, input=input[:1]))
+        assert seen is None, "an empty batch has no states"
         return [one.expand(input.size(0), -1, -1).clone() for one in of_one], last
     counts = call.counts
     steps = input.unbind(0) if batch_sizes is None else input.split(counts)
@@ -34,8 +40,11 @@ def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
     join = torch.stack if batch_sizes is None else torch.cat
     outputs, finals = [], []
     for d in range(call.directions):
-        states, final = _scan(call, d, steps, [state[d] for state in initial])
+        kept = call.outputs if seen is None else call.spec.states
+        states, final = _scan(call, d, steps, [state[d] for state in initial], kept)
         outputs.append([join([new[k] for new in states]) for k in range(call.outputs)])
+        if seen is not None:
+            seen.append(states)
         finals.append(final)
     return (
         [torch.cat(of_state, -1) for of_state in zip(*outputs, strict=True)],
@@ -71,9 +80,9 @@ def _cut(state: Tensor, rows: int) -> Tensor:
 
 
 def _scan(
-    call: LayerCall, d: int, steps: Sequence[Tensor], states: list[Tensor]
+    call: LayerCall, d: int, steps: Sequence[Tensor], states: list[Tensor], kept: int
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """Runs direction d. Returns the active rows' outputs after each step, and all rows' states after the last step.
+    """Runs direction d. Returns the active rows' first `kept` states after each step, and all rows' final states.
 
     The first n rows of the states are active at a step of n rows; the others are carried.
     """
@@ -100,7 +109,7 @@ def _scan(
         )
         if w_hr is not None:
             new[0] = linear(new[0], w_hr)
-        after.append(new[: call.outputs])
+        after.append(new[:kept])
         if rows < states[0].size(0):
             new = [torch.cat([n, s[rows:]]) for n, s in zip(new, states, strict=True)]
         states = new

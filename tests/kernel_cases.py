@@ -127,21 +127,22 @@ class Call(LayerCall):
         reserve: Tensor,
         needs: list[bool] | None = None,
         keep: Keep = Keep.EVERYTHING,
+        flow: bool = False,
     ) -> BackwardCall:
         """The backward pass of this call, by default for all gradients."""
         needs = self.all_needs if needs is None else needs
-        return BackwardCall(self, self.grads, outputs[0], reserve, keep, needs)
+        return BackwardCall(self, self.grads, outputs[0], reserve, keep, needs, flow)
 
     def backward(self, *arguments: Any, **options: Any) -> list[Tensor]:
         """The op: the gradients that are needed. Takes what `backward_call` takes."""
         return ops.layer_backward(self.backward_call(*arguments, **options))
 
-    def run(self, keep: Keep = Keep.EVERYTHING) -> dict[str, Tensor]:
+    def run(self, keep: Keep = Keep.EVERYTHING, flow: bool = False) -> dict[str, Tensor]:
         """Every result of both ops by name."""
         outputs, finals, reserve = self.forward(keep)
-        return self.named(outputs, finals, self.backward(outputs, reserve, keep=keep))
+        return self.named(outputs, finals, self.backward(outputs, reserve, keep=keep, flow=flow))
 
-    def reference(self) -> dict[str, Tensor]:
+    def reference(self, flow: bool = False) -> dict[str, Tensor]:
         """What `run` should return, by plain PyTorch.
 
         On the CPU, where many small ops are fastest, unless the products are large.
@@ -149,9 +150,10 @@ class Call(LayerCall):
         heavy = self.rows * sum(w.numel() for w in self.weights if w is not None) > 2**30
         it = self if heavy else self.on("cpu")
         outputs, finals = reference.run(it)
-        back = it.backward_call(outputs, it.input.new_empty(0))
-        found = ops.differentiable_backward(back, create_graph=False)
-        results = self.named(outputs, finals, [grad for grad in found if grad is not None])
+        back = it.backward_call(outputs, it.input.new_empty(0), flow=flow)
+        found, of_states = ops.differentiable_backward(back, create_graph=False)
+        grads = [*(grad for grad in found if grad is not None), *of_states]
+        results = self.named(outputs, finals, grads)
         return {name: result.to(self.input.device) for name, result in results.items()}
 
     def gradient_names(self) -> list[str]:
@@ -164,11 +166,17 @@ class Call(LayerCall):
     def named(
         self, outputs: list[Tensor], finals: list[Tensor], grads: list[Tensor]
     ) -> dict[str, Tensor]:
-        """Results of both ops by name."""
+        """Results of both ops by name. `grads` may end with the gradients of the states at all steps."""
         assert len(finals) == self.spec.states
         names = ["output", *(f"{name} at all steps" for name in STATES[1 : self.outputs])]
         names += [f"{name}_n" for name in STATES[: len(finals)]]
         names += self.gradient_names()
+        of_states = [f"grad {name} at all steps" for name in STATES[: self.spec.states]]
+        count = len(self.gradient_names())
+        assert len(grads) in (count, count + len(of_states))
+        names += of_states[: len(grads) - count]
+        # Sums are compared as what they are sums of.
+        grads = [*grads[:count], *(grad.to(self.input.dtype) for grad in grads[count:])]
         return dict(zip(names, [*outputs, *finals, *grads], strict=True))
 
 
@@ -242,10 +250,13 @@ def assert_case_matches_reference(case: Case, keep: Keep = Keep.EVERYTHING) -> N
     def together(draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: torch.cat([draw[name] for draw in draws]) for name in draws[0]}
 
+    flow = (
+        case.directions == 2 or case.grad_cut > 0
+    )  # also the gradients of the states at all steps
     _assert_close(
-        together([it.run(keep) for it in calls]),
-        together([it.reference() for it in calls]),
-        together([it.to(torch.float64).reference() for it in calls]),
+        together([it.run(keep, flow) for it in calls]),
+        together([it.reference(flow) for it in calls]),
+        together([it.to(torch.float64).reference(flow) for it in calls]),
     )
 
 

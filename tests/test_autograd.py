@@ -325,7 +325,7 @@ class _Recorder(TorchDispatchMode):
 
     def needs(self) -> list[list[bool]]:
         """What each backward call was asked for."""
-        return [args[-1] for name, args in self.calls if name == "layer_backward"]
+        return [args[-2] for name, args in self.calls if name == "layer_backward"]
 
     def kept(self) -> list[Keep]:
         """What each forward call was asked to keep."""

@@ -11,6 +11,9 @@
 //                          x[g], h[g]: the input's and the recurrent part of gate g, with their biases. state: on entry
 //                          of step t-1, on return of step t. save: on return what backward() needs
 //   output(save)           h_t before a projection
+//   grad_states(save, grad_state)
+//                          where there are several states: makes of what backward() gets in grad_state the whole
+//                          gradients of the states of step t, with what the other states of the step pass to them
 //   backward(save, h, previous_h, grad_state, grad)
 //                          grad_state: on entry the gradients of the states of step t; on return those of step t-1
 //                          without what comes through the recurrent weights, which the caller adds. grad: on return

@@ -29,6 +29,13 @@ struct Lstm {
   }
 
   template <class V>
+  static RNNKIT_INLINE void grad_states(const V* save, V* grad_state) {
+    using T = Element<V>;
+    const V tanh_c = tanh(save[1] * save[4] + save[0] * save[2]);
+    grad_state[1] = grad_state[1] + grad_state[0] * save[3] * (T(1) - tanh_c * tanh_c);
+  }
+
+  template <class V>
   static RNNKIT_INLINE void backward(const V* save, V /*h*/, V /*previous_h*/, V* grad_state, V* grad) {
     using T = Element<V>;
     const V i = save[0], f = save[1], g = save[2], o = save[3], c = save[4];

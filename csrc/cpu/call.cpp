@@ -119,7 +119,7 @@ bool Call::is_like_input(const Tensor& tensor, at::IntArrayRef shape) const {
 }
 
 void Call::check_backward(const OptionalTensors& grads, const Tensor& output, const Tensor& reserve, int64_t keep,
-                          const c10::List<bool>& needs) const {
+                          const c10::List<bool>& needs, bool flow) const {
   const int64_t given = grads.size();
   bool fit = given == outputs() + cell.states && is_like_input(output, output_shape(0));
   for (int64_t i = 0; fit && i < given; ++i) {
@@ -131,7 +131,7 @@ void Call::check_backward(const OptionalTensors& grads, const Tensor& output, co
         reserve.sizes() == reserve_shape(static_cast<Keep>(keep)) && reserve.scalar_type() == compute_type() &&
         reserve.device() == input.device() && has_memory(reserve);
   fit = fit && needs.size() == 1 + states.size() + weights.size();
-  if (!fit) refuse("layer_backward", *this, grads.vec(), output, reserve, keep, needs.vec());
+  if (!fit) refuse("layer_backward", *this, grads.vec(), output, reserve, keep, needs.vec(), flow);
 }
 
 at::ScalarType Call::operand_type() const {

@@ -40,7 +40,7 @@ struct Call {
 
   // Checks the other arguments of layer_backward. Throws the error of `LayerCall.check_backward` if they do not fit.
   void check_backward(const OptionalTensors& grads, const at::Tensor& output, const at::Tensor& reserve, int64_t keep,
-                      const c10::List<bool>& needs) const;
+                      const c10::List<bool>& needs, bool flow) const;
 
   std::optional<at::Tensor> weight(int64_t d, int64_t k) const { return weights.get(d * kWeights + k); }
   int64_t rows() const { return offsets.empty() ? steps * batch : offsets.back(); }

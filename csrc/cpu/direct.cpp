@@ -12,6 +12,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <string>
 #include <vector>
@@ -173,6 +174,8 @@ void restore_data(variable_list& saved, size_t n, bool differentiated) {
                 "differentiated, got one whose .data was assigned to");
 }
 
+std::atomic<bool> flow_is_recorded{false};
+
 // `_Layer` of rnnkit/autograd.py, for ordinary calls. It stores no backend: ordinary calls run on the C++ kernels.
 class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> {
  public:
@@ -229,6 +232,9 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
     variable_list saved = ctx->get_saved_variables();
     const size_t n_states = data["states"].toInt(), n = data["tensors"].toInt();
     const Tensor output = saved[n], reserve = saved[n + 1];
+    const bool records = flow_is_recorded.load(std::memory_order_relaxed);
+    Tensor w_hh;  // as the caller gave it
+    if (records) w_hh = saved.at(1 + n_states + 1);
     if (step) grads.insert(grads.begin(), Tensor());
 
     bool ordinary = ordinary_dispatch() && !at::GradMode::is_enabled();
@@ -262,11 +268,11 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
     for (size_t i = 0; i < n; ++i) needs.set(places[i], ctx->needs_input_grad(i));
 
     variable_list found(1 + n);  // the first argument, `call`, has no gradient
-    if (ordinary && !written) {
+    if (ordinary && !written && !records) {
       const std::vector<Tensor> needed =
           op_of<decltype(layer_backward)>("rnnkit::layer_backward")
               .call(cell, x, states, OptionalTensors(weights), std::nullopt, /*all_states=*/false, grad_clip, grad_cut,
-                    OptionalTensors(op_grads), output, reserve, keep, needs);
+                    OptionalTensors(op_grads), output, reserve, keep, needs, /*flow=*/false);
       for (size_t i = 0, next = 0; i < n; ++i)
         if (needs.get(places[i])) found[1 + i] = needed.at(next++);
     } else {
@@ -276,7 +282,7 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
           calls.attr("LayerCall")(cell, x, states, weights, py::none(), /*all_states=*/false, grad_clip, grad_cut);
       const py::object back = calls.attr("BackwardCall")(layer_call, op_grads, output, reserve, keep, needs.vec());
       const auto all = py::module_::import("rnnkit.autograd")
-                           .attr("gradients")(back, written)
+                           .attr("gradients")(back, written, records ? py::cast(w_hh) : py::none())
                            .cast<std::vector<std::optional<Tensor>>>();
       for (size_t i = 0; i < n; ++i) found[1 + i] = all.at(places[i]).value_or(Tensor());
     }
@@ -324,6 +330,8 @@ py::object as_states(const std::vector<Tensor>& finals) {
 }
 
 }  // namespace
+
+void record_flow(bool records) { flow_is_recorded.store(records, std::memory_order_relaxed); }
 
 py::object direct_layers(const std::string& cell, py::handle input, py::handle hx, const py::list& weights,
                          const std::vector<Tensor>& packed, int64_t directions, int64_t input_size, int64_t projected,

@@ -21,10 +21,14 @@ std::vector<at::Tensor> layer_backward(std::string_view cell, const at::Tensor& 
                                        const OptionalTensors& weights, const std::optional<at::Tensor>& batch_sizes,
                                        bool all_states, double grad_clip, int64_t grad_cut,
                                        const OptionalTensors& grads, const at::Tensor& output,
-                                       const at::Tensor& reserve, int64_t keep, const c10::List<bool>& needs);
+                                       const at::Tensor& reserve, int64_t keep, const c10::List<bool>& needs,
+                                       bool flow);
 
 int64_t gates_of(std::string_view cell);
 int64_t states_of(std::string_view cell);
+
+// Whether backward passes go by `gradients` of rnnkit/autograd.py, which hands the gradients of states to a recorder.
+void record_flow(bool records);
 
 // The fast paths of layers and cells. Both return None if the call is not an ordinary one, see direct.cpp.
 // weights: a list of five for each layer and direction.

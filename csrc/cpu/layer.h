@@ -36,6 +36,7 @@ struct State {
   const T* grad_final;  // like final; null: zeros
   const T* grad_all;    // [rows, D*width], for h the gradient of Layer::y; null: zeros
   T* grad_initial;      // like initial; null: not needed
+  T* flow;              // like all: the gradient of the state after each step; null: not asked for
 };
 
 template <class S>

@@ -191,9 +191,9 @@ std::vector<Tensor> layer_backward(std::string_view cell, const Tensor& input, a
                                    const OptionalTensors& weights, const std::optional<Tensor>& batch_sizes,
                                    bool all_states, double grad_clip, int64_t grad_cut, const OptionalTensors& grads,
                                    const Tensor& output, const Tensor& reserve, int64_t keep,
-                                   const c10::List<bool>& needs) {
+                                   const c10::List<bool>& needs, bool flow) {
   const Call call(cell, input, states, weights, batch_sizes, all_states, {grad_clip, grad_cut});
-  call.check_backward(grads, output, reserve, keep, needs);
+  call.check_backward(grads, output, reserve, keep, needs, flow);
   std::vector<Tensor> wanted = {input};
   wanted.insert(wanted.end(), call.states.begin(), call.states.end());
   for (size_t i = 0; i < weights.size(); ++i) wanted.push_back(weights.get(i).value_or(Tensor()));
@@ -202,11 +202,16 @@ std::vector<Tensor> layer_backward(std::string_view cell, const Tensor& input, a
     if (needs.get(i) && wanted[i].defined())
       results[i] = call.empty() ? at::zeros(wanted[i].sizes(), call.compute_options())
                                 : allocate(wanted[i].sizes(), call.compute_options());
+  std::vector<Tensor> flows;
+  for (int64_t i = 0; flow && i < call.cell.states; ++i)
+    flows.push_back(call.empty() ? at::zeros(call.output_shape(i), call.compute_options())
+                                 : allocate(call.output_shape(i), call.compute_options()));
   with_operand_type(call, [&](auto operand) {
     using S = decltype(operand);
     using T = Sum<S>;
     Operands operands;
     Layer<S> layer = make_layer<S>(call, operands);
+    for (size_t i = 0; i < flows.size(); ++i) layer.states[i].flow = data<T>(flows[i]);
     layer.y = const_cast<S*>(operands.read<S>(output));  // the backward pass only reads it
     layer.keep = static_cast<Keep>(keep);
     layer.reserve = const_cast<T*>(operands.read<T>(reserve));
@@ -229,6 +234,7 @@ std::vector<Tensor> layer_backward(std::string_view cell, const Tensor& input, a
   std::vector<Tensor> needed;
   for (const Tensor& result : results)
     if (result.defined()) needed.push_back(result.to(input.scalar_type()));
+  needed.insert(needed.end(), flows.begin(), flows.end());
   return needed;
 }
 
@@ -262,6 +268,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("capability", [] { return isa().name; }, "The instruction set of the kernels in use.");
   m.def("multiplies_bfloat16", multiplies_bfloat16, "Whether bfloat16 is multiplied directly, and not as float.");
   m.def("direct_layers", direct_layers, "The fast path of layers; None if the call is not an ordinary one.");
+  m.def("record_flow", record_flow, "Whether backward passes hand the gradients of states to a recorder.");
   m.def("direct_cell", direct_cell, "The fast path of a cell's step; None if the call is not an ordinary one.");
   m.def("peak_gflops", peak_gflops, py::arg("dtype"), py::arg("threads"), py::arg("seconds"),
         py::call_guard<py::gil_scoped_release>(),

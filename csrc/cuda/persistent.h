@@ -628,6 +628,16 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
           if (n < last_active_) grad_state[0] = scan_.rule.passed_back(grad_state[0], cuts && n < now_.active);
           if (n < now_.active) {
             grad_state[0] += widened(r.grad_y[item]);
+            if (scan_.states[0].flow) {
+              float whole[kStates];
+#pragma unroll
+              for (int k = 0; k < kStates; ++k) whole[k] = grad_state[k];
+              if constexpr (kStates > 1) Cell::grad_states(r.values[item], whole);
+              const int64_t wide = scan_.directions * scan_.hidden, row = now_.row + group * kGroup;
+#pragma unroll
+              for (int k = 0; k < kStates; ++k)
+                static_cast<float*>(scan_.states[k].flow)[row * wide + r.output + item * kStep * wide] = whole[k];
+            }
             float grads[Cell::grads];
             Cell::backward(r.values[item], widened(r.h[item]), widened(r.previous_h[item]), grad_state, grads);
 #pragma unroll

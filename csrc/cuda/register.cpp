@@ -116,7 +116,7 @@ void set_forward(Scan& scan, const CellSizes& sizes, const Tensor& gates, const 
 // Sets what both kinds of scan read and write in the backward pass.
 void set_backward(Scan& scan, const CellSizes& sizes, const Tensors& initial, const Tensor& output,
                   const Tensor& reserve, const Optionals& grad_outputs, const Optionals& grad_finals, double grad_clip,
-                  int64_t grad_cut, const Tensor& grad_gates, const Optionals& grad_initial) {
+                  int64_t grad_cut, const Tensor& grad_gates, const Optionals& grad_initial, const Optionals& flow) {
   set_states(scan, sizes, "initial", initial, &State::initial);
   scan.states[0].all = const_cast<void*>(data(output));
   scan.keep = Keep::everything;
@@ -126,6 +126,7 @@ void set_backward(Scan& scan, const CellSizes& sizes, const Tensors& initial, co
   scan.rule = {grad_clip, grad_cut};
   scan.grad_gates = mutable_data(grad_gates);
   set_states(scan, sizes, "grad_initial", grad_initial, &State::grad_initial);
+  set_states(scan, sizes, "flow", flow, &State::flow);
 }
 
 // How a persistent scan is split into blocks, as rnnkit/plan.py says.
@@ -195,14 +196,15 @@ void persistent_forward(std::string cell, int64_t units, int64_t tiles, int64_t 
 void persistent_backward(std::string cell, int64_t units, int64_t tiles, int64_t batch_tile, int64_t shared_bytes,
                          bool cluster, Tensors weights, Tensors initial, Optional offsets, int64_t steps, int64_t batch,
                          Tensor output, Tensor reserve, Optionals grad_outputs, Optionals grad_finals, double grad_clip,
-                         int64_t grad_cut, bool precise, Tensor workspace, Tensor grad_gates, Optionals grad_initial) {
+                         int64_t grad_cut, bool precise, Tensor workspace, Tensor grad_gates, Optionals grad_initial,
+                         Optionals flow) {
   const Type type = type_of(output);
   const Plan plan{units, tiles, batch_tile, shared_bytes, cluster};
   const CellSizes sizes = sizes_of(cell);
   PersistentScan scan = persistent_scan(plan, output.element_size(), weights, offsets, steps, batch, weights[0].size(0),
                                         output.size(0), workspace, precise, sizes.gates);
   set_backward(scan, sizes, initial, output, reserve, grad_outputs, grad_finals, grad_clip, grad_cut, grad_gates,
-               grad_initial);
+               grad_initial, flow);
   launch(cell, type, true, plan, scan, output);
 }
 
@@ -246,11 +248,12 @@ void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, Optionals b_i
 void stepwise_backward(std::string cell, Tensor w_hh, Optional w_hr, Tensors initial, std::vector<int64_t> counts,
                        bool precise, Tensor output, Tensor reserve, Optionals grad_outputs, Optionals grad_finals,
                        double grad_clip, int64_t grad_cut, Tensor between, Tensor grad_recurrent,
-                       Optional grad_unprojected, Optional grad_projected, Tensor grad_gates, Optionals grad_initial) {
+                       Optional grad_unprojected, Optional grad_projected, Tensor grad_gates, Optionals grad_initial,
+                       Optionals flow) {
   StepwiseScan scan =
       stepwise_scan(w_hh, w_hr, std::move(counts), output.size(0), precise, between, grad_recurrent, grad_unprojected);
   set_backward(scan, sizes_of(cell), initial, output, reserve, grad_outputs, grad_finals, grad_clip, grad_cut,
-               grad_gates, grad_initial);
+               grad_gates, grad_initial, flow);
   scan.grad_projected = mutable_data(grad_projected);
   const Guard guard(output);
   run_stepwise(cell, type_of(output), true, scan, stream_of(output), blas_handle());
@@ -281,7 +284,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
       " Tensor[] initial, Tensor? offsets, int steps, int batch, Tensor output, Tensor reserve,"
       " Tensor?[] grad_outputs, Tensor?[] grad_finals, float grad_clip, int grad_cut, bool precise, Tensor(a!) "
       "workspace, Tensor(b!) grad_gates,"
-      " Tensor(c!)?[] grad_initial) -> ()");
+      " Tensor(c!)?[] grad_initial, "
+      "Tensor(d!)?[] flow) -> ()");
   m.def(
       "stepwise_forward(str cell, Tensor gates, Tensor w_hh, Tensor?[] b_ih, Tensor?[] b_hh, Tensor? w_hr,"
       " Tensor[] initial, int[] counts, int keep, bool precise, Tensor(a!)? between, Tensor(b!) recurrent,"
@@ -291,7 +295,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
       " Tensor output, Tensor reserve, Tensor?[] grad_outputs, Tensor?[] grad_finals, float grad_clip, int grad_cut, "
       "Tensor(a!) between,"
       " Tensor(b!) grad_recurrent, Tensor(c!)? grad_unprojected, Tensor(d!)? grad_projected, Tensor(e!) grad_gates,"
-      " Tensor(f!)?[] grad_initial) -> ()");
+      " Tensor(f!)?[] grad_initial, "
+      "Tensor(g!)?[] flow) -> ()");
   m.def("unprojected(str cell, Tensor reserve, Tensor(a!) h) -> ()");
 }
 

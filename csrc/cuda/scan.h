@@ -45,6 +45,7 @@ struct State {
   const void* grad_final;  // [D, N, H]
   const void* grad_all;    // [rows, D*H]
   void* grad_initial;      // [D, N, H]
+  void* flow;              // of Sum<S>, like all: the gradient of the state after each step
 };
 
 // What every kernel for a scan gets.

@@ -78,6 +78,15 @@ RNNKIT_DEVICE void backward_element(const Step& step, int64_t n, int64_t unit) {
 #pragma unroll
     for (int k = 1; k < Cell::states; ++k)
       if (step.states[k].grad_all) grad_state[k] += read<S>(step.states[k].grad_all, beside);
+    if (step.states[Cell::states - 1].flow) {
+      T whole[Cell::states];
+#pragma unroll
+      for (int k = 0; k < Cell::states; ++k) whole[k] = grad_state[k];
+      if constexpr (Cell::states > 1) Cell::grad_states(save, whole);
+#pragma unroll
+      for (int k = 0; k < Cell::states; ++k)
+        if (step.states[k].flow) static_cast<T*>(step.states[k].flow)[beside] = whole[k];
+    }
     if constexpr (Cell::uses_h) h = read<S>(step.states[0].all, beside);
     if constexpr (Cell::uses_previous_h)
       previous_h = step.carry.begins(n) ? read<S>(step.states[0].initial, at) : read<S>(step.previous_output, beside);

@@ -191,6 +191,7 @@ class Stepwise {
     for (int k = scan_.w_hr ? 1 : 0; k < sizes_.states; ++k) {
       step.states[k].all = side_by_side(scan_.states[k].all, row, d, scan_.hidden).data;
       step.states[k].grad_all = side_by_side(scan_.states[k].grad_all, row, d, scan_.hidden).data;
+      step.states[k].flow = moved(scan_.states[k].flow, (row * scan_.directions + d) * scan_.hidden * sum_bytes());
     }
   }
 

@@ -8,6 +8,8 @@ All arguments and results are tiles [ROWS, UNITS] in the type of sums, or tuples
   Returns the gradients of the states before the step without the part through the recurrent weights, which the scan
   adds, and the gradient columns of the gates (`CellSpec.input_grads` tells their order).
 - `output(save)`: h after the step, for a cell whose h may be projected.
+- `grad_states(save, grad_state)`: the whole gradients of the states after the step: what `backward` gets, and what
+  passes from one state of the step to another.
 """
 
 from typing import NamedTuple
@@ -85,6 +87,14 @@ def lstm_backward(save, h, previous_h, grad_state):
 
 
 @triton.jit
+def lstm_grad_states(save, grad_state):
+    """The gradient of h, and of c what comes through h as well."""
+    i, f, g, o, c = save
+    tanh_c = tanh(f * c + i * g)
+    return grad_state[0], grad_state[1] + grad_state[0] * o * (1 - tanh_c * tanh_c)
+
+
+@triton.jit
 def lstm_output(save):
     """h' = o tanh(f c + i g)."""
     i, f, g, o, c = save
@@ -130,18 +140,19 @@ def gru_writes_backward(save, h, previous_h, grad_state):
 
 
 class Cell(NamedTuple):
-    """A cell's functions; one without `output` has no projection."""
+    """A cell's functions; one without `output` has no projection, one without `grad_states` a single state."""
 
     forward: JITFunction
     backward: JITFunction
     output: JITFunction | None = None
+    grad_states: JITFunction | None = None
 
 
 #: The cells by their names in `specs.CELLS`.
 TRITON_CELLS = {
     "rnn_tanh": Cell(rnn_tanh_forward, rnn_tanh_backward),
     "rnn_relu": Cell(rnn_relu_forward, rnn_relu_backward),
-    "lstm": Cell(lstm_forward, lstm_backward, lstm_output),
+    "lstm": Cell(lstm_forward, lstm_backward, lstm_output, lstm_grad_states),
     "gru": Cell(gru_forward, gru_backward),
     "gru_writes": Cell(gru_writes_forward, gru_writes_backward),
 }

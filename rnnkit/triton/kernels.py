@@ -206,11 +206,12 @@ def backward(
     grad_all_states,  # of the states other than h after each step, S - 1 of [R, D*H] or None for zeros; or None
     grad_projected,  # the whole gradient of h after its projection, [D, R, P], or None without one
     grad_gates,  # on return [R, D*W*H]
+    flow,  # on return the gradient of each state after each step, S of [R, D*H]; None instead of one or of all
     batch, total, last,  # batch N, total R, last T - 1
     first, steps,
     hidden, projected,  # H, P
     CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
-    GRAD_COLUMNS: tl.constexpr, GRAD_CLIP: tl.constexpr, GRAD_CUT: tl.constexpr,
+    GRAD_STATES: tl.constexpr, GRAD_COLUMNS: tl.constexpr, GRAD_CLIP: tl.constexpr, GRAD_CUT: tl.constexpr,
     PRECISION: tl.constexpr, SUM: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -271,6 +272,11 @@ def backward(
                 given = grad_all_states[k - 1] + h_base + h_place
                 grad += tl.load(given, mask=mask, other=0.0).to(SUM)
             grad_new += (grad,)
+        if flow is not None:
+            whole = grad_new if GRAD_STATES is None else GRAD_STATES(save, grad_new)
+            for k in tl.static_range(STATES):
+                if flow[k] is not None:
+                    tl.store(flow[k] + h_base + h_place, whole[k], mask=mask)
         grads_before, grads = CELL(save, h, previous_h, grad_new)
         if (GRAD_CLIP is not None) | (GRAD_CUT > 0):
             _, continues = carry.active_rows(forward_step - 1, begin, i, last, batch, offsets)

@@ -174,6 +174,7 @@ class Backward {
         }
         const int64_t row = rows.first(s) + m + i;
         const T* grad_y = at(layer_.states[0].grad_all, (row * layer_.directions + d) * P + first);
+        T* flow = at(layer_.states[0].flow, (row * layer_.directions + d) * P + first);
         S* grad_projected = projects_ ? grads_.projected.at(segment, d, row) + first : nullptr;
         const RowOfCell of = projects_ ? RowOfCell{} : row_of_cell(segment, rows, s, m + i, here);
         if (!projects_) add_grad_all(of, row, d, first, width);
@@ -184,6 +185,7 @@ class Backward {
           else if (!cuts)
             grad = clipped(load(grad_h + u, lanes) + load(from_product + u));
           if (grad_y != nullptr) grad += load(grad_y + u, lanes);
+          if (flow != nullptr) store(flow + u, grad, lanes);
           if (projects_) {
             store(grad_projected + u, grad, lanes);
             store(grad_h + u, Vector<T>{}, lanes);
@@ -232,6 +234,7 @@ class Backward {
     T* grad_others;           // [kOthers, H]: on entry of the states after the step, on return of those before it
     S *grads, *unprojected;   // grads: [Cell::grads, H]
     bool cuts;                // whether the step passes nothing back to the step before
+    int64_t flow;             // where the row begins in State::flow of states other than h
   };
   // `n`: the row in the range.
   RowOfCell row_of_cell(const Segment& segment, const ActiveRows<S>& rows, int64_t s, int64_t n, Carry carry) const {
@@ -243,6 +246,7 @@ class Backward {
     if (Cell::uses_previous_h) of.previous_h = rows.operand(s, n, carry, initial_h_);
     of.grad_others = at(grad_others_, (d * layer_.batch + rows.range.begin + n) * kOthers<Cell> * H);
     of.grads = grads_.gates.at(segment, d, row);
+    of.flow = (row * layer_.directions + d) * H;
     of.cuts = rows.cuts(s) && carry.of(n) == Before::previous;
     if (projects_) of.unprojected = grads_.unprojected.at(segment, d, row);
     return of;
@@ -274,6 +278,14 @@ class Backward {
     if constexpr (Cell::uses_previous_h) previous_h = load(of.previous_h + unit, lanes);
 #pragma GCC unroll 8
     for (int64_t k = 0; k < kOthers<Cell>; ++k) grad_state[k + 1] = load(of.grad_others + k * H + unit, lanes);
+    if constexpr (Cell::states > 1)
+      if (layer_.states[1].flow != nullptr) {
+        V whole[Cell::states];
+        std::memcpy(whole, grad_state, sizeof(whole));
+        Cell::grad_states(save, whole);
+#pragma GCC unroll 8
+        for (int64_t k = 1; k < Cell::states; ++k) store(layer_.states[k].flow + of.flow + unit, whole[k], lanes);
+      }
     Cell::backward(save, h, previous_h, grad_state, grad);
 #pragma GCC unroll 8
     for (int64_t k = 0; k < Cell::grads; ++k) store(of.grads + k * H + unit, grad[k], lanes);

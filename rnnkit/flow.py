@@ -1,0 +1,345 @@
+"""`gradient_flow`: how large the gradients of the states are at each step, recorded while a backward pass runs.
+
+The backward passes of layers and cells (`autograd.gradients`) ask `recorder` whether to hand over the gradients of
+their states, which `layer_backward` then returns besides those that autograd asked for.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rnnkit import backends
+from rnnkit.call import BackwardCall, Keep
+from rnnkit.specs import CELLS
+
+#: The gates of each cell, in the order of its weights; and those that are a tanh, where the others are sigmoids.
+GATES = {"rnn_tanh": "h", "rnn_relu": "h", "lstm": "ifgo", "gru": "rzn", "gru_writes": "rzn"}
+_TANH = "ghn"
+
+#: The rows, evenly spaced, on which the share of saturated gates is estimated.
+_SAMPLE = 512
+#: Gradients whose norms differ by this factor between the two ends of a sequence vanish or explode.
+_FACTOR = 1e3
+
+_lock = threading.Lock()
+_recording: list["gradient_flow"] = []
+
+
+def recorder() -> "gradient_flow | None":
+    """The innermost block that is active in this process; autograd runs a GPU's backward passes in another thread."""
+    return _recording[-1] if _recording else None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One layer's or cell's place in a model."""
+
+    module: str
+    layer: int
+
+
+@dataclass
+class _Call:
+    """One call of one layer."""
+
+    norms: list[Tensor]  # of each state, [D, T]
+    saturated: Tensor | None  # [D, gates]
+    weights: list[Tensor]  # copies of w_hh, one for each direction
+
+
+@dataclass(frozen=True)
+class ModuleFlow:
+    """The gradient flow of one layer or cell; L layers, D directions, T steps.
+
+    Attributes:
+        cell: the cell's name in `specs.CELLS`.
+        h: [L, D, T], the norm over batch and units of dL/dh after each time step.
+        c: [L, D, T], the same for an LSTM's c; None for other cells.
+        saturated: gate -> [L, D], the share of its values that are saturated: below 0.1 or above 0.9 of a sigmoid,
+            above 0.9 in size of a tanh, 0 of a ReLU. An estimate from about 512 rows; empty if `recompute` keeps no
+            gates.
+    """
+
+    cell: str
+    h: Tensor
+    c: Tensor | None
+    saturated: dict[str, Tensor]
+    _weights: list[list[Tensor]] = field(repr=False)
+
+    @property
+    def spectral_norms(self) -> dict[str, Tensor]:
+        """gate -> [L, D], the largest singular value of its recurrent matrix. Computed when asked for."""
+        gates = GATES[self.cell]
+        parts = [[w.double().chunk(len(gates)) for w in of_layer] for of_layer in self._weights]
+        return {
+            gate: torch.stack(
+                [
+                    torch.stack([torch.linalg.matrix_norm(w[k], 2) for w in of_layer])
+                    for of_layer in parts
+                ]
+            )
+            for k, gate in enumerate(gates)
+        }
+
+
+class gradient_flow:
+    """Records how large the gradients of hidden states are at each step of a backward pass.
+
+        with rnnkit.gradient_flow(model) as flow:
+            loss.backward()
+        print(flow.summary())
+        flow["encoder.lstm"].h  # [L, D, T]
+
+    dL/dh_t and dL/dc_t are the whole gradients, of the outputs at time t and of all later steps (in the reverse
+    direction, all earlier ones), after `grad_clip` and `grad_cut`. Gradients do not change. If a layer or cell runs
+    several times, its calls are joined along T in the order of the forward passes.
+
+    The forward pass may have run before the block, except on the reference backend. A backward pass in a graph of
+    torch.compile is not seen.
+
+    Args:
+        model: a module that contains layers or cells of rnnkit, or one of them.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: it contains no layer or cell of rnnkit.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
+        self._modules = {
+            name: module for name, module in model.named_modules() if hasattr(module, "_cell")
+        }
+        if not self._modules:
+            raise ValueError(
+                f"expected model to contain a layer or cell of rnnkit, got {type(model).__name__} without any"
+            )
+        self._calls: dict[_Place, list[_Call]] = {}
+        self._places: dict[int, _Place] = {}
+
+    def __enter__(self) -> "gradient_flow":
+        for name, module in self._modules.items():
+            for layer, leaves in enumerate(_recurrent_leaves(module)):
+                self._places.update({id(leaf): _Place(name, layer) for leaf in leaves})
+        with _lock:
+            _recording.append(self)
+            _tell_extension()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with _lock:
+            _recording.remove(self)
+            _tell_extension()
+
+    def place(self, w_hh: Tensor | None) -> _Place | None:
+        """The place of the layer whose weight this is, or that computed it of its parameters; None if of no layer."""
+        if w_hh is None:
+            return None
+        return next((self._places[id(t)] for t in _leaves(w_hh) if id(t) in self._places), None)
+
+    def add(self, place: _Place, back: BackwardCall, flow: Sequence[Tensor]) -> None:
+        """Records one call's gradients of its states, as `layer_backward` returns them."""
+        call = back.call
+        with torch.no_grad():
+            found = _Call(
+                [_norms(back, k, of_state.detach()) for k, of_state in enumerate(flow)],
+                _saturated(back),
+                [call.direction(d).w_hh.detach().clone() for d in range(call.directions)],
+            )
+        with _lock:
+            self._calls.setdefault(place, []).append(found)
+
+    def __getitem__(self, name: str) -> ModuleFlow:
+        """The flow of the module of this name in the model; "" is the model itself.
+
+        Raises:
+            KeyError: there is no such layer or cell, or no backward pass of it was seen.
+        """
+        if name not in self._modules:
+            known = ", ".join(map(repr, self._modules))
+            raise KeyError(f"expected the name of a layer or cell, {known}, got {name!r}")
+        layers: list[list[_Call]] = []
+        while calls := self._calls.get(_Place(name, len(layers))):
+            layers.append(calls)
+        if not layers:
+            raise KeyError(
+                f"no backward pass of {name!r} was seen in the block: none ran, or in a compiled graph, or on the "
+                "reference backend after a forward pass outside the block"
+            )
+        cell = self._modules[name]._cell
+        assert isinstance(cell, str)
+        states = [
+            torch.stack([torch.cat([c.norms[k] for c in reversed(calls)], 1) for calls in layers])
+            for k in range(CELLS[cell].states)
+        ]
+        saturated = [[c.saturated for c in calls if c.saturated is not None] for calls in layers]
+        shares = {}
+        if all(saturated):
+            mean = torch.stack([torch.stack(of_layer).mean(0) for of_layer in saturated])
+            shares = dict(zip(GATES[cell], mean.unbind(-1), strict=True))
+        weights = [calls[0].weights for calls in layers]
+        return ModuleFlow(cell, states[0], states[1] if len(states) > 1 else None, shares, weights)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the layers and cells whose backward pass was seen."""
+        return iter([name for name in self._modules if _Place(name, 0) in self._calls])
+
+    def summary(self) -> str:
+        """What vanishes, explodes or saturates, in words, with cures to try."""
+        lines = []
+        for name in self:
+            of_module = self[name]
+            for layer, direction, where in _lines(name, of_module):
+                lines += _verdict(of_module, layer, direction, where)
+        return "\n".join(lines) or "no backward pass was seen"
+
+    def plot(self) -> Any:
+        """Draws the norms of dL/dh against the distance from the loss's end of the sequence, one line a layer.
+
+        The distance is counted in steps from the last step of each direction's scan.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+        for name in self:
+            of_module = self[name]
+            for layer, direction, where in _lines(name, of_module):
+                norms = _by_distance(of_module.h[layer, direction], direction)
+                axes.plot(range(norms.numel()), norms.tolist(), label=where)
+        axes.set_yscale("log")
+        axes.set_xlabel("distance from the last step [steps]")
+        axes.set_ylabel("norm of dL/dh")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        return figure
+
+
+def _tell_extension() -> None:
+    if backends.EXTENSION is not None:
+        backends.EXTENSION.record_flow(bool(_recording))
+
+
+def _recurrent_leaves(module: nn.Module) -> list[list[Tensor]]:
+    """For each layer, the parameters that its w_hh are or are computed of."""
+    names = [["weight_hh"]]
+    if isinstance(module, nn.RNNBase):
+        ways = ("", "_reverse") if module.bidirectional else ("",)
+        names = [[f"weight_hh_l{k}{way}" for way in ways] for k in range(module.num_layers)]
+    parameters = dict(module.named_parameters())
+
+    def leaves(name: str) -> list[Tensor]:
+        prefixes = (f"parametrizations.{name}.original", f"{name}_")
+        exact: list[Tensor] = [parameters[name]] if name in parameters else []
+        return exact or [p for n, p in parameters.items() if n.startswith(prefixes)]
+
+    return [[leaf for name in of_layer for leaf in leaves(name)] for of_layer in names]
+
+
+def _leaves(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor if it is a leaf, else the leaves of its graph: autocast and parametrizations compute weights."""
+    if tensor.grad_fn is None:
+        yield tensor
+        return
+    waiting, seen = [tensor.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        waiting += [following for following, _ in node.next_functions if following is not None]
+
+
+def _norms(back: BackwardCall, state: int, flow: Tensor) -> Tensor:
+    """The norm at each time step, [D, T]."""
+    call = back.call
+    of_rows = flow.reshape(*flow.shape[:-1], call.directions, call.state_width(state))
+    if call.batch_sizes is None:
+        norms: Tensor = torch.linalg.vector_norm(of_rows, dim=(1, 3))  # of [T, N, D, width]
+        return norms.t()
+    squares = of_rows.square().sum(-1)  # [rows, D]
+    times = torch.arange(call.steps).repeat_interleave(call.batch_sizes).to(flow.device)
+    sums = squares.new_zeros(call.steps, call.directions).index_add_(0, times, squares)
+    return sums.sqrt().t()
+
+
+def _saturated(back: BackwardCall) -> Tensor | None:
+    """The share of saturated values of each gate, [D, gates]; None if they were not kept."""
+    call, gates = back.call, GATES[back.call.cell]
+    step = max(1, call.rows // _SAMPLE)
+    if call.spec.saved == 0:
+        rows = back.output.reshape(call.rows, call.directions, -1)[::step]
+        values = rows.permute(1, 0, 2).unsqueeze(2)  # [D, rows, 1, H]
+    elif back.keep == Keep.EVERYTHING:
+        values = back.reserve[:, ::step, : len(gates)]
+    else:
+        return None
+    shares = []
+    for k, gate in enumerate(gates):
+        value = values[:, :, k].float()
+        if call.cell == "rnn_relu":
+            saturated = value <= 0
+        elif gate in _TANH:
+            saturated = value.abs() > 0.9
+        else:
+            saturated = (value - 0.5).abs() > 0.4
+        shares.append(saturated.float().mean((1, 2)))
+    return torch.stack(shares, 1)
+
+
+def _lines(name: str, of_module: ModuleFlow) -> Iterator[tuple[int, int, str]]:
+    """Each layer and direction with its description."""
+    layers, directions, _ = of_module.h.shape
+    for layer in range(layers):
+        for direction in range(directions):
+            where = name or of_module.cell
+            where += f" layer {layer}" * (layers > 1)
+            where += (", reverse" if direction else ", forward") * (directions > 1)
+            yield layer, direction, where
+
+
+def _by_distance(norms: Tensor, direction: int) -> Tensor:
+    """The norms [T] from the last step of the direction's scan back to its first."""
+    return norms.flip(0) if direction == 0 else norms
+
+
+def _verdict(of_module: ModuleFlow, layer: int, direction: int, where: str) -> list[str]:
+    norms = _by_distance(of_module.h[layer, direction], direction).double()
+    there = norms[norms.gt(0) | norms.isnan()]
+    if there.numel() == 0:
+        return [f"{where}: no gradient arrives"]
+    steps = norms.numel()
+    near, far = float(there[0]), float(norms[-1])
+    gated = not of_module.cell.startswith("rnn")
+    line = f"{where}: |dL/dh| is {near:.1e} at the last step and {far:.1e} {steps - 1} steps before"
+    if not bool(norms.isfinite().all()) or far > _FACTOR * near:
+        cure = "grad_clip=, torch.nn.utils.clip_grad_norm_, rnnkit.init.orthogonal_"
+        line += f": it explodes; try {cure}"
+    elif far * _FACTOR < near:
+        cures = ["rnnkit.init.chrono_", "rnnkit.init.forget_bias_"][
+            : 1 + (of_module.cell == "lstm")
+        ]
+        cure = ", ".join(cures) if gated else "an LSTM or GRU, or rnnkit.init.identity_ with relu"
+        line += f": it vanishes; try {cure}"
+    else:
+        line += ": it neither vanishes nor explodes"
+    lines = [line]
+    for gate, share in of_module.saturated.items():
+        if float(share[layer, direction]) > 0.5 and of_module.cell != "rnn_relu":
+            lines.append(
+                f"{where}: {share[layer, direction]:.0%} of gate {gate} is saturated; try smaller initial weights, "
+                "such as rnnkit.init.xavier_, a smaller learning rate or normalized inputs"
+            )
+    return lines

@@ -1,0 +1,269 @@
+"""`gradient_flow` against autograd of plain loops that keep the gradient of every state.
+
+tests/kernel_cases.py compares the gradients of states that kernels return with the reference's.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from configurations import LAYERS
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import rnnkit
+
+T, N, INPUT, H = 6, 3, 4, 5
+LENGTHS = (6, 4, 1)
+
+
+class Model(nn.Module):
+    """Two layers of two directions behind a projection of the input, so that it is no leaf."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__()
+        cls, own = LAYERS[name]
+        self.inside = nn.Linear(INPUT, INPUT)
+        self.encoder = nn.ModuleDict(
+            {"layer": getattr(rnnkit, cls)(INPUT, H, 2, bidirectional=True, **own, **options)}
+        )
+
+    def forward(self, x: Any) -> Tensor:
+        if isinstance(x, PackedSequence):
+            x = PackedSequence(self.inside(x.data), x.batch_sizes)
+            return self.encoder["layer"](x)[0].data
+        return self.encoder["layer"](self.inside(x))[0]
+
+
+def loss_of(output: Tensor) -> Tensor:
+    return (
+        output * torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view_as(output)
+    ).sum()
+
+
+def by_hand(model: Model, name: str, x: Tensor, lengths: tuple[int, ...]) -> list[dict]:
+    """For each layer and direction, state -> the norm of its gradient at each time step, from a loop over cells."""
+    cls, own = LAYERS[name]
+    layer = model.encoder["layer"]
+    steps = [row[: sum(n > t for n in lengths)] for t, row in enumerate(model.inside(x))]
+    kept: list[dict[int, tuple[Tensor, ...]]] = []
+    for index in range(2):
+        outputs = []
+        for d, way in enumerate(("", "_reverse")):
+            suffix = f"_l{index}{way}"
+            cell = getattr(nn, f"{cls}Cell")(steps[0].size(-1), H, **own).to(x.dtype)
+            cell.load_state_dict(
+                {n: layer.get_parameter(n + suffix) for n, _ in cell.named_parameters()}
+            )
+            states: tuple[Tensor, ...] = (x.new_zeros(N, H),) * (2 if cls == "LSTM" else 1)
+            seen: dict[int, tuple[Tensor, ...]] = {}
+            for t in reversed(range(T)) if d else range(T):
+                rows = steps[t].size(0)
+                active = tuple(s[:rows] for s in states)
+                new = cell(steps[t], active if cls == "LSTM" else active[0])
+                new = new if isinstance(new, tuple) else (new,)
+                for state in new:
+                    state.retain_grad()
+                seen[t] = new
+                states = tuple(torch.cat([n, s[rows:]]) for n, s in zip(new, states, strict=True))
+            kept.append(seen)
+            outputs.append([seen[t][0] for t in range(T)])
+        steps = [torch.cat(pair, -1) for pair in zip(*outputs, strict=True)]
+    output = torch.cat(steps) if len(set(lengths)) > 1 else torch.stack(steps)
+    loss_of(output).backward()
+    return [
+        {
+            k: torch.stack([torch.linalg.vector_norm(seen[t][k].grad) for t in range(T)])
+            for k in range(len(seen[0]))
+        }
+        for seen in kept
+    ]
+
+
+def cases() -> Iterator[Any]:
+    for name in LAYERS:
+        for lengths in ((T,) * N, LENGTHS):
+            yield pytest.param(
+                name, lengths, id=f"{name}-{'packed' if lengths == LENGTHS else 'dense'}"
+            )
+
+
+def given(x: Tensor, lengths: tuple[int, ...]) -> Any:
+    return pack_padded_sequence(x, list(lengths)) if lengths == LENGTHS else x
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["forward before", "forward in the block"])
+@pytest.mark.parametrize(("name", "lengths"), cases())
+def test_norms_are_the_loops(name: str, lengths: tuple[int, ...], inside: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Model(name).double(), torch.randn(T, N, INPUT, dtype=torch.float64)
+    expected = by_hand(copy.deepcopy(model), name, x, lengths)
+    plain = copy.deepcopy(model)
+    loss_of(plain(given(x, lengths))).backward()
+    flow = rnnkit.gradient_flow(model)
+    if inside:
+        with flow:
+            loss_of(model(given(x, lengths))).backward()
+    else:
+        loss = loss_of(model(given(x, lengths)))
+        with flow:
+            loss.backward()
+    found = flow["encoder.layer"]
+    assert list(flow) == ["encoder.layer"] and found.h.shape == (2, 2, T)
+    for index in range(2):
+        for d in range(2):
+            torch.testing.assert_close(found.h[index, d], expected[2 * index + d][0])
+            if found.c is not None:
+                torch.testing.assert_close(found.c[index, d], expected[2 * index + d][1])
+    assert (found.c is not None) == (name == "lstm")
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), "recording changes no gradient"
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_backends(backend: str) -> None:
+    torch.manual_seed(0)
+    model, x = Model("lstm").double(), torch.randn(T, N, INPUT, dtype=torch.float64)
+    expected = by_hand(copy.deepcopy(model), "lstm", x, (T,) * N)
+    with rnnkit.backend(backend), rnnkit.gradient_flow(model) as flow:
+        loss_of(model(x)).backward()
+    torch.testing.assert_close(flow["encoder.layer"].c[1, 0], expected[2][1])
+
+
+def test_create_graph_is_seen() -> None:
+    torch.manual_seed(0)
+    model, x = Model("lstm").double(), torch.randn(T, N, INPUT, dtype=torch.float64)
+    expected = by_hand(copy.deepcopy(model), "lstm", x, (T,) * N)
+    with rnnkit.gradient_flow(model) as flow:
+        torch.autograd.grad(loss_of(model(x)), list(model.parameters()), create_graph=True)
+    torch.testing.assert_close(flow["encoder.layer"].h[0, 1], expected[1][0])
+
+
+def test_weights_that_are_computed() -> None:
+    """Autocast and parametrizations put other tensors in the place of the parameters."""
+    torch.manual_seed(0)
+    model, x = Model("gru"), torch.randn(T, N, INPUT)
+    parametrizations.weight_norm(model.encoder["layer"], "weight_hh_l1")
+    with rnnkit.gradient_flow(model) as flow:
+        loss_of(model(x)).backward()
+    plain = flow["encoder.layer"].h
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(x)
+    with rnnkit.gradient_flow(model) as flow:
+        loss_of(output.float()).backward()
+    torch.testing.assert_close(flow["encoder.layer"].h, plain, rtol=0.05, atol=0.05)
+
+
+def test_cells_in_a_loop_are_a_sequence() -> None:
+    torch.manual_seed(0)
+    cell, x = rnnkit.LSTMCell(INPUT, H).double(), torch.randn(T, N, INPUT, dtype=torch.float64)
+    layer = rnnkit.LSTM(INPUT, H).double()
+    layer.load_state_dict({f"{name}_l0": value for name, value in cell.state_dict().items()})
+    outputs, states = [], None
+    for row in x:
+        states = cell(row, states)
+        outputs.append(states[0])
+    loss = loss_of(torch.stack(outputs))
+    with rnnkit.gradient_flow(cell) as of_cell:
+        loss.backward()
+    with rnnkit.gradient_flow(layer) as of_layer:
+        loss_of(layer(x)[0]).backward()
+    torch.testing.assert_close(of_cell[""].h, of_layer[""].h)
+    torch.testing.assert_close(of_cell[""].c, of_layer[""].c)
+
+
+def test_other_models_are_left_out() -> None:
+    model, other, x = Model("gru"), Model("gru"), torch.randn(T, N, INPUT)
+    with rnnkit.gradient_flow(other) as flow:
+        loss_of(model(x)).backward()
+    assert list(flow) == [] and flow.summary() == "no backward pass was seen"
+    with pytest.raises(KeyError, match=r"no backward pass of 'encoder\.layer' was seen"):
+        flow["encoder.layer"]
+    with pytest.raises(KeyError, match=r"the name of a layer or cell, 'encoder\.layer', got 'x'"):
+        flow["x"]
+    before = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss_of(model(x)).backward()  # after the block nothing is recorded
+    assert list(flow) == []
+    assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True))
+
+
+def test_wrong_models() -> None:
+    with pytest.raises(TypeError, match=r"expected model to be a torch\.nn\.Module, got int"):
+        rnnkit.gradient_flow(3)
+    with pytest.raises(ValueError, match="expected model to contain a layer or cell of rnnkit"):
+        rnnkit.gradient_flow(nn.LSTM(2, 3))
+
+
+def test_gates_and_matrices() -> None:
+    """Saturated gates and spectral norms that are known."""
+    layer = rnnkit.LSTM(INPUT, H).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+        layer.bias_ih_l0[:H] = 10  # i: saturated
+        layer.bias_ih_l0[2 * H : 3 * H] = -5  # g: saturated
+        layer.weight_hh_l0[H : 2 * H] = 3 * torch.eye(H)  # of f, times an h near 0.25 at most
+    with rnnkit.gradient_flow(layer) as flow:
+        layer(torch.randn(2, N, INPUT, dtype=torch.float64))[0].sum().backward()
+    found = flow[""]
+    assert {gate: float(share) for gate, share in found.saturated.items()} == {
+        "i": 1.0,
+        "f": 0.0,
+        "g": 1.0,
+        "o": 0.0,
+    }
+    assert {gate: round(float(norm), 9) for gate, norm in found.spectral_norms.items()} == {
+        "i": 0.0,
+        "f": 3.0,
+        "g": 0.0,
+        "o": 0.0,
+    }
+    assert "100% of gate i is saturated" in flow.summary()
+    layer.recompute = True
+    with rnnkit.gradient_flow(layer) as flow:
+        layer(torch.randn(2, N, INPUT, dtype=torch.float64))[0].sum().backward()
+    assert flow[""].saturated == {}
+
+
+@pytest.mark.parametrize(
+    ("scale", "verdict"), [(0.3, "vanishes"), (1.0, "neither"), (3.0, "explodes")]
+)
+def test_summary(scale: float, verdict: str) -> None:
+    layer = rnnkit.init.identity_(rnnkit.RNN(INPUT, H, nonlinearity="relu"), scale)
+    with torch.no_grad():
+        layer.bias_ih_l0.fill_(1e-3)
+    with rnnkit.gradient_flow(layer) as flow:
+        layer(torch.zeros(20, N, INPUT))[0][-1].sum().backward()
+    summary = flow.summary()
+    assert verdict in summary and "19 steps before" in summary
+    assert ("grad_clip" in summary) == (verdict == "explodes")
+
+
+def test_plot() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    model = Model("lstm")
+    with rnnkit.gradient_flow(model) as flow:
+        loss_of(model(torch.randn(T, N, INPUT))).backward()
+    (axes,) = flow.plot().axes
+    assert axes.get_yscale() == "log" and len(axes.lines) == 4
+    assert "distance" in axes.get_xlabel() and "dL/dh" in axes.get_ylabel()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        f"encoder.layer layer {layer}, {way}" for layer in (0, 1) for way in ("forward", "reverse")
+    ]
+    _, y = axes.lines[1].get_data()  # reverse: its scan ends at time 0
+    assert list(y) == flow["encoder.layer"].h[0, 1].tolist()
+
+
+def test_blocks_within_blocks() -> None:
+    model, x = Model("gru"), torch.randn(T, N, INPUT)
+    with rnnkit.gradient_flow(model) as outer:
+        with rnnkit.gradient_flow(model) as inner:
+            loss_of(model(x)).backward()
+        assert list(inner) and not list(outer)
+        loss_of(model(x)).backward()
+    assert list(outer)
