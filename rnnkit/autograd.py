@@ -55,7 +55,7 @@ def run(
 
 def _is_recorded() -> bool:
     """Whether the backward pass has to go through `gradients`, which hands the gradients of states to a recorder."""
-    return not torch.compiler.is_compiling() and flow.recorder() is not None
+    return not torch.compiler.is_compiling() and flow.records()
 
 
 def _interprets(device: torch.device) -> bool:
@@ -63,9 +63,18 @@ def _interprets(device: torch.device) -> bool:
     return device.type == "cpu" and backends.forced_backend() == "triton"
 
 
+class _Composites:
+    """The ops on the reference, where a recorder keeps calls from running as ordinary torch code."""
+
+    layer_forward = staticmethod(ops.forward_composite)
+    layer_backward = staticmethod(ops.backward_composite)
+
+
 def _ops(device: torch.device) -> Any:
-    """`ops`, which dispatches by device, or `gpu` if Triton's interpreter serves CPU tensors."""
-    return gpu if _interprets(device) else ops
+    """`ops`, which dispatches by device, or what serves the device in another way."""
+    if _interprets(device):  # by Triton, on CPU tensors
+        return gpu
+    return _Composites if _on_reference(device) else ops
 
 
 def _on_reference(device: torch.device) -> bool:
@@ -211,10 +220,10 @@ def gradients(back: BackwardCall, written: bool, w_hh: Tensor | None) -> list[Te
     If `written`, the output was written to since the forward pass and is computed again. `w_hh` is the tensor that the
     call had as its first direction's. Returns a list like `back.call.tensors`, None where `back.needs` is False.
     """
-    recorder = None if torch.compiler.is_compiling() else flow.recorder()
-    place = None if recorder is None else recorder.place(w_hh)
-    if place is not None:
-        back = replace(back, flow=True)
+    found_place = None
+    if _is_recorded() and not transformed([g for g in back.grads if g is not None]):
+        found_place = flow.find(w_hh)
+        back = replace(back, flow=found_place is not None)
     if _are_differentiated(back.grads):
         found, of_states = ops.differentiable_backward(back, torch.is_grad_enabled())
     else:
@@ -225,6 +234,7 @@ def gradients(back: BackwardCall, written: bool, w_hh: Tensor | None) -> list[Te
         results = backend.layer_backward(back)
         count = len(back.needed)
         found, of_states = back.in_place_of(results[:count]), results[count:]
-    if recorder is not None and place is not None:
-        recorder.add(place, back, of_states)
+    if found_place is not None:
+        recorder, place = found_place
+        recorder.add(place, back, of_states, has_reserve=not _on_reference(back.call.input.device))
     return found

@@ -1,7 +1,7 @@
 """`gradient_flow`: how large the gradients of the states are at each step, recorded while a backward pass runs.
 
-The backward passes of layers and cells (`autograd.gradients`) ask `recorder` whether to hand over the gradients of
-their states, which `layer_backward` then returns besides those that autograd asked for.
+The backward passes of layers and cells (`autograd.gradients`) `find` out whether to hand over the gradients of their
+states, which `layer_backward` then returns besides those that autograd asked for.
 """
 
 import threading
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from rnnkit import backends
 from rnnkit.call import BackwardCall, Keep
+from rnnkit.interop import Interop
 from rnnkit.specs import CELLS
 
 #: The gates of each cell, in the order of its weights; and those that are a tanh, where the others are sigmoids.
 GATES = {"rnn_tanh": "h", "rnn_relu": "h", "lstm": "ifgo", "gru": "rzn", "gru_writes": "rzn"}
 _TANH = "ghn"
 
-#: The rows, evenly spaced, on which the share of saturated gates is estimated.
+#: At most so many rows are looked at for the share of saturated gates.
 _SAMPLE = 512
 #: Gradients whose norms differ by this factor between the two ends of a sequence vanish or explode.
 _FACTOR = 1e3
@@ -29,9 +30,21 @@ _lock = threading.Lock()
 _recording: list["gradient_flow"] = []
 
 
-def recorder() -> "gradient_flow | None":
-    """The innermost block that is active in this process; autograd runs a GPU's backward passes in another thread."""
-    return _recording[-1] if _recording else None
+def records() -> bool:
+    """Whether a block is active in this process; autograd runs a GPU's backward passes in another thread."""
+    return bool(_recording)
+
+
+def find(w_hh: Tensor | None) -> "tuple[gradient_flow, _Place] | None":
+    """The innermost block whose model has the layer of this weight, and its place there."""
+    if w_hh is None:
+        return None
+    leaves = {id(leaf) for leaf in _leaves(w_hh)}
+    for recorder in reversed(tuple(_recording)):
+        places = {recorder.places[leaf] for leaf in leaves if leaf in recorder.places}
+        if len(places) == 1:  # more if a weight is computed of several layers' parameters
+            return recorder, places.pop()
+    return None
 
 
 @dataclass(frozen=True)
@@ -46,9 +59,9 @@ class _Place:
 class _Call:
     """One call of one layer."""
 
+    order: int  # of its forward pass
     norms: list[Tensor]  # of each state, [D, T]
     saturated: Tensor | None  # [D, gates]
-    weights: list[Tensor]  # copies of w_hh, one for each direction
 
 
 @dataclass(frozen=True)
@@ -60,8 +73,8 @@ class ModuleFlow:
         h: [L, D, T], the norm over batch and units of dL/dh after each time step.
         c: [L, D, T], the same for an LSTM's c; None for other cells.
         saturated: gate -> [L, D], the share of its values that are saturated: below 0.1 or above 0.9 of a sigmoid,
-            above 0.9 in size of a tanh, 0 of a ReLU. An estimate from about 512 rows; empty if `recompute` keeps no
-            gates.
+            above 0.9 in size of a tanh, 0 of a ReLU. An estimate from 512 rows, if there are more; empty if no gates
+            are kept, with `recompute` and on the reference.
     """
 
     cell: str
@@ -96,10 +109,11 @@ class gradient_flow:
 
     dL/dh_t and dL/dc_t are the whole gradients, of the outputs at time t and of all later steps (in the reverse
     direction, all earlier ones), after `grad_clip` and `grad_cut`. Gradients do not change. If a layer or cell runs
-    several times, its calls are joined along T in the order of the forward passes.
+    several times, its calls are joined along T in the order of the forward passes. A layer that several blocks know is
+    recorded by the innermost one. Entered again, a block forgets what it has recorded.
 
-    The forward pass may have run before the block, except on the reference backend. A backward pass in a graph of
-    torch.compile is not seen.
+    The forward pass may have run before the block, except on the reference backend. Not seen are backward passes in a
+    graph of torch.compile, and those of batched gradients (`is_grads_batched`).
 
     Args:
         model: a module that contains layers or cells of rnnkit, or one of them.
@@ -113,19 +127,23 @@ class gradient_flow:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
         self._modules = {
-            name: module for name, module in model.named_modules() if hasattr(module, "_cell")
+            name: module for name, module in model.named_modules() if isinstance(module, Interop)
         }
         if not self._modules:
             raise ValueError(
                 f"expected model to contain a layer or cell of rnnkit, got {type(model).__name__} without any"
             )
         self._calls: dict[_Place, list[_Call]] = {}
-        self._places: dict[int, _Place] = {}
+        self._weights: dict[_Place, list[Tensor]] = {}  # copies of w_hh, one for each direction
+        #: The place of each parameter that a w_hh is or is computed of, by its id; of tied weights, the first.
+        self.places: dict[int, _Place] = {}
 
     def __enter__(self) -> "gradient_flow":
+        self._calls, self._weights, self.places = {}, {}, {}
         for name, module in self._modules.items():
             for layer, leaves in enumerate(_recurrent_leaves(module)):
-                self._places.update({id(leaf): _Place(name, layer) for leaf in leaves})
+                for leaf in leaves:
+                    self.places.setdefault(id(leaf), _Place(name, layer))
         with _lock:
             _recording.append(self)
             _tell_extension()
@@ -136,58 +154,72 @@ class gradient_flow:
             _recording.remove(self)
             _tell_extension()
 
-    def place(self, w_hh: Tensor | None) -> _Place | None:
-        """The place of the layer whose weight this is, or that computed it of its parameters; None if of no layer."""
-        if w_hh is None:
-            return None
-        return next((self._places[id(t)] for t in _leaves(w_hh) if id(t) in self._places), None)
+    def add(
+        self, place: _Place, back: BackwardCall, flow: Sequence[Tensor], has_reserve: bool
+    ) -> None:
+        """Records one call's gradients of its states, as `layer_backward` returns them.
 
-    def add(self, place: _Place, back: BackwardCall, flow: Sequence[Tensor]) -> None:
-        """Records one call's gradients of its states, as `layer_backward` returns them."""
+        `has_reserve`: whether kernels filled the reserve; the reference leaves zeros in it.
+        """
         call = back.call
+        # Autograd numbers its nodes in the order of the forward passes.
+        node = torch._C._current_autograd_node()
         with torch.no_grad():
+            norms = [_norms(back, k, of_state.detach()) for k, of_state in enumerate(flow)]
             found = _Call(
-                [_norms(back, k, of_state.detach()) for k, of_state in enumerate(flow)],
-                _saturated(back),
-                [call.direction(d).w_hh.detach().clone() for d in range(call.directions)],
+                0 if node is None else node._sequence_nr(), norms, _saturated(back, has_reserve)
             )
+            weights = []
+            if place not in self._weights:
+                weights = [call.direction(d).w_hh.detach().clone() for d in range(call.directions)]
         with _lock:
             self._calls.setdefault(place, []).append(found)
+            self._weights.setdefault(place, weights)
 
     def __getitem__(self, name: str) -> ModuleFlow:
         """The flow of the module of this name in the model; "" is the model itself.
 
+        Of a layer whose backward pass was not seen, norms are NaN.
+
         Raises:
             KeyError: there is no such layer or cell, or no backward pass of it was seen.
+            RuntimeError: its layers ran different numbers of steps.
         """
         if name not in self._modules:
             known = ", ".join(map(repr, self._modules))
             raise KeyError(f"expected the name of a layer or cell, {known}, got {name!r}")
-        layers: list[list[_Call]] = []
-        while calls := self._calls.get(_Place(name, len(layers))):
-            layers.append(calls)
-        if not layers:
+        module = self._modules[name]
+        places = [_Place(name, layer) for layer in range(int(getattr(module, "num_layers", 1)))]
+        calls = [sorted(self._calls.get(p, []), key=lambda call: call.order) for p in places]
+        seen = [of_layer for of_layer in calls if of_layer]
+        if not seen:
             raise KeyError(
                 f"no backward pass of {name!r} was seen in the block: none ran, or in a compiled graph, or on the "
                 "reference backend after a forward pass outside the block"
             )
-        cell = self._modules[name]._cell
+        cell = module._cell
         assert isinstance(cell, str)
-        states = [
-            torch.stack([torch.cat([c.norms[k] for c in reversed(calls)], 1) for calls in layers])
-            for k in range(CELLS[cell].states)
-        ]
-        saturated = [[c.saturated for c in calls if c.saturated is not None] for calls in layers]
-        shares = {}
+        states = []
+        for k in range(CELLS[cell].states):
+            joined = [torch.cat([c.norms[k] for c in of_layer], 1) for of_layer in seen]
+            if len({norms.size(1) for norms in joined}) > 1:
+                steps = [norms.size(1) for norms in joined]
+                raise RuntimeError(f"expected as many steps in each layer of {name!r}, got {steps}")
+            unseen = torch.full_like(joined[0], torch.nan)
+            remaining = iter(joined)
+            states.append(torch.stack([next(remaining) if of else unseen for of in calls]))
+        shares: dict[str, Tensor] = {}
+        saturated = [[c.saturated for c in of if c.saturated is not None] for of in calls]
         if all(saturated):
             mean = torch.stack([torch.stack(of_layer).mean(0) for of_layer in saturated])
             shares = dict(zip(GATES[cell], mean.unbind(-1), strict=True))
-        weights = [calls[0].weights for calls in layers]
+        weights = [self._weights[p] for p in places if p in self._weights]
         return ModuleFlow(cell, states[0], states[1] if len(states) > 1 else None, shares, weights)
 
     def __iter__(self) -> Iterator[str]:
         """The names of the layers and cells whose backward pass was seen."""
-        return iter([name for name in self._modules if _Place(name, 0) in self._calls])
+        seen = {place.module for place in self._calls}
+        return iter([name for name in self._modules if name in seen])
 
     def summary(self) -> str:
         """What vanishes, explodes or saturates, in words, with cures to try."""
@@ -195,7 +227,8 @@ class gradient_flow:
         for name in self:
             of_module = self[name]
             for layer, direction, where in _lines(name, of_module):
-                lines += _verdict(of_module, layer, direction, where)
+                if not bool(of_module.h[layer, direction].isnan().all()):
+                    lines += _verdict(self._modules[name], of_module, layer, direction, where)
         return "\n".join(lines) or "no backward pass was seen"
 
     def plot(self) -> Any:
@@ -247,11 +280,14 @@ def _recurrent_leaves(module: nn.Module) -> list[list[Tensor]]:
 
 
 def _leaves(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor if it is a leaf, else the leaves of its graph: autocast and parametrizations compute weights."""
-    if tensor.grad_fn is None:
+    """The tensor if it needs no gradient, else the leaves of its graph: autocast and parametrizations compute weights.
+
+    A leaf that hooks of saved tensors have replaced is found, too: its node knows the leaf itself.
+    """
+    if not tensor.requires_grad:
         yield tensor
         return
-    waiting, seen = [tensor.grad_fn], set()
+    waiting, seen = [torch.autograd.graph.get_gradient_edge(tensor).node], set()
     while waiting:
         node = waiting.pop()
         if node in seen:
@@ -275,15 +311,22 @@ def _norms(back: BackwardCall, state: int, flow: Tensor) -> Tensor:
     return sums.sqrt().t()
 
 
-def _saturated(back: BackwardCall) -> Tensor | None:
-    """The share of saturated values of each gate, [D, gates]; None if they were not kept."""
+def _saturated(back: BackwardCall, has_reserve: bool) -> Tensor | None:
+    """The share of saturated values of each gate, [D, gates]; None if they were not kept or there are none."""
     call, gates = back.call, GATES[back.call.cell]
-    step = max(1, call.rows // _SAMPLE)
+    if call.empty:
+        return None
+    device = back.output.device
+    if call.rows <= _SAMPLE:
+        sample = torch.arange(call.rows, device=device)
+    else:  # multiples of the golden ratio, which are spread evenly over times and sequences
+        places = torch.arange(_SAMPLE, device=device, dtype=torch.float64) * 0.6180339887498949
+        sample = (places.frac() * call.rows).long()
     if call.spec.saved == 0:
-        rows = back.output.reshape(call.rows, call.directions, -1)[::step]
+        rows = back.output.reshape(call.rows, call.directions, call.projected)[sample]
         values = rows.permute(1, 0, 2).unsqueeze(2)  # [D, rows, 1, H]
-    elif back.keep == Keep.EVERYTHING:
-        values = back.reserve[:, ::step, : len(gates)]
+    elif has_reserve and back.keep == Keep.EVERYTHING:
+        values = back.reserve[:, sample, : len(gates)]
     else:
         return None
     shares = []
@@ -315,24 +358,28 @@ def _by_distance(norms: Tensor, direction: int) -> Tensor:
     return norms.flip(0) if direction == 0 else norms
 
 
-def _verdict(of_module: ModuleFlow, layer: int, direction: int, where: str) -> list[str]:
+def _verdict(
+    module: nn.Module, of_module: ModuleFlow, layer: int, direction: int, where: str
+) -> list[str]:
     norms = _by_distance(of_module.h[layer, direction], direction).double()
-    there = norms[norms.gt(0) | norms.isnan()]
+    there = (norms != 0).nonzero()
     if there.numel() == 0:
         return [f"{where}: no gradient arrives"]
-    steps = norms.numel()
-    near, far = float(there[0]), float(norms[-1])
-    gated = not of_module.cell.startswith("rnn")
-    line = f"{where}: |dL/dh| is {near:.1e} at the last step and {far:.1e} {steps - 1} steps before"
+    start, end = int(there[0]), norms.numel() - 1
+    near, far = float(norms[start]), float(norms[end])
+    line = f"{where}: |dL/dh| is {near:.1e} {_steps_before(start)}, {far:.1e} {_steps_before(end)}"
     if not bool(norms.isfinite().all()) or far > _FACTOR * near:
-        cure = "grad_clip=, torch.nn.utils.clip_grad_norm_, rnnkit.init.orthogonal_"
-        line += f": it explodes; try {cure}"
+        cures = ["torch.nn.utils.clip_grad_norm_", "rnnkit.init.orthogonal_"]
+        cures += ["grad_clip="] * isinstance(module, nn.RNNBase)
+        line += f": it explodes; try {', '.join(cures)}"
+    elif far * _FACTOR < near and getattr(module, "grad_cut", None) is not None:
+        line += f": grad_cut={module.grad_cut} cuts it"
     elif far * _FACTOR < near:
-        cures = ["rnnkit.init.chrono_", "rnnkit.init.forget_bias_"][
-            : 1 + (of_module.cell == "lstm")
-        ]
-        cure = ", ".join(cures) if gated else "an LSTM or GRU, or rnnkit.init.identity_ with relu"
-        line += f": it vanishes; try {cure}"
+        cures = ["an LSTM or GRU", "rnnkit.init.identity_ with relu"]
+        if not of_module.cell.startswith("rnn"):
+            cures = ["rnnkit.init.chrono_"]
+            cures += ["rnnkit.init.forget_bias_"] * (of_module.cell == "lstm")
+        line += f": it vanishes; try {', '.join(cures)}"
     else:
         line += ": it neither vanishes nor explodes"
     lines = [line]
@@ -343,3 +390,7 @@ def _verdict(of_module: ModuleFlow, layer: int, direction: int, where: str) -> l
                 "such as rnnkit.init.xavier_, a smaller learning rate or normalized inputs"
             )
     return lines
+
+
+def _steps_before(distance: int) -> str:
+    return "at the last step" if distance == 0 else f"{distance} steps before it"

@@ -112,7 +112,8 @@ def run_as_torchs(module: Any, input: Any, hx: Any) -> Any:
     """
     if why := unlike_torchs(module):
         raise RuntimeError(
-            f"expected a layer or cell like torch.nn's under torch.jit.trace, got one that {why}"
+            "expected a layer or cell like torch.nn's under torch.jit.trace and for per-sample gradients, got one that "
+            f"{why}"
         )
     return module._torchs.forward(module, input, hx)
 

@@ -43,7 +43,7 @@ _OPTIONS = ("recompute", "frozen", "grad_clip", "grad_cut")
 
 
 def _check_gradient_rule(grad_clip: Any, grad_cut: Any) -> None:
-    """Checks the arguments of a layer's constructor."""
+    """Checks these attributes of a layer."""
     if grad_clip is not None:
         if not isinstance(grad_clip, int | float) or isinstance(grad_clip, bool):
             raise TypeError(f"expected grad_clip to be a number or None, got {grad_clip!r}")
@@ -182,8 +182,8 @@ class _Layers(Initialized, Interop, nn.RNNBase):
             dropout=self.dropout if self.training else 0.0,
             keep=self._keep,
             packed=self._packed_weights(weights),
-            grad_clip=self.grad_clip or math.inf,
-            grad_cut=self.grad_cut or 0,
+            grad_clip=math.inf if self.grad_clip is None else self.grad_clip,
+            grad_cut=0 if self.grad_cut is None else self.grad_cut,
         )
 
     def _check_projected(self, weights: Weights) -> None:
@@ -239,6 +239,8 @@ class _Layers(Initialized, Interop, nn.RNNBase):
 
     def _forward(self, input: Tensor | PackedSequence, hx: Any) -> Any:
         weights = self._weights()
+        if self.grad_clip is not None or self.grad_cut is not None:
+            _check_gradient_rule(self.grad_clip, self.grad_cut)  # they may have been assigned to
         direct = backends.fast_path("direct_layers")
         drops = self.training and self.dropout > 0
         if direct is not None and not drops and self._has_torchs_checks():

@@ -83,7 +83,7 @@ def differentiable_backward(
             None
             if t is None
             else t.view_as(t)
-            if t.requires_grad or not need
+            if t.requires_grad or not (need or back.flow)
             else t.detach().requires_grad_()
             for t, need in zip(call.tensors, needs, strict=True)
         ]

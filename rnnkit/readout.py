@@ -124,8 +124,8 @@ class Readout(nn.Linear):
             IndexError: a target is out of range (on a GPU an assertion of the device).
             RuntimeError: the last size, dtype or device of `h`, the dtype or device of `targets`, or `lengths` do not
                 fit.
-            ValueError: the shapes or lengths of `h` and `targets` differ; `reduction`, `batch_first` or `chunk` is
-                none of the above.
+            ValueError: the shapes or lengths of `h` and `targets` differ; `reduction` or `chunk` is none of
+                the above.
 
         Source: the chunks with gradients in the forward pass are those of Hsu et al. 2024, "Liger Kernel: Efficient
         Triton Kernels for LLM Training".

@@ -30,9 +30,9 @@ def run(
         and not torch.compiler.is_compiling()
         and input.size(1) == 0
         and input.size(0) > 1
+        and seen is None
     ):
         of_one, last = run(replace(call, input=input[:1]))
-        assert seen is None, "an empty batch has no states"
         return [one.expand(input.size(0), -1, -1).clone() for one in of_one], last
     counts = call.counts
     steps = input.unbind(0) if batch_sizes is None else input.split(counts)
@@ -52,31 +52,33 @@ def run(
     )
 
 
-class _Clip(torch.autograd.Function):
-    """The identity, whose gradients are clipped to the limit."""
+class _PassBack(torch.autograd.Function):
+    """The identity: (state, limit, rows) -> state. Its gradient is clipped to the limit, and 0 in the first rows.
+
+    The rule is one for gradients alone: tangents of forward-mode AD pass as they are.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(state: Tensor, limit: float) -> Tensor:
+    def forward(state: Tensor, limit: float, rows: int) -> Tensor:
         return state.view_as(state)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.limit = inputs[1]
+        _, ctx.limit, ctx.rows = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad.clamp(-ctx.limit, ctx.limit), None
+        if ctx.limit <= torch.finfo(grad.dtype).max:
+            grad = grad.clamp(-ctx.limit, ctx.limit)
+        if ctx.rows > 0:
+            grad = torch.cat([torch.zeros_like(grad[: ctx.rows]), grad[ctx.rows :]])
+        return grad, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Any:
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Any:
         return tangent.view_as(tangent)
-
-
-def _cut(state: Tensor, rows: int) -> Tensor:
-    """The state, whose first rows, those that continue from the step before, pass no gradient back."""
-    return torch.cat([state[:rows].detach(), state[rows:]])
 
 
 def _scan(
@@ -95,10 +97,10 @@ def _scan(
         x = steps[t]
         rows = x.size(0)
         active = [state[:rows] for state in states]
-        if call.grad_cut > 0 and (t + d) % call.grad_cut == 0:
-            active = [_cut(state, min(before, rows)) for state in active]
-        if call.grad_clip < math.inf and torch.is_grad_enabled():
-            active = [_Clip.apply(state, call.grad_clip) for state in active]
+        cuts = call.grad_cut > 0 and (t + d) % call.grad_cut == 0
+        stopped = min(before, rows) if cuts else 0  # rows that continue from the step before
+        if (stopped > 0 or call.grad_clip < math.inf) and torch.is_grad_enabled():
+            active = [_PassBack.apply(state, call.grad_clip, stopped) for state in active]
         before = rows
         new = list(
             call.spec.step(

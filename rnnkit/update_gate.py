@@ -4,7 +4,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 #: What z = 1 means -> the cell's name in `specs.CELLS`: the unit keeps its state, or it writes the new value.
 CELLS = {"keeps": "gru", "writes": "gru_writes"}
@@ -41,20 +40,24 @@ class UpdateGate(nn.Module):
 
         Raises:
             ValueError: `to` is neither.
-            RuntimeError: a weight is parametrized.
+            RuntimeError: a parametrization or hook computes a weight.
         """
         _check(to)
         if to == self.update_gate:
             return self
-        if parametrize.is_parametrized(self):
-            raise RuntimeError(
-                "expected weights that can be changed in place, got a parametrized one: remove its "
-                "parametrizations first"
-            )
+        of_cell = [["weight_ih", "weight_hh", "bias_ih", "bias_hh"]]
+        names = [name for names in getattr(self, "_all_weights", of_cell) for name in names]
+        for name in names:
+            if name not in self._parameters:
+                raise RuntimeError(
+                    f"expected {name} to be a parameter, got a weight that a parametrization or hook computes: remove "
+                    "it first"
+                )
         with torch.no_grad():
-            for weight in self.parameters(recurse=False):
-                z = weight.chunk(3)[1]
-                z.neg_()
+            for name in names:
+                weight = self._parameters[name]
+                if weight is not None:
+                    weight.chunk(3)[1].neg_()
         self._cell = CELLS[to]
         vars(self).pop("_packed", None)  # packed weights of a frozen layer
         return self

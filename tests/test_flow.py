@@ -13,8 +13,10 @@ from configurations import LAYERS
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
 
 import rnnkit
+from rnnkit import ops
 
 T, N, INPUT, H = 6, 3, 4, 5
 LENGTHS = (6, 4, 1)
@@ -123,14 +125,112 @@ def test_norms_are_the_loops(name: str, lengths: tuple[int, ...], inside: bool) 
         assert torch.equal(a.grad, b.grad), "recording changes no gradient"
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_backends(backend: str) -> None:
+def test_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs on the reference, without kernels, and knows no gates."""
     torch.manual_seed(0)
     model, x = Model("lstm").double(), torch.randn(T, N, INPUT, dtype=torch.float64)
     expected = by_hand(copy.deepcopy(model), "lstm", x, (T,) * N)
-    with rnnkit.backend(backend), rnnkit.gradient_flow(model) as flow:
+    monkeypatch.setattr(ops, "layer_forward", None)
+    monkeypatch.setattr(ops, "layer_backward", None)
+    with rnnkit.backend("reference"), rnnkit.gradient_flow(model) as flow:
         loss_of(model(x)).backward()
     torch.testing.assert_close(flow["encoder.layer"].c[1, 0], expected[2][1])
+    assert flow["encoder.layer"].saturated == {}
+
+
+def test_windows_in_one_block() -> None:
+    """Several backward passes are joined in the order of the forward passes."""
+    torch.manual_seed(0)
+    layer, x = rnnkit.GRU(INPUT, H).double(), torch.randn(T, N, INPUT, dtype=torch.float64)
+    norms, hx = [], None
+    with rnnkit.gradient_flow(layer) as flow:
+        for window in x.split(2):
+            output, hx = layer(window, hx)
+            output.retain_grad()
+            loss_of(output).backward()
+            hx = hx.detach()
+            with rnnkit.gradient_flow(layer) as alone:
+                again, _ = layer(window, hx)
+                loss_of(again).backward()
+            assert alone[""].h.shape == (1, 1, 2)
+            norms.append(output.grad.norm(dim=(1, 2)))
+    assert flow[""].h.shape == (1, 1, T)
+    # The last step of a window has the gradient of its output alone.
+    torch.testing.assert_close(flow[""].h[0, 0, 1::2], torch.cat(norms)[1::2])
+
+
+def test_entered_again_it_forgets() -> None:
+    layer, x = rnnkit.GRU(INPUT, H), torch.randn(T, N, INPUT)
+    flow = rnnkit.gradient_flow(layer)
+    for _ in range(2):
+        with flow:
+            loss_of(layer(x)[0]).backward()
+    assert flow[""].h.shape == (1, 1, T)
+
+
+def test_a_frozen_lower_layer() -> None:
+    layer = rnnkit.LSTM(INPUT, H, 2)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name.endswith("l1"))
+    with rnnkit.gradient_flow(layer) as flow:
+        layer(torch.randn(T, N, INPUT))[0].sum().backward()
+    assert flow[""].h[0].isnan().all() and flow[""].h[1].isfinite().all()
+    assert "layer 1" in flow.summary() and "layer 0" not in flow.summary()
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_one_direction_that_needs_gradients(create_graph: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = (
+        rnnkit.LSTM(INPUT, H, proj_size=2, bidirectional=True).double(),
+        torch.randn(T, N, INPUT, dtype=torch.float64),
+    )
+    with rnnkit.gradient_flow(layer) as flow:
+        loss_of(layer(x)[0]).backward()
+    expected = flow[""]
+    for wanted in ("weight_hh_l0_reverse", "weight_hr_l0"):
+        with rnnkit.gradient_flow(layer) as flow:
+            parameters = [layer.get_parameter(wanted)]
+            torch.autograd.grad(loss_of(layer(x)[0]), parameters, create_graph=create_graph)
+        torch.testing.assert_close(flow[""].h, expected.h)
+        torch.testing.assert_close(flow[""].c, expected.c)
+
+
+def test_two_models_with_blocks_of_their_own() -> None:
+    one, other, x = Model("gru"), Model("lstm"), torch.randn(T, N, INPUT)
+    with rnnkit.gradient_flow(one) as of_one, rnnkit.gradient_flow(other) as of_other:
+        (loss_of(one(x)) + loss_of(other(x))).backward()
+    assert list(of_one) == list(of_other) == ["encoder.layer"]
+    assert of_one["encoder.layer"].cell == "gru" and of_other["encoder.layer"].cell == "lstm"
+
+
+def test_saved_tensors_hooks() -> None:
+    model, x = Model("gru"), torch.randn(T, N, INPUT)
+    with torch.autograd.graph.save_on_cpu():
+        loss = loss_of(model(x))
+    with rnnkit.gradient_flow(model) as flow:
+        loss.backward()
+        loss_of(checkpoint(model, x, use_reentrant=False)).backward()
+    assert flow["encoder.layer"].h.shape == (2, 2, 2 * T)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_empty_batches(name: str, create_graph: bool) -> None:
+    model = Model(name)
+    with rnnkit.gradient_flow(model) as flow:
+        loss = model(torch.randn(T, 0, INPUT)).sum()
+        torch.autograd.grad(loss, list(model.parameters()), create_graph=create_graph)
+    assert not flow["encoder.layer"].h.any() and flow["encoder.layer"].saturated == {}
+
+
+def test_batched_gradients_are_left_out() -> None:
+    layer, x = rnnkit.GRU(INPUT, H), torch.randn(T, N, INPUT)
+    output = layer(x)[0]
+    grads = torch.stack([torch.ones_like(output), output.detach()])
+    with rnnkit.gradient_flow(layer) as flow:
+        torch.autograd.grad(output, list(layer.parameters()), grads, is_grads_batched=True)
+    assert list(flow) == []
 
 
 def test_create_graph_is_seen() -> None:
@@ -239,7 +339,7 @@ def test_summary(scale: float, verdict: str) -> None:
     with rnnkit.gradient_flow(layer) as flow:
         layer(torch.zeros(20, N, INPUT))[0][-1].sum().backward()
     summary = flow.summary()
-    assert verdict in summary and "19 steps before" in summary
+    assert verdict in summary and "19 steps before" in summary and "at the last step" in summary
     assert ("grad_clip" in summary) == (verdict == "explodes")
 
 

@@ -174,11 +174,11 @@ def test_exploding_gradients_stay_finite() -> None:
     with torch.no_grad():
         for name, weight in layer.named_parameters():
             weight.fill_(40.0 if name == "weight_hh_l0" else 1e-30)
-    x = torch.zeros(40, 1, 2)
-    (free,) = torch.autograd.grad(layer(x)[0].sum(), [layer.bias_ih_l0])
+    x = torch.zeros(20, 1, 2)
+    (free,) = torch.autograd.grad(layer(x)[0][:20].sum(), [layer.bias_ih_l0])
     assert not free.isfinite().all()
     layer.grad_clip = 1.0
-    (clipped,) = torch.autograd.grad(layer(x)[0][20].sum(), [layer.bias_ih_l0])
+    (clipped,) = torch.autograd.grad(layer(x)[0][:20].sum(), [layer.bias_ih_l0])
     assert clipped.isfinite().all()
     hx = torch.zeros(1, 1, 4, requires_grad=True)
     output = layer(x, hx)[0]
@@ -201,6 +201,55 @@ def test_double_backward_and_transforms() -> None:
     torch.testing.assert_close(torch.func.grad(loss)(x), grad)
     each = torch.func.vmap(torch.func.grad(loss))(torch.stack([x, x]))
     torch.testing.assert_close(each, torch.stack([grad, grad]))
+
+
+@pytest.mark.parametrize("way", ["eager", "reference", "functional"])
+def test_nonsense_that_is_assigned_later(way: str) -> None:
+    layer, x = rnnkit.GRU(3, 5), torch.randn(4, 2, 3)
+    parameters = dict(layer.named_parameters())
+
+    def run() -> Any:
+        if way == "functional":
+            return torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,))[0].sum())(
+                parameters
+            )
+        with rnnkit.backend("reference" if way == "reference" else "cpp"):
+            return layer(x)
+
+    for option, wrong, error in (
+        ("grad_clip", 0, ValueError),
+        ("grad_clip", -1.0, ValueError),
+        ("grad_clip", math.nan, ValueError),
+        ("grad_clip", "x", TypeError),
+        ("grad_cut", -3, ValueError),
+        ("grad_cut", 2.5, TypeError),
+    ):
+        setattr(layer, option, wrong)
+        with pytest.raises(error, match=f"expected {option} to be .*, got"):
+            run()
+        setattr(layer, option, None)
+    run()
+
+
+def test_limits_beyond_a_dtype_are_none() -> None:
+    for backend in ("cpp", "reference"):
+        with rnnkit.backend(backend):
+            for dtype, limit in ((torch.float32, 1e39), (torch.float16, 1e5)):
+                layer = rnnkit.GRU(3, 5, dtype=dtype)
+                x = torch.randn(4, 2, 3, dtype=dtype)
+                free = torch.autograd.grad(layer(x)[0].sum(), list(layer.parameters()))
+                layer.grad_clip = limit
+                found = torch.autograd.grad(layer(x)[0].sum(), list(layer.parameters()))
+                assert all(torch.equal(a, b) for a, b in zip(found, free, strict=True))
+
+
+def test_forward_mode_knows_no_rule() -> None:
+    """The rule is one for gradients: a tangent is that of the function."""
+    ruled, plain = layer_pair("gru", grad_clip=1e-3, grad_cut=2)
+    x = torch.randn(T, N, 3, dtype=torch.float64)
+    tangent = torch.randn_like(x)
+    found = [torch.func.jvp(lambda x, m=m: m(x)[0], (x,), (tangent,))[1] for m in (ruled, plain)]
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from itertools import product
 from typing import Any
 
@@ -129,8 +130,16 @@ def test_wrong_values(kind: str) -> None:
         with pytest.raises(ValueError, match="expected update_gate to be 'keeps' or 'writes', got"):
             make(3, 5).convert_update_gate(wrong)
     module = weight_norm(make(3, 5), next(name for name, _ in make(3, 5).named_parameters()))
-    with pytest.raises(RuntimeError, match="got a parametrized one"):
-        module.convert_update_gate("writes")
+    old = make(3, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.nn.utils.weight_norm(old, next(name for name, _ in old.named_parameters()))
+    for each in (module, old):
+        before = [p.detach().clone() for p in each.parameters()]
+        with pytest.raises(RuntimeError, match="to be a parameter, got a weight that a parametriz"):
+            each.convert_update_gate("writes")
+        assert each.update_gate == "keeps"
+        assert all(torch.equal(a, b) for a, b in zip(before, each.parameters(), strict=True))
 
 
 def test_what_is_torchs_alone_is_refused() -> None:

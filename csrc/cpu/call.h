@@ -38,7 +38,7 @@ struct Call {
   Call(std::string_view name, const at::Tensor& x, at::TensorList initial, const OptionalTensors& w,
        const std::optional<at::Tensor>& sizes, bool all_states, const GradientRule& rule = {});
 
-  // Checks the other arguments of layer_backward. Throws the error of `LayerCall.check_backward` if they do not fit.
+  // Checks the other arguments of layer_backward. Throws the error of `BackwardCall.check` if they do not fit.
   void check_backward(const OptionalTensors& grads, const at::Tensor& output, const at::Tensor& reserve, int64_t keep,
                       const c10::List<bool>& needs, bool flow) const;
 
