@@ -65,7 +65,7 @@ class LayerCall:
         batch_sizes: int64 [T] on the CPU, not increasing.
         all_states: whether the outputs are all states after each step, instead of h only.
         grad_clip: the largest absolute value of a gradient that a step passes back: an element of the gradient of a
-            state before the step. Larger ones are set to it.
+            state before the step. Larger ones are set to it. 0 for no limit: exported programs cannot hold infinity.
         grad_cut: k to pass no gradients back across the boundaries between times k*j - 1 and k*j; 0 for no cuts.
     """
 
@@ -75,7 +75,7 @@ class LayerCall:
     weights: Sequence[Tensor | None]
     batch_sizes: Tensor | None = None
     all_states: bool = False
-    grad_clip: float = math.inf
+    grad_clip: float = 0.0
     grad_cut: int = 0
 
     @property
@@ -227,8 +227,8 @@ class LayerCall:
     def check(self) -> None:
         """Checks that all arguments fit together; raises a RuntimeError that names what was expected and what came."""
         spec = self.spec
-        if not self.grad_clip > 0:
-            raise RuntimeError(f"expected grad_clip to be positive, got {self.grad_clip}")
+        if not self.grad_clip >= 0:
+            raise RuntimeError(f"expected grad_clip to be at least 0, got {self.grad_clip}")
         if self.grad_cut < 0:
             raise RuntimeError(f"expected grad_cut to be at least 0, got {self.grad_cut}")
         if len(self.weights) not in (len(WEIGHTS), 2 * len(WEIGHTS)):

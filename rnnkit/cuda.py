@@ -4,6 +4,7 @@
 are a product of cuBLAS and a kernel for the cell at each step.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -143,7 +144,7 @@ def backward(
         back.reserve,
         grad_outputs,
         grad_finals,
-        call.grad_clip,
+        call.grad_clip or math.inf,
         call.grad_cut,
         call.precise,
         _workspace(call, chosen),
@@ -173,7 +174,7 @@ def _stepwise_backward(
         back.reserve,
         grad_outputs,
         grad_finals,
-        call.grad_clip,
+        call.grad_clip or math.inf,
         call.grad_cut,
         _between(call),
         new(call.state_shape(0)),

@@ -99,8 +99,9 @@ def _scan(
         active = [state[:rows] for state in states]
         cuts = call.grad_cut > 0 and (t + d) % call.grad_cut == 0
         stopped = min(before, rows) if cuts else 0  # rows that continue from the step before
-        if (stopped > 0 or call.grad_clip < math.inf) and torch.is_grad_enabled():
-            active = [_PassBack.apply(state, call.grad_clip, stopped) for state in active]
+        if (stopped > 0 or call.grad_clip > 0) and torch.is_grad_enabled():
+            limit = call.grad_clip or math.inf
+            active = [_PassBack.apply(state, limit, stopped) for state in active]
         before = rows
         new = list(
             call.spec.step(

@@ -1,7 +1,6 @@
 """Runs stacked layers, in one or both directions, with dropout, packed sequences and autocast, for every cell."""
 
 import functools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -27,7 +26,7 @@ def run(
     step: bool = False,
     keep: Keep = Keep.EVERYTHING,
     packed: Sequence[Tensor] = (),
-    grad_clip: float = math.inf,
+    grad_clip: float = 0.0,
     grad_cut: int = 0,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run a stack of layers.

@@ -170,6 +170,8 @@ NUMBERS: dict[str, tuple[Any, ...]] = {
     "input_size": (-1, 0, 1, 2, 2**62, 2**64, None),
     "projected": (-1, 0, 1, 2, 2**62, 2**64, None),
     "batch_first": (0, 1, None, True, "yes"),
+    "grad_clip": (-1.0, 0.0, 0.5, 1e300, float("inf"), float("nan"), None, "x"),
+    "grad_cut": (-1, 0, 1, 2, 3, 2**62, 2**64, None, 1.5),
 }
 
 LISTS: dict[str, Callable[[list[Any]], Any]] = {
@@ -269,7 +271,7 @@ def _op(kind: str, rng: random.Random) -> Call:
         outputs, _, reserve = it.forward(keep)
         needs = [need and rng.random() < 0.8 for need in it.all_needs]
         own |= {"grads": it.grads, "output": outputs[0], "reserve": reserve, "keep": keep}
-        own |= {"needs": needs}
+        own |= {"needs": needs, "flow": rng.random() < 0.3}
     else:
         own = {"cell": it.cell, "weights": it.weights}
     before = dict(own)
@@ -346,6 +348,8 @@ def _direct(kind: str, rng: random.Random) -> Call:
         if batch_first:
             own["input"] = input.transpose(0, 1)
     own |= {"keep": rng.choice((1, 2))}
+    if not step:
+        own |= {"grad_clip": rng.choice((None, 0.5)), "grad_cut": rng.choice((None, 2))}
     before = dict(own)
     words = change(own, rng)
     foreign = not _same(own.get("packed"), before.get("packed"))
@@ -362,7 +366,13 @@ def _direct(kind: str, rng: random.Random) -> Call:
             return finals if len(finals) > 1 else finals[0]
         x = x.transpose(0, 1) if own["batch_first"] else x
         output, finals = stack.run(
-            own["cell"], x, states, own["weights"], directions=own["directions"]
+            own["cell"],
+            x,
+            states,
+            own["weights"],
+            directions=own["directions"],
+            grad_clip=0.0 if own["grad_clip"] is None else own["grad_clip"],
+            grad_cut=0 if own["grad_cut"] is None else own["grad_cut"],
         )
         output = output.transpose(0, 1) if own["batch_first"] else output
         return output, finals if len(finals) > 1 else finals[0]

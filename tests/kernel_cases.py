@@ -1,6 +1,5 @@
 """Calls of the ops for the kernels' tests: a `Case` says the sizes, a `Call` holds the tensors and runs them."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -52,7 +51,7 @@ class Case:
     device: str = "cpu"
     off_kink: bool = False
     all_states: bool = False
-    grad_clip: float = math.inf
+    grad_clip: float = 0.0
     grad_cut: int = 0
 
     def scan(self, backward: bool, precise: bool = True) -> plan.Scan:
@@ -78,7 +77,7 @@ class Case:
             ["all"] * self.all_states
             + ["nobias"] * (not self.bias)
             + ["nostates"] * (not self.states)
-            + [f"clip{self.grad_clip}"] * (self.grad_clip < math.inf)
+            + [f"clip{self.grad_clip}"] * (self.grad_clip > 0)
             + [f"cut{self.grad_cut}"] * (self.grad_cut > 0)
         )
         parts += [str(self.dtype).removeprefix("torch."), *[self.device] * (self.device != "cpu")]

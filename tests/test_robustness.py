@@ -184,14 +184,23 @@ def test_the_fast_path_takes_only_what_fits() -> None:
     x = torch.randn(5, 3, 4)
     for directions in (0, -1, 2, 2**62):
         assert (
-            short.direct_layers("gru", x, None, [weights], [], directions, 4, 6, False, 0) is None
+            short.direct_layers(
+                "gru", x, None, [weights], [], directions, 4, 6, False, 0, None, None
+            )
+            is None
         )
-    assert short.direct_layers("gru", x, None, [weights], [], 1, 5, 6, False, 0) is None
-    assert short.direct_layers("gru", x, None, [weights], [], 1, 4, 5, False, 0) is None
+    assert short.direct_layers("gru", x, None, [weights], [], 1, 5, 6, False, 0, None, None) is None
+    assert short.direct_layers("gru", x, None, [weights], [], 1, 4, 5, False, 0, None, None) is None
     packed = [torch.zeros(64, dtype=torch.uint8)]
-    assert short.direct_layers("gru", x, None, [weights] * 2, packed, 1, 4, 6, False, 0) is None
+    assert (
+        short.direct_layers("gru", x, None, [weights] * 2, packed, 1, 4, 6, False, 0, None, None)
+        is None
+    )
     assert short.direct_cell("gru", x[0], None, [weights] * 2, 0) is None
-    assert short.direct_layers("gru", x, None, [weights], [], 1, 4, 6, False, 0) is not None
+    assert (
+        short.direct_layers("gru", x, None, [weights], [], 1, 4, 6, False, 0, None, None)
+        is not None
+    )
 
 
 # Tensors of other kinds and places

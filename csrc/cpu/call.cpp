@@ -58,7 +58,7 @@ Call::Call(std::string_view name, const Tensor& x, at::TensorList initial, const
 }
 
 bool Call::fits() {
-  if (!(rule.clip > 0) || rule.cut < 0) return false;
+  if (!(rule.clip >= 0) || rule.cut < 0) return false;
   if (weights.size() != kWeights && weights.size() != 2 * kWeights) return false;
   directions = weights.size() / kWeights;
   if (!input.is_floating_point() || input.dim() != (batch_sizes ? 2 : 3) || !has_memory(input)) return false;

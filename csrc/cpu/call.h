@@ -4,7 +4,6 @@
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
-#include <limits>
 #include <optional>
 #include <string_view>
 #include <vector>
@@ -19,8 +18,8 @@ constexpr int64_t kWeights = 5;  // weights of one direction, see WEIGHTS in rnn
 
 // How the backward pass changes what a step passes back, see `LayerCall` of rnnkit/call.py.
 struct GradientRule {
-  double clip = std::numeric_limits<double>::infinity();
-  int64_t cut = 0;
+  double clip = 0;  // 0: no limit
+  int64_t cut = 0;  // 0: no cuts
 };
 
 // `LayerCall` of rnnkit/call.py in C++. The constructor throws the error of `LayerCall.check` if arguments do not fit.

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 #include <unistd.h>
 
+#include <limits>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -84,7 +85,7 @@ Layer<S> make_layer(const Call& call, Operands& operands) {
   }
   layer.x = operands.read<S>(call.input);
   for (size_t i = 0; i < call.states.size(); ++i) layer.states[i].initial = operands.read<T>(call.states[i]);
-  layer.grad_clip = static_cast<T>(call.rule.clip);
+  layer.grad_clip = call.rule.clip > 0 ? static_cast<T>(call.rule.clip) : std::numeric_limits<T>::infinity();
   layer.grad_cut = call.rule.cut;
   layer.threads = call.threads();
   layer.wants_to_stop = wants_to_stop;

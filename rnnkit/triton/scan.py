@@ -321,7 +321,7 @@ def backward(
             SAVED=call.spec.saved,
             GRAD_STATES=TRITON_CELLS[call.cell].grad_states if back.flow else None,
             GRAD_COLUMNS=back.grad_columns,
-            GRAD_CLIP=call.grad_clip if call.grad_clip < math.inf else None,
+            GRAD_CLIP=call.grad_clip or None,
             GRAD_CUT=call.grad_cut,
         )
 
@@ -351,7 +351,7 @@ def _grad_operand(back: Backward, w_hh: Tensor, grad_recurrent: Tensor, step: in
         columns, count = slice(first, first + width), rows.stop - rows.start
         passed = grad_recurrent[d, :count]
         torch.mm(back.grad_gates[rows, columns], w_hh[d], out=passed)
-        if call.grad_clip < math.inf:
+        if call.grad_clip > 0:
             passed.clamp_(-call.grad_clip, call.grad_clip)
         if call.cuts(d, call.steps - step):
             earlier = call.rows_of(d, call.steps - step - 1)
