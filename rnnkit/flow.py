@@ -70,7 +70,7 @@ class ModuleFlow:
 
     Attributes:
         cell: the cell's name in `specs.CELLS`.
-        h: [L, D, T], the norm over batch and units of dL/dh after each time step.
+        h: [L, D, T], the norm over batch and units of dL/dh after each time step, in float64.
         c: [L, D, T], the same for an LSTM's c; None for other cells.
         saturated: gate -> [L, D], the share of its values that are saturated: below 0.1 or above 0.9 of a sigmoid,
             above 0.9 in size of a tanh, 0 of a ReLU. An estimate from 512 rows, if there are more; empty if no gates
@@ -299,13 +299,14 @@ def _leaves(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _norms(back: BackwardCall, state: int, flow: Tensor) -> Tensor:
-    """The norm at each time step, [D, T]."""
+    """The norm at each time step, [D, T], in float64: the squares of small gradients are not in float32's range."""
     call = back.call
     of_rows = flow.reshape(*flow.shape[:-1], call.directions, call.state_width(state))
     if call.batch_sizes is None:
-        norms: Tensor = torch.linalg.vector_norm(of_rows, dim=(1, 3))  # of [T, N, D, width]
+        # of [T, N, D, width]
+        norms: Tensor = torch.linalg.vector_norm(of_rows, dim=(1, 3), dtype=torch.float64)
         return norms.t()
-    squares = of_rows.square().sum(-1)  # [rows, D]
+    squares = of_rows.double().square().sum(-1)  # [rows, D]
     times = torch.arange(call.steps).repeat_interleave(call.batch_sizes).to(flow.device)
     sums = squares.new_zeros(call.steps, call.directions).index_add_(0, times, squares)
     return sums.sqrt().t()

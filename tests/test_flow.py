@@ -367,3 +367,22 @@ def test_blocks_within_blocks() -> None:
         assert list(inner) and not list(outer)
         loss_of(model(x)).backward()
     assert list(outer)
+
+
+@pytest.mark.parametrize("lengths", [(40, 40), (40, 39)], ids=["dense", "packed"])
+def test_small_norms_are_not_zero(lengths: tuple[int, ...]) -> None:
+    """Norms below 1e-19, whose squares float32 does not have."""
+    layer = rnnkit.init.identity_(rnnkit.RNN(INPUT, H, nonlinearity="relu"), 0.1)
+    with torch.no_grad():
+        layer.bias_ih_l0.fill_(1.0)
+    x = pack_padded_sequence(torch.zeros(40, 2, INPUT), list(lengths))
+    with rnnkit.gradient_flow(layer) as flow:
+        if lengths == (40, 40):
+            layer(torch.zeros(40, 2, INPUT))[0][-1].sum().backward()
+        else:
+            layer(x)[0].data[-1].sum().backward()
+    norms = flow[""].h[0, 0, 5:]  # float32 has no smaller gradients
+    assert (norms > 0).all() and norms[5] < 1e-25
+    torch.testing.assert_close(
+        norms[11] / norms[10], torch.tensor(10.0, dtype=torch.float64), rtol=1e-5, atol=0
+    )
