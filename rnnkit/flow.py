@@ -85,7 +85,10 @@ class ModuleFlow:
 
     @property
     def spectral_norms(self) -> dict[str, Tensor]:
-        """gate -> [L, D], the largest singular value of its recurrent matrix. Computed when asked for."""
+        """gate -> [L, D], the largest singular value of its recurrent matrix. Computed when asked for.
+
+        Layers whose backward pass was not seen are left out of L.
+        """
         gates = GATES[self.cell]
         parts = [[w.double().chunk(len(gates)) for w in of_layer] for of_layer in self._weights]
         return {

@@ -7,7 +7,7 @@ torch 2.13's `F.linear_cross_entropy` with `options` also computes chunks. It is
 gradients, its backward pass runs only once, all rows ignored give gradients of NaN, and autocast does not reach it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
@@ -67,9 +67,7 @@ class Readout(nn.Linear):
     def forward(self, h: PackedSequence) -> PackedSequence: ...
     def forward(self, h: Any) -> Any:
         """Log-probabilities log y_t; see the class."""
-        if isinstance(h, PackedSequence):
-            return PackedSequence(log_softmax(self._logits(h.data), -1), h[1], h[2], h[3])
-        return log_softmax(self._logits(h), -1)
+        return self._normalized(log_softmax, h)
 
     if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
         __call__ = forward
@@ -80,9 +78,13 @@ class Readout(nn.Linear):
     def predict(self, h: PackedSequence) -> PackedSequence: ...
     def predict(self, h: Any) -> Any:
         """Probabilities y_t, shaped as in a call; see the class."""
+        return self._normalized(softmax, h)
+
+    def _normalized(self, function: Callable[[Tensor, int], Tensor], h: Any) -> Any:
+        """`function`, of the logits and the dimension of classes, over the rows of a Tensor or a PackedSequence."""
         if isinstance(h, PackedSequence):
-            return PackedSequence(softmax(self._logits(h.data), -1), h[1], h[2], h[3])
-        return softmax(self._logits(h), -1)
+            return PackedSequence(function(self._logits(h.data), -1), h[1], h[2], h[3])
+        return function(self._logits(h), -1)
 
     def loss(
         self,
