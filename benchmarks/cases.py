@@ -14,6 +14,12 @@ PEERS = ("torch", "jax", "onnxruntime", "openvino")
 ONE_THREAD = "rnnkit 1 thread"
 FROZEN = "rnnkit frozen"
 PACKING = ("onnxruntime", "openvino")  # these pack weights ahead, as FROZEN does
+#: rnnkit's features whose cost in training is measured, and the cells that have them.
+FEATURES = {
+    "update_gate": ("GRU",),  # "writes" in place of "keeps"
+    "grad_clip": tuple(GATES),  # to a limit that no gradient reaches
+    "gradient_flow": tuple(GATES),  # a block around each step
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Case:
     recompute: rnnkit's option that keeps less for the backward pass.
     compiled: called through torch.compile, in one graph.
     frozen: weights packed ahead by rnnkit.freeze.
+    feature: one of FEATURES, which leaves inputs and results as they are; empty for none.
     """
 
     cell: str
@@ -44,11 +51,12 @@ class Case:
     recompute: bool = False
     compiled: bool = False
     frozen: bool = False
+    feature: str = ""
 
     @property
     def plain(self) -> "Case":
         """The same inputs and results, without a choice of how they are computed."""
-        return dataclasses.replace(self, recompute=False, compiled=False, frozen=False)
+        return dataclasses.replace(self, recompute=False, compiled=False, frozen=False, feature="")
 
     @property
     def of_cell(self) -> bool:
@@ -160,6 +168,7 @@ HIDDEN_SIZES = (32, 64, 128, 256, 512, 1024)  # at T 50, N 16
 TIME_STEPS = (100, 1000, 10_000)  # at N 4, H 128
 MEMORY_SHAPES = ((100, 64, 512, 512), (200, 32, 256, 256))
 COMPILED_SHAPES = (SHAPES[7], SHAPES[1], SHAPES[5])
+FEATURE_SHAPES = (SHAPES[1], SHAPES[3], SHAPES[4])
 QUICK_SHAPES = (SHAPES[7], SHAPES[1], SHAPES[3])
 
 
@@ -228,6 +237,16 @@ def compiling(case: Case) -> Line:
     return Line("compiled", case, entries)
 
 
+def with_features(case: Case) -> Line:
+    """Every feature of the cell beside the call without any."""
+    entries = {"rnnkit": Entry("rnnkit", case)}
+    for feature, cells in FEATURES.items():
+        if case.cell in cells:
+            using = dataclasses.replace(case, feature=feature)
+            entries[f"rnnkit {feature}"] = Entry("rnnkit", using)
+    return Line("features", case, entries)
+
+
 def single_steps() -> Iterator[Line]:
     """Of every layer and cell, without gradients and with them; layers' training is among the cases."""
     for cell in GATES:
@@ -243,6 +262,9 @@ def lines(quick: bool = False, lower: bool = False) -> Iterator[Line]:
     """
     yield from map(compared, table(quick, bfloat16=not lower))
     yield from single_steps()
+    for shape in FEATURE_SHAPES[:1] if quick else FEATURE_SHAPES:
+        for cell in GATES:
+            yield with_features(Case(cell, "training", *shape))
     if lower:
         return
     for cell in ("GRU",) if quick else GATES:

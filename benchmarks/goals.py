@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
+from benchmarks import readout
 from benchmarks.cases import FROZEN, GATES, ONE_THREAD, TIME_STEPS, Case
 from benchmarks.figures import Figure, significant
 
@@ -190,6 +191,20 @@ def memory(entry: str) -> Callable[[Document], Figures]:
     return figures
 
 
+def of_readout(kind: str) -> Callable[[Document], Figures]:
+    """What `Readout.loss` takes over what linear and cross_entropy with all logits take."""
+
+    def figures(document: Document) -> Figures:
+        told = document.get("readout")
+        if told is None:
+            return {}
+        if "failed" in told:
+            return {told["case"]: None}
+        return {told["case"]: Figure.read(told[kind][readout.OWN]["ratio"])}
+
+    return figures
+
+
 def multiplies_bfloat16(document: Document) -> bool:
     return bool(BFLOAT16_FEATURES & set(document["device"].get("features", ())))
 
@@ -245,6 +260,26 @@ GOALS = (
         at_most=True,
     ),
     Goal("time with recompute", ratios("rnnkit recompute", "memory"), 1.5, at_most=True),
+    Goal(
+        'GRU training, update_gate "writes" over "keeps"',
+        ratios("rnnkit update_gate", "features"),
+        1.02,
+        at_most=True,
+    ),
+    Goal(
+        "training with grad_clip over without",
+        ratios("rnnkit grad_clip", "features"),
+        1.03,
+        at_most=True,
+    ),
+    Goal(
+        "training step under gradient_flow over without",
+        ratios("rnnkit gradient_flow", "features"),
+        1.2,
+        at_most=True,
+    ),
+    Goal("Readout.loss over all logits, time", of_readout("ms"), 1.1, at_most=True),
+    Goal("Readout.loss over all logits, memory", of_readout("MiB"), 0.125, at_most=True),
 )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
-from benchmarks.cases import FROZEN, Case
+from benchmarks.cases import FEATURES, FROZEN, Case
 from benchmarks.figures import NOISE_LIMIT, Figure
 from benchmarks.goals import MISSED, judge_all
 from benchmarks.gpu import goals as gpu_goals
@@ -139,6 +139,17 @@ def step_table(document: Document) -> list[str]:
     return markdown(lines, left=2)
 
 
+def feature_table(document: Document) -> list[str]:
+    """Training steps with each feature, as times over the plain step's."""
+    lines = [["T, N, I, H", "cell", "ms", *FEATURES]]
+    for row in document["lines"]:
+        if row["group"] == "features":
+            case = Case(**row["case"])
+            told = [ratio(row, f"rnnkit {feature}") for feature in FEATURES]
+            lines.append([sizes(case), case.cell, milliseconds(row), *told])
+    return markdown(lines, left=2)
+
+
 def section(document: Document, link: str) -> list[str]:
     """All of a results file, which is at `link`."""
     judged = [row for row in judge_all(document) if row["cases"]]
@@ -161,6 +172,9 @@ def section(document: Document, link: str) -> list[str]:
     lines += [*folded("Every case, training", training), ""]
     if any(row["group"] == "streaming" for row in document["lines"]):
         lines += [*folded("One step of one row", step_table(document)), ""]
+    if any(row["group"] == "features" for row in document["lines"]):
+        title = "Training with rnnkit's features, over a plain step"
+        lines += [*folded(title, feature_table(document)), ""]
     return lines
 
 

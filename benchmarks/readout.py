@@ -2,18 +2,20 @@
 
     python -m benchmarks.readout [--steps 512 --batch 32 --hidden 256 --classes 50000 --rounds 5]
 
-Prints the ratios of both. The ways to compute it take turns in one process; times are medians. Memory is what a call
-needs at its worst moment beside its arguments and the gradients, in a process whose allocator gives freed memory back.
+Prints the ratios of both; `python -m benchmarks` has them in its results file. The ways to compute it take turns in one
+process; times are medians. Memory is what a call needs at its worst moment beside its arguments and the gradients, in a
+process whose allocator gives freed memory back.
 """
 
 import argparse
+import json
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +23,10 @@ from torch.nn import functional
 
 import rnnkit
 from benchmarks import memory
+from benchmarks.figures import Figure
 
-ALL = "all logits"
+ALL, OWN = "all logits", "Readout.loss"
+KINDS = {"ms": "{:.0f} ms", "MiB": "{:.0f} MiB"}
 SIZES = {"steps": 512, "batch": 32, "hidden": 256, "classes": 50_000, "rounds": 5, "threads": 2}
 Runs = dict[str, Callable[[], tuple[Tensor, ...]]]
 
@@ -52,41 +56,79 @@ def runs(given: argparse.Namespace) -> Runs:
     head = rnnkit.Readout(given.hidden, given.classes, dtype=dtype)
     h = torch.randn(given.steps * given.batch, given.hidden, dtype=dtype, requires_grad=True)
     targets = torch.randint(given.classes, h.shape[:1])
-    losses = {ALL: all_logits, "Readout.loss": partial(rnnkit.Readout.loss, chunk=given.chunk)}
+    losses = {ALL: all_logits, OWN: partial(rnnkit.Readout.loss, chunk=given.chunk)}
     if given.torchs_chunks:
         losses["torch's chunks"] = partial(torchs_chunks, chunk=given.chunk)
     return {name: partial(gradients, loss, head, h, targets) for name, loss in losses.items()}
 
 
-def peak(run: Callable[[], tuple[Tensor, ...]]) -> int:
-    """Bytes at the worst moment, less those of the gradients."""
+def peak(run: Callable[[], tuple[Tensor, ...]]) -> float:
+    """MiB at the worst moment, less those of the gradients."""
     memory.give_back()
     memory.CLEAR.write_text(memory.RESET_PEAK)
     before = memory.resident("VmRSS")
     returned = sum(grad.nbytes for grad in run())
-    return memory.resident("VmHWM") - before - returned
+    return (memory.resident("VmHWM") - before - returned) / 2**20
 
 
-def measure_memory(all_runs: Runs) -> None:
-    peaks = {name: peak(run) for name, run in all_runs.items()}
-    for name, size in peaks.items():
-        print(f"{name:16} {size / 2**20:8.0f} MiB  {size / peaks[ALL]:6.3f}")
+def duration(run: Callable[[], tuple[Tensor, ...]]) -> float:
+    """Milliseconds."""
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
 
 
-def measure_time(all_runs: Runs, rounds: int) -> None:
-    times: dict[str, list[float]] = {name: [] for name in all_runs}
-    for _ in range(1 + rounds):
+def samples(given: argparse.Namespace) -> dict[str, list[float]]:
+    """What `given.only` asks for of each way, a sample a round; all take turns."""
+    measure = duration if given.only == "ms" else peak
+    all_runs = runs(given)
+    found: dict[str, list[float]] = {name: [] for name in all_runs}
+    for _ in range(1 + given.rounds):
         for name, run in all_runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
-    for name, median in medians.items():
-        each = " ".join(f"{seconds:.3f}" for seconds in times[name][1:])
-        print(f"{name:16} {median:8.3f} s    {median / medians[ALL]:6.3f}   each: {each}")
+            found[name].append(measure(run))
+    return {name: values[1:] for name, values in found.items()}
 
 
-def main() -> None:
+def measured(arguments: Sequence[str]) -> dict[str, Any]:
+    """Milliseconds and MiB of each way, and the ratios to `ALL`; each kind from a process of its own."""
+    told: dict[str, Any] = {}
+    for kind in KINDS:
+        environment = memory.ENVIRONMENT if kind == "MiB" else {}
+        command = [sys.executable, "-m", "benchmarks.readout", *arguments, "--only", kind]
+        done = subprocess.run(
+            command, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE
+        )
+        found = json.loads(done.stdout)
+        told[kind] = {
+            name: {
+                "figure": Figure.of(values).document(),
+                "ratio": Figure.ratio(values, found[ALL]).document(),
+            }
+            for name, values in found.items()
+        }
+    return told
+
+
+def document(threads: int) -> dict[str, Any]:
+    """What a results file says of the ordinary sizes."""
+    arguments = ["--threads", str(threads)]
+    case = described(parse(arguments))
+    try:
+        return {"case": case, **measured(arguments)}
+    except subprocess.CalledProcessError as error:  # all logits need 7 GiB
+        return {"case": case, "failed": f"exit status {error.returncode}"}
+
+
+def text(sizes: str, told: dict[str, Any]) -> str:
+    lines = [sizes]
+    for kind, form in KINDS.items():
+        for name, of_way in told[kind].items():
+            ratio = Figure.read(of_way["ratio"]).text("{:.3f}×")
+            lines.append(f"{name:16} {Figure.read(of_way['figure']).text(form):>12}  {ratio}")
+    return "\n".join(lines)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name, size in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=size)
@@ -96,20 +138,21 @@ def main() -> None:
     parser.add_argument(
         "--torchs-chunks", action="store_true", help="F.linear_cross_entropy as well (torch 2.13)"
     )
-    parser.add_argument("--memory", action="store_true", help="measures only memory, here")
-    given = parser.parse_args()
-    if given.memory:
-        measure_memory(runs(given))
+    parser.add_argument("--only", choices=KINDS, help="measures this here, and prints samples")
+    return parser.parse_args(arguments)
+
+
+def described(given: argparse.Namespace) -> str:
+    return f"T{given.steps} N{given.batch} H{given.hidden} C{given.classes}, {given.dtype}"
+
+
+def main() -> None:
+    given = parse(sys.argv[1:])
+    if given.only:
+        print(json.dumps(samples(given)))
         return
-    print(
-        f"{given.steps * given.batch} rows, H {given.hidden}, C {given.classes}, {given.dtype}, "
-        f"{given.threads} threads",
-        flush=True,
-    )
-    measure_time(runs(given), given.rounds)
-    sys.stdout.flush()
-    command = [sys.executable, "-m", "benchmarks.readout", *sys.argv[1:], "--memory"]
-    subprocess.run(command, env={**os.environ, **memory.ENVIRONMENT}, check=True)
+    sizes = f"{described(given)}, {given.threads} threads"
+    print(text(sizes, measured(sys.argv[1:])))
 
 
 if __name__ == "__main__":

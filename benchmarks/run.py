@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 import rnnkit
-from benchmarks import goals, isa, results
+from benchmarks import goals, isa, readout, results
 from benchmarks.base import built
 from benchmarks.cases import GATES, MODES, ONE_THREAD, PEERS, Entry, Line, lines, of_sizes
 from benchmarks.figures import Figure
@@ -229,6 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except subprocess.CalledProcessError as error:
         print(f"{options.base}: {error}\n{error.stderr or ''}", file=sys.stderr)
         return 2
+    if document["complete"] and options.device == "cpu":
+        document["readout"] = readout.document(options.threads)
     document["goals"] = goals.judge_all(document)
     output = options.output or results.default_path(document)
     results.write(document, output)

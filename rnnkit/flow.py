@@ -4,6 +4,7 @@ The backward passes of layers and cells (`autograd.gradients`) `find` out whethe
 states, which `layer_backward` then returns besides those that autograd asked for.
 """
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ GATES = {"rnn_tanh": "h", "rnn_relu": "h", "lstm": "ifgo", "gru": "rzn", "gru_wr
 _TANH = "ghn"
 
 #: At most so many rows are looked at for the share of saturated gates.
-_SAMPLE = 512
+_SAMPLE = 128
 #: Gradients whose norms differ by this factor between the two ends of a sequence vanish or explode.
 _FACTOR = 1e3
 
@@ -39,8 +40,12 @@ def find(w_hh: Tensor | None) -> "tuple[gradient_flow, _Place] | None":
     """The innermost block whose model has the layer of this weight, and its place there."""
     if w_hh is None:
         return None
-    leaves = {id(leaf) for leaf in _leaves(w_hh)}
-    for recorder in reversed(tuple(_recording)):
+    recorders = _recording[::-1]
+    if any(id(w_hh) in recorder.places for recorder in recorders):
+        leaves = {id(w_hh)}
+    else:
+        leaves = {id(leaf) for leaf in _leaves(w_hh)}
+    for recorder in recorders:
         places = {recorder.places[leaf] for leaf in leaves if leaf in recorder.places}
         if len(places) == 1:  # more if a weight is computed of several layers' parameters
             return recorder, places.pop()
@@ -73,7 +78,7 @@ class ModuleFlow:
         h: [L, D, T], the norm over batch and units of dL/dh after each time step, in float64.
         c: [L, D, T], the same for an LSTM's c; None for other cells.
         saturated: gate -> [L, D], the share of its values that are saturated: below 0.1 or above 0.9 of a sigmoid,
-            above 0.9 in size of a tanh, 0 of a ReLU. An estimate from 512 rows, if there are more; empty if no gates
+            above 0.9 in size of a tanh, 0 of a ReLU. An estimate from at most 128 rows; empty if no gates
             are kept, with `recompute` and on the reference.
     """
 
@@ -320,30 +325,21 @@ def _saturated(back: BackwardCall, has_reserve: bool) -> Tensor | None:
     call, gates = back.call, GATES[back.call.cell]
     if call.empty:
         return None
-    device = back.output.device
-    if call.rows <= _SAMPLE:
-        sample = torch.arange(call.rows, device=device)
-    else:  # multiples of the golden ratio, which are spread evenly over times and sequences
-        places = torch.arange(_SAMPLE, device=device, dtype=torch.float64) * 0.6180339887498949
-        sample = (places.frac() * call.rows).long()
     if call.spec.saved == 0:
-        rows = back.output.reshape(call.rows, call.directions, call.projected)[sample]
-        values = rows.permute(1, 0, 2).unsqueeze(2)  # [D, rows, 1, H]
+        of_rows = back.output.view(call.rows, call.directions, 1, call.projected).transpose(0, 1)
     elif has_reserve and back.keep == Keep.EVERYTHING:
-        values = back.reserve[:, sample, : len(gates)]
+        of_rows = back.reserve[:, :, : len(gates)]
     else:
         return None
-    shares = []
-    for k, gate in enumerate(gates):
-        value = values[:, :, k].float()
-        if call.cell == "rnn_relu":
-            saturated = value <= 0
-        elif gate in _TANH:
-            saturated = value.abs() > 0.9
-        else:
-            saturated = (value - 0.5).abs() > 0.4
-        shares.append(saturated.float().mean((1, 2)))
-    return torch.stack(shares, 1)
+    stride = -(-call.rows // _SAMPLE)
+    while math.gcd(stride, call.batch) > 1:  # every sequence of the batch is looked at
+        stride += 1
+    values = of_rows[:, ::stride].float()  # [D, rows, gates, H]
+    if call.cell == "rnn_relu":
+        return (values <= 0).float().mean((1, 3))
+    ranges = [(0.0, 0.9) if gate in _TANH else (0.5, 0.4) for gate in gates]
+    middle, reach = values.new_tensor(ranges).t().unsqueeze(-1)
+    return (values - middle).abs_().gt_(reach).mean((1, 3))
 
 
 def _lines(name: str, of_module: ModuleFlow) -> Iterator[tuple[int, int, str]]:

@@ -30,11 +30,13 @@ from benchmarks import (
     measure,
     memory,
     page,
+    readout,
     report,
     results,
     roofline,
     run,
     summary,
+    truth,
 )
 from benchmarks.cases import Case, Entry, Line
 from benchmarks.figures import Figure
@@ -48,6 +50,7 @@ from benchmarks.gpu.supervisor import Supervisor, failed
 from benchmarks.pool import Job, Pool
 from benchmarks.progress import Progress
 from benchmarks.providers import Computation
+from benchmarks.providers.torch_layers import TorchLayers
 from rnnkit import plan
 
 TINY = Case("GRU", "training", 3, 2, 5, 5)
@@ -140,6 +143,43 @@ def test_projection_in_jax(pool: Pool, meter: measure.Meter) -> None:
 def test_single_steps(meter: measure.Meter, cell: str, mode: str) -> None:
     row = meter.row(cases.beside_torch("streaming", Case(cell, mode, 1, 1, 4, 5)))
     assert "ms" in row["entries"]["rnnkit"] and "torch" in row["ratios"]
+
+
+@pytest.mark.parametrize("cell", cases.GATES)
+def test_features(meter: measure.Meter, cell: str) -> None:
+    row = meter.row(cases.with_features(replace(TINY, cell=cell, mode="training")))
+    expected = [feature for feature, cells in cases.FEATURES.items() if cell in cells]
+    assert list(row["ratios"]) == [f"rnnkit {feature}" for feature in expected]
+
+
+def test_features_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    provider = TorchLayers("rnnkit", 1, "cpu")
+    seen: list[Any] = []
+
+    def used(feature: str) -> Any:
+        case = replace(TINY, cell="GRU", mode="training", feature=feature)
+        arrays = truth.inputs(case)
+        provider.prepare(case, arrays).once()
+        return provider.module(case, {name: torch.from_numpy(a) for name, a in arrays.items()})
+
+    assert used("update_gate").update_gate == "writes" and used("").update_gate == "keeps"
+    assert used("grad_clip").grad_clip == 1e6 and used("").grad_clip is None
+    block = rnnkit.gradient_flow
+    monkeypatch.setattr(
+        rnnkit, "gradient_flow", lambda module: seen.append(module) or block(module)
+    )
+    used("gradient_flow")
+    assert len(seen) == 1
+
+
+def test_readout() -> None:
+    sizes = {"steps": 3, "batch": 2, "hidden": 4, "classes": 7, "rounds": 5, "threads": 1}
+    told = readout.measured([f"--{name}={size}" for name, size in sizes.items()])
+    assert told.keys() == readout.KINDS.keys()
+    assert told["ms"][readout.OWN]["figure"]["rounds"] == 5
+    assert told["ms"][readout.ALL]["ratio"]["median"] == 1
+    assert readout.text("sizes", told).count("×") == 4
 
 
 def test_engines_are_compared_with_frozen_layers(pool: Pool, meter: measure.Meter) -> None:
@@ -352,7 +392,7 @@ def test_isa_of_a_command(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_lines_below_the_best_isa() -> None:
     every, lower = list(cases.lines()), list(cases.lines(lower=True))
-    assert {line.group for line in lower} == {"cases", "streaming"}
+    assert {line.group for line in lower} == {"cases", "streaming", "features"}
     assert {line.case.dtype for line in lower} == {"float32", "float64"}
     assert [line for line in every if line in lower] == lower
     steps = {(line.case.cell, line.case.mode) for line in lower if line.group == "streaming"}
@@ -539,6 +579,28 @@ def test_goals_beside_ratios() -> None:
     assert linear["verdict"] == "missed" and linear["worst"]["value"] == 1.2
     assert found["peak memory of a training step over torch.nn's"]["worst"]["value"] == 0.6
     assert judged(document, "the same with recompute")["verdict"] == "not measured"
+
+
+def test_goals_of_features() -> None:
+    row = line(Case("GRU", "training", *SHAPES[0]), 1.0) | {"group": "features"}
+    found = {"update_gate": 1.01, "grad_clip": 1.05, "gradient_flow": 1.1}
+    row["ratios"] = {f"rnnkit {feature}": figure(ratio) for feature, ratio in found.items()}
+    told = {
+        kind: {readout.OWN: {"ratio": figure(ratio)}} for kind, ratio in (("ms", 0.9), ("MiB", 0.2))
+    }
+    document = made(row, readout={"case": "T1", **told})
+    verdicts = {row["what"]: row["verdict"] for row in document["goals"] if row["cases"]}
+    assert verdicts == {
+        'GRU training, update_gate "writes" over "keeps"': "met",
+        "training with grad_clip over without": "missed",
+        "training step under gradient_flow over without": "met",
+        "Readout.loss over all logits, time": "met",
+        "Readout.loss over all logits, memory": "missed",
+    }
+    text = "\n".join(page.section(document, "results/file.json"))
+    assert "| 100, 16, 512, 512 | GRU | 2 | 1.01× | 1.05× | 1.10× |" in text
+    failed = made(readout={"case": "T1", "failed": "exit status 9"})
+    assert judged(failed, "Readout.loss over all logits, time")["verdict"] == "missed"
 
 
 def test_noisy_in_place_of_a_figure() -> None:

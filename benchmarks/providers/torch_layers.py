@@ -1,8 +1,11 @@
 """torch.nn and rnnkit: the same modules by the same names, so that one class calls either."""
 
 import importlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -51,7 +54,13 @@ class TorchLayers:
             )
             for name, array in arrays.items()
         }
-        return computation(case, self.module(case, tensors), tensors)
+        module = self.module(case, tensors)
+        made = computation(case, module, tensors)
+        if case.feature == "gradient_flow":
+            return made._replace(call=partial(self._recorded, module, made.call))
+        if case.feature == "update_gate":
+            return made._replace(results=lambda raw: _of_the_other_gate(made.results(raw)))
+        return made
 
     def module(self, case: Case, tensors: Tensors) -> nn.Module:
         """The layer or cell of `case` with the weights among `tensors`."""
@@ -64,8 +73,11 @@ class TorchLayers:
             options |= {"num_layers": case.layers, "bidirectional": case.directions == 2}
             options |= {"proj_size": case.projection} if case.projection else {}
             options |= {"recompute": True} if case.recompute else {}
+            options |= {"grad_clip": 1e6} if case.feature == "grad_clip" else {}
             module = self._layer(case, options)
         module.load_state_dict(weights)
+        if case.feature == "update_gate":
+            module.convert_update_gate("writes")
         module.train(case.records)
         if case.frozen:
             self._freeze(module)
@@ -77,6 +89,10 @@ class TorchLayers:
         if not hasattr(self.package, "freeze"):
             raise Unsupported("no `freeze`")
         self.package.freeze(module)
+
+    def _recorded(self, module: nn.Module, call: Callable[[], Any]) -> Any:
+        with self.package.gradient_flow(module):
+            return call()
 
     def _layer(self, case: Case, options: dict[str, Any]) -> nn.Module:
         try:
@@ -182,6 +198,14 @@ def _arrays(results: Tensors) -> Arrays:
         name: (t.float() if t.dtype == torch.bfloat16 else t).detach().cpu().numpy()
         for name, t in results.items()
     }
+
+
+def _of_the_other_gate(results: Arrays) -> Arrays:
+    """Results of a GRU with `update_gate="keeps"` from those with "writes", whose weights of z have the other sign."""
+    for name, array in results.items():
+        if name.startswith(("grad_weight", "grad_bias")):
+            np.split(array, 3)[1][:] *= -1
+    return results
 
 
 _MODES = {
