@@ -1,7 +1,7 @@
 """Vanishing and exploding gradients, and their cures, on two tasks that need a long memory.
 
     python examples/vanishing.py                      under two minutes; writes vanishing.png
-    python examples/vanishing.py --steps 500 --seconds 600 --plot long.png
+    python examples/vanishing.py --steps 300 --seconds 1200 --plot long.png
 
 - Adding (Hochreiter & Schmidhuber 1997): of a sequence of random numbers two are marked; the target is their sum. A
   network that ignores the input has a mean square error of 0.167.
@@ -9,9 +9,14 @@
   entropy of log 8 = 2.08 nats a symbol.
 
 A tanh RNN, an IRNN (Le et al. 2015), a GRU, an LSTM and an LSTM with chrono initialization (Tallec & Ollivier 2018) are
-trained on each, for the same time; the RNNs with and without clipped gradients. Before the training, the gradient of
+trained on each, for the same time; the IRNN with and without clipped gradients. Before the training, the gradient of
 the last step's output is followed back through time (`rnnkit.gradient_flow`). The picture has the losses and these
-norms.
+norms. What to look for:
+
+- The gradients of the tanh RNN vanish within tens of steps, and it learns neither task.
+- The IRNN's keep their size. It learns to add, slowly, if its gradients are clipped: some explode during the training.
+- Gates help: the GRU and the LSTM learn to add. Chrono initialization makes an LSTM's gradient reach as far as the task
+  is long; it learns both tasks, and is the first to learn to copy.
 """
 
 from __future__ import annotations
@@ -41,6 +46,7 @@ class Network:
     Attributes:
         name: what the picture says.
         layer: builds the layer, of input size and hidden size, for sequences of a length.
+        rate: Adam's learning rate.
         clip: whether the norm of the gradient is clipped to 1.
         losses: (seconds of training, loss), smoothed.
         flow: the norm of dL/dh at each time step before the training, L being the loss of the last step.
@@ -48,13 +54,14 @@ class Network:
 
     name: str
     layer: Callable[[int, int, int], nn.Module]
+    rate: float = 1e-2
     clip: bool = True
     losses: list[tuple[float, float]] = field(default_factory=list)
     flow: list[float] = field(default_factory=list)
 
 
 def networks() -> list[Network]:
-    """A tanh RNN and an IRNN, with and without clipping, and the gated ones."""
+    """A tanh RNN, an IRNN with and without clipping, and the gated ones."""
 
     def rnn(inputs: int, hidden: int, steps: int) -> nn.Module:
         return rnnkit.RNN(inputs, hidden)
@@ -73,9 +80,8 @@ def networks() -> list[Network]:
 
     return [
         Network("RNN, tanh", rnn),
-        Network("RNN, tanh, not clipped", rnn, clip=False),
-        Network("IRNN", irnn),
-        Network("IRNN, not clipped", irnn, clip=False),
+        Network("IRNN", irnn, rate=1e-3),
+        Network("IRNN, not clipped", irnn, rate=1e-3, clip=False),
         Network("GRU", gru),
         Network("LSTM", lstm),
         Network("LSTM, chrono", chrono),
@@ -160,7 +166,7 @@ def train(
     with rnnkit.gradient_flow(model) as flow:
         model(x)[-1].sum().backward()
     network.flow = flow["layer"].h[0, 0].tolist()
-    optimizer = torch.optim.Adam(model.parameters(), options.rate)
+    optimizer = torch.optim.Adam(model.parameters(), options.rate or network.rate)
     smoothed, start = None, time.perf_counter()
     while (passed := time.perf_counter() - start) < seconds:
         x, target = task.batch(options.steps, options.batch)
@@ -218,12 +224,12 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--steps", type=int, default=200, help="T, at least 30 (default: %(default)s)"
+        "--steps", type=int, default=100, help="T, at least 30 (default: %(default)s)"
     )
     parser.add_argument("--batch", type=int, default=32, help="N (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=64, help="H (default: %(default)s)")
     parser.add_argument(
-        "--rate", type=float, default=2e-3, help="learning rate of Adam (default: %(default)s)"
+        "--rate", type=float, help="learning rate of Adam (default: 0.01, of an IRNN 0.001)"
     )
     parser.add_argument(
         "--seconds", type=float, default=100, help="of training, altogether (default: %(default)s)"

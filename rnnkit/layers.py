@@ -341,7 +341,8 @@ class RNN(_Layers):
         bidirectional: whether a second direction runs from the end (D = 2). Default False.
         recompute: has no effect, since an RNN keeps only its output in any case. Default False.
         grad_clip: x to clip, in the backward pass, what each step passes back, the gradients of the states before it,
-            elementwise to [-x, x] (Graves 2013). None for no limit. Default None.
+            elementwise to [-x, x]; Graves 2013 did so with the gradients of the gates' arguments. None for no limit.
+            Default None.
         grad_cut: k to pass no gradients back across the boundaries between times k*j - 1 and k*j, in both directions:
             backpropagation through time truncated to windows of k steps, with the states as they are. None for no
             cuts. Default None.
@@ -438,7 +439,8 @@ class LSTM(_Layers):
         recompute: whether the backward pass recomputes the gates instead of keeping them. This takes a fraction of
             the memory and about a third more time; the gradients are equal up to rounding. Default False.
         grad_clip: x to clip, in the backward pass, what each step passes back, the gradients of the states before it,
-            elementwise to [-x, x] (Graves 2013). None for no limit. Default None.
+            elementwise to [-x, x]; Graves 2013 did so with the gradients of the gates' arguments. None for no limit.
+            Default None.
         grad_cut: k to pass no gradients back across the boundaries between times k*j - 1 and k*j, in both directions:
             backpropagation through time truncated to windows of k steps, with the states as they are. None for no
             cuts. Default None.
@@ -531,7 +533,8 @@ class GRU(UpdateGate, _Layers):
             Chung et al. 2014 and most textbooks. Default `"keeps"`. `convert_update_gate` turns a trained layer of one
             kind into one of the other.
         grad_clip: x to clip, in the backward pass, what each step passes back, the gradients of the states before it,
-            elementwise to [-x, x] (Graves 2013). None for no limit. Default None.
+            elementwise to [-x, x]; Graves 2013 did so with the gradients of the gates' arguments. None for no limit.
+            Default None.
         grad_cut: k to pass no gradients back across the boundaries between times k*j - 1 and k*j, in both directions:
             backpropagation through time truncated to windows of k steps, with the states as they are. None for no
             cuts. Default None.
