@@ -336,10 +336,12 @@ def _saturated(back: BackwardCall, has_reserve: bool) -> Tensor | None:
         stride += 1
     values = of_rows[:, ::stride].float()  # [D, rows, gates, H]
     if call.cell == "rnn_relu":
-        return (values <= 0).float().mean((1, 3))
+        shares: Tensor = (values <= 0).float().mean((1, 3))
+        return shares
     ranges = [(0.0, 0.9) if gate in _TANH else (0.5, 0.4) for gate in gates]
     middle, reach = values.new_tensor(ranges).t().unsqueeze(-1)
-    return (values - middle).abs_().gt_(reach).mean((1, 3))
+    shares = (values - middle).abs_().gt_(reach).mean((1, 3))
+    return shares
 
 
 def _lines(name: str, of_module: ModuleFlow) -> Iterator[tuple[int, int, str]]:
