@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rnnkit import stack
+from rnnkit import sharding, stack
 from rnnkit.update_gate import with_other_gate
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -229,7 +229,7 @@ def _written(module: nn.Module, order: Sequence[int]) -> list[list[Tensor]]:
                 raise ValueError(f"expected {name} to be a tensor, got None")
         written.append(
             [
-                _reordered(_as_keeping(module, w.detach()), order).t().contiguous()
+                _reordered(_as_keeping(module, sharding.whole(w.detach())), order).t().contiguous()
                 for w in weights
                 if w is not None
             ]
@@ -279,7 +279,9 @@ def _load(module: Module, order: Sequence[int], given: Sequence[Sequence[Tensor]
                     f"expected {name} to be a parameter, got a weight that a parametrization or pruning computes: "
                     "remove it first"
                 )
-            state[name] = _as_keeping(module, _reordered(weight.t(), order))
+            held = module._parameters[name]
+            values = _as_keeping(module, _reordered(weight.t(), order))
+            state[name] = sharding.in_place_of(held, values)
     # Not all that a subclass may add is given. A frozen layer packs its weights again.
     module.load_state_dict(state, strict=False)
     return module

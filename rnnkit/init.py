@@ -9,7 +9,6 @@ on the meta device have no values, and nothing happens to them.
 
 import math
 import numbers
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils import parametrize
+
+from rnnkit import sharding
 
 __all__ = [
     "chrono_",
@@ -440,25 +441,15 @@ def _check_number(name: str, value: float, at_least: float = -math.inf) -> None:
         raise ValueError(f"expected {name} to be a finite number{least}, got {value}")
 
 
-def _is_distributed(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, as FSDP2's parameters are; torch.distributed.tensor is not imported for this."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
 def _plain(held: Any) -> Tensor:
     """A copy of all values, in float32 or float64: QR needs one of them."""
-    whole = held.full_tensor() if _is_distributed(held) else held
+    whole = sharding.whole(held)
     dtype = torch.promote_types(held.dtype, torch.float32)
     return torch.empty(whole.shape, dtype=dtype, device=whole.device).copy_(whole)
 
 
 def _write(part: nn.Module, name: str, held: Any, values: Tensor) -> None:
-    values = values.to(held.dtype)
-    if _is_distributed(held):
-        from torch.distributed.tensor import distribute_tensor
-
-        values = distribute_tensor(values, held.device_mesh, held.placements)  # those of rank 0
+    values = sharding.in_place_of(held, values.to(held.dtype))
     if parametrize.is_parametrized(part, name):
         setattr(part, name, values)  # by the parametrizations' right_inverse
     else:

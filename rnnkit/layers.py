@@ -5,6 +5,7 @@ not subclass `nn.RNN`, `nn.LSTM` or `nn.GRU`, because torch.compile breaks the g
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, overload
 
@@ -181,7 +182,8 @@ class _Layers(Initialized, Interop, nn.RNNBase):
             dropout=self.dropout if self.training else 0.0,
             keep=self._keep,
             packed=self._packed_weights(weights),
-            grad_clip=0.0 if self.grad_clip is None else self.grad_clip,
+            # 0 for no limit: an AOTInductor package cannot hold infinity.
+            grad_clip=0.0 if self.grad_clip in (None, math.inf) else self.grad_clip,
             grad_cut=0 if self.grad_cut is None else self.grad_cut,
         )
 

@@ -17,6 +17,7 @@ from torch.fx import Proxy
 from torch.nn.functional import cross_entropy, linear, log_softmax, softmax
 from torch.nn.utils.rnn import PackedSequence
 
+from rnnkit import sharding
 from rnnkit.autograd import transformed
 from rnnkit.ops import library
 from rnnkit.stack import check_plain
@@ -164,8 +165,14 @@ class Readout(nn.Linear):
                 f"expected h to be a Tensor or PackedSequence, got {type(h).__name__}"
             )
         weight = self.weight
-        if h.dim() == 0 or h.size(-1) != weight.size(1):
-            raise RuntimeError(f"expected h of shape [..., {weight.size(1)}], got {tuple(h.shape)}")
+        width = weight.shape[1]  # ExpandedWeights have no `size`
+        if h.dim() == 0 or h.size(-1) != width:
+            raise RuntimeError(f"expected h of shape [..., {width}], got {tuple(h.shape)}")
+        if sharding.is_sharded(weight) and not sharding.is_sharded(h):
+            raise RuntimeError(
+                "expected the whole weight, got a shard: after fully_shard(readout), pass readout and each method to "
+                "call, 'loss' or 'predict', to torch.distributed.fsdp.register_fsdp_forward_method"
+            )
         if h.device != weight.device:
             raise RuntimeError(f"expected h on {weight.device} like weight, got {h.device}")
         if h.dtype != weight.dtype and not _is_autocast(h):

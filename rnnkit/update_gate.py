@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from rnnkit import sharding
+
 #: What z = 1 means -> the cell's name in `specs.CELLS`: the unit keeps its state, or it writes the new value.
 CELLS = {"keeps": "gru", "writes": "gru_writes"}
 
@@ -30,7 +32,8 @@ class UpdateGate(nn.Module):
         """Changes `update_gate`, and the weights with it, so that the module computes the same as before.
 
         z becomes 1 - z: since 1 - σ(a) = σ(-a), the rows of z in every weight and bias are negated, in place. What an
-        optimizer has gathered for these rows (momentum) is not.
+        optimizer has gathered for these rows (momentum) is not. Parameters that FSDP2 has sharded are converted on all
+        processes together, and only as shards: after a forward pass call `reshard()` of the model first.
 
         Args:
             to: `"keeps"` or `"writes"`.
@@ -53,11 +56,12 @@ class UpdateGate(nn.Module):
                     f"expected {name} to be a parameter, got a weight that a parametrization or hook computes: remove "
                     "it first"
                 )
+        own = {id(self._parameters[name]): self._parameters[name] for name in names}
         with torch.no_grad():
-            for name in names:
-                weight = self._parameters[name]
+            for weight in own.values():  # tied ones once
                 if weight is not None:
-                    weight.chunk(3)[1].neg_()
+                    values = with_other_gate(sharding.whole(weight))
+                    weight.copy_(sharding.in_place_of(weight, values))
         self._cell = CELLS[to]
         vars(self).pop("_packed", None)  # packed weights of a frozen layer
         return self

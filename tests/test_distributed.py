@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -34,25 +35,33 @@ BACKENDS = [name for name in ("cpp", "reference") if not backends.unavailable(na
 
 
 class Model(nn.Module):
-    """Layers of every kind, and a cell."""
+    """Layers of every kind, with options, cells and a readout."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.lstm = rnnkit.LSTM(5, 7, num_layers=2, bidirectional=True, proj_size=3)
-        self.gru = rnnkit.GRU(6, 9, batch_first=True, recompute=True)
-        self.rnn = rnnkit.RNN(5, 3, nonlinearity="relu", bias=False)
+        self.lstm = rnnkit.LSTM(5, 7, num_layers=2, bidirectional=True, proj_size=3, **options)
+        self.gru = rnnkit.GRU(6, 9, batch_first=True, recompute=True, **options)
+        self.rnn = rnnkit.RNN(5, 3, nonlinearity="relu", bias=False, **options)
         self.cell = rnnkit.LSTMCell(5, 4)
+        self.writing = rnnkit.GRU(9, 4, update_gate="writes", batch_first=True, **options)
+        self.writing_cell = rnnkit.GRUCell(5, 4, update_gate="writes")
+        self.readout = rnnkit.Readout(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, T, 5] -> the batch's mean of sums of squares."""
+        """x [N, T, 5] -> the batch's mean of sums of squares, and the readout's loss."""
         first = self.lstm(x.transpose(0, 1))[0]
+        second = self.gru(first.transpose(0, 1))[0]
+        last = self.writing(second)[0]
         results = (
             first,
-            self.gru(first.transpose(0, 1))[0],
+            second,
+            last,
             self.rnn(x.transpose(0, 1))[1],
             self.cell(x[:, -1], (x[:, 0, :4], x[:, 1, :4]))[0],
+            self.writing_cell(x[:, -1], x[:, 0, :4]),
         )
-        return sum(result.square().sum() for result in results) / len(x)
+        squares = sum(result.square().sum() for result in results) / len(x)
+        return squares + self.readout.loss(last, x[..., :3].argmax(-1))
 
 
 def in_ddp(model: nn.Module) -> nn.Module:
@@ -62,6 +71,7 @@ def in_ddp(model: nn.Module) -> nn.Module:
 def in_fsdp2(model: nn.Module) -> nn.Module:
     for layer in model.children():
         fully_shard(layer)
+    register_fsdp_forward_method(model.readout, "loss")
     return fully_shard(model)
 
 
@@ -81,24 +91,95 @@ def gradients(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def compare_with_one_process(rank: int, place: str) -> None:
+def mean_gradients(model: nn.Module, batches: Tensor) -> dict[str, Tensor]:
+    """The mean of the gradients that each batch has alone: of the whole one's, a rule would clip others."""
+    each = []
+    for batch in batches:
+        model.zero_grad()
+        each.append(gradients(model, [batch]))
+    return {name: torch.stack([grads[name] for grads in each]).mean(0) for name in each[0]}
+
+
+def gradients_are_those_of_one_process(rank: int) -> None:
+    rule = {"grad_clip": 0.1, "grad_cut": 4}
+    for backend, wrap, (options, accumulated) in product(
+        BACKENDS, (in_ddp, in_fsdp2), (({}, 1), ({}, 3), (rule, 1))
+    ):
+        with rnnkit.backend(backend):
+            torch.manual_seed(0)
+            alone, shared = Model(**options), Model(**options)
+            shared.load_state_dict(alone.state_dict())
+            batch = torch.randn(accumulated, PROCESSES, 4, 6, 5)
+            found = gradients(wrap(shared), list(batch[:, rank]))
+            whole = gradients(alone, list(batch.flatten(1, 2)))
+            expected = mean_gradients(alone, batch[0]) if options else whole
+            same = all(torch.allclose(expected[name], whole[name]) for name in whole)
+            assert same == (options == {}), "the rule has to matter in this test"
+        where = f"{backend}, {wrap.__name__}, {options}, {accumulated} batches"
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=1e-6, msg=lambda m, w=where: f"{w}: {m}"
+        )
+        assert all(grad.abs().max() > 5e-4 for grad in found.values()), where
+
+
+def gradient_flow_is_of_the_own_batch(rank: int) -> None:
+    """In DDP, whose gradients of parameters are of all batches."""
+    torch.manual_seed(0)
+    alone, shared = Model(grad_clip=0.1), Model(grad_clip=0.1)
+    shared.load_state_dict(alone.state_dict())
+    batch = torch.randn(PROCESSES, 4, 6, 5)
+    expected = mean_gradients(alone, batch)
+    wrapped = in_ddp(shared)
+    with rnnkit.gradient_flow(wrapped) as flow:
+        found = gradients(wrapped, [batch[rank]])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    with rnnkit.gradient_flow(alone) as of_one:
+        alone(batch[rank]).backward()
+    assert list(flow) == [f"module.{name}" for name in of_one] and len(list(of_one)) == 6
+    for name in of_one:
+        torch.testing.assert_close(flow[f"module.{name}"].h, of_one[name].h)
+
+
+def shards_are_converted_whole(rank: int) -> None:
+    """Of FSDP2: by `convert_update_gate`, and from and to other libraries."""
+    x = torch.randn(4, 2, 3)
+    for kind in ("GRU", "GRUCell"):
+        torch.manual_seed(0)
+        plain, other, sharded = (
+            getattr(rnnkit, kind)(3, 5, update_gate="writes") for _ in range(3)
+        )
+        sharded.load_state_dict(plain.state_dict())
+        fully_shard(sharded)
+        given = x[0] if kind == "GRUCell" else x
+        assert sharded.convert_update_gate("keeps").update_gate == "keeps"
+        torch.testing.assert_close(sharded(given), plain(given))
+        sharded.reshard()
+        for library in ("keras", "haste"):
+            write, load = getattr(rnnkit, f"to_{library}"), getattr(rnnkit, f"from_{library}")
+            torch.testing.assert_close(write(sharded), write(plain))
+            load(sharded, write(other))
+            torch.testing.assert_close(sharded(given), other(given))
+            sharded.reshard()
+            load(sharded, write(plain))
+    readout = fully_shard(rnnkit.Readout(3, 5))
+    for call in (readout.predict, lambda h: readout.loss(h, torch.zeros(4, 2, dtype=torch.int64))):
+        with pytest.raises(RuntimeError, match=r"got a shard: .*register_fsdp_forward_method"):
+            call(x)
+
+
+#: In one pair of processes, since to start them takes longest.
+CHECKS = (
+    gradients_are_those_of_one_process,
+    gradient_flow_is_of_the_own_batch,
+    shards_are_converted_whole,
+)
+
+
+def run_checks(rank: int, place: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=PROCESSES)
     try:
-        for backend in BACKENDS:
-            for wrap in (in_ddp, in_fsdp2):
-                for accumulated in (1, 3):
-                    with rnnkit.backend(backend):
-                        torch.manual_seed(0)
-                        alone, shared = Model(), Model()
-                        shared.load_state_dict(alone.state_dict())
-                        batch = torch.randn(accumulated, PROCESSES, 4, 6, 5)
-                        expected = gradients(alone, list(batch.flatten(1, 2)))
-                        found = gradients(wrap(shared), list(batch[:, rank]))
-                    where = f"{backend}, {wrap.__name__}, {accumulated} batches"
-                    torch.testing.assert_close(
-                        found, expected, rtol=0, atol=1e-6, msg=lambda m, w=where: f"{w}: {m}"
-                    )
-                    assert all(grad.abs().max() > 1e-3 for grad in found.values()), where
+        for check in CHECKS:
+            check(rank)
     finally:
         dist.destroy_process_group()
     # fully_shard keeps the group's threads alive until the process ends. A Python that shuts down while one of them
@@ -106,8 +187,8 @@ def compare_with_one_process(rank: int, place: str) -> None:
     os._exit(0)
 
 
-def test_ddp_and_fsdp2_gradients_are_those_of_one_process(tmp_path: Path) -> None:
-    multiprocessing.spawn(compare_with_one_process, (str(tmp_path / "store"),), PROCESSES)
+def test_ddp_and_fsdp2(tmp_path: Path) -> None:
+    multiprocessing.spawn(run_checks, (str(tmp_path / "store"),), PROCESSES)
 
 
 # examples/train_ddp.py

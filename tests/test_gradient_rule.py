@@ -4,19 +4,23 @@ tests/kernel_cases.py has cases of both, in which every kernel is held to the re
 """
 
 import copy
+import io
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from configurations import LAYERS
 from kernel_cases import Case, call
+from tolerances import assert_close_to_truth
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
 
 import rnnkit
-from rnnkit import reference
+from rnnkit import autograd, reference
 from rnnkit.call import LayerCall
 from rnnkit.specs import CELLS
 
@@ -108,9 +112,9 @@ def layer_pair(name: str, **options: Any) -> tuple[nn.Module, nn.Module]:
     return ruled, plain
 
 
-def run(layer: nn.Module, x: Any) -> list[Tensor]:
-    """The output and all gradients."""
-    output = layer(x)[0]
+def run(layer: nn.Module, x: Any, call: Callable[[nn.Module, Any], Any] | None = None) -> list:
+    """The output, by default of calling the layer, and all gradients."""
+    output = layer(x)[0] if call is None else call(layer, x)
     output = output if isinstance(output, Tensor) else output.data
     loss = (output * torch.arange(output.numel()).view_as(output).sin()).sum()
     return [output, *torch.autograd.grad(loss, list(layer.parameters()))]
@@ -134,6 +138,87 @@ def test_layers_on_every_way(name: str, packed: bool) -> None:
     ruled.grad_clip, ruled.grad_cut = None, None
     for found, wanted in zip(run(ruled, x), without, strict=True):
         assert torch.equal(found, wanted)
+
+
+def with_batch_first(layer: nn.Module, x: Tensor) -> Tensor:
+    layer.batch_first = True
+    return layer(x.transpose(0, 1))[0].transpose(0, 1)
+
+
+def recomputed(layer: nn.Module, x: Tensor) -> Tensor:
+    layer.recompute = True
+    return layer(x)[0]
+
+
+def saved_on_the_cpu(layer: nn.Module, x: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return layer(x)[0]
+
+
+#: Other ways to make the call `layer(x)[0]`.
+WAYS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "batch_first": with_batch_first,
+    "recompute": recomputed,
+    "unbatched": lambda layer, x: torch.stack([layer(x[:, n])[0] for n in range(N)], 1),
+    "checkpoint": lambda layer, x: checkpoint(layer, x, use_reentrant=False)[0],
+    "save_on_cpu": saved_on_the_cpu,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_other_ways_of_a_call(name: str, way: str) -> None:
+    ruled, _ = layer_pair(name, grad_clip=LIMIT, grad_cut=3)
+    x = torch.randn(T, N, 3, dtype=torch.float64)
+    torch.testing.assert_close(run(copy.deepcopy(ruled), x, WAYS[way]), run(ruled, x))
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["rnn_tanh", "lstm", "gru"])
+def test_autocast(name: str, low: torch.dtype) -> None:
+    """The rule holds in the low precision; gradients of float32 weights are in float32."""
+    ruled, plain = (layer.to(low).float() for layer in layer_pair(name, grad_clip=0.1, grad_cut=3))
+    x = torch.randn(T, N, 3).to(low).float()
+    truth, without = run(copy.deepcopy(ruled).double(), x.double()), run(plain, x)
+    with torch.autocast("cpu", low):
+        found = run(ruled, x)
+        with rnnkit.backend("reference"):
+            expected = run(ruled, x)
+    for k, (value, like, exact) in enumerate(zip(found, expected, truth, strict=True)):
+        assert value.dtype == like.dtype and (k == 0 or value.dtype == torch.float32)
+        assert_close_to_truth(value.to(low), like.to(low), exact, gradient=k > 0, name=str(k))
+    assert not all(torch.allclose(a.float(), b, 0.1) for a, b in zip(found, without, strict=True))
+
+
+def test_exported() -> None:
+    """Programs for inference, saved and loaded, and of ATen's operators."""
+    layer, x = rnnkit.LSTM(3, 5, grad_clip=0.1, grad_cut=2).eval(), torch.randn(T, N, 3)
+    program, file = torch.export.export(layer, (x,)), io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    table = {**torch.export.default_decompositions(), **rnnkit.decompositions()}
+    for each in (torch.export.load(file), program.run_decompositions(table)):
+        torch.testing.assert_close(each.module()(x), layer(x))
+
+
+def test_no_program_holds_infinity() -> None:
+    """AOTInductor could not write it."""
+    layer, x = rnnkit.LSTM(3, 5, grad_clip=math.inf), torch.randn(T, N, 3)
+    program = torch.export.export(layer.eval(), (x,))
+    assert not any(math.inf in node.args for node in program.graph.nodes)
+    found = run(layer, x)
+    layer.grad_clip = None
+    torch.testing.assert_close(found, run(layer, x))
+
+
+def test_what_is_torchs_alone_is_refused() -> None:
+    """torch.nn's class would have other gradients."""
+    for name, value in (("grad_clip", 0.1), ("grad_cut", 2)):
+        layer = rnnkit.GRU(3, 5, **{name: value})
+        with pytest.raises(RuntimeError, match=f"got one that has {name}, which torch"):
+            torch.jit.trace(layer, (torch.randn(T, N, 3),))
+        with pytest.raises(RuntimeError, match=f"got one that has {name}, which torch"):
+            torch.jit.script(layer)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -203,6 +288,28 @@ def test_double_backward_and_transforms() -> None:
     torch.testing.assert_close(torch.func.grad(loss)(x), grad)
     each = torch.func.vmap(torch.func.grad(loss))(torch.stack([x, x]))
     torch.testing.assert_close(each, torch.stack([grad, grad]))
+    output = ruled(x)[0]
+    several = torch.randn(3, *output.shape, dtype=torch.float64)
+    one_by_one = [torch.autograd.grad(output, x, g, retain_graph=True)[0] for g in several]
+    (batched,) = torch.autograd.grad(output, x, several, is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack(one_by_one))
+
+
+@pytest.mark.parametrize("lengths", [(), (4, 3, 1)], ids=["dense", "packed"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_of_gradients_are_the_loops(cell: str, lengths: tuple) -> None:
+    case = Case(cell, (4, 3, 3, 3), 2, lengths, dtype=torch.float64, grad_clip=0.2, grad_cut=3)
+    it = call(case)
+    tensors = [t.requires_grad_() for t in it.tensors if t is not None]
+    (found,), last = autograd.run(it)
+    output, finals = by_hand(it)
+    seconds = []
+    for results in ([found, *last], [output, *finals]):
+        first = torch.autograd.grad(results, tensors, it.grads, create_graph=True)
+        size = sum(grad.square().sum() for grad in first)
+        seconds.append(torch.autograd.grad(size, tensors, allow_unused=True))
+    for actual, wanted in zip(*seconds, strict=True):
+        torch.testing.assert_close(actual, wanted)
 
 
 @pytest.mark.parametrize("way", ["eager", "reference", "functional"])

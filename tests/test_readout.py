@@ -15,10 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import rnn
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.nn.utils.rnn import PackedSequence
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import rnnkit
@@ -390,6 +392,35 @@ def test_gradients_of_gradients_where_h_depends_on_the_weight() -> None:
     assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint(use_reentrant: bool) -> None:
+    layer = head()
+    h, targets = batch()
+    expected = gradients(layer.loss(h, targets), layer, h)
+    checkpoint(layer.loss, h, targets, use_reentrant=use_reentrant).backward()
+    assert_close([tensor.grad for tensor in (h, *layer.parameters())], expected)
+
+
+def test_per_sample_gradients_of_expanded_weights() -> None:
+    """They are those of a torch.nn.Linear."""
+    layer, linear = head(), nn.Linear(H, C)
+    linear.load_state_dict(layer.state_dict())
+    h = batch()[0].detach()
+    for module in (layer, linear):
+        results = call_for_per_sample_grads(module, loss_reduction="sum")(h)
+        (results if module is layer else results.log_softmax(-1))[..., 0].sum().backward()
+    for name in ("weight", "bias"):
+        grads = [getattr(module, name).grad_sample for module in (layer, linear)]
+        assert grads[0].shape[0] == 5
+        assert_close(*grads)
+
+
+def test_traced_by_torchscript() -> None:
+    layer = head()
+    traced = torch.jit.trace(layer, torch.randn(5, 4, H))
+    assert_close(traced(h := torch.randn(3, 2, H)), layer(h))
+
+
 def test_backward_twice() -> None:
     layer = head()
     h, targets = batch()
@@ -455,6 +486,23 @@ def test_exported_probabilities(strict: bool) -> None:
     for shape in ((5, 4), (9, 2)):
         h = torch.randn(*shape, H)
         assert_close(program(h), model(h))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_loss(strict: bool, tmp_path: Path) -> None:
+    steps, sequences = (torch.export.Dim(name, min=2, max=64) for name in ("steps", "batch"))
+    model, both = Loss(head(), ignore_index=3), {0: steps, 1: sequences}
+    program = torch.export.export(
+        model,
+        (*batch(), torch.tensor(LENGTHS)),
+        dynamic_shapes=(both, both, {0: sequences}),
+        strict=strict,
+    )
+    torch.export.save(program, tmp_path / "loss.pt2")
+    loaded = torch.export.load(tmp_path / "loss.pt2").module()
+    for lengths in ([5, 2, 3, 1], [7, 6]):
+        given = *batch(max(lengths), len(lengths)), torch.tensor(lengths)
+        assert_close(loaded(*given), model(*given))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

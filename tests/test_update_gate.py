@@ -86,6 +86,27 @@ def test_cells_compute_torchs(dtype: torch.dtype) -> None:
         assert_same(results(ours, x, hx), results(theirs.to(dtype), x, hx), truth)
 
 
+def test_every_backend_takes_batches_first_and_none(backend: str) -> None:
+    theirs, ours = pair("GRU", 3, 17, num_layers=2, bidirectional=True, batch_first=True)
+    x = torch.randn(2, 4, 3, dtype=torch.float64)
+    for given in (x, x[0]):
+        torch.testing.assert_close(results(ours, given), results(theirs, given))
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["GRU", "GRUCell"])
+def test_autocast(kind: str, low: torch.dtype) -> None:
+    """The dtypes are torch.nn's, gradients of float32 weights are in float32."""
+    theirs, ours = (module.float() for module in pair(kind, 17, 17, dtype=low))
+    x = torch.randn(4, 3, 17)[0 if kind == "GRUCell" else slice(None)].to(low).float()
+    with torch.autocast("cpu", low):
+        found, expected = results(ours, x), results(theirs, x)
+    for name, value in found.items():
+        assert value.dtype == expected[name].dtype, name
+    in_low = ({name: value.to(low) for name, value in each.items()} for each in (found, expected))
+    assert_same(*in_low, results(theirs.double(), x.double()))
+
+
 @pytest.mark.parametrize("kind", ["GRU", "GRUCell"])
 def test_conversion_computes_the_same(kind: str) -> None:
     theirs, ours = pair(kind, 3, 5)
@@ -102,6 +123,16 @@ def test_conversion_computes_the_same(kind: str) -> None:
     ours.convert_update_gate("writes")
     for name, value in results(ours, x).items():
         torch.testing.assert_close(value, keeps[name])
+
+
+def test_conversion_of_tied_weights() -> None:
+    """One tensor in several places is negated once."""
+    layer = rnnkit.GRU(5, 5, 2, bidirectional=True, update_gate="writes")
+    layer.weight_hh_l1_reverse = layer.weight_hh_l0
+    layer.bias_hh_l0 = layer.bias_ih_l0
+    x = torch.randn(4, 2, 5)
+    expected = layer(x)[0]
+    torch.testing.assert_close(layer.convert_update_gate("keeps")(x)[0], expected)
 
 
 def test_frozen_layer_is_packed_again() -> None:
