@@ -20,11 +20,14 @@ LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "gru": (rnnkit.GRU, {}),
     "lstm-deep": (rnnkit.LSTM, {"num_layers": 2, "bidirectional": True, "proj_size": 3}),
     "gru-batch_first": (rnnkit.GRU, {"batch_first": True, "bias": False}),
+    "gru-writes": (rnnkit.GRU, {"update_gate": "writes", "bidirectional": True}),
+    "lstm-ruled": (rnnkit.LSTM, {"grad_clip": 0.01, "grad_cut": 2}),
 }
 CELLS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "rnn_cell": (rnnkit.RNNCell, {}),
     "lstm_cell": (rnnkit.LSTMCell, {}),
     "gru_cell": (rnnkit.GRUCell, {}),
+    "gru_cell-writes": (rnnkit.GRUCell, {"update_gate": "writes"}),
 }
 
 each_module = pytest.mark.parametrize("name", LAYERS | CELLS)
@@ -95,8 +98,28 @@ def test_initial_states(name: str) -> None:
     torch.testing.assert_close(flat(compiled(own)(x, hx)), flat(own(x, hx)))
 
 
+def test_a_new_rule_for_gradients_holds_from_the_next_call() -> None:
+    """A graph has `grad_clip` and `grad_cut` as constants, and is compiled again if they change."""
+    own = module("lstm")
+    x = input_of("lstm", 5)
+    faster = compiled(own)
+    seen: list[list[Tensor]] = []
+    for rule in ((None, None), (0.01, None), (0.05, None), (None, 2), (None, 3), (0.01, 3)):
+        own.grad_clip, own.grad_cut = rule
+        found = run(faster, own, x)
+        torch.testing.assert_close(found, run(own, own, x))
+        assert not any(torch.allclose(found[3], before[3]) for before in seen), rule
+        seen.append(found)
+    own.grad_clip = own.grad_cut = None
+    with torch.compiler.set_stance("fail_on_recompile"):
+        torch.testing.assert_close(run(faster, own, x), seen[0])
+    own.grad_clip = -1.0
+    with pytest.raises(ValueError, match=r"expected grad_clip to be positive, got -1\.0"):
+        torch.compile(own, backend="aot_eager")(x)
+
+
 @pytest.mark.parametrize("training", (False, True))
-@pytest.mark.parametrize("name", ("rnn_tanh", "lstm-deep"))
+@pytest.mark.parametrize("name", ("rnn_tanh", "lstm-deep", "lstm-ruled"))
 def test_any_length_in_one_graph(name: str, training: bool) -> None:
     """The scan is not unrolled, and sequences of further lengths compile nothing anew."""
     graphs: list[torch.fx.GraphModule] = []
@@ -197,11 +220,13 @@ def test_changed_weight_is_used_by_the_next_call() -> None:
 
 
 @pytest.mark.parametrize("training", (False, True))
-@pytest.mark.parametrize("name", ("RNN", "LSTM", "GRU"))
+@pytest.mark.parametrize("name", ("RNN", "LSTM", "GRU", "GRU with options"))
 def test_packed_sequences_in_one_graph(name: str, training: bool) -> None:
     """The batch is known only as the graph runs; other lengths and batches compile nothing anew."""
     torch.manual_seed(0)
-    own = getattr(rnnkit, name)(3, 4, num_layers=2, bidirectional=True)
+    cls, _, options = name.partition(" with ")
+    given = {"update_gate": "writes", "grad_clip": 0.05, "grad_cut": 2} if options else {}
+    own = getattr(rnnkit, cls)(3, 4, num_layers=2, bidirectional=True, **given)
     one_graph = torch.compile(own, fullgraph=True, backend="aot_eager", dynamic=True)
 
     def results(call: Any, packed: PackedSequence) -> list[Tensor]:

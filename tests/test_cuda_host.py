@@ -120,6 +120,21 @@ def test_projection(lengths: tuple[int, ...], dtype: torch.dtype, kernel: str) -
 
 
 @on_host
+@each_kernel
+@pytest.mark.parametrize("lengths", ((), (5, 3, 3, 1)), ids=("dense", "ragged"))
+@pytest.mark.parametrize("rule", ((0.05, 0), (0.0, 2), (0.1, 3)), ids=str)
+@each_cell
+def test_what_a_step_passes_back(
+    cell: str, rule: tuple[float, int], lengths: tuple[int, ...], kernel: str
+) -> None:
+    """Clipped to the first number, cut every so many steps as the second says."""
+    clip, cut = rule
+    case = Case(cell, (5, 4, 3, 33), 2, lengths, off_kink=True, grad_clip=clip, grad_cut=cut)
+    with plan.forced(kernel):
+        assert_case_matches_reference(case)
+
+
+@on_host
 @each_dtype
 @each_cell
 def test_every_kernel_that_is_built(cell: str, dtype: torch.dtype) -> None:

@@ -22,6 +22,8 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm batch_first, no bias": ("LSTM", {"batch_first": True, "bias": False}),
     "gru": ("GRU", {}),
     "gru bidirectional, batch_first": ("GRU", {"bidirectional": True, "batch_first": True}),
+    "gru writes, two layers": ("GRU", {"update_gate": "writes", "num_layers": 2}),
+    "lstm with a rule for gradients": ("LSTM", {"grad_clip": 0.1, "grad_cut": 2}),
     "rnn": ("RNN", {"bias": False}),
     "rnn_relu bidirectional": ("RNN", {"bidirectional": True, "nonlinearity": "relu"}),
 }
@@ -103,6 +105,7 @@ class Encoder(nn.Module):
         ("lstm", False),
         ("lstm bidirectional, two layers", True),
         ("gru bidirectional, batch_first", True),
+        ("gru writes, two layers", True),
         ("rnn_relu bidirectional", False),
     ],
 )
@@ -128,23 +131,26 @@ def test_lengths(what: str, states: bool, tmp_path: Path) -> None:
         assert_computes(path, model, *given)
 
 
-@pytest.mark.parametrize("cell", CELL_MODULES)
+@pytest.mark.parametrize("cell", [*CELL_MODULES, "gru_writes"])
 def test_cells(cell: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    module, path = getattr(rnnkit, CELL_MODULES[cell])(3, 5).eval(), tmp_path / "cell.onnx"
+    options = {"update_gate": "writes"} if cell == "gru_writes" else {}
+    cls = getattr(rnnkit, CELL_MODULES[cell.partition("_")[0]])
+    module, path = cls(3, 5, **options).eval(), tmp_path / "cell.onnx"
     x, h = torch.randn(2, 3), torch.randn(2, 5)
     hx = (h, torch.randn(2, 5)) if cell == "lstm" else h
     exported(module, (x, hx), path)
     assert_computes(path, module, x, hx)
 
 
-def test_a_whole_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", [nn.Linear, rnnkit.Readout])
+def test_a_whole_model(head: type[nn.Module], tmp_path: Path) -> None:
     class Tagger(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.embedding = nn.Embedding(11, 3)
             self.layer = rnnkit.LSTM(3, 5, bidirectional=True, batch_first=True)
-            self.head = nn.Linear(10, 7)
+            self.head = head(10, 7)
 
         def forward(self, tokens: Tensor) -> Tensor:
             return self.head(self.layer(self.embedding(tokens))[0])

@@ -386,3 +386,76 @@ def test_small_norms_are_not_zero(lengths: tuple[int, ...]) -> None:
     torch.testing.assert_close(
         norms[11] / norms[10], torch.tensor(10.0, dtype=torch.float64), rtol=1e-5, atol=0
     )
+
+
+def flow_of(model: nn.Module, x: Any) -> rnnkit.gradient_flow:
+    with rnnkit.gradient_flow(model) as flow:
+        loss_of(model(x)).backward()
+    return flow
+
+
+@pytest.mark.parametrize("lengths", [(T,) * N, LENGTHS], ids=["dense", "packed"])
+def test_after_the_rule_for_gradients(lengths: tuple[int, ...]) -> None:
+    """What `grad_clip` and `grad_cut` leave, on the kernels as on the reference."""
+    torch.manual_seed(0)
+    model = Model("lstm", grad_clip=0.05, grad_cut=2).double()
+    x = given(torch.randn(T, N, INPUT, dtype=torch.float64), lengths)
+    found = flow_of(model, x)["encoder.layer"]
+    with rnnkit.backend("reference"):
+        expected = flow_of(model, x)["encoder.layer"]
+    torch.testing.assert_close(found.h, expected.h)
+    torch.testing.assert_close(found.c, expected.c)
+    model.encoder["layer"].grad_clip = model.encoder["layer"].grad_cut = None
+    assert not torch.allclose(flow_of(model, x)["encoder.layer"].h, found.h)
+
+
+def test_of_either_update_gate() -> None:
+    """The same function has the same flow."""
+    torch.manual_seed(0)
+    model, x = Model("gru", update_gate="writes"), torch.randn(T, N, INPUT)
+    found = flow_of(model, x)["encoder.layer"]
+    model.encoder["layer"].convert_update_gate("keeps")
+    expected = flow_of(model, x)["encoder.layer"]
+    torch.testing.assert_close(found.h, expected.h)
+    torch.testing.assert_close(found.saturated, expected.saturated)
+    torch.testing.assert_close(found.spectral_norms, expected.spectral_norms)
+
+
+class BatchFirst(Model):
+    """The same with its layer called on [N, T, ·]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.encoder["layer"].batch_first = True
+        return self.encoder["layer"](self.inside(x).transpose(0, 1))[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_batch_first(name: str) -> None:
+    model, other, x = Model(name), BatchFirst(name), torch.randn(T, N, INPUT)
+    other.load_state_dict(model.state_dict())
+    found, expected = flow_of(other, x)["encoder.layer"], flow_of(model, x)["encoder.layer"]
+    torch.testing.assert_close(found.h, expected.h)
+    torch.testing.assert_close(found.c, expected.c)
+    torch.testing.assert_close(found.saturated, expected.saturated)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_backward_passes_are_not_seen(backend: str) -> None:
+    """The block says so, and gradients are as they are; uncompiled parts of a model are seen."""
+    torch.compiler.reset()
+    model, x = Model("gru"), torch.randn(T, N, INPUT)
+    loss_of(model(x)).backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    compiled = torch.compile(model, backend=backend)
+    with rnnkit.gradient_flow(model) as flow:
+        loss_of(compiled(x)).backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected)
+    with pytest.raises(KeyError, match=r"no backward pass of 'encoder\.layer' .* compiled graph"):
+        flow["encoder.layer"]
+    plain = flow_of(model, x)["encoder.layer"].h
+    with torch.compiler.set_stance("force_eager"), rnnkit.gradient_flow(model) as flow:
+        loss_of(compiled(x)).backward()
+    torch.testing.assert_close(flow["encoder.layer"].h, plain)
+    model.inside = torch.compile(model.inside, backend=backend)
+    torch.testing.assert_close(flow_of(model, x)["encoder.layer"].h, plain)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 import itertools
 import math
 import os
@@ -598,6 +599,26 @@ def test_wrong_init(module: str) -> None:
     else:
         with pytest.raises(ValueError, match="to be one of RNN, RNNCell, got "):
             case.make(rnnkit, init="identity")
+
+
+@pytest.mark.parametrize("module", ["lstm", "gru_cell"])
+def test_init_is_kept_out_of_graphs_and_files(module: str) -> None:
+    """Compiled, exported and traced, a module has nothing of its `init`; saved, it has it still."""
+    made = Case(module).make(rnnkit, init=functools.partial(init.chrono_, t_max=100)).eval()
+    x = Case(module).leaves()["input"].detach()
+    expected = made(x)
+    for call in (
+        torch.compile(made, fullgraph=True, backend="aot_eager"),
+        torch.export.export(made, (x,)).module(),
+        torch.jit.trace(made, (x,)),
+    ):
+        torch.testing.assert_close(call(x), expected)
+    file = io.BytesIO()
+    torch.save(made, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    torch.testing.assert_close(loaded(x), expected)
+    assert "init=" in repr(loaded)
 
 
 def test_init_of_layers_converted() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import interpreter
 import pytest
@@ -392,6 +393,31 @@ def test_autocast(device: str, dtype: torch.dtype, module: str) -> None:
     for weight, truth in zip(layer.parameters(), exact.parameters(), strict=True):
         assert weight.grad is not None and weight.grad.dtype == torch.float32
         assert relative_error(weight.grad.cpu(), truth.grad) < 2 * GRADIENT[dtype]
+
+
+@pytest.mark.parametrize("lengths", ((), (4, 3, 1)), ids=("dense", "ragged"))
+@pytest.mark.parametrize(
+    "options", ({"update_gate": "writes"}, {"grad_clip": 0.05}, {"grad_cut": 2}), ids=str
+)
+def test_options_and_gradient_flow(
+    device: str, options: dict[str, Any], lengths: tuple[int, ...]
+) -> None:
+    """A layer's results, gradients and the norms of its states' gradients are those of the reference."""
+    layer = rnnkit.GRU(4, 17, bidirectional=True, device=device, **options)
+    x: Any = torch.randn(4, 3, 4, device=device)
+    if lengths:
+        x = torch.nn.utils.rnn.pack_padded_sequence(x, lengths)
+
+    def results() -> list[torch.Tensor]:
+        with rnnkit.gradient_flow(layer) as flow:
+            output = layer(x)[0]
+            output = output.data if lengths else output
+            grads = torch.autograd.grad(output.square().sum(), list(layer.parameters()))
+        return [output, *grads, flow[""].h]
+
+    found = results()
+    with mock.patch.object(backends, "serving", lambda _: "reference"):
+        torch.testing.assert_close(found, results())
 
 
 def test_inference_mode(device: str) -> None:
