@@ -673,6 +673,222 @@ def _(package: ModuleType, device: str) -> None:
     lstm(package, device).load_state_dict(lstm(nn, device).state_dict(), strict=True)
 
 
+# What rnnkit has and torch.nn has not
+
+BEYOND = "beyond torch.nn"
+
+
+class Textbook(nn.Module):
+    """The page's textbook model."""
+
+    def __init__(self, package: ModuleType, device: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        clipping = {"grad_clip": 0.01, "grad_cut": 3, "init": "keras"}
+        self.lstm = package.LSTM(3, 4, device=device, **clipping)
+        self.gru = package.GRU(4, 4, bidirectional=True, update_gate="writes", device=device)
+        self.readout = package.Readout(8, 5, device=device)
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Log-probabilities, or the loss."""
+        h = self.gru(self.lstm(x)[0])[0]
+        return self.readout(h) if targets is None else self.readout.loss(h, targets)
+
+
+def classes(i: Tensor) -> Tensor:
+    """Targets [T, N]."""
+    return torch.arange(i[..., 0].numel(), device=i.device).remainder(5).view(i.shape[:2])
+
+
+def loss_and_gradients(model: nn.Module, call: Callable, i: Tensor) -> list[Tensor]:
+    loss = call(i, classes(i))
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def ragged(device: str) -> rnn.PackedSequence:
+    return pack_sequence([torch.randn(n, 3, device=device) for n in (4, 2, 1)])
+
+
+@probe(BEYOND, "`GRU(update_gate=\"writes\")`, the textbooks' gate, converted to torch.nn's")
+def _(package: ModuleType, device: str) -> None:
+    options = {"num_layers": 2, "bidirectional": True, "device": device}
+    layer, packed = package.GRU(3, 4, update_gate="writes", **options), ragged(device)
+    expected, theirs = layer(packed)[0].data, nn.GRU(3, 4, **options)
+    theirs.load_state_dict(layer.convert_update_gate("keeps").state_dict())
+    assert_close(theirs(packed)[0].data, expected)
+
+
+@probe(BEYOND, "`grad_clip` and `grad_cut`: gradients clipped and truncated inside the scan")
+def _(package: ModuleType, device: str) -> None:
+    clipped = package.LSTM(3, 4, bidirectional=True, grad_clip=0.01, device=device)
+    hx = torch.zeros(2, 2, 3, 4, device=device, requires_grad=True)
+    clipped(ragged(device), tuple(hx))[0].data.mul(1e3).sum().backward()
+    assert_close(hx.grad.abs().max().item(), 0.01)
+    cut, i = package.LSTM(3, 4, grad_cut=2, device=device), x(device)
+    (found,) = torch.autograd.grad(cut(i)[0][3].sum(), i)  # of times 2 and 3
+    assert found.abs().sum((1, 2)).gt(0).tolist() == [False, False, True, True, False]
+
+
+@probe(BEYOND, '`init="keras"` and others, drawn again by `reset_parameters`, also from meta')
+def _(package: ModuleType, device: str) -> None:
+    layer = package.LSTM(3, 4, init="keras", device="meta").to_empty(device=device)
+    layer.reset_parameters()
+    assert_close(layer.bias_ih_l0.tolist(), [0.0] * 4 + [1.0] * 4 + [0.0] * 8)
+
+
+@probe(BEYOND, "`rnnkit.init`: initializers by gate, for a model")
+def _(package: ModuleType, device: str) -> None:
+    model = nn.Sequential(lstm(package, device))
+    rnnkit.init.chrono_(rnnkit.init.orthogonal_(rnnkit.init.xavier_(model)), 100)
+    for gate in model[0].weight_hh_l0.chunk(4):
+        assert_close(gate.T @ gate, torch.eye(4, device=device))
+
+
+@probe(BEYOND, "weights from and to Keras and haste")
+def _(package: ModuleType, device: str) -> None:
+    layer, i = lstm(package, device), x(device)
+    for write, load in (
+        (rnnkit.to_keras, rnnkit.from_keras),
+        (rnnkit.to_haste, rnnkit.from_haste),
+    ):
+        other = load(package.LSTM(3, 4, device=device), write(layer))
+        assert_close(other(i)[0], layer(i)[0])
+
+
+@probe(BEYOND, "`Readout`: softmax output; its loss, of packed sequences, in chunks of rows")
+def _(package: ModuleType, device: str) -> None:
+    layer, readout = lstm(package, device), package.Readout(4, 5, device=device)
+    h, tags = layer(ragged(device))[0], torch.arange(7, device=device) % 5
+    scores = nn.functional.linear(h.data, readout.weight, readout.bias)
+    assert_close(readout.predict(h).data, scores.softmax(-1))
+    loss = readout.loss(h, rnn.PackedSequence(tags, h.batch_sizes), chunk=2)
+    assert_close(loss, nn.functional.cross_entropy(scores, tags))
+
+
+@probe(BEYOND, "`gradient_flow`: packed, in both directions, in DistributedDataParallel")
+def _(package: ModuleType, device: str) -> None:
+    torch.manual_seed(0)
+    layer, found = package.GRU(3, 4, 2, bidirectional=True, device=device), []
+    with group(device):
+        for model in (layer, DistributedDataParallel(layer)):
+            torch.manual_seed(0)
+            with package.gradient_flow(model) as flow:
+                model(ragged(device))[0].data.square().sum().backward()
+            found += [flow[name].h for name in flow]
+    assert found[0].shape == (2, 2, 4)
+    assert_close(*found)
+
+
+def flow_of(package: ModuleType, model: nn.Module, call: Callable, i: Tensor) -> Tensor:
+    with package.gradient_flow(model) as flow:
+        call(i)[0].square().sum().backward()
+    return flow[""].h
+
+
+@probe(BEYOND, "`gradient_flow` under `torch.compile`")
+def _(package: ModuleType, device: str) -> None:
+    flow_of(package, layer := lstm(package, device), one_graph(layer), x(device))
+
+
+@probe(BEYOND, '`gradient_flow` under `torch.compile` in `set_stance("force_eager")`')
+def _(package: ModuleType, device: str) -> None:
+    layer, i = lstm(package, device), x(device)
+    with torch.compiler.set_stance("force_eager"):
+        found = flow_of(package, layer, torch.compile(layer), i)
+    assert_close(found, flow_of(package, layer, layer, i))
+
+
+@probe(BEYOND, "`gradient_flow` under FSDP2: `fully_shard`")
+def _(package: ModuleType, device: str) -> None:
+    with group(device):
+        layer = fully_shard(lstm(package, device))
+        flow_of(package, layer, layer, x(device))
+
+
+@probe(
+    BEYOND, "the textbook model: trained in one graph, any T and N; a new `grad_clip` compiles anew"
+)
+def _(package: ModuleType, device: str) -> None:
+    model = Textbook(package, device)
+    compiled = one_graph(model, dynamic=True)
+    assert_close(*(loss_and_gradients(model, call, x(device)) for call in (compiled, model)))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found = loss_and_gradients(model, compiled, x(device, 7, 6))
+    assert_close(found, loss_and_gradients(model, model, x(device, 7, 6)))
+    model.lstm.grad_clip = 1e-4
+    assert not torch.allclose(loss_and_gradients(model, compiled, x(device, 7, 6))[1], found[1])
+    assert_close(*(loss_and_gradients(model, call, x(device)) for call in (compiled, model)))
+
+
+@probe(BEYOND, "the textbook model: `torch.export`, saved and loaded; AOTInductor; any T and N")
+def _(package: ModuleType, device: str) -> None:
+    model, i = Textbook(package, device).eval(), x(device, 9, 6).detach()
+    T, N = (torch.export.Dim(name, min=2, max=4096) for name in "TN")
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        path, shapes = f"{folder}/model.pt2", ({0: T, 1: N},)
+        program = torch.export.export(model, (x(device),), dynamic_shapes=shapes)
+        torch.export.save(program, path)
+        assert_close(torch.export.load(path).module()(i), model(i))
+        torch._inductor.aoti_compile_and_package(program, package_path=path)
+        assert_close(torch._inductor.aoti_load_package(path)(i), model(i))
+
+
+@probe(BEYOND, "the textbook model: `torch.onnx.export(dynamo=True)`")
+def _(package: ModuleType, device: str) -> None:
+    program = torch.onnx.export(Textbook(package, device), (x(device),), dynamo=True, verbose=False)
+    operators = [node.op_type for node in program.model.graph]
+    assert operators.count("LSTM") == operators.count("GRU") == 1
+
+
+@probe(BEYOND, "the textbook model: `torch.jit.trace`")
+def _(package: ModuleType, device: str) -> None:
+    torch.jit.trace(Textbook(package, device), x(device))
+
+
+@probe(BEYOND, "the textbook model: autocast, per-sample gradients, gradients of gradients")
+def _(package: ModuleType, device: str) -> None:
+    model, i = Textbook(package, device), x(device)
+    expected = loss_and_gradients(model, model, i)
+    for low in (torch.bfloat16, torch.float16):
+        with torch.autocast(device, low):
+            found = loss_and_gradients(model, model, i)
+        assert all(grad.dtype == torch.float32 for grad in found)
+        assert_close(found, expected, rtol=0.1, atol=0.01)
+
+    def loss(weights: dict[str, Tensor], i: Tensor) -> Tensor:
+        return functional_call(model, weights, (i, classes(i)))
+
+    of_each = vmap(grad(loss), in_dims=(None, 0))(weights_of(model), torch.stack([i, 2 * i]))
+    assert_close([each[0] for each in of_each.values()], expected[1:])
+    (first,) = torch.autograd.grad(model(i, classes(i)), i, create_graph=True)
+    first.square().sum().backward()
+    assert model.lstm.weight_hh_l0.grad is not None
+
+
+@probe(BEYOND, "the textbook model: DistributedDataParallel and FSDP2")
+def _(package: ModuleType, device: str) -> None:
+    with group(device):
+        for wrap in (DistributedDataParallel, fully_shard):
+            alone, wrapped = Textbook(package, device), wrap(Textbook(package, device))
+            alone(x(device), classes(x(device))).backward()
+            wrapped(x(device), classes(x(device))).backward()
+            for own, other in zip(alone.parameters(), wrapped.parameters(), strict=True):
+                found = other.grad
+                assert_close(found.full_tensor() if isinstance(found, DTensor) else found, own.grad)
+
+
+@probe(BEYOND, "the textbook model: deepcopy, pickle and `torch.save` keep its options")
+def _(package: ModuleType, device: str) -> None:
+    model, i = Textbook(package, device), x(device)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
+        assert repr(other) == repr(model)
+        assert_close(loss_and_gradients(other, other, i), loss_and_gradients(model, model, i))
+
+
 def tried(run: Probe, package: ModuleType, device: str) -> str:
     """Runs a probe. Returns "yes", or "no" and the error."""
     torch._dynamo.reset()
@@ -692,6 +908,7 @@ def page() -> str:
         "# What works with rnnkit's layers, and with torch.nn's",
         "",
         "Tried on an LSTM unless a row names another. `python docs/compatibility.py` repeats it and writes this page.",
+        "The textbook model: an LSTM with `grad_clip`, `grad_cut` and `init`, a GRU with `update_gate`, a Readout.",
         f"torch {torch.__version__}, Python {sys.version.split()[0]}, rnnkit {rnnkit.__version__}, GPU: {device};"
         f" {date.today()}. On the CPU, torch.nn's GRU and RNN run on other code than its LSTM, and may support more.",
         "",
