@@ -9,14 +9,15 @@
   entropy of log 8 = 2.08 nats a symbol.
 
 A tanh RNN, an IRNN (Le et al. 2015), a GRU, an LSTM and an LSTM with chrono initialization (Tallec & Ollivier 2018) are
-trained on each, for the same time; the IRNN with and without clipped gradients. Before the training, the gradient of
-the last step's output is followed back through time (`rnnkit.gradient_flow`). The picture has the losses and these
-norms. What to look for:
+trained on each, for the same time; the IRNN also learns to add without clipped gradients. Before the training, the
+gradient of the last step's output is followed back through time (`rnnkit.gradient_flow`). The picture has the losses
+and these norms. What to look for:
 
-- The gradients of the tanh RNN vanish within tens of steps, and it learns neither task.
-- The IRNN's keep their size. It learns to add, slowly, if its gradients are clipped: some explode during the training.
-- Gates help: the GRU and the LSTM learn to add. Chrono initialization makes an LSTM's gradient reach as far as the task
-  is long; it learns both tasks, and is the first to learn to copy.
+- The tanh RNN's gradients vanish within tens of steps, and it does not learn to add.
+- The IRNN's keep their size, and it learns to add; not so without clipping, since some explode during the training.
+- Gates are what training can open: the GRU's and the LSTM's gradients vanish at first, but both learn to add.
+- Chrono initialization opens the LSTM's gates from the start: its gradients reach as far back as the task is long. It
+  learns to add sooner than the LSTM, and is ahead of all in copying.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ class Task:
     batch: Callable[[int, int], tuple[Tensor, Tensor]]
     loss: Callable[[Tensor, Tensor], Tensor]
     without_memory: float
+    scale: str  #: of the loss's axis
 
 
 def adding(steps: int, batch: int) -> tuple[Tensor, Tensor]:
@@ -129,7 +131,7 @@ def copying_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 TASKS = (
-    Task("adding", "mean square error", 2, 1, adding, adding_loss, 1 / 6),
+    Task("adding", "mean square error", 2, 1, adding, adding_loss, 1 / 6, "log"),
     Task(
         "copying",
         "cross entropy [nats]",
@@ -138,6 +140,7 @@ TASKS = (
         copying,
         copying_loss,
         math.log(SYMBOLS),
+        "linear",
     ),
 )
 
@@ -166,7 +169,7 @@ def train(
     with rnnkit.gradient_flow(model) as flow:
         model(x)[-1].sum().backward()
     network.flow = flow["layer"].h[0, 0].tolist()
-    optimizer = torch.optim.Adam(model.parameters(), options.rate or network.rate)
+    optimizer = torch.optim.Adam(model.parameters(), options.rate or network.rate, fused=True)
     smoothed, start = None, time.perf_counter()
     while (passed := time.perf_counter() - start) < seconds:
         x, target = task.batch(options.steps, options.batch)
@@ -189,10 +192,11 @@ def draw(results: dict[str, list[Network]], options: argparse.Namespace) -> Any:
     figure, axes = pyplot.subplots(
         2, len(TASKS), figsize=(12, 8), layout="constrained", squeeze=False
     )
+    colors = {network.name: f"C{index}" for index, network in enumerate(networks())}
     for column, task in enumerate(TASKS):
         losses, norms = axes[0][column], axes[1][column]
-        for index, network in enumerate(results[task.name]):
-            style = {"color": f"C{index}", "linestyle": "-" if network.clip else ":"}
+        for network in results[task.name]:
+            style = {"color": colors[network.name], "linestyle": "-" if network.clip else ":"}
             losses.plot(*zip(*network.losses, strict=True), label=network.name, **style)
             if network.clip:
                 norms.plot(
@@ -200,12 +204,18 @@ def draw(results: dict[str, list[Network]], options: argparse.Namespace) -> Any:
                 )
         losses.axhline(task.without_memory, color="gray", linewidth=1)
         losses.annotate(
-            "without memory", (0, task.without_memory), color="gray", va="bottom", fontsize=8
+            "without memory",
+            (1, task.without_memory),
+            xycoords=("axes fraction", "data"),
+            color="gray",
+            ha="right",
+            va="bottom",
+            fontsize=8,
         )
         losses.set(
             title=f"{task.name}, {options.steps} steps", xlabel="training [s]", ylabel=task.unit
         )
-        losses.set_yscale("log")
+        losses.set_yscale(task.scale)
         norms.set(
             title="gradient of the last step's output, before the training",
             xlabel="distance from the last step [steps]",
@@ -232,9 +242,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--rate", type=float, help="learning rate of Adam (default: 0.01, of an IRNN 0.001)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=100, help="of training, altogether (default: %(default)s)"
+        "--seconds", type=float, default=110, help="of training, altogether (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--plot", default="vanishing.png", help="where the picture goes (default: %(default)s)"
     )
@@ -242,6 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.steps < 3 * COPIED:
         parser.error(f"argument --steps: expected at least {3 * COPIED}, got {options.steps}")
     results = {task.name: networks() for task in TASKS}
+    results["copying"] = [network for network in results["copying"] if network.clip]
     runs = [(task, network) for task in TASKS for network in results[task.name]]
     each = options.seconds / len(runs)
     shown = sys.stderr.isatty()
