@@ -24,7 +24,7 @@ _TANH = "ghn"
 
 #: At most so many rows are looked at for the share of saturated gates.
 _SAMPLE = 128
-#: Gradients whose norms differ by this factor between the two ends of a sequence vanish or explode.
+#: Gradients that shrink by this factor to the far end of a sequence vanish; that grow by it on the way, explode.
 _FACTOR = 1e3
 
 _lock = threading.Lock()
@@ -92,19 +92,15 @@ class ModuleFlow:
     def spectral_norms(self) -> dict[str, Tensor]:
         """gate -> [L, D], the largest singular value of its recurrent matrix. Computed when asked for.
 
-        Layers whose backward pass was not seen are left out of L.
+        NaN for layers whose backward pass was not seen.
         """
         gates = GATES[self.cell]
-        parts = [[w.double().chunk(len(gates)) for w in of_layer] for of_layer in self._weights]
-        return {
-            gate: torch.stack(
-                [
-                    torch.stack([torch.linalg.matrix_norm(w[k], 2) for w in of_layer])
-                    for of_layer in parts
-                ]
-            )
-            for k, gate in enumerate(gates)
-        }
+        unseen = self.h.new_full((len(gates), self.h.size(1)), torch.nan)
+        of_layers = [
+            torch.stack([_spectral_norms(w, len(gates)) for w in weights], -1) if weights else unseen
+            for weights in self._weights
+        ]
+        return dict(zip(gates, torch.stack(of_layers, 1), strict=True))  # of [gates, L, D]
 
 
 class gradient_flow:
@@ -121,7 +117,7 @@ class gradient_flow:
     recorded by the innermost one. Entered again, a block forgets what it has recorded.
 
     The forward pass may have run before the block, except on the reference backend. Not seen are backward passes in a
-    graph of torch.compile, and those of batched gradients (`is_grads_batched`).
+    graph of torch.compile, of layers that FSDP2 has sharded, and of batched gradients (`is_grads_batched`).
 
     Args:
         model: a module that contains layers or cells of rnnkit, or one of them.
@@ -202,8 +198,9 @@ class gradient_flow:
         seen = [of_layer for of_layer in calls if of_layer]
         if not seen:
             raise KeyError(
-                f"no backward pass of {name!r} was seen in the block: none ran, or in a compiled graph, or on the "
-                "reference backend after a forward pass outside the block"
+                f"no backward pass of {name!r} was seen in the block: none ran, or in a compiled graph, or with weights "
+                "that are not the module's own (FSDP2, functional_call), or on the reference backend after a forward "
+                "pass outside the block"
             )
         cell = module._cell
         assert isinstance(cell, str)
@@ -221,7 +218,7 @@ class gradient_flow:
         if all(saturated):
             mean = torch.stack([torch.stack(of_layer).mean(0) for of_layer in saturated])
             shares = dict(zip(GATES[cell], mean.unbind(-1), strict=True))
-        weights = [self._weights[p] for p in places if p in self._weights]
+        weights = [self._weights.get(p, []) for p in places]
         return ModuleFlow(cell, states[0], states[1] if len(states) > 1 else None, shares, weights)
 
     def __iter__(self) -> Iterator[str]:
@@ -230,7 +227,11 @@ class gradient_flow:
         return iter([name for name in self._modules if name in seen])
 
     def summary(self) -> str:
-        """What vanishes, explodes or saturates, in words, with cures to try."""
+        """What vanishes, explodes or saturates, in words, with cures to try.
+
+        Gradients vanish if they are smaller by a factor of 1000 at the far end of the sequence than where they begin,
+        and explode if they grow by it on the way. Those of an LSTM are judged by the larger of dL/dh and dL/dc.
+        """
         lines = []
         for name in self:
             of_module = self[name]
@@ -242,7 +243,8 @@ class gradient_flow:
     def plot(self) -> Any:
         """Draws the norms of dL/dh against the distance from the loss's end of the sequence, one line a layer.
 
-        The distance is counted in steps from the last step of each direction's scan.
+        Those of an LSTM's dL/dc are a dashed line. The distance is counted in steps from the last step of each
+        direction's scan.
 
         Returns:
             The matplotlib figure.
@@ -257,10 +259,14 @@ class gradient_flow:
             of_module = self[name]
             for layer, direction, where in _lines(name, of_module):
                 norms = _by_distance(of_module.h[layer, direction], direction)
-                axes.plot(range(norms.numel()), norms.tolist(), label=where)
+                (line,) = axes.plot(range(norms.numel()), norms.tolist(), label=where)
+                if of_module.c is not None:
+                    norms = _by_distance(of_module.c[layer, direction], direction)
+                    style = {"color": line.get_color(), "linestyle": "--"}
+                    axes.plot(range(norms.numel()), norms.tolist(), label=f"{where}, c", **style)
         axes.set_yscale("log")
         axes.set_xlabel("distance from the last step [steps]")
-        axes.set_ylabel("norm of dL/dh")
+        axes.set_ylabel("norm of dL/dh and, dashed, of dL/dc")
         axes.grid(alpha=0.3)
         axes.legend()
         return figure
@@ -320,6 +326,12 @@ def _norms(back: BackwardCall, state: int, flow: Tensor) -> Tensor:
     return sums.sqrt().t()
 
 
+def _spectral_norms(w_hh: Tensor, gates: int) -> Tensor:
+    """The spectral norm of each gate's matrix in w_hh, [gates]."""
+    norms: Tensor = torch.linalg.matrix_norm(w_hh.double().view(gates, -1, w_hh.size(1)), 2)
+    return norms
+
+
 def _saturated(back: BackwardCall, has_reserve: bool) -> Tensor | None:
     """The share of saturated values of each gate, [D, gates]; None if they were not kept or there are none."""
     call, gates = back.call, GATES[back.call.cell]
@@ -332,7 +344,7 @@ def _saturated(back: BackwardCall, has_reserve: bool) -> Tensor | None:
     else:
         return None
     stride = -(-call.rows // _SAMPLE)
-    while math.gcd(stride, call.batch) > 1:  # every sequence of the batch is looked at
+    while math.gcd(stride, call.batch) > 1:  # else the sample would be of few sequences
         stride += 1
     values = of_rows[:, ::stride].float()  # [D, rows, gates, H]
     if call.cell == "rnn_relu":
@@ -363,25 +375,29 @@ def _by_distance(norms: Tensor, direction: int) -> Tensor:
 def _verdict(
     module: nn.Module, of_module: ModuleFlow, layer: int, direction: int, where: str
 ) -> list[str]:
-    norms = _by_distance(of_module.h[layer, direction], direction).double()
+    largest, what = of_module.h, "|dL/dh|"
+    if of_module.c is not None:
+        largest, what = torch.maximum(of_module.h, of_module.c), "the larger of |dL/dh| and |dL/dc|"
+    norms = _by_distance(largest[layer, direction], direction).double()
     there = (norms != 0).nonzero()
     if there.numel() == 0:
         return [f"{where}: no gradient arrives"]
     start, end = int(there[0]), norms.numel() - 1
-    near, far = float(norms[start]), float(norms[end])
-    line = f"{where}: |dL/dh| is {near:.1e} {_steps_before(start)}, {far:.1e} {_steps_before(end)}"
-    if not bool(norms.isfinite().all()) or far > _FACTOR * near:
+    near, far, peak = float(norms[start]), float(norms[end]), float(norms.max())
+    line = f"{where}: {what} is {near:.1e} {_steps_before(start)}"
+    if start == end:
+        return [f"{line}, the first of the sequence: there is no way back to follow"]
+    line += f", {far:.1e} {_steps_before(end)}"
+    if not bool(norms.isfinite().all()) or peak > _FACTOR * near:
         cures = ["torch.nn.utils.clip_grad_norm_", "rnnkit.init.orthogonal_"]
-        cures += ["grad_clip="] * isinstance(module, nn.RNNBase)
-        line += f": it explodes; try {', '.join(cures)}"
+        takes_clip = isinstance(module, nn.RNNBase) and getattr(module, "grad_clip", None) is None
+        cures += ["grad_clip="] * takes_clip
+        top = "" if peak == far else f" ({peak:.1e} between them)"
+        line += f"{top}: it explodes; try {', '.join(cures)}"
     elif far * _FACTOR < near and getattr(module, "grad_cut", None) is not None:
         line += f": grad_cut={module.grad_cut} cuts it"
     elif far * _FACTOR < near:
-        cures = ["an LSTM or GRU", "rnnkit.init.identity_ with relu"]
-        if not of_module.cell.startswith("rnn"):
-            cures = ["rnnkit.init.chrono_"]
-            cures += ["rnnkit.init.forget_bias_"] * (of_module.cell == "lstm")
-        line += f": it vanishes; try {', '.join(cures)}"
+        line += f": it vanishes; try {', '.join(_cures_of_vanishing(module, of_module.cell))}"
     else:
         line += ": it neither vanishes nor explodes"
     lines = [line]
@@ -392,6 +408,14 @@ def _verdict(
                 "such as rnnkit.init.xavier_, a smaller learning rate or normalized inputs"
             )
     return lines
+
+
+def _cures_of_vanishing(module: nn.Module, cell: str) -> list[str]:
+    if cell.startswith("rnn"):
+        return ["an LSTM or GRU", "rnnkit.init.identity_ with relu"]
+    if not module.bias:  # the initializers below set biases
+        return ["a layer with biases and rnnkit.init.chrono_"]
+    return ["rnnkit.init.chrono_"] + ["rnnkit.init.forget_bias_"] * (cell == "lstm")
 
 
 def _steps_before(distance: int) -> str:
