@@ -86,14 +86,16 @@ def test_every_size_against_reference(case: Case) -> None:
 
 
 SMALL = [
-    Case(cell, sizes, 2, lengths, dtype=dtype, device="cuda", off_kink=True)
+    Case(cell, sizes, 2, dtype=dtype, device="cuda", off_kink=True, **variant)
     for cell in CELLS
     for dtype in DTYPES
-    for sizes, lengths in (
-        ((9, 5, 33, 100), ()),
-        ((9, 5, 33, 100), (9, 9, 4, 2, 1)),
-        ((7, 40, 64, 256), ()),
-        ((7, 8, 64, 650), ()),
+    for sizes, variant in (
+        ((9, 5, 33, 100), {}),
+        ((9, 5, 33, 100), {"lengths": (9, 9, 4, 2, 1)}),
+        ((9, 5, 33, 100), {"grad_clip": 0.05, "grad_cut": 2, "lengths": (9, 9, 4, 2, 1)}),
+        ((7, 40, 64, 256), {}),
+        ((7, 40, 64, 256), {"grad_clip": 0.05}),
+        ((7, 8, 64, 650), {}),
     )
 ]
 

@@ -75,6 +75,9 @@ VARIANTS: tuple[dict, ...] = (
     {"lengths": tuple(range(19, 0, -1)), "states": False},
     {"lengths": (4,) * 3 + (3,) * 9 + (1,) * 16, "bias": False},
     {"states": False},
+    {"grad_clip": 0.05, "grad_cut": 2, "lengths": (5, 4, 2, 1)},
+    {"grad_clip": 0.05, "grad_cut": 3, "lengths": (7,) * 7 + (3,) * 9 + (2,) * 12},
+    {"grad_clip": 0.05},
 )
 
 
@@ -110,10 +113,18 @@ def test_against_reference(case: Case, kernel: str, keep: Keep) -> None:
 @on_host
 @each_kernel
 @each_dtype
-@pytest.mark.parametrize("lengths", ((), (4, 3, 3, 1)), ids=("dense", "ragged"))
-def test_projection(lengths: tuple[int, ...], dtype: torch.dtype, kernel: str) -> None:
+@pytest.mark.parametrize(
+    "variant",
+    (
+        {},
+        {"lengths": (4, 3, 3, 1)},
+        {"grad_clip": 0.05, "grad_cut": 2, "lengths": (5, 4, 2, 1)},
+    ),
+    ids=("dense", "ragged", "gradient rule"),
+)
+def test_projection(variant: dict, dtype: torch.dtype, kernel: str) -> None:
     """Runs step by step, whatever is forced."""
-    case = Case("lstm", (4, 9, 5, 33), 2, lengths, projected=11, dtype=dtype)
+    case = Case("lstm", (4, 9, 5, 33), 2, projected=11, dtype=dtype, **variant)
     with plan.forced(kernel):
         assert [chosen.kernel for chosen in kernels_of(case)] == ["stepwise"] * 2
         assert_case_matches_reference(case)
@@ -276,13 +287,16 @@ def test_empty(cell: str, sizes: tuple[int, int, int, int], kernel: str) -> None
 
 @on_host
 @each_kernel
+@pytest.mark.parametrize("grad_clip", (0.0, 0.1))
 @pytest.mark.parametrize("place", ("input", "state", "grad"))
 @pytest.mark.parametrize("lengths", ((), (4, 4, 3, 2, 1)), ids=("dense", "ragged"))
 @each_cell
-def test_nan_stays_in_its_row(cell: str, lengths: tuple[int, ...], place: str, kernel: str) -> None:
+def test_nan_stays_in_its_row(
+    cell: str, lengths: tuple[int, ...], place: str, grad_clip: float, kernel: str
+) -> None:
     with plan.forced(kernel):
         test_kernels.test_special_values_stay_in_their_row(
-            "cpu", cell, lengths, place, float("nan"), torch.bfloat16
+            "cpu", cell, lengths, place, float("nan"), grad_clip, torch.bfloat16
         )
 
 

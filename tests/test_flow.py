@@ -178,8 +178,9 @@ def test_a_frozen_lower_layer() -> None:
     assert "layer 1" in flow.summary() and "layer 0" not in flow.summary()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_one_direction_that_needs_gradients(create_graph: bool) -> None:
+def test_one_direction_that_needs_gradients(create_graph: bool, frozen: bool) -> None:
     torch.manual_seed(0)
     layer, x = (
         rnnkit.LSTM(INPUT, H, proj_size=2, bidirectional=True).double(),
@@ -189,6 +190,8 @@ def test_one_direction_that_needs_gradients(create_graph: bool) -> None:
         loss_of(layer(x)[0]).backward()
     expected = flow[""]
     for wanted in ("weight_hh_l0_reverse", "weight_hr_l0"):
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(not frozen or name == wanted)
         with rnnkit.gradient_flow(layer) as flow:
             parameters = [layer.get_parameter(wanted)]
             torch.autograd.grad(loss_of(layer(x)[0]), parameters, create_graph=create_graph)
@@ -230,6 +233,16 @@ def test_batched_gradients_are_left_out() -> None:
     grads = torch.stack([torch.ones_like(output), output.detach()])
     with rnnkit.gradient_flow(layer) as flow:
         torch.autograd.grad(output, list(layer.parameters()), grads, is_grads_batched=True)
+    assert list(flow) == []
+
+
+def test_compiled_graphs_are_left_out() -> None:
+    model, x = Model("gru"), torch.randn(T, N, INPUT)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(loss_of(model(x)), parameters)
+    with rnnkit.gradient_flow(model) as flow:
+        output = torch.compile(model, backend="aot_eager")(x)
+        torch.testing.assert_close(torch.autograd.grad(loss_of(output), parameters), expected)
     assert list(flow) == []
 
 
@@ -329,6 +342,82 @@ def test_gates_and_matrices() -> None:
     assert flow[""].saturated == {}
 
 
+@pytest.mark.parametrize("name", [*LAYERS, "gru writes"])
+def test_shares_and_norms_are_the_formulas(name: str) -> None:
+    """Over two calls, each step of which has other gates."""
+    cls, own = LAYERS[name.split()[0]]
+    own = own | ({"update_gate": "writes"} if name == "gru writes" else {})
+    torch.manual_seed(0)
+    layer = getattr(rnnkit, cls)(INPUT, H, bidirectional=True, **own).double()
+    inputs = [scale * torch.randn(T, N, INPUT, dtype=torch.float64) for scale in (3, 9)]
+    with rnnkit.gradient_flow(layer) as flow:
+        outputs = [layer(x)[0] for x in inputs]
+        for output in outputs:
+            loss_of(output).backward()
+    gates = {"LSTM": "ifgo", "GRU": "rzn"}.get(cls, "h")
+    shares: dict[str, list[list[Tensor]]] = {gate: [[], []] for gate in gates}
+    for d, suffix in enumerate(("_l0", "_l0_reverse")):
+        w = {n.removesuffix(suffix): p for n, p in layer.named_parameters() if n.endswith(suffix)}
+        for gate, matrix in zip(gates, w["weight_hh"].chunk(len(gates)), strict=True):
+            norm = torch.linalg.matrix_norm(matrix, 2)
+            torch.testing.assert_close(flow[""].spectral_norms[gate][0, d], norm)
+        for x, output in zip(inputs, outputs, strict=True):
+            h = output.unflatten(-1, (2, H))[:, :, d]
+            start = torch.zeros_like(h[:1])
+            before = torch.cat([h[1:], start] if d else [start, h[:-1]])
+            x_parts = nn.functional.linear(x, w["weight_ih"], w["bias_ih"]).chunk(len(gates), -1)
+            h_parts = nn.functional.linear(before, w["weight_hh"], w["bias_hh"])
+            r = torch.ones(())
+            for gate, of_x, of_h in zip(gates, x_parts, h_parts.chunk(len(gates), -1), strict=True):
+                if name == "rnn_relu":
+                    saturated = of_x + of_h <= 0
+                elif gate in "ghn":
+                    saturated = (of_x + r * of_h).tanh().abs() > 0.9
+                else:
+                    value = (of_x + of_h).sigmoid()
+                    r = value if gate == "r" else r
+                    saturated = (value < 0.1) | (value > 0.9)
+                shares[gate][d].append(saturated.double().mean())
+    assert flow[""].saturated.keys() == shares.keys()
+    for gate, of_gate in shares.items():
+        expected = torch.tensor([[torch.stack(of_direction).mean() for of_direction in of_gate]])
+        torch.testing.assert_close(flow[""].saturated[gate].double(), expected, rtol=1e-6, atol=0)
+        assert expected.min() > 0.02 and expected.max() < 0.98
+
+
+def test_shares_of_many_rows_are_an_estimate() -> None:
+    layer = rnnkit.RNN(INPUT, H)
+    x = torch.zeros(40, 20, INPUT)
+    x[20:] = 1e3
+    nn.init.ones_(layer.weight_ih_l0)
+    nn.init.zeros_(layer.weight_hh_l0)
+    with rnnkit.gradient_flow(layer) as flow:
+        layer(x)[0].sum().backward()
+    assert abs(float(flow[""].saturated["h"]) - 0.5) < 0.01
+
+
+class _Sum(nn.Module):
+    """A parametrization: the sum with another parameter."""
+
+    def __init__(self, other: nn.Parameter) -> None:
+        super().__init__()
+        self.other = other
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.other
+
+
+def test_a_weight_of_two_layers_is_left_out() -> None:
+    model = nn.ModuleDict({"one": rnnkit.GRU(INPUT, H), "other": rnnkit.GRU(INPUT, H)})
+    nn.utils.parametrize.register_parametrization(
+        model["one"], "weight_hh_l0", _Sum(model["other"].weight_hh_l0)
+    )
+    x = torch.randn(T, N, INPUT)
+    with rnnkit.gradient_flow(model) as flow:
+        loss_of(model["one"](x)[0]).backward()
+    assert list(flow) == []
+
+
 @pytest.mark.parametrize(
     ("scale", "verdict"), [(0.3, "vanishes"), (1.0, "neither"), (3.0, "explodes")]
 )
@@ -341,6 +430,18 @@ def test_summary(scale: float, verdict: str) -> None:
     summary = flow.summary()
     assert verdict in summary and "19 steps before" in summary and "at the last step" in summary
     assert ("grad_clip" in summary) == (verdict == "explodes")
+
+
+@pytest.mark.parametrize(
+    ("grad_cut", "verdict"), [(None, "neither vanishes"), (5, "grad_cut=5 cuts it")]
+)
+def test_summary_from_the_step_of_the_loss(grad_cut: int | None, verdict: str) -> None:
+    layer = rnnkit.init.identity_(rnnkit.RNN(INPUT, H, nonlinearity="relu", grad_cut=grad_cut))
+    with torch.no_grad():
+        layer.bias_ih_l0.fill_(1e-3)
+    with rnnkit.gradient_flow(layer) as flow:
+        layer(torch.zeros(20, N, INPUT))[0][8].sum().backward()
+    assert verdict in flow.summary() and "11 steps before it" in flow.summary()
 
 
 def test_plot() -> None:

@@ -262,15 +262,25 @@ def test_results_have_memory_of_their_own(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize(
+    ("value", "grad_clip"),
+    ((math.nan, 0.0), (math.nan, 0.1), (math.inf, 0.0), (-math.inf, 0.0)),
+)
 @pytest.mark.parametrize("place", ("input", "state", "grad"))
 @pytest.mark.parametrize("lengths", ((), (4, 4, 3, 2, 1)), ids=("dense", "ragged"))
 @pytest.mark.parametrize("cell", CELLS)
 def test_special_values_stay_in_their_row(
-    device: str, cell: str, lengths: tuple[int, ...], place: str, value: float, dtype: torch.dtype
+    device: str,
+    cell: str,
+    lengths: tuple[int, ...],
+    place: str,
+    value: float,
+    grad_clip: float,
+    dtype: torch.dtype,
 ) -> None:
     """A NaN or infinity goes where the reference sends it, and into no other row of the batch."""
     it = call(Case(cell, (4, 5, 6, 19), 2, lengths, dtype=dtype, device=device))
+    it = replace(it, grad_clip=grad_clip)
     clean = it.run()
     row = 2
     it = it.map(Tensor.clone)
@@ -380,6 +390,9 @@ BAD_CALLS: dict[str, tuple[Case, Change, str]] = {
     "state 2-D": (LSTM, _with("states", 0, lambda s: s[0]), "expected hx[0] of shape [2, 4, 2], got [4, 2]"),
     "state of another dtype": (LSTM, _with("states", 1, Tensor.double),
         "expected hx[1] to be torch.float32 like the input, got torch.float64"),
+    "grad_clip negative": (LSTM, lambda _: {"grad_clip": -0.5}, "expected grad_clip to be at least 0, got -0.5"),
+    "grad_clip NaN": (LSTM, lambda _: {"grad_clip": math.nan}, "expected grad_clip to be at least 0, got nan"),
+    "grad_cut negative": (LSTM, lambda _: {"grad_cut": -1}, "expected grad_cut to be at least 0, got -1"),
     "weights none": (LSTM, lambda _: {"weights": []},
         "expected weights to hold 5 tensors for each of 1 or 2 directions, got 0"),
     "weights missing one": (LSTM, lambda it: {"weights": it.weights[:-1]},

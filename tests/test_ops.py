@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import rnnkit
+from rnnkit import ops
 from rnnkit.call import Keep
 from rnnkit.specs import CELLS, WEIGHTS
 
@@ -80,14 +81,17 @@ def test_opcheck_in_other_dtypes(cell: str, dtype: torch.dtype) -> None:
 def test_fakes_describe_the_results(case: Case) -> None:
     it = call(case)
     results = [it.forward(keep) for keep in Keep]
-    grads = it.backward(results[-1][0], results[-1][2])
+    back = it.backward_call(results[-1][0], results[-1][2], flow=True)
+    grads = ops.layer_backward(back)
     with FakeTensorMode() as mode:
         fake = it.map(mode.from_tensor)
         fake_results = [fake.forward(keep) for keep in Keep]
-        fake_grads = fake.backward(fake_results[-1][0], fake_results[-1][2])
+        fake_grads = fake.backward(fake_results[-1][0], fake_results[-1][2], flow=True)
     assert described(fake_results) == described(results)
     assert described(fake_grads) == described(grads)
-    assert len(grads) == sum(it.all_needs)
+    count = sum(it.all_needs)
+    assert len(grads) == count + it.spec.states
+    assert described(ops.backward_composite(back)[count:]) == described(grads[count:])
 
 
 @pytest.mark.parametrize("sizes", [(3, 0, 5, 4), (3, 2, 0, 4), (3, 2, 5, 0)])

@@ -159,7 +159,10 @@ def test_ignored_rows(device: str, ignore_index: int, reduction: str, chunk: int
     targets[1, 2] = targets[3, :3] = targets[4, 3] = ignore_index
     options = {"ignore_index": ignore_index, "reduction": reduction}
     loss = layer.loss(h, targets, chunk=chunk, **options)
-    assert_same(layer, h, loss, torchs_loss(layer, h, targets, **options))
+    expected = torchs_loss(layer, h, targets, **options)
+    graph = torch.autograd.grad(3 * loss, [h, *layer.parameters()], create_graph=True)
+    assert_close(list(graph), gradients(3 * torchs_loss(layer, h, targets, **options), layer, h))
+    assert_same(layer, h, loss, expected)
 
 
 @pytest.mark.usefixtures("way")

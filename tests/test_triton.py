@@ -86,12 +86,14 @@ SIZES = (
 )
 VARIANTS: tuple[dict, ...] = (
     {},
-    {"grad_clip": 0.1, "grad_cut": 2, "lengths": (4, 3, 3, 1)},
+    {"grad_clip": 0.1, "grad_cut": 2, "lengths": (5, 4, 2, 1)},
     {"lengths": (4, 3, 3, 1)},
     {"bias": False, "states": False},
     {"lengths": (3,) * 9 + (1,) * 9, "states": False},
     {"lengths": (2, 1), "bias": False},
     {"states": False},
+    {"grad_clip": 0.1},
+    {"grad_cut": 2},
 )
 
 
@@ -145,13 +147,20 @@ def test_every_variant(case: Case, kernel: str) -> None:
         assert_case_matches_reference(case)
 
 
-@pytest.mark.parametrize("lengths", ((), (4, 3, 3, 1)), ids=("dense", "ragged"))
+@pytest.mark.parametrize(
+    "variant",
+    (
+        {},
+        {"lengths": (4, 3, 3, 1)},
+        {"grad_clip": 0.1, "grad_cut": 2, "lengths": (5, 4, 2, 1)},
+        {"grad_cut": 2},  # of which the number of steps is a multiple
+    ),
+    ids=("dense", "ragged", "gradient rule", "cut"),
+)
 @pytest.mark.parametrize("states", (True, False), ids=("states", "nostates"))
 @each_dtype
-def test_projection(
-    device: str, dtype: torch.dtype, states: bool, lengths: tuple[int, ...]
-) -> None:
-    case = Case("lstm", (2, 3, 4, 17), 2, lengths, projected=5, dtype=dtype, device=device)
+def test_projection(device: str, dtype: torch.dtype, states: bool, variant: dict) -> None:
+    case = Case("lstm", (2, 3, 4, 17), 2, projected=5, dtype=dtype, device=device, **variant)
     assert_case_matches_reference(replace(case, states=states))
 
 
@@ -262,12 +271,15 @@ def test_tanh_of_small_values(device: str, exponent: int) -> None:
 
 
 @each_kernel
+@pytest.mark.parametrize("grad_clip", (0.0, 0.1))
 @pytest.mark.parametrize("place", ("input", "state", "grad"))
 @pytest.mark.parametrize("cell", ("lstm", "gru"))
-def test_nan_stays_in_its_row(device: str, cell: str, place: str, kernel: str) -> None:
+def test_nan_stays_in_its_row(
+    device: str, cell: str, place: str, grad_clip: float, kernel: str
+) -> None:
     with plan.forced(kernel):
         test_kernels.test_special_values_stay_in_their_row(
-            device, cell, (4, 4, 3, 2, 1), place, float("nan"), torch.bfloat16
+            device, cell, (4, 4, 3, 2, 1), place, float("nan"), grad_clip, torch.bfloat16
         )
 
 
