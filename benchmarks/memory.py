@@ -6,7 +6,9 @@ Runs in a process of its own, whose allocator gives freed memory back at once: `
 import ctypes
 import gc
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.providers import Computation, Unsupported
 
@@ -38,15 +40,20 @@ def peaks(computation: Computation, calls: int) -> list[int]:
         Unsupported: the system keeps no high-water mark that can be reset.
     """
     returned = sum(array.nbytes for array in computation.once().values())
-    found = []
-    for _ in range(calls):
-        give_back()
-        try:
-            CLEAR.write_text(RESET_PEAK)
-            before = resident("VmRSS")
-        except OSError as error:
-            raise Unsupported(f"{error.filename}: {error.strerror}") from error
-        kept = computation.call()
-        found.append(max(resident("VmHWM") - before - returned, 0))
-        del kept
-    return found
+    return [max(peak(computation.call)[0] - returned, 0) for _ in range(calls)]
+
+
+def peak(call: Callable[[], Any]) -> tuple[int, Any]:
+    """Bytes that a call needed at its worst moment, with its result, and the result.
+
+    Raises:
+        Unsupported: the system keeps no high-water mark that can be reset.
+    """
+    give_back()
+    try:
+        CLEAR.write_text(RESET_PEAK)
+        before = resident("VmRSS")
+    except OSError as error:
+        raise Unsupported(f"{error.filename}: {error.strerror}") from error
+    result = call()
+    return resident("VmHWM") - before, result

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
+from benchmarks import readout
 from benchmarks.cases import FEATURES, FROZEN, Case
 from benchmarks.figures import NOISE_LIMIT, Figure
 from benchmarks.goals import MISSED, judge_all
@@ -150,6 +151,18 @@ def feature_table(document: Document) -> list[str]:
     return markdown(lines, left=2)
 
 
+def readout_line(document: Document) -> str:
+    """What Readout.loss and its gradients took, beside all logits."""
+    told = document["readout"]
+    if "failed" in told:
+        return f"`Readout.loss`, {told['case']}: not measured, {told['failed']}."
+    ways = [
+        f"{name} {', '.join(Figure.read(told[kind][name]['figure']).text(form) for kind, form in readout.KINDS.items())}"
+        for name in (readout.OWN, readout.ALL)
+    ]
+    return f"Loss and gradients of an output layer, {told['case']}: {'; '.join(ways)}."
+
+
 def section(document: Document, link: str) -> list[str]:
     """All of a results file, which is at `link`."""
     judged = [row for row in judge_all(document) if row["cases"]]
@@ -175,6 +188,8 @@ def section(document: Document, link: str) -> list[str]:
     if any(row["group"] == "features" for row in document["lines"]):
         title = "Training with rnnkit's features, over a plain step"
         lines += [*folded(title, feature_table(document)), ""]
+    if "readout" in document:
+        lines += [readout_line(document), ""]
     return lines
 
 

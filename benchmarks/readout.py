@@ -64,11 +64,8 @@ def runs(given: argparse.Namespace) -> Runs:
 
 def peak(run: Callable[[], tuple[Tensor, ...]]) -> float:
     """MiB at the worst moment, less those of the gradients."""
-    memory.give_back()
-    memory.CLEAR.write_text(memory.RESET_PEAK)
-    before = memory.resident("VmRSS")
-    returned = sum(grad.nbytes for grad in run())
-    return (memory.resident("VmHWM") - before - returned) / 2**20
+    most, grads = memory.peak(run)
+    return (most - sum(grad.nbytes for grad in grads)) / 2**20
 
 
 def duration(run: Callable[[], tuple[Tensor, ...]]) -> float:

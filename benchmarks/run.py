@@ -223,14 +223,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         started = jobs(todo, options.threads, options.device, options.base)
         document |= measure(todo, started, protocol)
+        if document["complete"] and options.device == "cpu":
+            document["readout"] = readout.document(options.threads)
     except KeyboardInterrupt:
         print("\ninterrupted: nothing is written", file=sys.stderr)
         return 130
     except subprocess.CalledProcessError as error:
         print(f"{options.base}: {error}\n{error.stderr or ''}", file=sys.stderr)
         return 2
-    if document["complete"] and options.device == "cpu":
-        document["readout"] = readout.document(options.threads)
     document["goals"] = goals.judge_all(document)
     output = options.output or results.default_path(document)
     results.write(document, output)

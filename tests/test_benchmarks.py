@@ -585,8 +585,10 @@ def test_goals_of_features() -> None:
     row = line(Case("GRU", "training", *SHAPES[0]), 1.0) | {"group": "features"}
     found = {"update_gate": 1.01, "grad_clip": 1.05, "gradient_flow": 1.1}
     row["ratios"] = {f"rnnkit {feature}": figure(ratio) for feature, ratio in found.items()}
+    both = (readout.OWN, readout.ALL)
     told = {
-        kind: {readout.OWN: {"ratio": figure(ratio)}} for kind, ratio in (("ms", 0.9), ("MiB", 0.2))
+        kind: {name: {"ratio": figure(ratio), "figure": figure(100 * ratio)} for name in both}
+        for kind, ratio in (("ms", 0.9), ("MiB", 0.2))
     }
     document = made(row, readout={"case": "T1", **told})
     verdicts = {row["what"]: row["verdict"] for row in document["goals"] if row["cases"]}
@@ -599,8 +601,10 @@ def test_goals_of_features() -> None:
     }
     text = "\n".join(page.section(document, "results/file.json"))
     assert "| 100, 16, 512, 512 | GRU | 2 | 1.01× | 1.05× | 1.10× |" in text
+    assert "T1: Readout.loss 90 ms, 20 MiB; all logits 90 ms, 20 MiB." in text
     failed = made(readout={"case": "T1", "failed": "exit status 9"})
-    assert judged(failed, "Readout.loss over all logits, time")["verdict"] == "missed"
+    assert judged(failed, "Readout.loss over all logits, time")["verdict"] == "not measured"
+    assert "not measured, exit status 9" in "\n".join(page.section(failed, "results/file.json"))
 
 
 def test_noisy_in_place_of_a_figure() -> None:

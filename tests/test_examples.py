@@ -37,6 +37,34 @@ def test_word_language_model_has_the_losses_of_torch(
     assert "over 200 steps" in capsys.readouterr().out
 
 
+def test_vanishing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    program = load(PROGRAM.with_name("vanishing.py"))
+    drawn: list[Any] = []
+    draw = program.draw
+    monkeypatch.setattr(program, "draw", lambda *given: drawn.append(draw(*given)) or drawn[0])
+    sizes = "--steps 30 --hidden 4 --batch 2 --seconds 1 --plot picture.png"
+    assert program.main(sizes.split()) == 0
+    assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
+    networks = [network.name for network in program.networks()]
+    told = capsys.readouterr().out
+    assert all(told.count(f"  {name} ") == 2 for name in networks)
+    for axes in drawn[0].axes:
+        assert axes.get_xlabel() and axes.get_ylabel() and axes.get_title()
+        labels = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert [label.split(":")[0] for label in labels] == networks
+    assert [axes.get_yscale() for axes in drawn[0].axes] == ["log", "linear", "log", "log"]
+
+
+@pytest.mark.parametrize("wrong", [["--steps", "20"], ["--seconds", "0"]])
+def test_vanishing_wrong_arguments(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        load(PROGRAM.with_name("vanishing.py")).main(wrong)
+    assert exit.value.code == 2
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty current folder but for text.txt, of which STEPS steps read more than one pass."""

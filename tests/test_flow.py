@@ -175,6 +175,8 @@ def test_a_frozen_lower_layer() -> None:
     with rnnkit.gradient_flow(layer) as flow:
         layer(torch.randn(T, N, INPUT))[0].sum().backward()
     assert flow[""].h[0].isnan().all() and flow[""].h[1].isfinite().all()
+    for norms in flow[""].spectral_norms.values():
+        assert norms.shape == (2, 1) and norms[0].isnan().all() and norms[1].isfinite().all()
     assert "layer 1" in flow.summary() and "layer 0" not in flow.summary()
 
 
@@ -451,13 +453,18 @@ def test_plot() -> None:
     with rnnkit.gradient_flow(model) as flow:
         loss_of(model(torch.randn(T, N, INPUT))).backward()
     (axes,) = flow.plot().axes
-    assert axes.get_yscale() == "log" and len(axes.lines) == 4
+    assert axes.get_yscale() == "log" and len(axes.lines) == 8
     assert "distance" in axes.get_xlabel() and "dL/dh" in axes.get_ylabel()
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        f"encoder.layer layer {layer}, {way}" for layer in (0, 1) for way in ("forward", "reverse")
+        f"encoder.layer layer {layer}, {way}{state}"
+        for layer in (0, 1)
+        for way in ("forward", "reverse")
+        for state in ("", ", c")
     ]
-    _, y = axes.lines[1].get_data()  # reverse: its scan ends at time 0
-    assert list(y) == flow["encoder.layer"].h[0, 1].tolist()
+    found = flow["encoder.layer"]
+    assert found.c is not None
+    for line, state in ((axes.lines[2], found.h), (axes.lines[3], found.c)):
+        assert list(line.get_data()[1]) == state[0, 1].tolist()  # reverse: its scan ends at time 0
 
 
 def test_blocks_within_blocks() -> None:
@@ -560,3 +567,71 @@ def test_compiled_backward_passes_are_not_seen(backend: str) -> None:
     torch.testing.assert_close(flow["encoder.layer"].h, plain)
     model.inside = torch.compile(model.inside, backend=backend)
     torch.testing.assert_close(flow_of(model, x)["encoder.layer"].h, plain)
+
+
+@pytest.mark.parametrize(
+    ("steps", "lengths"), [(200, [200] * 7), (300, [300]), (10, [10] * 128), (40, range(40, 0, -1))]
+)
+def test_the_sample_is_of_all_sequences(steps: int, lengths: Any) -> None:
+    """Half of the sequences have a saturated input gate, at all of their steps."""
+    layer = rnnkit.LSTM(1, 3)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.zero_()
+        layer.weight_ih_l0[:3] = 1
+    n = len(lengths)
+    x = torch.zeros(steps, n, 1)
+    x[:, ::2] = 10
+    packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor(list(lengths)))
+    with rnnkit.gradient_flow(layer) as flow:
+        layer(packed)[0].data.sum().backward()
+    rows = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor(list(lengths))).data
+    expected = float((rows == 10).double().mean())
+    assert abs(float(flow[""].saturated["i"]) - expected) < 0.1
+    assert float(flow[""].saturated["o"]) == 0
+
+
+def test_an_lstm_is_judged_by_the_larger_gradient() -> None:
+    torch.manual_seed(0)
+    layer = rnnkit.LSTM(2, 16)
+    rnnkit.init.chrono_(layer, t_max=1000)
+    with rnnkit.gradient_flow(layer) as flow:
+        layer(torch.randn(300, 4, 2))[0][-1].sum().backward()
+    found = flow[""]
+    assert found.c is not None and float(found.c[0, 0, 0]) > 100 * float(found.h[0, 0, 0])
+    assert "the larger of |dL/dh| and |dL/dc|" in flow.summary() and "neither" in flow.summary()
+
+
+def test_a_peak_on_the_way_explodes() -> None:
+    layer = rnnkit.RNN(1, 1, bias=False, nonlinearity="relu")
+    with torch.no_grad():
+        layer.weight_hh_l0.fill_(3.0)
+        layer.weight_ih_l0.fill_(1.0)
+    x = torch.ones(30, 1, 1)
+    x[:10] = -1  # no unit is active: nothing passes
+    with rnnkit.gradient_flow(layer) as flow:
+        layer(x)[0][-1].sum().backward()
+    assert "between them): it explodes" in flow.summary()
+
+
+def test_one_step_alone_says_nothing() -> None:
+    layer = rnnkit.GRU(2, 3, bidirectional=True)
+    with rnnkit.gradient_flow(layer) as flow:
+        layer(torch.randn(9, 2, 2))[0][-1].sum().backward()
+    assert "reverse: |dL/dh| is" in flow.summary()
+    assert "there is no way back to follow" in flow.summary().splitlines()[1]
+
+
+def test_cures_that_the_layer_can_take() -> None:
+    layer = rnnkit.LSTM(2, 3, bias=False)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.mul_(0.1)
+    with rnnkit.gradient_flow(layer) as flow:
+        layer(torch.randn(60, 2, 2))[0][-1].sum().backward()
+    assert "a layer with biases and rnnkit.init.chrono_" in flow.summary()
+    exploding = rnnkit.RNN(2, 3, grad_clip=1e30, nonlinearity="relu")
+    rnnkit.init.identity_(exploding, scale=3.0)
+    with rnnkit.gradient_flow(exploding) as flow:
+        exploding(torch.randn(60, 2, 2))[0][-1].sum().backward()
+    assert "explodes" in flow.summary() and "grad_clip" not in flow.summary()

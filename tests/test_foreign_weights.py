@@ -424,3 +424,17 @@ def test_weights_that_are_computed(package: Any) -> None:
         torch.testing.assert_close(loaded.weight_hh_l0, layer.weight_hh_l0)
         with pytest.raises(ValueError, match=r"expected weight_hh_l0 to be a parameter, got"):
             rnnkit.from_keras(layer, weights)
+
+
+@pytest.mark.parametrize("name", ["rnn_tanh", "lstm", "gru"])
+def test_initial_weights_are_drawn_as_keras_draws_its_own(keras: Any, name: str) -> None:
+    case = Case(name, input_size=30, hidden_size=40)
+    ours = rnnkit.to_keras(rnnkit.init.keras_(case.make(rnnkit)))
+    theirs = keras_layers(keras, case).get_weights()
+    for kernel, recurrent, *_ in (ours, theirs):
+        bound = (6 / sum(kernel.shape)) ** 0.5
+        assert 0.97 * bound < np.abs(kernel).max() <= bound
+        np.testing.assert_allclose(kernel.var(), bound**2 / 3, rtol=0.1)
+        np.testing.assert_allclose(recurrent @ recurrent.T, np.eye(40), atol=1e-5)
+    for own, other in zip(ours[2:], theirs[2:], strict=True):
+        np.testing.assert_array_equal(own, other)

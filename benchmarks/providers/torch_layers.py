@@ -202,10 +202,12 @@ def _arrays(results: Tensors) -> Arrays:
 
 def _of_the_other_gate(results: Arrays) -> Arrays:
     """Results of a GRU with `update_gate="keeps"` from those with "writes", whose weights of z have the other sign."""
+    found = dict(results)
     for name, array in results.items():
         if name.startswith(("grad_weight", "grad_bias")):
-            np.split(array, 3)[1][:] *= -1
-    return results
+            r, z, n = np.split(array, 3)
+            found[name] = np.concatenate([r, -z, n])
+    return found
 
 
 _MODES = {
