@@ -34,6 +34,10 @@ def from_keras(module: Module, weights: Sequence[Any]) -> Module:
     the module's `nonlinearity`), recurrent_activation sigmoid and, in a GRU, `reset_after=True`. The biases of a GRU
     with `reset_after=False` have another shape, which is an error; if it has none, this cannot be noticed.
 
+    With FSDP2 every process has to call this. After a forward pass FSDP2's root module keeps its parameters unsharded,
+    as plain tensors, and what is written to these is lost when it shards them again: call `reshard()` of the model
+    first.
+
     Args:
         module: an RNN, LSTM, GRU or cell of rnnkit or torch.nn. Its parameters stay the same objects, with their dtype
             and device.
@@ -109,6 +113,9 @@ def from_haste(module: Module, weights: Mapping[str, Any]) -> Module:
 
     haste's layers have one layer and one direction, and biases. Its LayerNorm and IndRNN layers compute something else,
     and so do zoneout and DropConnect (`dropout`), of which the weights do not tell.
+
+    With FSDP2 every process has to call this, after `reshard()` of the model if a forward pass has run, as with
+    `from_keras`.
 
     Args:
         module: an LSTM, GRU or cell of rnnkit or torch.nn. Its parameters stay the same objects, with their dtype and

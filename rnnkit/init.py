@@ -5,6 +5,10 @@ take it for one matrix. The initializers write in place. They take a layer or ce
 one, or a model, in which they write to every recurrent module. They check everything before they write anything.
 Parameters stay the same objects; a parametrized tensor is set through its parametrizations' `right_inverse`. Parameters
 on the meta device have no values, and nothing happens to them.
+
+With FSDP2 every process has to call an initializer. After a forward pass FSDP2's root module keeps its parameters
+unsharded, as plain tensors, and what is written to these is lost when it shards them again: call `reshard()` of the
+model first.
 """
 
 import math

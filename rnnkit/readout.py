@@ -49,7 +49,10 @@ class Readout(nn.Linear):
         AttributeError: `h` is neither a Tensor nor a PackedSequence.
         RuntimeError: the last size, dtype or device of `h` is not the weight's.
 
-    Source: Elman 1990, "Finding structure in time"; parameters and initialization as in `torch.nn.Linear`.
+    Source: Bridle 1990, "Probabilistic interpretation of feedforward classification network outputs, with relationships
+    to statistical pattern recognition", for the softmax; Mikolov, Karafiát, Burget, Černocký & Khudanpur 2010,
+    "Recurrent neural network based language model", for an RNN with this output; parameters and initialization as in
+    `torch.nn.Linear`.
     """
 
     def __init__(

@@ -32,8 +32,11 @@ class UpdateGate(nn.Module):
         """Changes `update_gate`, and the weights with it, so that the module computes the same as before.
 
         z becomes 1 - z: since 1 - σ(a) = σ(-a), the rows of z in every weight and bias are negated, in place. What an
-        optimizer has gathered for these rows (momentum) is not. Parameters that FSDP2 has sharded are converted on all
-        processes together, and only as shards: after a forward pass call `reshard()` of the model first.
+        optimizer has gathered for these rows (momentum) is not.
+
+        With FSDP2 every process has to call this. After a forward pass FSDP2's root module keeps its parameters
+        unsharded, as plain tensors, and what is written to these is lost when it shards them again: call `reshard()`
+        of the model first.
 
         Args:
             to: `"keeps"` or `"writes"`.
