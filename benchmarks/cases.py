@@ -10,6 +10,8 @@ MODES = (
     *("inference", "training", "streaming", "recording"),
     *("cell", "cell recording", "cell training"),
 )
+#: What lines are for, see `lines`.
+GROUPS = ("cases", "streaming", "features", "memory", "compiled", "T", "H")
 PEERS = ("torch", "jax", "onnxruntime", "openvino")
 ONE_THREAD = "rnnkit 1 thread"
 FROZEN = "rnnkit frozen"

@@ -213,6 +213,31 @@ def bfloat16_over(entry: str) -> Callable[[Document], Figures]:
     return lambda document: figures(document) if multiplies_bfloat16(document) else {}
 
 
+#: Of what rnnkit has beyond torch.nn, over what does without.
+OF_FEATURES = (
+    Goal(
+        'GRU training, update_gate "writes" over "keeps"',
+        ratios("rnnkit update_gate", "features"),
+        1.02,
+        at_most=True,
+    ),
+    Goal(
+        "training with grad_clip over without",
+        ratios("rnnkit grad_clip", "features"),
+        1.03,
+        at_most=True,
+    ),
+    Goal(
+        "training step under gradient_flow over without",
+        ratios("rnnkit gradient_flow", "features"),
+        1.2,
+        at_most=True,
+    ),
+    Goal("Readout.loss over all logits, time", of_readout("ms"), 1.1, at_most=True),
+    Goal("Readout.loss over all logits, memory", of_readout("MiB"), 0.125, at_most=True),
+)
+FEATURE_GOALS = frozenset(goal.what for goal in OF_FEATURES)
+
 GOALS = (
     Goal(
         "LSTM training over torch.nn", ratios("torch", cell="LSTM", mode="training"), 1.0, mean=1.3
@@ -258,26 +283,7 @@ GOALS = (
         at_most=True,
     ),
     Goal("time with recompute", ratios("rnnkit recompute", "memory"), 1.5, at_most=True),
-    Goal(
-        'GRU training, update_gate "writes" over "keeps"',
-        ratios("rnnkit update_gate", "features"),
-        1.02,
-        at_most=True,
-    ),
-    Goal(
-        "training with grad_clip over without",
-        ratios("rnnkit grad_clip", "features"),
-        1.03,
-        at_most=True,
-    ),
-    Goal(
-        "training step under gradient_flow over without",
-        ratios("rnnkit gradient_flow", "features"),
-        1.2,
-        at_most=True,
-    ),
-    Goal("Readout.loss over all logits, time", of_readout("ms"), 1.1, at_most=True),
-    Goal("Readout.loss over all logits, memory", of_readout("MiB"), 0.125, at_most=True),
+    *OF_FEATURES,
 )
 
 

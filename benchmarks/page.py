@@ -6,7 +6,7 @@ from statistics import median
 from benchmarks import readout
 from benchmarks.cases import FEATURES, FROZEN, Case
 from benchmarks.figures import NOISE_LIMIT, Figure
-from benchmarks.goals import MISSED, judge_all
+from benchmarks.goals import FEATURE_GOALS, MISSED, judge_all
 from benchmarks.gpu import goals as gpu_goals
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.roofline import LEVELS
@@ -165,7 +165,9 @@ def readout_line(document: Document) -> str:
 
 def section(document: Document, link: str) -> list[str]:
     """All of a results file, which is at `link`."""
-    judged = [row for row in judge_all(document) if row["cases"]]
+    judged = [
+        row for row in judge_all(document) if row["cases"] and row["what"] not in FEATURE_GOALS
+    ]
     name = link.rsplit("/", 1)[-1]
     about = f"{where(document)}, [{name}]({link}). {held(document)}{machine_limits(document)}"
     missed = misses(judged)
@@ -185,12 +187,18 @@ def section(document: Document, link: str) -> list[str]:
     lines += [*folded("Every case, training", training), ""]
     if any(row["group"] == "streaming" for row in document["lines"]):
         lines += [*folded("One step of one row", step_table(document)), ""]
-    if any(row["group"] == "features" for row in document["lines"]):
-        title = "Training with rnnkit's features, over a plain step"
-        lines += [*folded(title, feature_table(document)), ""]
-    if "readout" in document:
-        lines += [readout_line(document), ""]
     return lines
+
+
+def feature_section(document: Document, link: str) -> list[str]:
+    """What rnnkit's own features cost, of a results file that has them."""
+    judged = [row for row in judge_all(document) if row["what"] in FEATURE_GOALS]
+    name = link.rsplit("/", 1)[-1]
+    lines = ["### What features cost", "", f"{where(document)}, [{name}]({link}).", ""]
+    lines += [*goal_table(judged), "", "Times over those of a plain training step:", ""]
+    lines += [*feature_table(document), "", readout_line(document), ""]
+    missed = misses(judged)
+    return [*lines, *folded("Every miss", missed), ""] if missed else lines
 
 
 def gpu_section(document: Document | None, link: str) -> list[str]:
@@ -203,9 +211,16 @@ def gpu_section(document: Document | None, link: str) -> list[str]:
     return [*lines, *goal_table(gpu_goals.judge_all(document)), "", *folded("Every call", calls)]
 
 
-def text(documents: Mapping[str, Document], gpu: Document | None, gpu_link: str) -> str:
-    """What stands between the markers; `documents` by their files' paths from the page's folder."""
+def text(
+    documents: Mapping[str, Document],
+    gpu: Document | None,
+    gpu_link: str,
+    features: Mapping[str, Document] | None = None,
+) -> str:
+    """What stands between the markers; documents by their files' paths from the page's folder."""
     lines = [READING, "", ROOFLINE, ""]
     for link, document in documents.items():
         lines += section(document, link)
+    for link, document in (features or {}).items():
+        lines += feature_section(document, link)
     return "\n".join([*lines, *gpu_section(gpu, gpu_link)])

@@ -20,7 +20,15 @@ from typing import NamedTuple
 from benchmarks import page, summary
 from benchmarks.base import ROOT
 from benchmarks.plots import draw, pictures
-from benchmarks.results import FOLDER, GPU_FORMAT, ResultsError, load, newest, newest_of_each
+from benchmarks.results import (
+    FOLDER,
+    GPU_FORMAT,
+    ResultsError,
+    load,
+    newest,
+    newest_of_each,
+    newest_with_features,
+)
 from benchmarks.tables import Document
 
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
@@ -35,6 +43,7 @@ class Results(NamedTuple):
 
     cpu: dict[Path, Document]
     gpu: tuple[Path, Document] | None
+    features: tuple[Path, Document] | None
     digest: str
 
     @classmethod
@@ -47,8 +56,10 @@ class Results(NamedTuple):
             gpu = (source, load(source, GPU_FORMAT)[0])
         except ResultsError:
             pass  # there was no run on a GPU
+        with_features = newest_with_features(next(iter(loaded)).parent)
+        features = with_features and (with_features, load(with_features)[0])
         documents = {path: document for path, (document, _) in loaded.items()}
-        return cls(documents, gpu, hashlib.sha256(digests.encode()).hexdigest())
+        return cls(documents, gpu, features, hashlib.sha256(digests.encode()).hexdigest())
 
 
 def insert(text: str, block: str, path: Path) -> str:
@@ -69,6 +80,9 @@ def expected(found: Results, readme: Path, performance: Path, folder: Path) -> d
     """The texts of both files as they should be."""
     path, gpu = found.gpu or (performance, None)
     sections = {link(source, performance): document for source, document in found.cpu.items()}
+    features = {}
+    if found.features is not None:
+        features[link(found.features[0], performance)] = found.features[1]
     blocks = {
         readme: summary.text(
             list(found.cpu.values()),
@@ -76,7 +90,7 @@ def expected(found: Results, readme: Path, performance: Path, folder: Path) -> d
             link(folder / "speed.png", readme),
             link(performance, readme),
         ),
-        performance: page.text(sections, gpu, link(path, performance)),
+        performance: page.text(sections, gpu, link(path, performance), features),
     }
     texts = {}
     for file, block in blocks.items():

@@ -70,6 +70,16 @@ def newest(folder: Path, expected: str = FORMAT, parts: bool = False) -> Path:
     return max(dates, key=dates.__getitem__)
 
 
+def newest_with_features(folder: Path) -> Path | None:
+    """The results file with the latest date that tells what rnnkit's features cost; a part of a run will do."""
+    dates: dict[Path, str] = {}
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text("utf-8"))
+        if document.get("format") == FORMAT and "readout" in document:
+            dates[path] = document["date"]
+    return max(dates, key=dates.__getitem__, default=None)
+
+
 def newest_of_each(folder: Path) -> list[Path]:
     """The latest complete results of each CPU, number of threads and ISA; the CPU measured last comes first."""
     found: dict[tuple[str, int, str], tuple[str, Path]] = {}

@@ -1,6 +1,6 @@
 """Measures rnnkit beside torch.nn, JAX, ONNX Runtime and OpenVINO, each in a process of its own.
 
-    python -m benchmarks                                  everything: under 20 minutes on two cores
+    python -m benchmarks                                  everything: 25 minutes on two cores
     python -m benchmarks --quick                          a part, in under 2
     python -m benchmarks --isa avx2                       every provider held to an older CPU's instructions
     python -m benchmarks --cells gru --mode train         some lines
@@ -26,7 +26,17 @@ import torch
 import rnnkit
 from benchmarks import goals, isa, readout, results
 from benchmarks.base import built
-from benchmarks.cases import GATES, MODES, ONE_THREAD, PEERS, Entry, Line, lines, of_sizes
+from benchmarks.cases import (
+    GATES,
+    GROUPS,
+    MODES,
+    ONE_THREAD,
+    PEERS,
+    Entry,
+    Line,
+    lines,
+    of_sizes,
+)
 from benchmarks.figures import Figure
 from benchmarks.measure import BASELINE, MEMORY, QUICK, REFUSALS, TRUTH, Meter, Protocol, Row
 from benchmarks.memory import ENVIRONMENT
@@ -89,6 +99,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="a part of the cases, fewer rounds")
     add("--cells", nargs="+", type=cell, metavar="CELL", help=", ".join(GATES))
     add("--modes", nargs="+", type=mode, metavar="MODE", help=", ".join(MODES))
+    add("--groups", nargs="+", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS))
     add("--only", metavar="TEXT", help="lines whose name has this, as in 'T100 N16 H512'")
     add("--case", type=shape, action="append", metavar="T,N[,I],H", help="repeat it for several")
     add("--providers", nargs="+", metavar="NAME", help=f"of {', '.join(PEERS)}, beside rnnkit")
@@ -109,6 +120,8 @@ def wanted(options: argparse.Namespace) -> Iterator[Line]:
         if options.cells and case.cell not in options.cells:
             continue
         if options.modes and case.mode not in options.modes:
+            continue
+        if options.groups and line.group not in options.groups:
             continue
         if options.only and options.only not in str(case):
             continue
@@ -204,7 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     protocol = QUICK if options.quick else Protocol()
     if options.rounds:
         protocol = replace(protocol, least_rounds=options.rounds, most_rounds=options.rounds)
-    filters = (options.cells, options.modes, options.only, options.case, options.providers)
+    filters = (options.cells, options.modes, options.groups, options.only, options.case)
+    filters += (options.providers,)
     try:
         document: dict[str, Any] = {"format": results.FORMAT, **instructions(options)}
     except isa.IsaError as error:
@@ -223,7 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         started = jobs(todo, options.threads, options.device, options.base)
         document |= measure(todo, started, protocol)
-        if document["complete"] and options.device == "cpu":
+        if options.device == "cpu" and (
+            document["complete"] or "features" in (options.groups or ())
+        ):
             document["readout"] = readout.document(options.threads)
     except KeyboardInterrupt:
         print("\ninterrupted: nothing is written", file=sys.stderr)

@@ -97,7 +97,9 @@ class ModuleFlow:
         gates = GATES[self.cell]
         unseen = self.h.new_full((len(gates), self.h.size(1)), torch.nan)
         of_layers = [
-            torch.stack([_spectral_norms(w, len(gates)) for w in weights], -1) if weights else unseen
+            torch.stack([_spectral_norms(w, len(gates)) for w in weights], -1)
+            if weights
+            else unseen
             for weights in self._weights
         ]
         return dict(zip(gates, torch.stack(of_layers, 1), strict=True))  # of [gates, L, D]

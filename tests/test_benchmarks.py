@@ -599,12 +599,14 @@ def test_goals_of_features() -> None:
         "Readout.loss over all logits, time": "met",
         "Readout.loss over all logits, memory": "missed",
     }
-    text = "\n".join(page.section(document, "results/file.json"))
+    text = "\n".join(page.feature_section(document, "results/file.json"))
     assert "| 100, 16, 512, 512 | GRU | 2 | 1.01× | 1.05× | 1.10× |" in text
+    assert "- training with grad_clip over without: GRU training T100 N16 H512 1.05×" in text
+    assert "grad_clip" not in "\n".join(page.section(document, "results/file.json"))
     assert "T1: Readout.loss 90 ms, 20 MiB; all logits 90 ms, 20 MiB." in text
     failed = made(readout={"case": "T1", "failed": "exit status 9"})
     assert judged(failed, "Readout.loss over all logits, time")["verdict"] == "not measured"
-    assert "not measured, exit status 9" in "\n".join(page.section(failed, "results/file.json"))
+    assert "not measured, exit status 9" in "\n".join(page.feature_section(failed, "file.json"))
 
 
 def test_noisy_in_place_of_a_figure() -> None:
