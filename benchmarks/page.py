@@ -156,10 +156,12 @@ def readout_line(document: Document) -> str:
     told = document["readout"]
     if "failed" in told:
         return f"`Readout.loss`, {told['case']}: not measured, {told['failed']}."
-    ways = [
-        f"{name} {', '.join(Figure.read(told[kind][name]['figure']).text(form) for kind, form in readout.KINDS.items())}"
-        for name in (readout.OWN, readout.ALL)
-    ]
+    ways = []
+    for name in (readout.OWN, readout.ALL):
+        figures = [
+            (Figure.read(told[kind][name]["figure"]), readout.KINDS[kind]) for kind in readout.KINDS
+        ]
+        ways.append(f"{name} {', '.join(figure.text(form) for figure, form in figures)}")
     return f"Loss and gradients of an output layer, {told['case']}: {'; '.join(ways)}."
 
 

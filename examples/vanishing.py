@@ -12,14 +12,15 @@ A tanh RNN, an IRNN (Le et al. 2015), a GRU, an LSTM and an LSTM with chrono ini
 trained on each, for the same time; the IRNN also without clipping its gradients. The picture has the losses and, by
 `rnnkit.gradient_flow`, the norms of gradients on their way back through time: those of the last step's output before
 the training, and of the IRNN that is not clipped those of the loss at the update with the largest gradient. What to
-look for, on two cores of a server; a slower machine needs a longer `--seconds`:
+look for (how far a network gets in the time depends on the machine, too: see `--seconds`):
 
 - The tanh RNN's gradients vanish within tens of steps, and it does not learn to add.
-- The IRNN's keep their size, and it learns to add. If they are not clipped, some explode during the training, and it
-  does not learn to add.
-- The GRU's and the LSTM's gradients vanish at first, too, but training can open their gates: both learn to add.
+- The IRNN's keep their size, and it learns slowly. If they are not clipped, some explode during the training: they grow
+  on their way back, and the loss jumps.
+- The GRU's and the LSTM's gradients vanish at first, too, but training can open their gates. The GRU learns to add
+  first; the LSTM takes longest.
 - Chrono initialization opens the LSTM's gates from the start, so that gradients reach as far back as the task is long.
-  This LSTM is ahead of the others in copying.
+  This LSTM learns to add long before the other one, and is the first to learn to copy.
 """
 
 from __future__ import annotations

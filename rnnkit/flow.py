@@ -97,10 +97,10 @@ class ModuleFlow:
         gates = GATES[self.cell]
         unseen = self.h.new_full((len(gates), self.h.size(1)), torch.nan)
         of_layers = [
-            torch.stack([_spectral_norms(w, len(gates)) for w in weights], -1)
-            if weights
+            torch.stack([_spectral_norms(w_hh, len(gates)) for w_hh in of_layer], -1)
+            if of_layer
             else unseen
-            for weights in self._weights
+            for of_layer in self._weights
         ]
         return dict(zip(gates, torch.stack(of_layers, 1), strict=True))  # of [gates, L, D]
 
@@ -200,9 +200,9 @@ class gradient_flow:
         seen = [of_layer for of_layer in calls if of_layer]
         if not seen:
             raise KeyError(
-                f"no backward pass of {name!r} was seen in the block: none ran, or in a compiled graph, or with weights "
-                "that are not the module's own (FSDP2, functional_call), or on the reference backend after a forward "
-                "pass outside the block"
+                f"no backward pass of {name!r} was seen in the block: none ran, or in a compiled graph, or with "
+                "weights that are not the module's own (FSDP2, functional_call), or on the reference backend after a "
+                "forward pass outside the block"
             )
         cell = module._cell
         assert isinstance(cell, str)
@@ -264,8 +264,8 @@ class gradient_flow:
                 (line,) = axes.plot(range(norms.numel()), norms.tolist(), label=where)
                 if of_module.c is not None:
                     norms = _by_distance(of_module.c[layer, direction], direction)
-                    style = {"color": line.get_color(), "linestyle": "--"}
-                    axes.plot(range(norms.numel()), norms.tolist(), label=f"{where}, c", **style)
+                    steps, color = range(norms.numel()), line.get_color()
+                    axes.plot(steps, norms.tolist(), "--", color=color, label=f"{where}, c")
         axes.set_yscale("log")
         axes.set_xlabel("distance from the last step [steps]")
         axes.set_ylabel("norm of dL/dh and, dashed, of dL/dc")
