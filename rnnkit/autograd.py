@@ -38,7 +38,14 @@ def run(
         return reference.run(call)
     if torch.is_grad_enabled() and _need_grad(tensors):
         found = _Layer.apply(
-            *(call.cell, call.batch_sizes, call.all_states, call.grad_clip, call.grad_cut),
+            *(
+                call.cell,
+                call.batch_sizes,
+                call.all_states,
+                call.grad_clip,
+                call.grad_cut,
+                call.reset,
+            ),
             *(len(call.states), keep),
             *call.tensors,
         )
@@ -161,7 +168,7 @@ _AS_IT_IS = nullcontext()
 
 
 #: The place of the first tensor among the arguments of `_Layer`.
-_TENSORS = 7
+_TENSORS = 8
 
 
 class _Layer(torch.autograd.Function):
@@ -175,6 +182,7 @@ class _Layer(torch.autograd.Function):
         all_states: bool,
         grad_clip: float,
         grad_cut: int,
+        reset: Tensor | None,
         n_states: int,
         keep: Keep,
         input: Tensor,
@@ -182,7 +190,7 @@ class _Layer(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         states: Any = others[:n_states]
         options = all_states, grad_clip, grad_cut
-        call = LayerCall(cell, input, states, others[n_states:], batch_sizes, *options)
+        call = LayerCall(cell, input, states, others[n_states:], batch_sizes, *options, reset=reset)
         outputs, finals, reserve = _ops(input.device).layer_forward(call, None, keep)
         output = outputs[0]
         ctx.cell, ctx.options, ctx.n_states, ctx.keep = cell, options, n_states, keep
@@ -193,7 +201,7 @@ class _Layer(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         ctx.watch = None if compiling else _Watch(output)
         ctx.save_for_backward(
-            *(batch_sizes, output if compiling else output.data, reserve),
+            *(batch_sizes, reset, output if compiling else output.data, reserve),
             *(input, *others),
             *(() if compiling else _as_they_are((input, *others))),
         )
@@ -201,11 +209,14 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        batch_sizes, output, reserve, *saved = ctx.saved_tensors
+        batch_sizes, reset, output, reserve, *saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[_TENSORS:]
         input, *others = _with_data(saved, len(needs), _are_differentiated(grads))
         states, weights = others[: ctx.n_states], others[ctx.n_states :]
-        call = LayerCall(ctx.cell, input, states, weights, batch_sizes, *ctx.options)
+        all_states, clip, cut = ctx.options
+        call = LayerCall(
+            ctx.cell, input, states, weights, batch_sizes, all_states, clip, cut, reset
+        )
         back = BackwardCall(call, grads, output, reserve, ctx.keep, list(needs))
         written = ctx.watch is not None and ctx.watch.written()
         # Autograd runs backward passes of a GPU in another thread, where no backend is forced.

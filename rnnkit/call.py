@@ -21,7 +21,7 @@ from rnnkit.specs import CELLS, WEIGHTS, CellSpec
 #: The first arguments in the ops' schemas: the fields of `LayerCall`.
 ARGUMENTS = (
     "str cell, Tensor input, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, bool all_states, "
-    "float grad_clip, int grad_cut"
+    "float grad_clip, int grad_cut, Tensor? reset"
 )
 
 #: The arguments of `layer_backward` after `ARGUMENTS`: the fields of `BackwardCall` after `call`.
@@ -60,13 +60,16 @@ class LayerCall:
     Attributes:
         cell: a name in `specs.CELLS`.
         input: [T, N, I], or the data [rows, I] of a PackedSequence with its `batch_sizes`.
-        states: the initial states, h [D, N, P] and the others [D, N, H]; empty for zeros.
+        states: the initial states, h [D, N, P] and the others [D, N, H]; empty for zeros. After them may stand as many
+            again: the states that `reset` puts back to, in place of zeros.
         weights: for each direction the five of `specs.WEIGHTS`, None for those that the layer does not have.
         batch_sizes: int64 [T] on the CPU, not increasing.
         all_states: whether the outputs are all states after each step, instead of h only.
         grad_clip: the largest absolute value of a gradient that a step passes back: an element of the gradient of a
             state before the step. Larger ones are set to it. 0 for no limit: exported programs cannot hold infinity.
         grad_cut: k to pass no gradients back across the boundaries between times k*j - 1 and k*j; 0 for no cuts.
+        reset: bool, [T, N] or [rows]: True puts a sequence's states back at the boundary between time t - 1 and time t:
+            before step t in the forward direction, before step t - 1 in the other. Time 0 has no such boundary.
     """
 
     cell: str
@@ -77,12 +80,14 @@ class LayerCall:
     all_states: bool = False
     grad_clip: float = 0.0
     grad_cut: int = 0
+    reset: Tensor | None = None
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """The call as an op's flat arguments, see `ARGUMENTS`."""
         tensors = self.input, self.states, self.weights, self.batch_sizes
-        return self.cell, *tensors, self.all_states, self.grad_clip, self.grad_cut
+        options = self.all_states, self.grad_clip, self.grad_cut
+        return self.cell, *tensors, *options, self.reset
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -96,6 +101,16 @@ class LayerCall:
         assert input is not None
         given = [state for state in states if state is not None]
         return replace(self, input=input, states=given, weights=weights)
+
+    @property
+    def initial_states(self) -> Sequence[Tensor]:
+        """The states before the first step; empty for zeros."""
+        return self.states[: self.spec.states]
+
+    @property
+    def reset_states(self) -> Sequence[Tensor]:
+        """The states that `reset` puts back to; empty for zeros."""
+        return self.states[self.spec.states :]
 
     # Sizes
 
@@ -249,12 +264,29 @@ class LayerCall:
                 f"expected input to have at least 1 step, got shape {list(input.shape)}"
             )
         self._check_weights()
-        if self.states and len(self.states) != spec.states:
+        most = spec.states if self.reset is None else 2 * spec.states
+        if len(self.states) not in (0, spec.states, most):
+            twice = "" if self.reset is None else ", twice as many with those to reset to,"
             raise RuntimeError(
-                f"expected hx to hold {spec.states} states or none, got {len(self.states)}"
+                f"expected hx to hold {spec.states} states{twice} or none, got {len(self.states)}"
             )
-        for index, state in enumerate(self.states):
+        for index, state in enumerate(self.initial_states):
             self.check_like_input(state, f"hx[{index}]", self.state_shape(index))
+        for index, state in enumerate(self.reset_states):
+            self.check_like_input(state, f"reset_to[{index}]", self.state_shape(index))
+        self._check_reset()
+
+    def _check_reset(self) -> None:
+        reset = self.reset
+        if reset is None:
+            return
+        shape = self.input.shape[:-1]
+        if reset.dtype != torch.bool or reset.shape != shape:
+            raise RuntimeError(
+                f"expected reset to be bool of shape {list(shape)}, got {reset.dtype} of shape {list(reset.shape)}"
+            )
+        self.check_device(reset, "reset")
+        _check_memory(reset, "reset")
 
     def _check_batch_sizes(self) -> None:
         sizes = self.batch_sizes

@@ -35,6 +35,8 @@ class Design(Protocol):
 class Scans(Protocol):
     """The functions of a backend's module: the scans of one layer. The products over all rows are made here."""
 
+    RESETS: bool  #: Whether the scans know `LayerCall.reset`. If not, the reference computes calls that have it.
+
     def choose(self, scan: plan.Scan, device: torch.device) -> Design:
         """Plans a scan for a device."""
 
@@ -51,7 +53,7 @@ class Scans(Protocol):
         """Runs the scan.
 
         Args:
-            call: the call; its `states` are never empty.
+            call: the call; its initial states are never absent.
             gates: [rows, D*G*H], on entry the input parts of the gates, without biases.
             keep: what to write into the reserve.
             output: [rows, D*P], on return h after each step. None, with empty `finals`, in a call of one step that
@@ -71,7 +73,7 @@ class Scans(Protocol):
 
         Args:
             back: the backward pass; on return its `grad_gates` are written.
-            initial_grads: on return, the gradients of the initial states; None for each if the call has no states.
+            initial_grads: on return, the gradients of the call's states; None for each if it has none.
             grad_all_states: the gradients of `forward`'s `all_states`; None for zeros.
 
         Returns:
@@ -182,6 +184,8 @@ class GpuCall(LayerCall):
         """Checks the call and makes its tensors `plain`."""
         checked = cls(*call.arguments)
         checked.check()
+        if checked.reset is not None:
+            checked = replace(checked, reset=checked.reset.contiguous())
         tensors = checked.tensors
         laid_out = [plain(tensor) for tensor in tensors]
         if all(one is other for one, other in zip(tensors, laid_out, strict=True)):
@@ -243,6 +247,14 @@ class GpuCall(LayerCall):
         boundary = self.steps - step if d else step
         return self.grad_cut > 0 and step > 0 and boundary % self.grad_cut == 0
 
+    def resets(self, d: int, step: int) -> Tensor | None:
+        """Which rows are put back between direction d's steps `step` - 1 and `step`: of those that have both steps."""
+        if self.reset is None or step == 0 or step == self.steps:
+            return None
+        rows = [self.rows_of(d, each) for each in (step - 1, step)]
+        later = rows[0] if d else rows[1]  # in time
+        return self.reset.view(-1)[later][: min(each.stop - each.start for each in rows)]
+
     def last_rows(self, output: Tensor, out: Tensor) -> None:
         """Copies each sequence's last h from the output [rows, D*P] to `out` [D, N, P]."""
         for d in range(self.directions):
@@ -282,7 +294,7 @@ def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
 def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
     """`rnnkit::layer_forward` on CUDA tensors."""
     run = scans(call.input.device)
-    if run is None:
+    if run is None or (call.reset is not None and not run.RESETS):
         return ops.forward_composite(call, packed, keep)
     call.check_keep(keep)
     call = GpuCall.of(call)
@@ -301,7 +313,7 @@ def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
 def layer_backward(back: BackwardCall) -> list[Tensor]:
     """`rnnkit::layer_backward` on CUDA tensors."""
     run = scans(back.call.input.device)
-    if run is None:
+    if run is None or (back.call.reset is not None and not run.RESETS):
         return ops.backward_composite(back)
     call = GpuCall.of(back.call)
     back = replace(back, call=call)
@@ -352,10 +364,11 @@ class Backward:
     def run(self) -> tuple[list[Tensor | None], list[Tensor]]:
         """The gradients, a list like `call.tensors` with None for some of those that are not needed, and the flow."""
         call = self.call
-        initial = [
-            call.input.new_empty(call.state_shape(k)) if call.states else None
-            for k in range(call.spec.states)
+        states = call.spec.states
+        initial: list[Tensor | None] = [
+            call.input.new_empty(call.state_shape(k % states)) for k in range(len(call.states))
         ]
+        initial = initial or [None] * states
         grad_projected = self.scans.backward(self, initial, self.grad_all_states)
         if grad_projected is not None and self._new_flow:
             of_h = self._new_flow[0].view(call.rows, call.directions, -1)
@@ -389,7 +402,14 @@ class Backward:
             parts: list[tuple[slice, Tensor | None]] = [
                 (slice(rows - edge, rows) if d else slice(0, edge), initial)
             ]
-            return [(of, output[before]), *parts] if call.steps > 1 else parts
+            if call.steps == 1:
+                return parts
+            continuing = output[before]
+            if call.reset is not None:
+                mask = call.reset[1:].reshape(-1, 1)
+                new = self._reset_h(d).repeat(call.steps - 1, 1)
+                continuing = torch.where(mask, new, continuing)
+            return [(of, continuing), *parts]
         if initial is None:
             initial = call.input.new_zeros(call.batch, width)
         # index: for each row, the place of its previous h in [output, initial]: in the output of the step before, in
@@ -400,8 +420,23 @@ class Backward:
         step = torch.arange(call.steps).repeat_interleave(counts)
         n = torch.arange(call.rows) - starts[step]
         row = (starts + counts if d else starts - active)[step] + n
-        index = _sent(torch.where(n < active[step], row, call.rows + n), output.device)
-        return [(slice(0, call.rows), torch.cat([output, initial]).index_select(0, index))]
+        continues = n < active[step]
+        index = _sent(torch.where(continues, row, call.rows + n), output.device)
+        h = torch.cat([output, initial]).index_select(0, index)
+        if call.reset is not None:
+            # The boundary has the later row's place: here the row itself or, in the reverse direction, the one before.
+            later = _sent(torch.where(continues, row, 0), output.device) if d else slice(None)
+            mask = call.reset[later] & _sent(continues, output.device)
+            new = self._reset_h(d).index_select(0, _sent(n, output.device))
+            h = torch.where(mask.unsqueeze(-1), new, h)
+        return [(slice(0, call.rows), h)]
+
+    def _reset_h(self, d: int) -> Tensor:
+        """The h that resets put direction d's sequences back to, [N, P]."""
+        call = self.call
+        if call.reset_states:
+            return call.reset_states[0][d]
+        return call.input.new_zeros(call.batch, call.projected)
 
     def _runs(self) -> list[tuple[int, int, int]]:
         """Runs of gates whose input parts have adjacent gradient columns: (first gate, last gate + 1, first column)."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 from torch.fx.proxy import TraceError
-from torch.nn.utils.rnn import PackedSequence
 
 from rnnkit import backends, exporting
 from rnnkit.call import BackwardCall, LayerCall, Results
@@ -59,7 +58,7 @@ class Interop(nn.Module):
         return module
 
 
-def traced(module: nn.Module, input: Any, hx: Any) -> Any:
+def traced(module: nn.Module, input: Any, hx: Any, **options: Any) -> Any:
     """Records a call of `module` in the graph that torch.fx traces, as one node like a layer of torch.nn.
 
     Raises:
@@ -77,20 +76,22 @@ def traced(module: nn.Module, input: Any, hx: Any) -> Any:
     # The hooks of torch.nn.utils (pruning, norms) are allowed: they only set weights.
     if any(not type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks):
         raise TraceError(f"torch.fx cannot trace the hooks of {cls.__qualname__}: {leaf}")
-    tracer = _proxies(input, hx)[0].tracer
+    tracer = _proxies(input, hx, *options.values())[0].tracer
     arguments = (input,) if hx is None else (input, hx)
+    given = {name: value for name, value in options.items() if value is not None}
     assert isinstance(tracer, Tracer)
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, given)
 
 
-def is_traced(input: Any, hx: Any) -> bool:
+def is_traced(input: Any, hx: Any, **options: Any) -> bool:
     """Whether torch.fx traces the call: some argument is a Proxy."""
-    return bool(_proxies(input, hx))
+    return bool(_proxies(input, hx, *options.values()))
 
 
-def _proxies(input: Any, hx: Any) -> list[Proxy]:
-    given = [*input] if isinstance(input, PackedSequence) else [input]
-    given += hx if isinstance(hx, tuple | list) else [hx]
+def _proxies(*arguments: Any) -> list[Proxy]:
+    given: list[Any] = []
+    for argument in arguments:
+        given += argument if isinstance(argument, tuple | list) else [argument]
     return [value for value in given if isinstance(value, Proxy)]
 
 
@@ -104,13 +105,14 @@ def runs_as_torchs(weights: Sequence[Tensor | None]) -> bool:
     return any(type(weight).__name__ == "ExpandedWeight" for weight in weights)
 
 
-def run_as_torchs(module: Any, input: Any, hx: Any) -> Any:
+def run_as_torchs(module: Any, input: Any, hx: Any, **options: Any) -> Any:
     """The call by torch.nn's own forward.
 
     Raises:
         RuntimeError: torch.nn's module computes something else.
     """
-    if why := unlike_torchs(module):
+    used = [name for name, value in options.items() if value is not None]
+    if why := unlike_torchs(module) or (f"is called with {used[0]}" if used else ""):
         raise RuntimeError(
             "expected a layer or cell like torch.nn's under torch.jit.trace and for per-sample gradients, got one that "
             f"{why}"
@@ -159,6 +161,8 @@ def _forward_as_aten(call: LayerCall, packed: Tensor | None, keep: int) -> Resul
         raise RuntimeError(
             "expected a call for h alone: ATen's operators give no other state after each step"
         )
+    if call.reset is not None:
+        raise RuntimeError("expected a call without reset: ATen's operators have none")
     call = exporting.of_torchs_cell(call)
     states, batch_sizes = call.states, call.batch_sizes
     if not states:

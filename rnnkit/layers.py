@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkit import backends, interop, stack
+from rnnkit import backends, interop, packing, resets, stack
 from rnnkit.call import Keep
 from rnnkit.init import Initialized, Initializer
 from rnnkit.interop import Interop
@@ -21,6 +21,8 @@ from rnnkit.update_gate import UpdateGate
 
 Device = torch.device | str | int | None
 States = tuple[Tensor, Tensor]
+Rows = Tensor | PackedSequence
+Lengths = Tensor | Sequence[int]
 Weights = list[list[Tensor | None]]
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -164,9 +166,16 @@ class _Layers(Initialized, Interop, nn.RNNBase):
         states: Sequence[Tensor],
         weights: Weights,
         batch_sizes: Tensor | None,
+        reset: Tensor | None = None,
+        reset_to: Sequence[Tensor] = (),
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if self.frozen and torch.is_grad_enabled():
-            given = [input, *states, *(w for of_direction in weights for w in of_direction)]
+            given = [
+                input,
+                *states,
+                *reset_to,
+                *(w for of_direction in weights for w in of_direction),
+            ]
             if any(tensor is not None and tensor.requires_grad for tensor in given):
                 raise RuntimeError(
                     "expected input, hx and parameters of a frozen layer to need no gradient, got one that does: "
@@ -185,6 +194,8 @@ class _Layers(Initialized, Interop, nn.RNNBase):
             # 0 for no limit: an AOTInductor package cannot hold infinity.
             grad_clip=0.0 if self.grad_clip in (None, math.inf) else self.grad_clip,
             grad_cut=0 if self.grad_cut is None else self.grad_cut,
+            reset=reset,
+            reset_to=reset_to,
         )
 
     def _check_projected(self, weights: Weights) -> None:
@@ -238,11 +249,21 @@ class _Layers(Initialized, Interop, nn.RNNBase):
             )
         raise RuntimeError(message)
 
-    def _forward(self, input: Tensor | PackedSequence, hx: Any) -> Any:
+    def _forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any,
+        lengths: Any = None,
+        reset: Any = None,
+        reset_to: Any = None,
+    ) -> Any:
         weights = self._weights()
         if self.grad_clip is not None or self.grad_cut is not None:
             _check_gradient_rule(self.grad_clip, self.grad_cut)  # they may have been assigned to
-        direct = backends.fast_path("direct_layers")
+        if reset_to is not None and reset is None:
+            raise ValueError("expected reset to be given with reset_to, got None")
+        plain = lengths is None and reset is None
+        direct = backends.fast_path("direct_layers") if plain else None
         drops = self.training and self.dropout > 0
         if direct is not None and not drops and self._has_torchs_checks():
             found = direct(
@@ -261,15 +282,21 @@ class _Layers(Initialized, Interop, nn.RNNBase):
             )
             if found is not None:
                 return found
-        if interop.is_traced(input, hx):
-            return interop.traced(self, input, hx)
+        options = {"lengths": lengths, "reset": reset, "reset_to": reset_to}
+        if interop.is_traced(input, hx, **options):
+            return interop.traced(self, input, hx, **options)
         if interop.runs_as_torchs([w for of_direction in weights for w in of_direction]):
-            return interop.run_as_torchs(self, input, hx)
+            return interop.run_as_torchs(self, input, hx, **options)
         stack.check_plain("input", input.data if isinstance(input, PackedSequence) else input)
         self._check_projected(weights)
-        states = stack.as_state_pair(hx) if self._cell == "lstm" else stack.as_states(hx)
+        as_states = stack.as_state_pair if self._cell == "lstm" else stack.as_states
+        states, put_back = as_states(hx), as_states(reset_to)
+        if lengths is not None:
+            return self._forward_lengths(input, hx, lengths, reset, reset_to)
+        if reset is not None:
+            reset = resets.as_rows(reset, input, self.batch_first)
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, states, weights)
+            return self._forward_packed(input, states, weights, reset, put_back)
         if input.dim() not in (2, 3):
             noun = " tensor" if self.mode.startswith("RNN") else ""
             raise ValueError(
@@ -281,10 +308,12 @@ class _Layers(Initialized, Interop, nn.RNNBase):
         if not batched:
             input = input.unsqueeze(batch_dim)
             states = tuple(state.unsqueeze(1) for state in states)
+            put_back = tuple(state.unsqueeze(1) for state in put_back)
         self._check_states(input, states, None)
         if self.batch_first:
             input = input.transpose(0, 1)
-        output, finals = self._run(input, states, weights, None)
+        self._check_put_back(put_back, input.size(1))
+        output, finals = self._run(input, states, weights, None, reset, put_back)
         if self.batch_first:
             output = stack.reshaped(output, "transpose", 0, 1)
         if not batched:
@@ -300,14 +329,49 @@ class _Layers(Initialized, Interop, nn.RNNBase):
             for name, torchs in _CHECKS.items()
         )
 
+    def _forward_lengths(self, input: Any, hx: Any, lengths: Any, reset: Any, reset_to: Any) -> Any:
+        """A call with padded sequences, in any order, of these lengths: packs them, and pads the output with zeros."""
+        if isinstance(input, PackedSequence):
+            raise TypeError(
+                "expected a padded input with lengths, got a PackedSequence, which has its own"
+            )
+        if input.dim() != 3:
+            raise ValueError(f"expected a batched input, 3D, with lengths, got {input.dim()}D")
+        batch = input.size(0 if self.batch_first else 1)
+        given = packing.as_lengths(lengths, batch)
+        if reset is not None:
+            rows = resets.as_rows(reset, input, self.batch_first).unsqueeze(-1)
+            reset = packing.pack_padded_sequence(rows, given, enforce_sorted=False).data
+        packed = packing.pack_padded_sequence(input, given, self.batch_first, enforce_sorted=False)
+        output, finals = self._forward(packed, hx, None, reset, reset_to)
+        steps = input.size(1 if self.batch_first else 0)
+        return packing.pad_packed_sequence(output, self.batch_first, total_length=steps)[0], finals
+
+    def _check_put_back(self, put_back: Sequence[Tensor], batch: Any) -> None:
+        """Checks the shapes of `reset_to`."""
+        if put_back:
+            widths = [self.proj_size or self.hidden_size, self.hidden_size]
+            layers = self.num_layers * self._directions
+            resets.check_states(put_back, layers, batch, widths[: len(put_back)])
+
     def _forward_packed(
-        self, input: PackedSequence, states: Sequence[Tensor], weights: Weights
+        self,
+        input: PackedSequence,
+        states: Sequence[Tensor],
+        weights: Weights,
+        reset: Tensor | None,
+        put_back: Sequence[Tensor],
     ) -> Any:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         self._check_states(data, states, batch_sizes)
-        if states and sorted_indices is not None:
+        if (
+            put_back and not torch.compiler.is_compiling()
+        ):  # a graph knows the batch only at run time
+            self._check_put_back(put_back, int(batch_sizes[0]))
+        if sorted_indices is not None:
             states = tuple(state.index_select(1, sorted_indices) for state in states)
-        output, finals = self._run(data, states, weights, batch_sizes)
+            put_back = tuple(state.index_select(1, sorted_indices) for state in put_back)
+        output, finals = self._run(data, states, weights, batch_sizes, reset, put_back)
         if unsorted_indices is not None:
             finals = tuple(state.index_select(1, unsorted_indices) for state in finals)
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
@@ -356,6 +420,11 @@ class RNN(_Layers):
     Shape:
         input [T, N, I], [T, I] or a PackedSequence; `hx` [L*D, N, H] or [L*D, H], zeros if None.
         Returns the output [T, N, D*H] (or [T, D*H], or a PackedSequence) and `h_n`, shaped like `hx`.
+        `lengths`, an int Tensor on any device or a list, [N]: of each sequence of a padded input, in any order. The
+        output is zero behind a sequence's end, where its final states are and the reverse direction begins.
+        `reset`, bool or 0/1, [T, N] ([N, T] if `batch_first`), [T] or the rows of a PackedSequence: where it is not 0,
+        the sequence's states are put back before that step, h_0 included, to `reset_to`, shaped like `hx`, or zeros.
+        The reverse direction is cut at the same places. No gradient crosses them, but `reset_to` gets its own.
 
     Raises:
         ValueError: the input's rank or dtype does not fit; in the constructor, an option has no such value or is not
@@ -407,14 +476,35 @@ class RNN(_Layers):
     ) -> None: ...
 
     @overload
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        lengths: Lengths | None = None,
+        reset: Tensor | None = None,
+        reset_to: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
     @overload
     def forward(
-        self, input: PackedSequence, hx: Tensor | None = None
+        self,
+        input: PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        reset: Rows | None = None,
+        reset_to: Tensor | None = None,
     ) -> tuple[PackedSequence, Tensor]: ...
-    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        input: Any,
+        hx: Tensor | None = None,
+        *,
+        lengths: Lengths | None = None,
+        reset: Rows | None = None,
+        reset_to: Tensor | None = None,
+    ) -> Any:
         """Run the layer; see the class."""
-        return self._forward(input, hx)
+        return self._forward(input, hx, lengths, reset, reset_to)
 
     if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
         __call__ = forward
@@ -455,6 +545,11 @@ class LSTM(_Layers):
         input [T, N, I], [T, I] or a PackedSequence; `hx` a pair h_0 [L*D, N, P or H], c_0 [L*D, N, H]
         (without N for an unbatched input), zeros if None. Returns the output [T, N, D*(P or H)] (or
         [T, ·], or a PackedSequence) and `(h_n, c_n)`, shaped like `hx`. Gate order i, f, g, o.
+        `lengths`, an int Tensor on any device or a list, [N]: of each sequence of a padded input, in any order. The
+        output is zero behind a sequence's end, where its final states are and the reverse direction begins.
+        `reset`, bool or 0/1, [T, N] ([N, T] if `batch_first`), [T] or the rows of a PackedSequence: where it is not 0,
+        the sequence's states are put back before that step, h_0 included, to `reset_to`, shaped like `hx`, or zeros.
+        The reverse direction is cut at the same places. No gradient crosses them, but `reset_to` gets its own.
 
     Raises:
         ValueError: the input's rank or dtype does not fit; in the constructor, an option has no such value or is not
@@ -498,14 +593,35 @@ class LSTM(_Layers):
         return finals
 
     @overload
-    def forward(self, input: Tensor, hx: States | None = None) -> tuple[Tensor, States]: ...
+    def forward(
+        self,
+        input: Tensor,
+        hx: States | None = None,
+        *,
+        lengths: Lengths | None = None,
+        reset: Tensor | None = None,
+        reset_to: States | None = None,
+    ) -> tuple[Tensor, States]: ...
     @overload
     def forward(
-        self, input: PackedSequence, hx: States | None = None
+        self,
+        input: PackedSequence,
+        hx: States | None = None,
+        *,
+        reset: Rows | None = None,
+        reset_to: States | None = None,
     ) -> tuple[PackedSequence, States]: ...
-    def forward(self, input: Any, hx: States | None = None) -> Any:
+    def forward(
+        self,
+        input: Any,
+        hx: States | None = None,
+        *,
+        lengths: Lengths | None = None,
+        reset: Rows | None = None,
+        reset_to: States | None = None,
+    ) -> Any:
         """Run the layer; see the class."""
-        return self._forward(input, hx)
+        return self._forward(input, hx, lengths, reset, reset_to)
 
     if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
         __call__ = forward
@@ -549,6 +665,11 @@ class GRU(UpdateGate, _Layers):
         input [T, N, I], [T, I] or a PackedSequence; `hx` [L*D, N, H] or [L*D, H], zeros if None.
         Returns the output [T, N, D*H] (or [T, D*H], or a PackedSequence) and `h_n`, shaped like `hx`.
         Gate order r, z, n.
+        `lengths`, an int Tensor on any device or a list, [N]: of each sequence of a padded input, in any order. The
+        output is zero behind a sequence's end, where its final states are and the reverse direction begins.
+        `reset`, bool or 0/1, [T, N] ([N, T] if `batch_first`), [T] or the rows of a PackedSequence: where it is not 0,
+        the sequence's states are put back before that step, h_0 included, to `reset_to`, shaped like `hx`, or zeros.
+        The reverse direction is cut at the same places. No gradient crosses them, but `reset_to` gets its own.
 
     Raises:
         ValueError: the input's rank or dtype does not fit; in the constructor, an option has no such value or is not
@@ -590,14 +711,35 @@ class GRU(UpdateGate, _Layers):
     ) -> None: ...
 
     @overload
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        lengths: Lengths | None = None,
+        reset: Tensor | None = None,
+        reset_to: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
     @overload
     def forward(
-        self, input: PackedSequence, hx: Tensor | None = None
+        self,
+        input: PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        reset: Rows | None = None,
+        reset_to: Tensor | None = None,
     ) -> tuple[PackedSequence, Tensor]: ...
-    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        input: Any,
+        hx: Tensor | None = None,
+        *,
+        lengths: Lengths | None = None,
+        reset: Rows | None = None,
+        reset_to: Tensor | None = None,
+    ) -> Any:
         """Run the layer; see the class."""
-        return self._forward(input, hx)
+        return self._forward(input, hx, lengths, reset, reset_to)
 
     if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
         __call__ = forward

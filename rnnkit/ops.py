@@ -130,7 +130,8 @@ def _check_devices(call: LayerCall, **others: Sequence[Tensor | None]) -> None:
 
     The fake runs if any tensor is fake or on meta. Without the check, a call that mixes devices would return fakes.
     """
-    for name, tensors in {"states": call.states, "weights": call.weights, **others}.items():
+    others |= {"states": call.states, "weights": call.weights, "reset": [call.reset]}
+    for name, tensors in others.items():
         for tensor in tensors:
             if tensor is not None:
                 call.check_device(tensor, name)

@@ -1,5 +1,7 @@
 """torch.nn.utils.rnn's packing and padding for the graphs of torch.compile, torch.export and ONNX."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.utils import rnn
@@ -86,6 +88,21 @@ def pad_packed_sequence(
     if unsorted_indices is not None:
         padded, lengths = padded.index_select(1, unsorted_indices), lengths[unsorted_indices]
     return padded.transpose(0, 1) if batch_first else padded, lengths
+
+
+def as_lengths(lengths: Any, batch: Any) -> Tensor:
+    """The lengths of the batch's sequences as int64 [N] on the CPU.
+
+    Raises:
+        TypeError: they are no integers.
+        RuntimeError: they are not of shape [N].
+    """
+    found = torch.as_tensor(lengths)
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise TypeError(f"expected lengths to be integers, got {found.dtype}")
+    if found.dim() != 1 or (not torch.compiler.is_compiling() and found.size(0) != batch):
+        raise RuntimeError(f"expected lengths of shape ({batch},), got {tuple(found.shape)}")
+    return found.to("cpu", torch.int64)
 
 
 def _check(holds: Tensor, message: str) -> None:

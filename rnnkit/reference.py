@@ -36,7 +36,7 @@ def run(
         return [one.expand(input.size(0), -1, -1).clone() for one in of_one], last
     counts = call.counts
     steps = input.unbind(0) if batch_sizes is None else input.split(counts)
-    initial = call.states if len(call.states) > 0 else call.zero_states(counts[0])
+    initial = call.initial_states if len(call.states) > 0 else call.zero_states(counts[0])
     join = torch.stack if batch_sizes is None else torch.cat
     outputs, finals = [], []
     for d in range(call.directions):
@@ -81,6 +81,14 @@ class _PassBack(torch.autograd.Function):
         return tangent.view_as(tangent)
 
 
+def _reset(states: list[Tensor], rows: Tensor, put_back: list[Tensor]) -> list[Tensor]:
+    """The states, with those of `rows`, a mask, put back: to `put_back`, or to zeros if it is empty."""
+    mask = rows.unsqueeze(-1)
+    if not put_back:
+        return [state.masked_fill(mask, 0) for state in states]
+    return [torch.where(mask, new, old) for new, old in zip(put_back, states, strict=True)]
+
+
 def _scan(
     call: LayerCall, d: int, steps: Sequence[Tensor], states: list[Tensor], kept: int
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
@@ -93,15 +101,29 @@ def _scan(
     after: list[list[Tensor]] = []
     times = range(len(steps))
     before = 0  # the rows of the step before
+    resets: Sequence[Tensor] = ()
+    if call.reset is not None:
+        resets = call.reset.unbind(0) if call.batch_sizes is None else call.reset.split(call.counts)
+    put_back = [state[d] for state in call.reset_states]
+    clips = call.grad_clip > 0 and torch.is_grad_enabled()
     for t in reversed(times) if d else times:
         x = steps[t]
         rows = x.size(0)
         active = [state[:rows] for state in states]
         cuts = call.grad_cut > 0 and (t + d) % call.grad_cut == 0
-        stopped = min(before, rows) if cuts else 0  # rows that continue from the step before
-        if (stopped > 0 or call.grad_clip > 0) and torch.is_grad_enabled():
+        continuing = min(before, rows)
+        stopped = continuing if cuts else 0
+        if clips or (stopped > 0 and torch.is_grad_enabled()):
             limit = call.grad_clip or math.inf
             active = [_PassBack.apply(state, limit, stopped) for state in active]
+        if resets and continuing > 0:
+            begins = resets[t + d][:continuing]
+            if continuing < rows:
+                begins = torch.cat([begins, begins.new_zeros(rows - continuing)])
+            new_states = [state[:rows] for state in put_back]
+            if clips:
+                new_states = [_PassBack.apply(state, call.grad_clip, 0) for state in new_states]
+            active = _reset(active, begins, new_states)
         before = rows
         new = list(
             call.spec.step(

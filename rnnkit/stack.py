@@ -9,7 +9,7 @@ from torch.nn import Module
 from torch.nn.functional import dropout as drop
 from torch.utils._python_dispatch import _disable_current_modes
 
-from rnnkit import autograd
+from rnnkit import autograd, resets
 from rnnkit.call import Keep, LayerCall
 from rnnkit.specs import WEIGHTS
 
@@ -28,6 +28,8 @@ def run(
     packed: Sequence[Tensor] = (),
     grad_clip: float = 0.0,
     grad_cut: int = 0,
+    reset: Tensor | None = None,
+    reset_to: Sequence[Tensor] = (),
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run a stack of layers.
 
@@ -44,6 +46,8 @@ def run(
         packed: what `pack` returned, if the layers are frozen; else empty.
         grad_clip: see `LayerCall`.
         grad_cut: see `LayerCall`.
+        reset: bool [T, N] or [rows]: the sequences that are put back before each time step, at the first one, too.
+        reset_to: the states that they are put back to, shaped like `states`; empty for zeros.
 
     Returns:
         The last layer's output [T, N, D*P] or [rows, D*P], and the final states, shaped like `states`.
@@ -54,8 +58,13 @@ def run(
     if _is_zero(input.size(0) if batch_sizes is None else batch_sizes.numel()):
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     plain_lstm = cell == "lstm" and not step and batch_sizes is None and weights[0][-1] is None
-    input, states, weights, result_dtypes = _autocast(cell, input, states, weights, plain_lstm)
-    _check_like(input, states, weights)
+    input, given, weights, result_dtypes = _autocast(
+        cell, input, [*states, *reset_to], weights, plain_lstm
+    )
+    _check_like(input, given, weights)
+    states, reset_to = given[: len(states)], given[len(states) :]
+    if reset is not None:
+        states = [*resets.at_first_step(states, reset_to, reset, directions), *reset_to]
     layers = len(weights) // directions
     if packed and len(packed) != layers:
         raise RuntimeError(f"expected packed weights of {layers} layers, got {len(packed)}")
@@ -72,6 +81,7 @@ def run(
             batch_sizes,
             grad_clip=grad_clip,
             grad_cut=grad_cut,
+            reset=reset,
         )
         packed_here = packed[index] if packed and result_dtypes is None else None
         (output,), final = autograd.run(call, keep=keep, packed=packed_here)

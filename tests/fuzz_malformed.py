@@ -256,6 +256,8 @@ def _op_case(rng: random.Random) -> kernel_cases.Case:
         states=rng.random() < 0.7,
         dtype=rng.choice([torch.float32] * 4 + [torch.float64, torch.bfloat16]),
         off_kink=True,
+        resets=rng.choice((0.0, 0.0, 0.3)),
+        reset_states=rng.random() < 0.5,
     )
 
 

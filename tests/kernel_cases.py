@@ -38,6 +38,8 @@ class Case:
         off_kink: whether every ReLU stays on its side of zero, where rounding does not decide on it.
         all_states: whether every state is an output.
         grad_clip, grad_cut: see `LayerCall`.
+        resets: the share of rows at whose boundary the states are put back; 0 for no mask.
+        reset_states: whether the states to put back to are given.
     """
 
     cell: str
@@ -53,6 +55,8 @@ class Case:
     all_states: bool = False
     grad_clip: float = 0.0
     grad_cut: int = 0
+    resets: float = 0.0
+    reset_states: bool = False
 
     def scan(self, backward: bool, precise: bool = True) -> plan.Scan:
         """What decides how its scan runs."""
@@ -79,6 +83,8 @@ class Case:
             + ["nostates"] * (not self.states)
             + [f"clip{self.grad_clip}"] * (self.grad_clip > 0)
             + [f"cut{self.grad_cut}"] * (self.grad_cut > 0)
+            + [f"resets{self.resets}"] * (self.resets > 0)
+            + ["resetstates"] * self.reset_states
         )
         parts += [str(self.dtype).removeprefix("torch."), *[self.device] * (self.device != "cpu")]
         return "-".join(parts)
@@ -96,7 +102,7 @@ class Call(LayerCall):
 
     def every_tensor(self) -> list[Tensor]:
         """Of the call and its gradients."""
-        every = [*self.tensors, self.batch_sizes, *self.grads]
+        every = [*self.tensors, self.batch_sizes, self.reset, *self.grads]
         return [tensor for tensor in every if tensor is not None]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Call":
@@ -105,8 +111,8 @@ class Call(LayerCall):
         def changed(tensors: Sequence[Tensor | None]) -> list:
             return [None if t is None else change(t) for t in tensors]
 
-        (batch_sizes,) = changed([self.batch_sizes])
-        others = replace(self, batch_sizes=batch_sizes, grads=changed(self.grads))
+        batch_sizes, reset = changed([self.batch_sizes, self.reset])
+        others = replace(self, batch_sizes=batch_sizes, reset=reset, grads=changed(self.grads))
         return others.with_tensors(changed(self.tensors))
 
     def to(self, dtype: torch.dtype) -> "Call":
@@ -159,7 +165,9 @@ class Call(LayerCall):
         """Names of the gradients that are returned when all are needed."""
         suffixes = ("", "_reverse")[: self.directions]
         weights = [name + suffix for suffix in suffixes for name in WEIGHTS]
-        names = ["input", *(f"{name}_0" for name in STATES[: len(self.states)]), *weights]
+        states = [f"{name}_0" for name in STATES[: len(self.initial_states)]]
+        states += [f"{name} reset to" for name in STATES[: len(self.reset_states)]]
+        names = ["input", *states, *weights]
         return [f"grad {name}" for name, need in zip(names, self.all_needs, strict=True) if need]
 
     def named(
@@ -217,15 +225,17 @@ def call(case: Case, seed: int = 0) -> Call:
     state_shapes = [(case.directions, batch, width) for width in widths]
     output_widths = widths if case.all_states else widths[:1]
     output_shapes = [(*rows, case.directions * width) for width in output_widths]
+    twice = 2 if case.resets and case.reset_states else 1
     return Call(
         cell=case.cell,
         input=given(*rows, inputs),
-        states=[given(*shape) for shape in state_shapes if case.states],
+        states=[given(*shape) for shape in twice * state_shapes if case.states],
         weights=[s and weight(*s) for _ in range(case.directions) for s in shapes],
         batch_sizes=batch_sizes,
         all_states=case.all_states,
         grad_clip=case.grad_clip,
         grad_cut=case.grad_cut,
+        reset=torch.rand(rows, generator=random) < case.resets if case.resets else None,
         grads=[normal(*shape) for shape in [*output_shapes, *state_shapes]],
     ).on(case.device)
 
@@ -298,6 +308,15 @@ SIZES = (
     (130, 7, 9, 20),
 )
 
+#: Resets. CUDA's kernels have none: there the reference runs.
+RESETS: tuple[dict, ...] = (
+    {"resets": 0.5},
+    {"resets": 0.3, "states": False},
+    {"resets": 0.3, "reset_states": True, "lengths": (9,) * 8 + (4,) * 9 + (1,) * 16},
+    {"resets": 0.3, "reset_states": True, "grad_clip": 0.1, "grad_cut": 2},
+    {"resets": 0.02, "reset_states": True, "lengths": tuple(range(45, 0, -1))},
+)
+
 #: What may vary beside the sizes.
 _VARIANTS: tuple[dict, ...] = (
     {"lengths": (5, 3, 3, 1)},
@@ -313,6 +332,7 @@ _VARIANTS: tuple[dict, ...] = (
     {"grad_clip": 0.1, "grad_cut": 3, "lengths": (9,) * 8 + (4,) * 9 + (1,) * 16},
     {"grad_clip": 0.1},
     {"grad_cut": 2},
+    *RESETS,
 )
 _ALL_STATES: tuple[dict, ...] = (
     {"all_states": True, "lengths": (5, 3, 3, 1)},
@@ -325,6 +345,7 @@ _PROJECTIONS: tuple[dict, ...] = (
     {"projected": 1, "all_states": True, "states": False, "lengths": (6, 5, 2)},
     {"projected": 4, "grad_clip": 0.1, "grad_cut": 2, "lengths": (6, 5, 2)},
     {"projected": 15, "bias": False, "states": False},
+    {"projected": 3, "resets": 0.4, "reset_states": True, "lengths": (6, 5, 2)},
 )
 
 

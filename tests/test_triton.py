@@ -94,6 +94,9 @@ VARIANTS: tuple[dict, ...] = (
     {"states": False},
     {"grad_clip": 0.1},
     {"grad_cut": 2},
+    {"resets": 0.4},
+    {"resets": 0.4, "reset_states": True, "grad_clip": 0.1, "grad_cut": 2, "lengths": (4, 3, 3, 1)},
+    {"resets": 0.4, "reset_states": True},
 )
 
 

@@ -30,7 +30,7 @@ template <class... Others>
   try {
     py::module_::import("rnnkit.call")
         .attr("refuse")(op, call.cell.name, call.input, call.states, call.weights.vec(), call.batch_sizes,
-                        call.all_states, call.rule.clip, call.rule.cut, others...);
+                        call.all_states, call.rule.clip, call.rule.cut, call.reset, others...);
   } catch (py::error_already_set& error) {
     error.restore();
   }
@@ -46,14 +46,16 @@ void throw_python_error() {
 }
 
 Call::Call(std::string_view name, const Tensor& x, at::TensorList initial, const OptionalTensors& w,
-           const std::optional<Tensor>& sizes, bool all, const GradientRule& of_gradients)
+           const std::optional<Tensor>& sizes, bool all, const GradientRule& of_gradients,
+           const std::optional<Tensor>& resets)
     : cell(find_cell(name)),
       input(x),
       states(initial.vec()),
       weights(w),
       batch_sizes(sizes),
       all_states(all),
-      rule(of_gradients) {
+      rule(of_gradients),
+      reset(resets) {
   if (!fits()) refuse("layer_forward", *this);
 }
 
@@ -70,9 +72,14 @@ bool Call::fits() {
     batch = input.size(1);
   }
   if (steps == 0 || !weights_fit()) return false;
-  if (!states.empty() && static_cast<int64_t>(states.size()) != cell.states) return false;
-  for (size_t i = 0; i < states.size(); ++i)
-    if (!is_like_input(states[i], state_shape(i))) return false;
+  if (reset) {
+    if (reset->scalar_type() != at::kBool || reset->sizes() != input.sizes().slice(0, input.dim() - 1)) return false;
+    if (reset->device() != input.device() || !has_memory(*reset)) return false;
+  }
+  const int64_t given = states.size();
+  if (given != 0 && given != cell.states && !(reset && given == 2 * cell.states)) return false;
+  for (int64_t i = 0; i < given; ++i)
+    if (!is_like_input(states[i], state_shape(i % cell.states))) return false;
   return true;
 }
 

@@ -26,16 +26,18 @@ struct GradientRule {
 struct Call {
   const CellKernels& cell;
   const at::Tensor input;
-  const std::vector<at::Tensor> states;
+  const std::vector<at::Tensor> states;  // initial states, then those that `reset` puts back to; see LayerCall
   const OptionalTensors weights;
   const std::optional<at::Tensor> batch_sizes;
   const bool all_states;
   const GradientRule rule;
+  const std::optional<at::Tensor> reset;
   int64_t steps = 0, batch = 0, input_size = 0, hidden = 0, projected = 0, directions = 0;
   std::vector<int64_t> offsets;  // of a packed sequence: the row where each step begins, then rows(); else empty
 
   Call(std::string_view name, const at::Tensor& x, at::TensorList initial, const OptionalTensors& w,
-       const std::optional<at::Tensor>& sizes, bool all_states, const GradientRule& rule = {});
+       const std::optional<at::Tensor>& sizes, bool all_states, const GradientRule& rule = {},
+       const std::optional<at::Tensor>& reset = {});
 
   // Checks the other arguments of layer_backward. Throws the error of `BackwardCall.check` if they do not fit.
   void check_backward(const OptionalTensors& grads, const at::Tensor& output, const at::Tensor& reserve, int64_t keep,

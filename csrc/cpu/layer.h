@@ -29,6 +29,7 @@ constexpr int kMaxGates = 16;
 template <class T>
 struct State {
   const T* initial;  // [D, N, width]: before a row's first step; null: zeros
+  const T* reset;    // like initial: what Layer::reset puts rows back to; null: zeros
   T* final;          // [D, N, width]: after a row's last step
   T* all;            // [rows, D*width]: after each step; null: not asked for. Null for h, which is Layer::y
 
@@ -36,6 +37,7 @@ struct State {
   const T* grad_final;  // like final; null: zeros
   const T* grad_all;    // [rows, D*width], for h the gradient of Layer::y; null: zeros
   T* grad_initial;      // like initial; null: not needed
+  T* grad_reset;        // like initial, of `reset`; null: not needed
   T* flow;              // like all: the gradient of the state after each step; null: not asked for
 };
 
@@ -58,6 +60,10 @@ struct Layer {
   // no limit, and is zero across the boundaries before the times that are multiples of grad_cut, 0 for none.
   T grad_clip;
   int64_t grad_cut;
+
+  // [rows]: whether a row's states are put back to State::reset at the boundary between the time before and its time;
+  // null: no row's. A row's first time has no such boundary.
+  const bool* reset;
 
   int threads;  // at most
 

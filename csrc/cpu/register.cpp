@@ -42,6 +42,8 @@ template <class S>
 constexpr at::ScalarType kScalarType = c10::CppTypeToScalarType<S>::value;
 template <>
 constexpr at::ScalarType kScalarType<BFloat16> = at::kBFloat16;
+template <>
+constexpr at::ScalarType kScalarType<bool> = at::kBool;
 
 template <class S>
 S* data(const Tensor& tensor) {
@@ -84,9 +86,13 @@ Layer<S> make_layer(const Call& call, Operands& operands) {
     direction.w_hr = operands.read<S>(call.weight(d, 4));
   }
   layer.x = operands.read<S>(call.input);
-  for (size_t i = 0; i < call.states.size(); ++i) layer.states[i].initial = operands.read<T>(call.states[i]);
+  for (int64_t i = 0; i < int64_t(call.states.size()); ++i) {
+    State<T>& state = layer.states[i % call.cell.states];
+    (i < call.cell.states ? state.initial : state.reset) = operands.read<T>(call.states[i]);
+  }
   layer.grad_clip = call.rule.clip > 0 ? static_cast<T>(call.rule.clip) : std::numeric_limits<T>::infinity();
   layer.grad_cut = call.rule.cut;
+  layer.reset = operands.read<bool>(call.reset);
   layer.threads = call.threads();
   layer.wants_to_stop = wants_to_stop;
   return layer;
@@ -124,10 +130,10 @@ int64_t states_of(std::string_view cell) { return find_cell(cell).states; }
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> layer_forward(
     std::string_view cell, const Tensor& input, at::TensorList states, const OptionalTensors& weights,
     const std::optional<Tensor>& batch_sizes, bool all_states, double grad_clip, int64_t grad_cut,
-    const std::optional<Tensor>& packed, int64_t kept) {
+    const std::optional<Tensor>& reset, const std::optional<Tensor>& packed, int64_t kept) {
   TORCH_CHECK(kept >= 0 && kept <= 2, "expected keep to be 0, 1 or 2, got ", kept);
   const Keep keep = static_cast<Keep>(kept);
-  const Call call(cell, input, states, weights, batch_sizes, all_states, {grad_clip, grad_cut});
+  const Call call(cell, input, states, weights, batch_sizes, all_states, {grad_clip, grad_cut}, reset);
   const auto result = [&](const std::vector<int64_t>& shape, const at::TensorOptions& options) {
     return call.empty() ? at::zeros(shape, options) : allocate(shape, options);
   };
@@ -190,10 +196,11 @@ Tensor pack_weights(std::string_view cell, const OptionalTensors& weights) {
 
 std::vector<Tensor> layer_backward(std::string_view cell, const Tensor& input, at::TensorList states,
                                    const OptionalTensors& weights, const std::optional<Tensor>& batch_sizes,
-                                   bool all_states, double grad_clip, int64_t grad_cut, const OptionalTensors& grads,
+                                   bool all_states, double grad_clip, int64_t grad_cut,
+                                   const std::optional<Tensor>& reset, const OptionalTensors& grads,
                                    const Tensor& output, const Tensor& reserve, int64_t keep,
                                    const c10::List<bool>& needs, bool flow) {
-  const Call call(cell, input, states, weights, batch_sizes, all_states, {grad_clip, grad_cut});
+  const Call call(cell, input, states, weights, batch_sizes, all_states, {grad_clip, grad_cut}, reset);
   call.check_backward(grads, output, reserve, keep, needs, flow);
   std::vector<Tensor> wanted = {input};
   wanted.insert(wanted.end(), call.states.begin(), call.states.end());
@@ -221,7 +228,10 @@ std::vector<Tensor> layer_backward(std::string_view cell, const Tensor& input, a
       layer.states[i].grad_final = operands.read<T>(grads.get(call.outputs() + i));
     const auto write = [&](size_t i) { return results[i].defined() ? data<T>(results[i]) : nullptr; };
     layer.grad_x = write(0);
-    for (size_t i = 0; i < call.states.size(); ++i) layer.states[i].grad_initial = write(1 + i);
+    for (int64_t i = 0; i < int64_t(call.states.size()); ++i) {
+      State<T>& state = layer.states[i % call.cell.states];
+      (i < call.cell.states ? state.grad_initial : state.grad_reset) = write(1 + i);
+    }
     for (int64_t d = 0; d < call.directions; ++d) {
       const size_t first = 1 + call.states.size() + d * kWeights;
       Direction<S>& direction = layer.direction[d];

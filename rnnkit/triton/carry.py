@@ -5,10 +5,12 @@ it is not active it keeps its states, and backward their gradients. The kernels 
 a step's recurrent product (`operand`, also for the previous h of a cell's backward), and where they take that
 operand's gradient (`grad_operand`). With a projection, `_grad_operand` of scan.py takes it.
 
-What further cases would change: A row that is put back to its initial values before a step does not continue from the
-step before. `operand` selects its initial h, the kernel its other initial states, and the operand's gradient goes to
-the initial h instead of the step before. A factor of the operand goes with the pointers that `operand` returns, and
-multiplies `grad_recurrent` and the result of `_grad_operand`; the previous h of a cell's backward has no factor.
+A row that a reset puts back before a step (`is_reset`) has other states than the step before left: `operand` selects
+its h, `put_back` its other states. What the step passes back
+goes to the gradients of these states.
+
+A factor of the operand would go with the pointers that `operand` returns, and would multiply `grad_recurrent` and the
+result of `_grad_operand`; the previous h of a cell's backward has no factor.
 
 In all functions a program has ROWS rows of the batch, from `begin` on, which i [ROWS, 1] counts. Steps are numbered 0
 to `last` in the order of the direction's forward scan, in both passes. `offsets` [T + 1] are the rows where time steps
@@ -43,11 +45,34 @@ def active_rows(step, begin, i, last, batch, offsets):
 
 
 @triton.jit
-def operand(step, begin, i, last, batch, offsets, initial, output, width):
+def is_reset(step, begin, i, last, batch, offsets, reset):
+    """Which rows [ROWS, 1] are put back between the step before and this one, see `LayerCall.reset`: `reset` [R]."""
+    row, active = active_rows(step, begin, i, last, batch, offsets)
+    row_before, continues = active_rows(step - 1, begin, i, last, batch, offsets)
+    later = tl.where(tl.program_id(2) == 1, row_before, row)  # in time
+    return tl.load(reset + later + i, mask=active & continues, other=0) != 0
+
+
+@triton.jit
+def put_back(states, begins, reset_states, begin, i, u, u_mask, batch, hidden):
+    """The states before a step: those of `reset_states` [S, D, N, H], None for zeros, in the rows that `is_reset`."""
+    d = tl.program_id(2).to(tl.int64)
+    found = ()
+    for k in tl.static_range(len(states)):
+        new = tl.zeros_like(states[k])
+        if reset_states is not None:
+            base = reset_states + ((k * tl.num_programs(2) + d) * batch + begin) * hidden
+            new = tl.load(base + (i * hidden + u), mask=begins & u_mask, other=0.0)
+        found += (tl.where(begins, new, states[k]),)
+    return found
+
+
+@triton.jit
+def operand(step, begin, i, last, batch, offsets, initial, output, width, reset=None, reset_h=None):
     """h before a step: pointers to the beginnings of its rows [ROWS, 1], and which are there; the others are zeros.
 
     A row that was active at the step before continues with the output [R, D*P] of that step, another one begins with
-    `initial` [D, N, P], None for zeros. `width` is P.
+    `initial` [D, N, P], None for zeros. One that `is_reset` has `reset_h`, alike. `width` is P.
     """
     row, continues = active_rows(step - 1, begin, i, last, batch, offsets)
     d = tl.program_id(2).to(tl.int64)
@@ -57,6 +82,13 @@ def operand(step, begin, i, last, batch, offsets, initial, output, width):
     if initial is not None:
         h = tl.where(continues, h, initial + (d * batch + begin) * width + i * width)
         is_there = i < batch - begin
+    if reset is not None:
+        begins = is_reset(step, begin, i, last, batch, offsets, reset)
+        if reset_h is None:
+            is_there = is_there & (begins == 0)
+        else:
+            h = tl.where(begins, reset_h + (d * batch + begin) * width + i * width, h)
+            is_there = is_there | begins
     return h, is_there
 
 
@@ -71,32 +103,41 @@ def cuts(step, last, GRAD_CUT: tl.constexpr):
 
 
 @triton.jit
-def passed_back(grad, continues, cut, GRAD_CLIP: tl.constexpr, GRAD_CUT: tl.constexpr):
+def passed_back(
+    grad, continues, cut, GRAD_CLIP: tl.constexpr, GRAD_CUT: tl.constexpr, begins=None, sum=None
+):
     """The gradient that a step passes back, clipped; zero in rows that continue from the step before if that is cut.
 
-    `GRAD_CLIP` is None for no limit.
+    Of rows that are put back before the step, `begins` (None: no rows are), it is added to `sum` instead. Returns the
+    gradient and the sum. `GRAD_CLIP` is None for no limit.
     """
     if GRAD_CLIP is not None:
         grad = tl.where(grad > GRAD_CLIP, GRAD_CLIP, tl.where(grad < -GRAD_CLIP, -GRAD_CLIP, grad))
+    if begins is not None:
+        sum += tl.where(begins, grad, 0.0)
+        grad = tl.where(begins, 0.0, grad)
     if GRAD_CUT > 0:
         grad = tl.where(continues & cut, 0.0, grad)
-    return grad
+    return grad, sum
 
 
 @triton.jit
 def grad_operand(
-    grad_state, grad_recurrent, sends, active, cut, GRAD_CLIP: tl.constexpr, GRAD_CUT: tl.constexpr
-):
+    grad_state, grad_recurrent, sends, active, cut, GRAD_CLIP: tl.constexpr, GRAD_CUT: tl.constexpr,
+    begins, grad_reset,
+):  # fmt: skip
     """Gradients of the states after a step: `grad_state`, to whose h the gradient through the later product is added.
 
     `grad_state` is what the later steps left. `grad_recurrent` is the gradient of the later step's operand, h. Where a
     row begins at the later step, that is its initial h: the row is not active now and keeps the sum. `sends`: which
-    rows have the later step, and so are passed a gradient back; `cut`: whether that step `cuts`.
+    rows have the later step, and so are passed a gradient back; `cut`: whether that step `cuts`; `begins`: which rows
+    are put back before it, whose gradients are added to `grad_reset`; None: no rows are. Returns that, too.
     """
-    sum = grad_state[0] + grad_recurrent
-    if (GRAD_CLIP is not None) | (GRAD_CUT > 0):
-        sum = tl.where(sends, passed_back(sum, active, cut, GRAD_CLIP, GRAD_CUT), sum)
-    return (sum,) + grad_state[1:]
+    h = grad_state[0] + grad_recurrent
+    if (GRAD_CLIP is not None) | (GRAD_CUT > 0) | (begins is not None):
+        passed, grad_reset = passed_back(h, active, cut, GRAD_CLIP, GRAD_CUT, begins, grad_reset)
+        h = tl.where(sends, passed, h)
+    return (h,) + grad_state[1:], grad_reset
 
 
 @triton.jit

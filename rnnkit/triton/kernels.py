@@ -133,6 +133,9 @@ def forward(
     states,  # before the first step of this launch, [S, D, N, H]
     new_states,  # on return the states after the last step of this launch, [S, D, N, H]
     offsets,  # the row where each time step begins, [T + 1], or None: each has `batch` rows
+    reset,  # [R], see `carry.is_reset`, or None
+    reset_h,  # the h that rows are put back to, [D, N, P], or None for zeros
+    reset_states,  # the states that they are put back to, [S, D, N, H], or None for zeros
     output,  # h after each step, [R, D*P]; read, and written through new_h where there is no projection
     new_h,  # on return h: `output`, or before a projection [D, N, H], or None where it is not wanted
     all_states,  # on return the states other than h after each step, S - 1 tensors [R, D*H]; or None
@@ -162,8 +165,11 @@ def forward(
             gate = gates + row * gate_stride + (d * GATES + g) * hidden
             loaded += (tl.load(gate + (i * gate_stride + u), mask=mask, other=0.0),)
         operand, is_there = carry.operand(
-            step, begin, i, last, batch, offsets, initial, output, projected
+            step, begin, i, last, batch, offsets, initial, output, projected, reset, reset_h
         )
+        if reset is not None:
+            begins = carry.is_reset(step, begin, i, last, batch, offsets, reset)
+            state = carry.put_back(state, begins, reset_states, begin, i, u, u_mask, batch, hidden)
         recurrent = products(
             operand, is_there & active, w, hidden.to(tl.int64) * projected,
             (u - first_unit) * projected, u_mask, 1, projected, GATES, DEPTH, PRECISION, SUM,
@@ -200,6 +206,9 @@ def backward(
     grad_states,  # as the later steps left them, in the first launch of the final states, [S, D, N, H]
     new_grad_states,  # on return the gradients after the last step of this launch, [S, D, N, H]
     offsets,  # the row where each time step begins, [T + 1], or None: each has `batch` rows
+    reset,  # [R], see `carry.is_reset`, or None
+    reset_h,  # the h that rows are put back to, [D, N, P], or None for zeros
+    grad_resets,  # added to: the gradients of the states that rows are put back to, [S, D, N, H]; None without `reset`
     output,  # h after each step, [R, D*P]
     reserve,  # [D, R, V, H]
     grad_output,  # [R, D*H], or None for zeros
@@ -228,6 +237,9 @@ def backward(
     begin, i, u, i_mask, u_mask = tile(batch, hidden, ROWS, UNITS)
     depth = GATES * hidden if grad_projected is None else projected
     grad_state = load_states(grad_states, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
+    grad_reset = grad_state
+    if reset is not None:
+        grad_reset = load_states(grad_resets, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
     for step in tl.range(first, first + steps, num_stages=1):
         u = opaque(u, step)
         forward_step = last - step
@@ -248,9 +260,14 @@ def backward(
         )  # fmt: skip
         if grad_projected is None:
             cut = carry.cuts(forward_step + 1, last, GRAD_CUT)
-            grad_state = carry.grad_operand(
-                grad_state, grad_recurrent[0], sends, active, cut, GRAD_CLIP, GRAD_CUT
-            )
+            begins = None
+            if reset is not None:
+                begins = carry.is_reset(forward_step + 1, begin, i, last, batch, offsets, reset)
+            grad_state, of_h = carry.grad_operand(
+                grad_state, grad_recurrent[0], sends, active, cut, GRAD_CLIP, GRAD_CUT,
+                begins, grad_reset[0],
+            )  # fmt: skip
+            grad_reset = (of_h,) + grad_reset[1:]
         else:
             grad_state = (grad_state[0] + grad_recurrent[0],) + grad_state[1:]
         save = load_saved(reserve, d * total + row, i, u, mask, hidden, SAVED)
@@ -259,7 +276,17 @@ def backward(
         if grad_projected is None:  # the compiler drops loads that the cell does not use
             h = tl.load(output + h_base + h_place, mask=mask, other=0.0).to(SUM)
             operand, is_there = carry.operand(
-                forward_step, begin, i, last, batch, offsets, initial, output, hidden
+                forward_step,
+                begin,
+                i,
+                last,
+                batch,
+                offsets,
+                initial,
+                output,
+                hidden,
+                reset,
+                reset_h,
             )
             previous_h = tl.load(operand + u, mask=is_there & mask, other=0.0).to(SUM)
         grad_h = grad_state[0]
@@ -278,13 +305,22 @@ def backward(
                 if flow[k] is not None:
                     tl.store(flow[k] + h_base + h_place, whole[k], mask=mask)
         grads_before, grads = CELL(save, h, previous_h, grad_new)
-        if (GRAD_CLIP is not None) | (GRAD_CUT > 0):
+        if (GRAD_CLIP is not None) | (GRAD_CUT > 0) | (reset is not None):
             _, continues = carry.active_rows(forward_step - 1, begin, i, last, batch, offsets)
             cut = carry.cuts(forward_step, last, GRAD_CUT)
+            begins = None
+            if reset is not None:
+                begins = carry.is_reset(forward_step, begin, i, last, batch, offsets, reset)
             passed = (grads_before[0],)  # that of h is not complete before the product
+            sums = (grad_reset[0],)
             for k in tl.static_range(1, STATES):
-                passed += (carry.passed_back(grads_before[k], continues, cut, GRAD_CLIP, GRAD_CUT),)
+                grad, sum = carry.passed_back(
+                    grads_before[k], continues, cut, GRAD_CLIP, GRAD_CUT, begins, grad_reset[k]
+                )
+                passed += (grad,)
+                sums += (sum,)
             grads_before = passed
+            grad_reset = sums
         for k in tl.static_range(GRAD_COLUMNS):
             grad_base = grad_gates + ((row * directions + d) * GRAD_COLUMNS + k) * hidden
             tl.store(
@@ -295,6 +331,8 @@ def backward(
         grad_state = carry.carried(active, grads_before, grad_state)
         tl.debug_barrier()  # the next step reads what this one wrote
     store_states(new_grad_states, grad_state, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
+    if reset is not None:
+        store_states(grad_resets, grad_reset, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -25,6 +25,8 @@ from rnnkit.specs import CELLS
 from rnnkit.triton import kernels
 from rnnkit.triton.cells import TRITON_CELLS
 
+RESETS = True  #: see `rnnkit.gpu.Scans`
+
 #: Time several plans for each size, once on each kind of GPU, and keep the fastest.
 AUTOTUNE = os.environ.get("RNNKIT_TRITON_AUTOTUNE", "0") not in ("", "0")
 
@@ -256,13 +258,18 @@ def forward(
     w_hh, w_hr = stacked(call.w_hh), call.w_hr
     b_ih, b_hh = stacked(call.b_ih), stacked(call.b_hh)
     offsets, initial = call.offsets(), call.states[0] if call.states else None
+    reset_h = call.reset_states[0] if call.reset_states else None
+    reset_states = None
+    if call.reset_states:
+        reset_states = _states(call, _of_width_h(call, call.reset_states))
     projects = call.projects and output is not None
     new_h = call.input.new_empty(call.state_shape(1)) if projects else output
     history = gates if output is None else output  # where a single step reads nothing
 
     def step(states: Tensor, new_states: Tensor, first: int, steps: int) -> None:
         launch(
-            *(gates, b_ih, b_hh, w_hh, initial, states, new_states, offsets, history, new_h),
+            *(gates, b_ih, b_hh, w_hh, initial, states, new_states, offsets),
+            *(call.reset, reset_h, reset_states, history, new_h),
             tuple(all_states) or None,
             reserve if keep else None,
             *(gates.stride(0), call.batch, call.rows, call.steps - 1, first, steps),
@@ -278,7 +285,7 @@ def forward(
             columns = slice(d * call.projected, (d + 1) * call.projected)
             output[rows, columns] = new_h[d, : rows.stop - rows.start] @ weight.t()
 
-    given = _of_width_h(call, call.states or [None] * call.spec.states)
+    given = _of_width_h(call, call.initial_states or [None] * call.spec.states)
     states = launch.all_steps(call.steps, _states(call, given), step)
     for k, final in enumerate(finals):
         if projects and k == 0:
@@ -300,20 +307,31 @@ def backward(
     w_hh, w_hr = stacked(call.w_hh), stacked(call.w_hr)
     assert w_hh is not None
     offsets, initial = call.offsets(), call.states[0] if call.states else None
-    grad_recurrent = grad_projected = None
+    reset_h = call.reset_states[0] if call.reset_states else None
+    grad_resets = None if call.reset is None else _states(call, [None] * call.spec.states)
+    grad_recurrent = grad_projected = grad_reset_h = None
     if call.projects:
         assert w_hr is not None
         grad_recurrent = call.input.new_zeros(call.state_shape(0))
         if grad_finals[0] is not None:
             grad_recurrent.copy_(grad_finals[0])
+        if call.reset is not None:
+            grad_reset_h = call.input.new_zeros(call.state_shape(0), dtype=call.sum_dtype)
         grad_projected = call.input.new_empty(call.directions, call.rows, call.projected)
 
     def step(grad_states: Tensor, new_grad_states: Tensor, first: int, steps: int) -> None:
         if grad_recurrent is not None and grad_projected is not None:
-            _grad_projected(back, w_hh, grad_recurrent, grad_projected, first)
+            _grad_projected(back, w_hh, grad_recurrent, grad_projected, grad_reset_h, first)
         launch(
             *(w_hh if w_hr is None else w_hr, initial, grad_states, new_grad_states, offsets),
-            *(back.output, back.reserve, None if w_hr is not None else grad_output),
+            *(
+                call.reset,
+                reset_h,
+                grad_resets,
+                back.output,
+                back.reserve,
+                None if w_hr is not None else grad_output,
+            ),
             tuple(grad_all_states) if any(g is not None for g in grad_all_states) else None,
             *(grad_projected, back.grad_gates, tuple(back.flow) or None),
             *(call.batch, call.rows, call.steps - 1, first, steps, call.hidden, call.projected),
@@ -327,21 +345,28 @@ def backward(
 
     # One step more takes the gradients to the initial states.
     steps = call.steps + (bool(call.states) and not call.projects)
+    states = call.spec.states
     given = _states(call, _of_width_h(call, grad_finals))
     grad_states = launch.all_steps(steps, given, step)
-    for k, grad in enumerate(initial_grads):
+    for k, grad in enumerate(initial_grads[:states]):
         if grad is not None and k == 0 and grad_recurrent is not None:
-            _grad_operand(back, w_hh, grad_recurrent, call.steps)
+            _grad_operand(back, w_hh, grad_recurrent, grad_reset_h, call.steps)
             grad.copy_(grad_recurrent)
         elif grad is not None:
             grad.copy_(grad_states[k])
+    for k, grad in enumerate(initial_grads[states:]):
+        if grad is not None and grad_resets is not None:
+            grad.copy_(grad_resets[k] if k > 0 or grad_reset_h is None else grad_reset_h)
     return grad_projected
 
 
-def _grad_operand(back: Backward, w_hh: Tensor, grad_recurrent: Tensor, step: int) -> None:
+def _grad_operand(
+    back: Backward, w_hh: Tensor, grad_recurrent: Tensor, grad_reset: Tensor | None, step: int
+) -> None:
     """Writes the gradient of the later step's operand, h, to the rows of that step in `grad_recurrent` [D, N, P].
 
-    The other rows keep what they have. Steps are counted backward: step 0 is the last one, which has no later step.
+    That of rows which are put back before the later step is added to `grad_reset` [D, N, P] instead. The other rows
+    keep what they have. Steps are counted backward: step 0 is the last one, which has no later step.
     """
     call = back.call
     width = call.spec.gates * call.hidden
@@ -353,21 +378,32 @@ def _grad_operand(back: Backward, w_hh: Tensor, grad_recurrent: Tensor, step: in
         torch.mm(back.grad_gates[rows, columns], w_hh[d], out=passed)
         if call.grad_clip > 0:
             passed.clamp_(-call.grad_clip, call.grad_clip)
+        begins = call.resets(d, call.steps - step)
+        if begins is not None and grad_reset is not None:
+            mask = begins.unsqueeze(-1)
+            continuing = passed[: begins.size(0)]
+            grad_reset[d, : begins.size(0)] += continuing.where(mask, 0)
+            continuing.masked_fill_(mask, 0)
         if call.cuts(d, call.steps - step):
             earlier = call.rows_of(d, call.steps - step - 1)
             passed[: earlier.stop - earlier.start].zero_()
 
 
 def _grad_projected(
-    back: Backward, w_hh: Tensor, grad_recurrent: Tensor, grad_projected: Tensor, step: int
+    back: Backward,
+    w_hh: Tensor,
+    grad_recurrent: Tensor,
+    grad_projected: Tensor,
+    grad_reset: Tensor | None,
+    step: int,
 ) -> None:
     """Writes the whole gradient of h after its projection, of one step, to its rows in `grad_projected` [D, rows, P].
 
     grad_recurrent: [D, N, P], on entry the gradient of each row's h without that of the output, as the later steps left
-    it, or of the final h; on return with the gradient of the later step's operand.
+    it, or of the final h; on return with the gradient of the later step's operand. grad_reset: see `_grad_operand`.
     """
     call = back.call
-    _grad_operand(back, w_hh, grad_recurrent, step)
+    _grad_operand(back, w_hh, grad_recurrent, grad_reset, step)
     for d in range(call.directions):
         rows = call.rows_of(d, call.steps - 1 - step)
         sums = grad_recurrent[d, : rows.stop - rows.start]

@@ -19,12 +19,13 @@ class Backward {
         segments_(segments_of(layer)),
         max_rows_(max_rows(layer, segments_)),
         arena_(scratch),
-        initial_h_(arena_.take<S>(layer.directions * layer.batch * layer.projected)),
+        beginnings_{arena_.take<S>(layer.directions * layer.batch * layer.projected),
+                    arena_.take<S>(layer.reset != nullptr ? layer.directions * layer.batch * layer.projected : 0)},
         grads_{{arena_, 2, layer.directions, max_rows_, Cell::grads * layer.hidden},
                {arena_, 2, layer.directions, max_rows_, projects_ ? layer.projected : 0},
                {arena_, 2, layer.directions, max_rows_, projects_ ? layer.hidden : 0}},
-        recompute_(layer, max_rows_, initial_h_, arena_),
-        weight_gradients_(layer, projects_, max_rows_, grads_, initial_h_, arena_),
+        recompute_(layer, max_rows_, beginnings_, arena_),
+        weight_gradients_(layer, projects_, max_rows_, grads_, beginnings_, arena_),
         stop_(layer.wants_to_stop, /*work=*/1e6) {
     const int64_t D = layer.directions, N = layer.batch, H = layer.hidden, P = layer.projected, I = layer.input;
     grad_h_ = arena_.take<T>(D * N * P);
@@ -86,7 +87,7 @@ class Backward {
     for_partitions(layer_, Cell::gates, Cell::units, segment.begin, segment.end, thread, threads, body);
   }
 
-  // Packs the weights, and lays out the initial h and what the gradients begin with, this thread's part of them.
+  // Packs the weights, and lays out what rows and what gradients begin with, this thread's part of them.
   void prepare(int thread, int threads) {
     const int64_t H = layer_.hidden, P = layer_.projected;
     for (int64_t d = 0; d < layer_.directions; ++d)
@@ -94,7 +95,12 @@ class Backward {
     recompute_.pack(thread, threads);
     const Range rows = range_of(layer_.directions * layer_.batch, thread, threads);
     for (int64_t i = rows.begin; i < rows.end; ++i) {
-      copy_row(at(layer_.states[0].initial, i * P), P, initial_h_ + i * P);
+      copy_row(at(layer_.states[0].initial, i * P), P, beginnings_.initial + i * P);
+      if (layer_.reset != nullptr) copy_row(at(layer_.states[0].reset, i * P), P, beginnings_.reset + i * P);
+      for (int64_t k = 0; k < Cell::states; ++k) {
+        const int64_t width = k == 0 ? P : H;
+        if (T* sum = layer_.states[k].grad_reset; sum != nullptr) std::memset(sum + i * width, 0, width * sizeof(T));
+      }
       copy_row(at(layer_.states[0].grad_final, i * P), P, grad_h_ + i * P);
       for (int64_t k = 0; k < kOthers<Cell>; ++k)
         copy_row(at(layer_.states[k + 1].grad_final, i * H), H, grad_others_ + (i * kOthers<Cell> + k) * H);
@@ -134,6 +140,11 @@ class Backward {
       body(first(sweep[i]), min_of(own.end, (sweep[i] + 1) * kPanel) - first(sweep[i]), first(sweep.next(i)));
   }
 
+  template <class Count>
+  static RNNKIT_INLINE void add(Vector<T> value, T* sum, Count lanes) {
+    store(sum, load(sum, lanes) + value, lanes);
+  }
+
   // What a step passes back, as Layer::grad_clip limits it.
   RNNKIT_INLINE Vector<T> clipped(Vector<T> grad) const {
     return clips_ ? -at_most(-at_most(grad, layer_.grad_clip), layer_.grad_clip) : grad;
@@ -141,14 +152,16 @@ class Backward {
 
   // Columns first to first + width - 1 of the gradient of h between steps s and s + 1. dh = grad_h_ + dgates(s + 1)
   // W_hh, clipped, or zero where step s + 1 passes nothing back; a row that is not active at s + 1 has no product, and
-  // its dh is grad_h_. A row that begins at s + 1 writes dh to the gradient of its initial h. Any other row adds dY and
+  // its dh is grad_h_. A row that begins at s + 1 writes dh to the gradient of its initial h; one that is put back there
+  // adds it to that of its reset h, and its dh is zero. Any row but one that begins adds dY and
   // runs the cell's backward of step s; with a projection it writes dh to grads_.projected instead, for
   // step_before_projection. `next`: the first column of the next panel, which is prefetched; `first`: none.
   void step_of_h(const Segment& segment, const ActiveRows<S>& rows, int64_t s, int64_t first, int64_t width,
                  int64_t next) {
     const int64_t d = rows.direction, P = layer_.projected, K = Cell::gates * layer_.hidden;
     const Carry here = rows.before(s), after = rows.before(s + 1);
-    const bool cuts = rows.cuts(s + 1), needs_product = !cuts || after.active > after.continuing;
+    const bool cuts = rows.cuts(s + 1),
+               needs_product = !cuts || after.active > after.continuing || layer_.reset != nullptr;
     const Segment& of_after = s + 1 < segment.end ? segment : segments_[max_of(0, segment.index - 1)];
     const S* ahead = next != first ? w_hh_[d].ahead(0, next) : nullptr;
     const int64_t touched = max_of(here.active, after.active);
@@ -178,11 +191,16 @@ class Backward {
         S* grad_projected = projects_ ? grads_.projected.at(segment, d, row) + first : nullptr;
         const RowOfCell of = projects_ ? RowOfCell{} : row_of_cell(segment, rows, s, m + i, here);
         if (!projects_) add_grad_all(of, row, d, first, width);
+        const bool is_reset = before == Before::previous && rows.resets(s + 1, m + i), stops = cuts || is_reset;
+        if (T* sum = at(layer_.states[0].grad_reset, state); is_reset && sum != nullptr)
+          for_vectors<T>(width, [&](int64_t u, auto lanes) {
+            add(clipped(load(grad_h + u, lanes) + load(from_product + u)), sum + u, lanes);
+          });
         for_vectors<T>(width, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
           Vector<T> grad{};
           if (before == Before::carried)
             grad = load(grad_h + u, lanes);
-          else if (!cuts)
+          else if (!stops)
             grad = clipped(load(grad_h + u, lanes) + load(from_product + u));
           if (grad_y != nullptr) grad += load(grad_y + u, lanes);
           if (flow != nullptr) store(flow + u, grad, lanes);
@@ -233,7 +251,9 @@ class Backward {
     const S *h, *previous_h;  // h after the step, and before it
     T* grad_others;           // [kOthers, H]: on entry of the states after the step, on return of those before it
     S *grads, *unprojected;   // grads: [Cell::grads, H]
-    bool cuts;                // whether the step passes nothing back to the step before
+    bool stops;               // whether the step passes nothing back to the step before
+    bool is_reset;            // whether that is because the row is put back between them
+    int64_t state;            // where the row begins in State::grad_reset of states other than h
     int64_t flow;             // where the row begins in State::flow of states other than h
   };
   // `n`: the row in the range.
@@ -243,11 +263,13 @@ class Backward {
     of.saved =
         recomputes() ? recompute_.saved(segment, d, row) : layer_.reserve + (d * layer_.rows() + row) * Cell::saved * H;
     if (Cell::uses_h) of.h = layer_.y + (row * layer_.directions + d) * H;
-    if (Cell::uses_previous_h) of.previous_h = rows.operand(s, n, carry, initial_h_);
+    if (Cell::uses_previous_h) of.previous_h = rows.operand(s, n, carry, beginnings_);
     of.grad_others = at(grad_others_, (d * layer_.batch + rows.range.begin + n) * kOthers<Cell> * H);
     of.grads = grads_.gates.at(segment, d, row);
     of.flow = (row * layer_.directions + d) * H;
-    of.cuts = rows.cuts(s) && carry.of(n) == Before::previous;
+    of.is_reset = carry.of(n) == Before::previous && rows.resets(s, n);
+    of.stops = of.is_reset || (rows.cuts(s) && carry.of(n) == Before::previous);
+    of.state = (d * layer_.batch + rows.range.begin + n) * H;
     if (projects_) of.unprojected = grads_.unprojected.at(segment, d, row);
     return of;
   }
@@ -290,8 +312,13 @@ class Backward {
 #pragma GCC unroll 8
     for (int64_t k = 0; k < Cell::grads; ++k) store(of.grads + k * H + unit, grad[k], lanes);
 #pragma GCC unroll 8
-    for (int64_t k = 0; k < kOthers<Cell>; ++k)
-      store(of.grad_others + k * H + unit, of.cuts ? V{} : clipped(grad_state[k + 1]), lanes);
+    for (int64_t k = 0; k < kOthers<Cell>; ++k) {
+      const V passed = clipped(grad_state[k + 1]);
+      store(of.grad_others + k * H + unit, of.stops ? V{} : passed, lanes);
+      if (!of.stops) continue;
+      if (T* sum = layer_.states[k + 1].grad_reset; of.is_reset && sum != nullptr)
+        add(passed, sum + of.state + unit, lanes);
+    }
     if (of.unprojected != nullptr) store(of.unprojected + unit, Cell::output(save), lanes);
     return grad_state[0];
   }
@@ -338,7 +365,7 @@ class Backward {
   const std::vector<Segment> segments_;
   const int64_t max_rows_;  // of a segment, in one direction
   Arena arena_;
-  S* initial_h_;  // [D, N, P]
+  Beginnings<S> beginnings_;
   SegmentGrads<S> grads_;
   Recompute<Cell, S> recompute_;
   WeightGradients<Cell, S> weight_gradients_;

@@ -4,8 +4,8 @@
 // - backward.h, where it takes the gradient of a step's operand, and for the previous h that a cell's backward reads.
 // - segment.h, for the operands of many steps. The gradient of W_hh and recompute.h multiply with them.
 //
-// A reset, which puts a row back to its initial states before a step, would be a further case here and in all of these
-// places. In forward.h it would have to write the initial states before the step.
+// A row that continues may be put back to other states, see Layer::reset: `resets` tells. Forward.h then writes these
+// after the step before; the others ask as above.
 //
 // A mask that is multiplied with the recurrent operand changes no state and is not a case of Before. It would be
 // applied in forward.h (prepare, cell, project), in step_of_h of backward.h, and to the rows of y that segment.h gives
@@ -34,6 +34,13 @@ struct Carry {
   }
 };
 
+// The h that rows have before their first step, and that they are put back to: State::initial and State::reset as
+// operands, [D, N, P] each. reset is null where Layer::reset is.
+template <class S>
+struct Beginnings {
+  S *initial, *reset;
+};
+
 // Some rows of the batch in one direction. Steps are numbered in the order in which the forward scan takes them.
 template <class S>
 struct ActiveRows {
@@ -60,14 +67,20 @@ struct ActiveRows {
     return layer.grad_cut > 0 && s > 0 && max_of(time(s), time(s - 1)) % layer.grad_cut == 0;
   }
 
+  // Whether row n of the range, which continues from step s - 1 to step s, is put back between them.
+  bool resets(int64_t s, int64_t n) const {
+    if (layer.reset == nullptr) return false;
+    return layer.reset[layer.begin(max_of(time(s), time(s - 1))) + range.begin + n];
+  }
+
   // The index in x and y of the range's first row at step s.
   int64_t first(int64_t s) const { return layer.begin(time(s)) + range.begin; }
 
-  // The recurrent operand of step s in row n of the range: h after the step before, in y, or the row's initial h, in
-  // `initial_h` [D, N, P].
-  const S* operand(int64_t s, int64_t n, Carry carry, const S* initial_h) const {
-    if (carry.of(n) != Before::previous)
-      return initial_h + (direction * layer.batch + range.begin + n) * layer.projected;
+  // The recurrent operand of step s in row n of the range: h after the step before, in y, or what the row begins with.
+  const S* operand(int64_t s, int64_t n, Carry carry, const Beginnings<S>& h) const {
+    const int64_t row = (direction * layer.batch + range.begin + n) * layer.projected;
+    if (carry.of(n) != Before::previous) return h.initial + row;
+    if (resets(s, n)) return h.reset + row;
     return layer.y + ((first(s - 1) + n) * layer.directions + direction) * layer.projected;
   }
 };

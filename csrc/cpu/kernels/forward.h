@@ -158,8 +158,8 @@ class Forward {
   }
 
   // The cell, for rows m to m + count - 1 of the range and panel p's units. Without a projection its h is the operand
-  // of the next step's product, and is written there. A row that begins at the next step finds its initial h there,
-  // which both buffers held from the start.
+  // of the next step's product, and is written there; a row that is put back before the next step gets its new states
+  // instead. A row that begins at the next step finds its initial h there, which both buffers held from the start.
   void cell(const ActiveRows<S>& rows, int64_t s, int64_t p, int64_t m, int64_t count, const T* input,
             const T* recurrent) {
     using V = Vector<T>;
@@ -179,6 +179,7 @@ class Forward {
     T* others = at(others_, state_row * kOthers<Cell> * H + unit);
     T* reserve = keeps_states || keeps_all ? layer_.reserve + (d * layer_.rows() + row) * reserve_row + unit : nullptr;
     T* final_h = layer_.states[0].final + state_row * P + unit;
+    const auto is_reset = [&](int64_t i) { return !next.carries(m + i) && rows.resets(s + 1, m + i); };
     for (int64_t i = 0; i < count; ++i) {
       const bool ends = next.carries(m + i);
       for_vectors<T>(units, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
@@ -200,6 +201,8 @@ class Forward {
           if (ends) store(final_h + u, state[0], lanes);
         }
       });
+      if (unprojected == nullptr && is_reset(i))
+        copy_row(at(layer_.states[0].reset, (state_row + i) * P + unit), units, h_after);
       input += kWidth, recurrent += kWidth, h_before += P, h_after += P, y += width, final_h += P;
       unprojected = at(unprojected, H), others = at(others, kOthers<Cell> * H), reserve = at(reserve, reserve_row);
     }
@@ -210,6 +213,8 @@ class Forward {
         if (next.carries(m + i)) copy_row(after(i), units, state.final + (state_row + i) * H + unit);
       for (int64_t i = 0; state.all != nullptr && i < count; ++i)
         copy_row(after(i), units, state.all + ((row + i) * layer_.directions + d) * H + unit);
+      for (int64_t i = 0; layer_.reset != nullptr && i < count; ++i)
+        if (is_reset(i)) copy_row(at(state.reset, (state_row + i) * H + unit), units, after(i));
     }
   }
 
@@ -227,7 +232,10 @@ class Forward {
         for (int64_t i = 0; i < count; ++i) {
           const int64_t n = rows.range.begin + m + i;
           const T* row = block + i * kPanel;
-          copy_row(row, columns, h(d, (s + 1) % 2) + n * P + first);
+          S* operand = h(d, (s + 1) % 2) + n * P + first;
+          copy_row(row, columns, operand);
+          if (!next.carries(m + i) && rows.resets(s + 1, m + i))
+            copy_row(at(layer_.states[0].reset, (d * layer_.batch + n) * P + first), columns, operand);
           copy_row(row, columns, layer_.y + ((rows.first(s) + m + i) * layer_.directions + d) * P + first);
           if (next.carries(m + i)) copy_row(row, columns, layer_.states[0].final + (d * layer_.batch + n) * P + first);
         }

@@ -13,10 +13,9 @@ class Recompute {
   using GatesOf = Gates<Cell, S>;
 
  public:
-  // `initial_h`: [D, N, P].
-  Recompute(const Layer<S>& layer, int64_t max_rows, const S* initial_h, Arena& arena)
+  Recompute(const Layer<S>& layer, int64_t max_rows, const Beginnings<S>& beginnings, Arena& arena)
       : layer_(layer),
-        initial_h_(initial_h),
+        beginnings_(beginnings),
         gates_(layer, needed(layer), needed(layer), false, arena),
         saved_(arena, 1, needed(layer) ? layer.directions : 0, max_rows, Cell::saved * layer.hidden),
         h_(arena, 1, needed(layer) ? layer.directions : 0, max_rows, layer.projected) {}
@@ -32,7 +31,7 @@ class Recompute {
   void run(const Segment& segment, int thread, int threads, Barrier& all) const {
     for (int64_t d = 0; d < layer_.directions; ++d) {
       const Range own = range_of(segment.rows[d].size(), thread, threads);
-      RecurrentOperands<S> operands(layer_, segment, d, initial_h_);
+      RecurrentOperands<S> operands(layer_, segment, d, beginnings_);
       for (int64_t r = own.begin; r < own.end; ++r)
         copy_row(operands.row(r), layer_.projected, h_.begin(segment, d) + r * layer_.projected);
     }
@@ -71,7 +70,7 @@ class Recompute {
   }
 
   const Layer<S>& layer_;
-  const S* initial_h_;
+  const Beginnings<S> beginnings_;
   GatesOf gates_;
   SegmentValues<T> saved_;  // [D, rows, Cell::saved, H]
   SegmentValues<S> h_;      // [D, rows, P]: the recurrent operands

@@ -65,11 +65,11 @@ class SegmentValues {
 template <class S>
 class RecurrentOperands {
  public:
-  RecurrentOperands(const Layer<S>& layer, const Segment& segment, int64_t d, const S* initial_h)
+  RecurrentOperands(const Layer<S>& layer, const Segment& segment, int64_t d, const Beginnings<S>& beginnings)
       : rows_{layer, d, {0, layer.batch}},
         first_(segment.rows[d].begin),
         t_(d == 0 ? segment.begin : layer.steps - segment.end),
-        initial_h_(initial_h) {}
+        beginnings_(beginnings) {}
 
   // Begins to look for the row's step at the one found before.
   const S* row(int64_t r) {
@@ -77,21 +77,25 @@ class RecurrentOperands {
     while (r < rows_.layer.begin(t_)) --t_;
     while (r >= rows_.layer.begin(t_ + 1)) ++t_;
     const int64_t s = rows_.time(t_);
-    return rows_.operand(s, r - rows_.layer.begin(t_), rows_.before(s), initial_h_);
+    return rows_.operand(s, r - rows_.layer.begin(t_), rows_.before(s), beginnings_);
   }
 
-  // The operands of rows that continue are in y, at even distances if all steps have the same rows.
+  // The operands of rows that continue and are not put back are in y, at even distances if all steps have the same
+  // rows.
   int64_t stride(int64_t r, int64_t n) const {
     const int64_t N = rows_.layer.batch, R = rows_.layer.rows();
     const bool dense = R == rows_.layer.steps * N;
     const bool continue_all = rows_.direction == 0 ? first_ + r >= N : first_ + r + n <= R - N;
-    return dense && continue_all ? rows_.layer.directions * rows_.layer.projected : 0;
+    if (!dense || !continue_all) return 0;
+    const bool* resets = at(rows_.layer.reset, first_ + r + (rows_.direction == 0 ? 0 : N));
+    if (resets != nullptr && std::memchr(resets, 1, n) != nullptr) return 0;
+    return rows_.layer.directions * rows_.layer.projected;
   }
 
  private:
   ActiveRows<S> rows_;
   int64_t first_, t_;
-  const S* initial_h_;
+  const Beginnings<S> beginnings_;
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

@@ -22,10 +22,9 @@ class WeightGradients {
   using T = Sum<S>;
 
  public:
-  // `initial_h`: [D, N, P].
   WeightGradients(const Layer<S>& layer, bool projects, int64_t max_rows, const SegmentGrads<S>& grads,
-                  const S* initial_h, Arena& arena)
-      : layer_(layer), projects_(projects), grads_(grads), initial_h_(initial_h) {
+                  const Beginnings<S>& beginnings, Arena& arena)
+      : layer_(layer), projects_(projects), grads_(grads), beginnings_(beginnings) {
     for (int64_t d = 0; d < layer.directions; ++d) {
       packed_x_[d] = arena.take<S>(max_rows * round_up(layer.input, kPanel));
       packed_h_[d] = arena.take<S>(max_rows * round_up(layer.projected, kPanel));
@@ -97,7 +96,7 @@ class WeightGradients {
   EvenRows unprojected(const Segment& segment, int64_t d) const {
     return {grads_.unprojected.begin(segment, d), layer_.hidden};
   }
-  RecurrentOperands<S> operands(const Segment& segment, int64_t d) const { return {layer_, segment, d, initial_h_}; }
+  RecurrentOperands<S> operands(const Segment& segment, int64_t d) const { return {layer_, segment, d, beginnings_}; }
 
   // Rows so near to each other are read unpacked: a block of them is within reach of the first-level TLB.
   static bool is_near(int64_t stride) { return kPair == 1 && stride > 0 && stride * int64_t(sizeof(S)) <= 1024; }
@@ -202,7 +201,7 @@ class WeightGradients {
   const Layer<S>& layer_;
   const bool projects_;
   const SegmentGrads<S>& grads_;
-  const S* initial_h_;
+  const Beginnings<S> beginnings_;
   S *packed_x_[2], *packed_h_[2],
       *packed_unprojected_[2];  // [rows, columns] of a segment, in panels of kPanel columns
   S* copies_;                   // for each thread [kSegmentRows, kTileRows]
