@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnnkit import backends
+from rnnkit import backends, parameters
 from rnnkit.call import BackwardCall, Keep
 from rnnkit.interop import Interop
 from rnnkit.specs import CELLS
@@ -281,18 +281,19 @@ def _tell_extension() -> None:
 
 def _recurrent_leaves(module: nn.Module) -> list[list[Tensor]]:
     """For each layer, the parameters that its w_hh are or are computed of."""
-    names = [["weight_hh"]]
-    if isinstance(module, nn.RNNBase):
-        ways = ("", "_reverse") if module.bidirectional else ("",)
-        names = [[f"weight_hh_l{k}{way}" for way in ways] for k in range(module.num_layers)]
-    parameters = dict(module.named_parameters())
+    names = [of_direction["weight_hh"] for of_direction in parameters.names(module)]
+    directions = 1 + bool(getattr(module, "bidirectional", False))
+    known = dict(module.named_parameters())
 
     def leaves(name: str) -> list[Tensor]:
         prefixes = (f"parametrizations.{name}.original", f"{name}_")
-        exact: list[Tensor] = [parameters[name]] if name in parameters else []
-        return exact or [p for n, p in parameters.items() if n.startswith(prefixes)]
+        exact: list[Tensor] = [known[name]] if name in known else []
+        return exact or [p for n, p in known.items() if n.startswith(prefixes)]
 
-    return [[leaf for name in of_layer for leaf in leaves(name)] for of_layer in names]
+    return [
+        [leaf for name in names[k : k + directions] for leaf in leaves(name)]
+        for k in range(0, len(names), directions)
+    ]
 
 
 def _leaves(tensor: Tensor) -> Iterator[Tensor]:

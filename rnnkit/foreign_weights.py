@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rnnkit import sharding, stack
-from rnnkit.update_gate import with_other_gate
+from rnnkit import parameters, sharding, update_gate
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -19,9 +18,6 @@ Module = TypeVar("Module", bound=nn.Module)
 #: most two gates, so that it also turns the library's order into torch's.
 _KERAS = {"RNN": (0,), "LSTM": (0, 1, 2, 3), "GRU": (1, 0, 2)}
 _HASTE = {"LSTM": (0, 2, 1, 3), "GRU": (1, 0, 2)}
-
-#: torch.nn's classes as they were when rnnkit was imported, since `rnnkit.patch` replaces them in torch.nn.
-_CELLS = {nn.RNNCell: "RNN", nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}
 
 
 def from_keras(module: Module, weights: Sequence[Any]) -> Module:
@@ -53,7 +49,8 @@ def from_keras(module: Module, weights: Sequence[Any]) -> Module:
     Raises:
         TypeError: `module` is no layer or cell, or `weights` no list of arrays.
         ValueError: the number of arrays or a shape does not fit, or the biases are of a GRU with `reset_after=False`.
-            Or `module` has a projection, is on the meta device, or a parametrization or pruning computes its weights.
+            Or `module` has a projection or is on the meta device.
+        RuntimeError: a parametrization or hook computes a weight of `module`.
 
     Source: keras/src/layers/rnn/simple_rnn.py, lstm.py and gru.py.
     """
@@ -129,8 +126,8 @@ def from_haste(module: Module, weights: Mapping[str, Any]) -> Module:
     Raises:
         TypeError: `module` is no layer or cell, or `weights` no mapping of names to arrays.
         ValueError: a name is missing or unknown, or a shape does not fit. Or `module` is an RNN, has no biases, several
-            layers, two directions or a projection, is on the meta device, or a parametrization or pruning computes its
-            weights.
+            layers, two directions or a projection, or is on the meta device.
+        RuntimeError: a parametrization or hook computes a weight of `module`.
 
     Source: frameworks/pytorch/lstm.py and gru.py of https://github.com/lmnt-com/haste.
     """
@@ -169,7 +166,7 @@ def to_haste(module: nn.Module) -> dict[str, Tensor]:
     Source: frameworks/pytorch/lstm.py and gru.py of https://github.com/lmnt-com/haste.
     """
     kind = _checked_kind(module, "haste", _HASTE)
-    if not module.bias or len(_parameter_names(module)) > 1:
+    if not module.bias or len(parameters.names(module)) > 1:
         raise ValueError(
             f"expected module to have biases, one layer and one direction, as haste's layers do, got {module}"
         )
@@ -182,10 +179,7 @@ def to_haste(module: nn.Module) -> dict[str, Tensor]:
 
 def _checked_kind(module: nn.Module, library: str, orders: Mapping[str, Sequence[int]]) -> str:
     """Checks that `library` has such layers; returns the kind of the module, a key of `orders`."""
-    if isinstance(module, nn.RNNBase):
-        kind = module.mode.split("_")[0]
-    else:
-        kind = next((kind for cls, kind in _CELLS.items() if isinstance(module, cls)), "")
+    kind = parameters.cell_of(module)
     if not kind:
         raise TypeError(
             f"expected module to be a layer or cell of rnnkit or torch.nn, got {type(module).__name__}"
@@ -205,16 +199,6 @@ def _checked_kind(module: nn.Module, library: str, orders: Mapping[str, Sequence
     return kind
 
 
-def _parameter_names(module: nn.Module) -> list[list[str]]:
-    """The names of weight_ih, weight_hh and, if there are biases, bias_ih, bias_hh of each layer and direction."""
-    suffixes = [""]
-    if isinstance(module, nn.RNNBase):
-        directions = ("", "_reverse") if module.bidirectional else ("",)
-        suffixes = [f"_l{k}{way}" for k in range(module.num_layers) for way in directions]
-    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if module.bias else 2]
-    return [[kind + suffix for kind in kinds] for suffix in suffixes]
-
-
 def _reordered(weight: Tensor, order: Sequence[int]) -> Tensor:
     """The gates' blocks of rows in another order."""
     blocks = weight.chunk(len(order))
@@ -223,24 +207,21 @@ def _reordered(weight: Tensor, order: Sequence[int]) -> Tensor:
 
 def _as_keeping(module: nn.Module, weight: Tensor) -> Tensor:
     """The module's weight for an update gate that keeps, as theirs does; or theirs for the module's."""
-    return with_other_gate(weight) if getattr(module, "update_gate", "") == "writes" else weight
+    return update_gate.with_other_gate(weight) if update_gate.writes(module) else weight
 
 
 def _written(module: nn.Module, order: Sequence[int]) -> list[list[Tensor]]:
     """Copies in a library's order: kernel, recurrent_kernel and the biases of each layer and direction."""
     written = []
-    for names in _parameter_names(module):
-        weights = stack.parameters(module, names)
-        for name, weight in zip(names, weights, strict=True):
+    for names in parameters.names(module):
+        arrays = []
+        for name in names.values():
+            weight = getattr(module, name)
             if weight is None:
                 raise ValueError(f"expected {name} to be a tensor, got None")
-        written.append(
-            [
-                _reordered(_as_keeping(module, sharding.whole(w.detach())), order).t().contiguous()
-                for w in weights
-                if w is not None
-            ]
-        )
+            weight = _as_keeping(module, sharding.whole(weight.detach()))
+            arrays.append(_reordered(weight, order).t().contiguous())
+        written.append(arrays)
     return written
 
 
@@ -279,16 +260,11 @@ def _check_shape(name: str, value: Tensor, like: Tensor) -> None:
 def _load(module: Module, order: Sequence[int], given: Sequence[Sequence[Tensor]]) -> Module:
     """Writes kernel, recurrent_kernel and the biases of each layer and direction into the module's parameters."""
     state = {}
-    for names, weights in zip(_parameter_names(module), given, strict=True):
-        for name, weight in zip(names, weights, strict=True):
-            if name not in module._parameters:
-                raise ValueError(
-                    f"expected {name} to be a parameter, got a weight that a parametrization or pruning computes: "
-                    "remove it first"
-                )
-            held = module._parameters[name]
+    for names, weights in zip(parameters.names(module), given, strict=True):
+        for name, weight in zip(names.values(), weights, strict=True):
+            held = parameters.held(module, name)
             values = _as_keeping(module, _reordered(weight.t(), order))
-            state[name] = sharding.in_place_of(held, values)
+            state[name] = sharding.sharded_like(held, values)
     # Not all that a subclass may add is given. A frozen layer packs its weights again.
     module.load_state_dict(state, strict=False)
     return module

@@ -21,7 +21,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils import parametrize
 
-from rnnkit import sharding
+from rnnkit import parameters, sharding, update_gate
 
 __all__ = [
     "chrono_",
@@ -36,10 +36,7 @@ Module = TypeVar("Module", bound=nn.Module)
 Initializer = str | Callable[[Any], object]
 
 _GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
-#: torch.nn's cells as they were when rnnkit was imported: `rnnkit.patch` replaces them in torch.nn.
-_TORCHS_CELLS = {nn.RNNCell: "RNN", nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}
 _BIASES = ("bias_ih", "bias_hh")
-_ALL = ("weight_ih", "weight_hh", *_BIASES, "weight_hr")
 #: Row block of the gate that keeps the old state: f in i, f, g, o; z in r, z, n.
 _KEEPING = 1
 
@@ -102,7 +99,7 @@ def xavier_(module: Module, gain: float = 1.0, *, generator: Generator | None = 
     Source: Glorot & Bengio 2010, "Understanding the difficulty of training deep feedforward neural networks".
     """
     _check_number("gain", gain)
-    for weights in _each_direction(module, _ALL, generator):
+    for weights in _each_direction(module, parameters.KINDS, generator):
         gates = [*weights.gates("weight_ih"), *weights.gates("weight_hh")]
         for matrix in [*gates, *weights.whole("weight_hr")]:
             nn.init.xavier_uniform_(matrix, gain, generator)
@@ -136,7 +133,7 @@ def keras_(module: Module, *, generator: Generator | None = None) -> Module:
     Source: `keras.layers.SimpleRNN`, `LSTM` and `GRU`, Keras 3: `kernel_initializer="glorot_uniform"`,
     `recurrent_initializer="orthogonal"`, `bias_initializer="zeros"`, `unit_forget_bias=True`.
     """
-    for weights in _each_direction(module, _ALL, generator):
+    for weights in _each_direction(module, parameters.KINDS, generator):
         for matrix in [*weights.whole("weight_ih"), *weights.whole("weight_hr")]:
             nn.init.xavier_uniform_(matrix, generator=generator)
         for matrix in weights.whole("weight_hh"):
@@ -251,7 +248,7 @@ def identity_(
     """
     _check_number("scale", scale)
     _check_number("input_std", input_std, at_least=0)
-    for weights in _each_direction(module, _ALL, generator, cells=("RNN",)):
+    for weights in _each_direction(module, parameters.KINDS, generator, cells=("RNN",)):
         for matrix in weights.whole("weight_hh"):
             nn.init.eye_(matrix).mul_(scale)
         for matrix in weights.whole("weight_ih"):
@@ -314,7 +311,7 @@ class _Weights:
 
     Attributes:
         cell: a name in `_GATES`.
-        values: a name in `_ALL` -> the tensor, if the module has one of that name.
+        values: a name in `parameters.KINDS` -> the tensor, if the module has one of that name.
         writes: whether the cell is a GRU with `update_gate="writes"`.
     """
 
@@ -350,7 +347,7 @@ def _each_direction(
 
     Args:
         module: the caller's argument.
-        names: some of `_ALL`.
+        names: some of `parameters.KINDS`.
         generator: the caller's argument.
         cells: the cells that the caller knows, of `_GATES`.
         biased: whether every module must have biases.
@@ -363,7 +360,7 @@ def _each_direction(
         )
     directions = []
     for _, cell, part in found:
-        for of_direction in _names(part):
+        for of_direction in parameters.names(part):
             own = {name: of_direction[name] for name in names if name in of_direction}
             for name in own.values():
                 _check_writable(part, name)
@@ -377,7 +374,7 @@ def _each_direction(
         held = {name: getattr(part, own[name]) for name in own}
         if not any(tensor.is_meta or part.hidden_size == 0 for tensor in held.values()):
             values = {name: _plain(tensor) for name, tensor in held.items()}
-            weights = _Weights(cell, values, getattr(part, "update_gate", "keeps") == "writes")
+            weights = _Weights(cell, values, update_gate.writes(part))
             yield weights
             for name, value in values.items():
                 _write(part, own[name], held[name], value)
@@ -389,18 +386,8 @@ def _recurrent(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected module to be a torch.nn.Module, got {type(module).__name__}")
     for path, part in module.named_modules():
-        if isinstance(part, nn.RNNBase):
-            yield path, part.mode.partition("_")[0], part
-        for cls, cell in _TORCHS_CELLS.items():
-            if isinstance(part, cls):
-                yield path, cell, part
-
-
-def _names(part: Any) -> list[dict[str, str]]:
-    """For each direction of a layer, or for a cell: a name in `_ALL` -> the name of this direction's tensor."""
-    if isinstance(part, nn.RNNBase):
-        return [{name.partition("_l")[0]: name for name in names} for names in part._all_weights]
-    return [{name: name for name in ("weight_ih", "weight_hh", *(_BIASES if part.bias else ()))}]
+        if cell := parameters.cell_of(part):
+            yield path, cell, part
 
 
 def _check_cells(
@@ -430,11 +417,8 @@ def _check_writable(part: nn.Module, name: str) -> None:
                     f"expected the parametrization of {name} to have a right_inverse, "
                     f"got {type(parametrization).__name__}, which has none"
                 )
-    elif part._parameters.get(name) is None:
-        raise RuntimeError(
-            f"expected {name} to be a parameter, but another tensor has taken its place: initialize the module "
-            "before torch.nn.utils.prune, weight_norm or spectral_norm is applied to it"
-        )
+    elif parameters.held(part, name) is None:
+        raise RuntimeError(f"expected {name} to be a parameter, got None")
 
 
 def _check_number(name: str, value: float, at_least: float = -math.inf) -> None:
@@ -453,7 +437,7 @@ def _plain(held: Any) -> Tensor:
 
 
 def _write(part: nn.Module, name: str, held: Any, values: Tensor) -> None:
-    values = sharding.in_place_of(held, values.to(held.dtype))
+    values = sharding.sharded_like(held, values.to(held.dtype))
     if parametrize.is_parametrized(part, name):
         setattr(part, name, values)  # by the parametrizations' right_inverse
     else:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 from torch.fx.proxy import TraceError
 
-from rnnkit import backends, exporting
+from rnnkit import backends, exporting, update_gate
 from rnnkit.call import BackwardCall, LayerCall, Results
 from rnnkit.ops import of_backward, of_call
 
@@ -122,7 +122,7 @@ def run_as_torchs(module: Any, input: Any, hx: Any, **options: Any) -> Any:
 
 def unlike_torchs(module: Any) -> str:
     """Why torch.nn's class with the same parameters computes something else; empty if it does not."""
-    if getattr(module, "update_gate", "keeps") == "writes":
+    if update_gate.writes(module):
         return "has update_gate='writes': call convert_update_gate('keeps') first"
     for name in ("grad_clip", "grad_cut"):
         if getattr(module, name, None) is not None:

@@ -22,10 +22,10 @@ def whole(tensor: Any) -> Tensor:
     return values
 
 
-def in_place_of(held: Any, values: Tensor) -> Tensor:
-    """Whole values in the form in which `held` can copy them: themselves, or a shard. Those of rank 0 count."""
-    if not is_sharded(held):
+def sharded_like(parameter: Any, values: Tensor) -> Tensor:
+    """The whole values, sharded as the parameter is, or as they are if it is not. Rank 0's values count."""
+    if not is_sharded(parameter):
         return values
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(values, held.device_mesh, held.placements)
+    return distribute_tensor(values, parameter.device_mesh, parameter.placements)

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from rnnkit import sharding
+from rnnkit import parameters, sharding
 
 #: What z = 1 means -> the cell's name in `specs.CELLS`: the unit keeps its state, or it writes the new value.
 CELLS = {"keeps": "gru", "writes": "gru_writes"}
@@ -51,28 +51,25 @@ class UpdateGate(nn.Module):
         _check(to)
         if to == self.update_gate:
             return self
-        of_cell = [["weight_ih", "weight_hh", "bias_ih", "bias_hh"]]
-        names = [name for names in getattr(self, "_all_weights", of_cell) for name in names]
-        for name in names:
-            if name not in self._parameters:
-                raise RuntimeError(
-                    f"expected {name} to be a parameter, got a weight that a parametrization or hook computes: remove "
-                    "it first"
-                )
-        own = {id(self._parameters[name]): self._parameters[name] for name in names}
+        names = [name for of_direction in parameters.names(self) for name in of_direction.values()]
+        weights = [parameters.held(self, name) for name in names]
         with torch.no_grad():
-            for weight in own.values():  # tied ones once
+            for weight in {id(weight): weight for weight in weights}.values():  # tied ones once
                 if weight is not None:
                     values = with_other_gate(sharding.whole(weight))
-                    weight.copy_(sharding.in_place_of(weight, values))
+                    weight.copy_(sharding.sharded_like(weight, values))
         self._cell = CELLS[to]
         vars(self).pop("_packed", None)  # packed weights of a frozen layer
         return self
 
     def extra_repr(self) -> str:
         """The other options, followed by `update_gate` if the gate writes."""
-        writes = ", update_gate=writes" if self.update_gate == "writes" else ""
-        return super().extra_repr() + writes
+        return super().extra_repr() + ", update_gate=writes" * writes(self)
+
+
+def writes(module: nn.Module) -> bool:
+    """Whether it is a GRU or GRUCell with `update_gate="writes"`."""
+    return isinstance(module, UpdateGate) and module.update_gate == "writes"
 
 
 def with_other_gate(weight: torch.Tensor) -> torch.Tensor:

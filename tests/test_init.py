@@ -388,8 +388,12 @@ def test_weights_that_cannot_be_written() -> None:
     with pytest.raises(RuntimeError, match=message):
         init.orthogonal_(lstm)
     pruned = prune.l1_unstructured(nn.GRUCell(5, 7), "weight_hh", 0.5)
-    with pytest.raises(RuntimeError, match="expected weight_hh to be a parameter, but another"):
+    with pytest.raises(RuntimeError, match="expected weight_hh to be a parameter, got a weight"):
         init.keras_(pruned)
+    unbiased = nn.RNNCell(5, 7)
+    unbiased.bias_hh = None
+    with pytest.raises(RuntimeError, match="expected bias_hh to be a parameter, got None"):
+        init.xavier_(unbiased)
     assert all(torch.equal(tensor, before[name]) for name, tensor in lstm.state_dict().items())
     init.forget_bias_(lstm)
     init.chrono_(pruned, 9)
