@@ -27,6 +27,11 @@ _SAMPLE = 128
 #: Gradients that shrink by this factor to the far end of a sequence vanish; that grow by it on the way, explode.
 _FACTOR = 1e3
 
+_WHY_NOT = (
+    "none ran, or in a compiled graph, or with weights that are not the module's own (FSDP2, functional_call), or on "
+    "the reference backend after a forward pass outside the block"
+)
+
 _lock = threading.Lock()
 _recording: list["gradient_flow"] = []
 
@@ -199,11 +204,7 @@ class gradient_flow:
         calls = [sorted(self._calls.get(p, []), key=lambda call: call.order) for p in places]
         seen = [of_layer for of_layer in calls if of_layer]
         if not seen:
-            raise KeyError(
-                f"no backward pass of {name!r} was seen in the block: none ran, or in a compiled graph, or with "
-                "weights that are not the module's own (FSDP2, functional_call), or on the reference backend after a "
-                "forward pass outside the block"
-            )
+            raise KeyError(f"no backward pass of {name!r} was seen in the block: {_WHY_NOT}")
         cell = module._cell
         assert isinstance(cell, str)
         states = []
@@ -232,7 +233,9 @@ class gradient_flow:
         """What vanishes, explodes or saturates, in words, with cures to try.
 
         Gradients vanish if they are smaller by a factor of 1000 at the far end of the sequence than where they begin,
-        and explode if they grow by it on the way. Those of an LSTM are judged by the larger of dL/dh and dL/dc.
+        and explode if they grow by it on the way. Those of an LSTM are judged by the larger of dL/dh and dL/dc. A block
+        should have one backward pass, with a loss of the last step: calls are joined, and a loss at every step hides
+        what arrives from far away. Initializers are for the next training: they overwrite weights.
         """
         lines = []
         for name in self:
@@ -240,7 +243,7 @@ class gradient_flow:
             for layer, direction, where in _lines(name, of_module):
                 if not bool(of_module.h[layer, direction].isnan().all()):
                     lines += _verdict(self._modules[name], of_module, layer, direction, where)
-        return "\n".join(lines) or "no backward pass was seen"
+        return "\n".join(lines) or f"no backward pass was seen in the block: {_WHY_NOT}"
 
     def plot(self) -> Any:
         """Draws the norms of dL/dh against the distance from the loss's end of the sequence, one line a layer.
@@ -391,14 +394,22 @@ def _verdict(
     if start == end:
         return [f"{line}, the first of the sequence: there is no way back to follow"]
     line += f", {far:.1e} {_steps_before(end)}"
-    if not bool(norms.isfinite().all()) or peak > _FACTOR * near:
+    # A layer below gets gradients of the layer above at every step, the far ones, too: these are not its own growth.
+    above = largest[layer + 1 :].max().nan_to_num() if layer + 1 < len(largest) else 0.0
+    if not bool(norms.isfinite().all()) or peak > _FACTOR * max(near, float(above)):
         cures = ["torch.nn.utils.clip_grad_norm_", "rnnkit.init.orthogonal_"]
         takes_clip = isinstance(module, nn.RNNBase) and getattr(module, "grad_clip", None) is None
         cures += ["grad_clip="] * takes_clip
         top = "" if peak == far else f" ({peak:.1e} between them)"
         line += f"{top}: it explodes; try {', '.join(cures)}"
+        if not bool(norms.isfinite().all()):
+            line += "; look whether the states themselves overflow, too"
     elif far * _FACTOR < near and getattr(module, "grad_cut", None) is not None:
         line += f": grad_cut={module.grad_cut} cuts it"
+    elif far == 0 and float(norms[there[-1]]) * _FACTOR > near:
+        line += (
+            f": a reset, or units that pass nothing, cut it off {_steps_before(int(there[-1]) + 1)}"
+        )
     elif far * _FACTOR < near:
         line += f": it vanishes; try {', '.join(_cures_of_vanishing(module, of_module.cell))}"
     else:

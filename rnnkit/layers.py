@@ -290,7 +290,7 @@ class _Layers(Initialized, Interop, nn.RNNBase):
         stack.check_plain("input", input.data if isinstance(input, PackedSequence) else input)
         self._check_projected(weights)
         as_states = stack.as_state_pair if self._cell == "lstm" else stack.as_states
-        states, put_back = as_states(hx), as_states(reset_to)
+        states, put_back = as_states(hx), as_states(reset_to, "reset_to")
         if lengths is not None:
             return self._forward_lengths(input, hx, lengths, reset, reset_to)
         if reset is not None:
@@ -338,13 +338,13 @@ class _Layers(Initialized, Interop, nn.RNNBase):
         if input.dim() != 3:
             raise ValueError(f"expected a batched input, 3D, with lengths, got {input.dim()}D")
         batch = input.size(0 if self.batch_first else 1)
-        given = packing.as_lengths(lengths, batch)
+        steps = input.size(1 if self.batch_first else 0)
+        given = packing.as_lengths(lengths, batch, steps)
         if reset is not None:
             rows = resets.as_rows(reset, input, self.batch_first).unsqueeze(-1)
             reset = packing.pack_padded_sequence(rows, given, enforce_sorted=False).data
         packed = packing.pack_padded_sequence(input, given, self.batch_first, enforce_sorted=False)
         output, finals = self._forward(packed, hx, None, reset, reset_to)
-        steps = input.size(1 if self.batch_first else 0)
         return packing.pad_packed_sequence(output, self.batch_first, total_length=steps)[0], finals
 
     def _check_put_back(self, put_back: Sequence[Tensor], batch: Any) -> None:

@@ -90,19 +90,24 @@ def pad_packed_sequence(
     return padded.transpose(0, 1) if batch_first else padded, lengths
 
 
-def as_lengths(lengths: Any, batch: Any) -> Tensor:
+def as_lengths(lengths: Any, batch: Any, steps: Any) -> Tensor:
     """The lengths of the batch's sequences as int64 [N] on the CPU.
 
     Raises:
         TypeError: they are no integers.
-        RuntimeError: they are not of shape [N].
+        RuntimeError: they are not of shape [N], or, outside of graphs, one is not from 1 to T.
     """
     found = torch.as_tensor(lengths)
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise TypeError(f"expected lengths to be integers, got {found.dtype}")
     if found.dim() != 1 or (not torch.compiler.is_compiling() and found.size(0) != batch):
-        raise RuntimeError(f"expected lengths of shape ({batch},), got {tuple(found.shape)}")
-    return found.to("cpu", torch.int64)
+        raise RuntimeError(
+            f"expected lengths of shape ({batch},), N of the input, got {tuple(found.shape)}"
+        )
+    found = found.to("cpu", torch.int64)
+    if not torch.compiler.is_compiling() and bool(((found < 1) | (found > steps)).any()):
+        raise RuntimeError(f"expected lengths from 1 to T = {steps}, got {found.tolist()}")
+    return found
 
 
 def _check(holds: Tensor, message: str) -> None:

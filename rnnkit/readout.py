@@ -228,7 +228,8 @@ def _without_padding(
     batch, steps = targets.shape if batch_first else reversed(targets.shape)
     if lengths.shape != (batch,) or lengths.is_floating_point():
         raise RuntimeError(
-            f"expected lengths to be integers of shape ({batch},), got {lengths.dtype} of {tuple(lengths.shape)}"
+            f"expected lengths to be integers of shape ({batch},), N of h with batch_first={batch_first}, got "
+            f"{lengths.dtype} of {tuple(lengths.shape)}"
         )
     outside = (lengths < 0) | (lengths > steps)
     if _values_are_at_hand(lengths) and outside.any():

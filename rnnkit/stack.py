@@ -151,16 +151,16 @@ def reshaped(tensor: Tensor, method: str, *dims: int) -> Tensor:
     return changed
 
 
-def as_states(hx: Tensor | None) -> tuple[Tensor, ...]:
+def as_states(hx: Tensor | None, name: str = "hx") -> tuple[Tensor, ...]:
     """The states of a cell with one state, from `hx`; empty, which stands for zeros, if `hx` is None."""
     if hx is None:
         return ()
-    check_plain("hx", hx)
+    check_plain(name, hx)
     return (hx,)
 
 
 def as_state_pair(
-    hx: Sequence[Tensor] | None, too_few: type[Exception] = IndexError
+    hx: Sequence[Tensor] | None, name: str = "hx", too_few: type[Exception] = IndexError
 ) -> tuple[Tensor, ...]:
     """(h, c) of an LSTM, from `hx`; empty, which stands for zeros, if `hx` is None.
 
@@ -168,7 +168,7 @@ def as_state_pair(
     """
     if hx is None:
         return ()
-    expected = "expected hx to be a pair of Tensors (h, c)"
+    expected = f"expected {name} to be a pair of Tensors (h, c)"
     if isinstance(hx, Tensor):
         raise TypeError(f"{expected}, got a Tensor of shape {tuple(hx.shape)}")
     if not all(isinstance(state, Tensor) for state in hx):
@@ -177,7 +177,7 @@ def as_state_pair(
         wrong_number = too_few if len(hx) < 2 else RuntimeError
         raise wrong_number(f"lstm expects two hidden states: {expected}, got {len(hx)} of them")
     for index, state in enumerate(hx):
-        check_plain(f"hx[{index}]", state)
+        check_plain(f"{name}[{index}]", state)
     return tuple(hx)
 
 

@@ -108,12 +108,15 @@ def test_errors() -> None:
     layer, x = made("gru").float(), torch.randn(T, N, I)
     with pytest.raises(TypeError, match=r"expected lengths to be integers, got torch\.float32"):
         layer(x, lengths=torch.ones(N))
-    with pytest.raises(RuntimeError, match=r"expected lengths of shape \(5,\), got \(4,\)"):
+    with pytest.raises(
+        RuntimeError, match=r"expected lengths of shape \(5,\), N of the input, got \(4,\)"
+    ):
         layer(x, lengths=[1, 2, 3, 4])
-    with pytest.raises(RuntimeError, match="greater than 0"):
-        layer(x, lengths=[1, 2, 3, 4, 0])
-    with pytest.raises(RuntimeError):
-        layer(x, lengths=[1, 2, 3, 4, T + 1])
+    for wrong in (0, -1, T + 1):
+        with pytest.raises(
+            RuntimeError, match=r"expected lengths from 1 to T = 7, got \[1, 2, 3, 4"
+        ):
+            layer(x, lengths=[1, 2, 3, 4, wrong])
     with pytest.raises(ValueError, match="expected a batched input, 3D, with lengths, got 2D"):
         layer(x[:, 0], lengths=[1])
     packed = nn.utils.rnn.pack_padded_sequence(x, LENGTHS, enforce_sorted=False)

@@ -260,6 +260,7 @@ def test_gradient_flow_stops_at_resets() -> None:
     with rnnkit.gradient_flow(layer) as flow:
         layer(x, reset=reset)[0][-1].sum().backward()
     assert not flow[""].h[0, 0, :4].any() and flow[""].h[0, 0, 4:].all()
+    assert "a reset, or units that pass nothing, cut it off 3 steps before it" in flow.summary()
 
 
 def test_compile_export_and_fx() -> None:
@@ -306,6 +307,8 @@ def test_errors() -> None:
         RuntimeError, match=r"expected reset_to\[1\] of shape \(2, 5, 4\), got \(2, 1, 4\)"
     ):
         layer(x, reset=reset, reset_to=(h, h[:, :1]))
+    with pytest.raises(TypeError, match="expected reset_to to be a pair of Tensors"):
+        layer(x, reset=reset, reset_to=h)
     with pytest.raises(RuntimeError, match="not the same dtype"):
         layer(x, reset=reset, reset_to=(h.double(), h))
     with pytest.raises(RuntimeError, match="is called with reset"):
