@@ -41,7 +41,7 @@ SHELL := bash
 help:
 	@echo 'make demo       train a character model with torch.nn and rnnkit side by side'
 	@echo 'make test       run the test suite'
-	@echo 'make bench      measure rnnkit beside torch.nn, JAX, ONNX Runtime and OpenVINO: under 20 minutes'
+	@echo 'make bench      measure rnnkit beside torch.nn, JAX, ONNX Runtime and OpenVINO: 25 minutes'
 	@echo '                make bench-quick: a part, under 2; make bench-report: README and docs of the newest results'
 	@echo "                ARGS='--isa avx2' holds all of them to an older CPU's instructions"
 	@echo 'make lint       ruff, mypy and clang-format; make format mends what they can mend'
