@@ -404,12 +404,13 @@ class Backward:
             ]
             if call.steps == 1:
                 return parts
-            continuing = output[before]
+            h = output[before]
             if call.reset is not None:
-                mask = call.reset[1:].reshape(-1, 1)
-                new = self._reset_h(d).repeat(call.steps - 1, 1)
-                continuing = torch.where(mask, new, continuing)
-            return [(of, continuing), *parts]
+                of_steps = h.unflatten(0, (call.steps - 1, call.batch))
+                h = torch.where(call.reset[1:].unsqueeze(-1), self._reset_h(d), of_steps).flatten(
+                    0, 1
+                )
+            return [(of, h), *parts]
         if initial is None:
             initial = call.input.new_zeros(call.batch, width)
         # index: for each row, the place of its previous h in [output, initial]: in the output of the step before, in

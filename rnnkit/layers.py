@@ -289,10 +289,10 @@ class _Layers(Initialized, Interop, nn.RNNBase):
             return interop.run_as_torchs(self, input, hx, **options)
         stack.check_plain("input", input.data if isinstance(input, PackedSequence) else input)
         self._check_projected(weights)
-        as_states = stack.as_state_pair if self._cell == "lstm" else stack.as_states
-        states, put_back = as_states(hx), as_states(reset_to, "reset_to")
         if lengths is not None:
             return self._forward_lengths(input, hx, lengths, reset, reset_to)
+        as_states = stack.as_state_pair if self._cell == "lstm" else stack.as_states
+        states, put_back = as_states(hx), as_states(reset_to, "reset_to")
         if reset is not None:
             reset = resets.as_rows(reset, input, self.batch_first)
         if isinstance(input, PackedSequence):
@@ -364,9 +364,8 @@ class _Layers(Initialized, Interop, nn.RNNBase):
     ) -> Any:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         self._check_states(data, states, batch_sizes)
-        if (
-            put_back and not torch.compiler.is_compiling()
-        ):  # a graph knows the batch only at run time
+        # A graph knows the batch of a packed sequence only at run time.
+        if put_back and not torch.compiler.is_compiling():
             self._check_put_back(put_back, int(batch_sizes[0]))
         if sorted_indices is not None:
             states = tuple(state.index_select(1, sorted_indices) for state in states)
@@ -389,7 +388,45 @@ class _Layers(Initialized, Interop, nn.RNNBase):
 _CHECKS["check_input"].add(_Layers.check_input)
 
 
-class RNN(_Layers):
+class _LayersOfOneState(_Layers):
+    """The base of RNN and GRU, whose only state is h."""
+
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        lengths: Lengths | None = None,
+        reset: Tensor | None = None,
+        reset_to: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        reset: Rows | None = None,
+        reset_to: Tensor | None = None,
+    ) -> tuple[PackedSequence, Tensor]: ...
+    def forward(
+        self,
+        input: Any,
+        hx: Tensor | None = None,
+        *,
+        lengths: Lengths | None = None,
+        reset: Rows | None = None,
+        reset_to: Tensor | None = None,
+    ) -> Any:
+        """Run the layer; see the class."""
+        return self._forward(input, hx, lengths, reset, reset_to)
+
+    if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
+        __call__ = forward
+
+
+class RNN(_LayersOfOneState):
     r"""Elman RNN, `torch.nn.RNN` on rnnkit's kernels.
 
     .. math:: h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
@@ -474,40 +511,6 @@ class RNN(_Layers):
         grad_cut: int | None = None,
         init: Initializer | None = None,
     ) -> None: ...
-
-    @overload
-    def forward(
-        self,
-        input: Tensor,
-        hx: Tensor | None = None,
-        *,
-        lengths: Lengths | None = None,
-        reset: Tensor | None = None,
-        reset_to: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]: ...
-    @overload
-    def forward(
-        self,
-        input: PackedSequence,
-        hx: Tensor | None = None,
-        *,
-        reset: Rows | None = None,
-        reset_to: Tensor | None = None,
-    ) -> tuple[PackedSequence, Tensor]: ...
-    def forward(
-        self,
-        input: Any,
-        hx: Tensor | None = None,
-        *,
-        lengths: Lengths | None = None,
-        reset: Rows | None = None,
-        reset_to: Tensor | None = None,
-    ) -> Any:
-        """Run the layer; see the class."""
-        return self._forward(input, hx, lengths, reset, reset_to)
-
-    if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
-        __call__ = forward
 
 
 class LSTM(_Layers):
@@ -627,7 +630,7 @@ class LSTM(_Layers):
         __call__ = forward
 
 
-class GRU(UpdateGate, _Layers):
+class GRU(UpdateGate, _LayersOfOneState):
     r"""Gated recurrent unit, `torch.nn.GRU` on rnnkit's kernels.
 
     .. math::
@@ -709,37 +712,3 @@ class GRU(UpdateGate, _Layers):
         grad_cut: int | None = None,
         init: Initializer | None = None,
     ) -> None: ...
-
-    @overload
-    def forward(
-        self,
-        input: Tensor,
-        hx: Tensor | None = None,
-        *,
-        lengths: Lengths | None = None,
-        reset: Tensor | None = None,
-        reset_to: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]: ...
-    @overload
-    def forward(
-        self,
-        input: PackedSequence,
-        hx: Tensor | None = None,
-        *,
-        reset: Rows | None = None,
-        reset_to: Tensor | None = None,
-    ) -> tuple[PackedSequence, Tensor]: ...
-    def forward(
-        self,
-        input: Any,
-        hx: Tensor | None = None,
-        *,
-        lengths: Lengths | None = None,
-        reset: Rows | None = None,
-        reset_to: Tensor | None = None,
-    ) -> Any:
-        """Run the layer; see the class."""
-        return self._forward(input, hx, lengths, reset, reset_to)
-
-    if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
-        __call__ = forward

@@ -152,16 +152,16 @@ class Backward {
 
   // Columns first to first + width - 1 of the gradient of h between steps s and s + 1. dh = grad_h_ + dgates(s + 1)
   // W_hh, clipped, or zero where step s + 1 passes nothing back; a row that is not active at s + 1 has no product, and
-  // its dh is grad_h_. A row that begins at s + 1 writes dh to the gradient of its initial h; one that is put back there
-  // adds it to that of its reset h, and its dh is zero. Any row but one that begins adds dY and
-  // runs the cell's backward of step s; with a projection it writes dh to grads_.projected instead, for
+  // its dh is grad_h_. A row that begins at s + 1 writes dh to the gradient of its initial h. A row that is put back
+  // before s + 1 adds dh to the gradient of State::reset, and goes on with zero. All rows but those that begin add dY and
+  // run the cell's backward of step s; with a projection they write dh to grads_.projected instead, for
   // step_before_projection. `next`: the first column of the next panel, which is prefetched; `first`: none.
   void step_of_h(const Segment& segment, const ActiveRows<S>& rows, int64_t s, int64_t first, int64_t width,
                  int64_t next) {
     const int64_t d = rows.direction, P = layer_.projected, K = Cell::gates * layer_.hidden;
     const Carry here = rows.before(s), after = rows.before(s + 1);
-    const bool cuts = rows.cuts(s + 1),
-               needs_product = !cuts || after.active > after.continuing || layer_.reset != nullptr;
+    const bool cuts = rows.cuts(s + 1);
+    const bool needs_product = !cuts || after.active > after.continuing || layer_.reset != nullptr;
     const Segment& of_after = s + 1 < segment.end ? segment : segments_[max_of(0, segment.index - 1)];
     const S* ahead = next != first ? w_hh_[d].ahead(0, next) : nullptr;
     const int64_t touched = max_of(here.active, after.active);
