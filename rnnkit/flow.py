@@ -334,7 +334,7 @@ def _norms(back: BackwardCall, state: int, flow: Tensor) -> Tensor:
 
 def _spectral_norms(w_hh: Tensor, gates: int) -> Tensor:
     """The spectral norm of each gate's matrix in w_hh, [gates]."""
-    norms: Tensor = torch.linalg.matrix_norm(w_hh.double().view(gates, -1, w_hh.size(1)), 2)
+    norms: Tensor = torch.linalg.matrix_norm(w_hh.double().unflatten(0, (gates, -1)), 2)
     return norms
 
 
@@ -344,7 +344,7 @@ def _saturated(back: BackwardCall, has_reserve: bool) -> Tensor | None:
     if call.empty:
         return None
     if call.spec.saved == 0:
-        of_rows = back.output.view(call.rows, call.directions, 1, call.projected).transpose(0, 1)
+        of_rows = back.output.reshape(call.rows, call.directions, 1, call.projected).transpose(0, 1)
     elif has_reserve and back.keep == Keep.EVERYTHING:
         of_rows = back.reserve[:, :, : len(gates)]
     else:

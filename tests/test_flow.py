@@ -645,3 +645,29 @@ def test_a_layer_below_does_not_explode_by_what_it_is_given() -> None:
         layer(torch.randn(50, 3, 8))[0][-1].sum().backward()
     assert float(flow[""].h[0, 1, 0]) * 1e3 < float(flow[""].h[0, 1, -1])  # time 0 is its last step
     assert "it explodes" not in flow.summary()
+
+
+def test_weights_and_outputs_in_any_layout() -> None:
+    """A weight that a parametrization transposes, and hooks that keep tensors transposed."""
+
+    class Transposed(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight.t()
+
+    layer = rnnkit.RNN(INPUT, H)
+    nn.utils.parametrize.register_parametrization(layer, "weight_hh_l0", Transposed())
+
+    def turned(tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, -1).contiguous() if tensor.dim() > 1 else tensor
+
+    def back(tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, -1) if tensor.dim() > 1 else tensor
+
+    with (
+        rnnkit.gradient_flow(layer) as flow,
+        torch.autograd.graph.saved_tensors_hooks(turned, back),
+    ):
+        layer(torch.randn(T, N, INPUT))[0].sum().backward()
+    expected = torch.linalg.matrix_norm(layer.weight_hh_l0.detach().double(), 2)
+    torch.testing.assert_close(flow[""].spectral_norms["h"].squeeze(), expected)
+    assert 0 <= float(flow[""].saturated["h"]) <= 1
