@@ -196,7 +196,8 @@ def feature_section(document: Document, link: str) -> list[str]:
     """What rnnkit's own features cost, of a results file that has them."""
     judged = [row for row in judge_all(document) if row["what"] in FEATURE_GOALS]
     name = link.rsplit("/", 1)[-1]
-    lines = ["### What features cost", "", f"{where(document)}, [{name}]({link}).", ""]
+    title = f"### What features cost: {machine(document)}, {isa_title(document)}"
+    lines = [title, "", f"{where(document)}, [{name}]({link}).", ""]
     lines += [*goal_table(judged), "", "Times over those of a plain training step:", ""]
     lines += [*feature_table(document), "", readout_line(document), ""]
     missed = misses(judged)
@@ -217,12 +218,12 @@ def text(
     documents: Mapping[str, Document],
     gpu: Document | None,
     gpu_link: str,
-    features: Mapping[str, Document] | None = None,
+    features: Mapping[str, Document],
 ) -> str:
     """What stands between the markers; documents by their files' paths from the page's folder."""
     lines = [READING, "", ROOFLINE, ""]
     for link, document in documents.items():
         lines += section(document, link)
-    for link, document in (features or {}).items():
+    for link, document in features.items():
         lines += feature_section(document, link)
     return "\n".join([*lines, *gpu_section(gpu, gpu_link)])

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.nn import functional
 import rnnkit
 from benchmarks import memory
 from benchmarks.figures import Figure
+from benchmarks.pool import ROOT
 
 ALL, OWN = "all logits", "Readout.loss"
 KINDS = {"ms": "{:.0f} ms", "MiB": "{:.0f} MiB"}
@@ -89,8 +91,10 @@ def samples(given: argparse.Namespace) -> dict[str, list[float]]:
 def measured(arguments: Sequence[str]) -> dict[str, Any]:
     """Milliseconds and MiB of each way, and the ratios to `ALL`; each kind from a process of its own."""
     told: dict[str, Any] = {}
+    package = Path(rnnkit.__file__).resolve().parents[1]
+    importable = {"PYTHONPATH": os.pathsep.join(map(str, [package, ROOT]))}
     for kind in KINDS:
-        environment = memory.ENVIRONMENT if kind == "MiB" else {}
+        environment = importable | (memory.ENVIRONMENT if kind == "MiB" else {})
         command = [sys.executable, "-m", "benchmarks.readout", *arguments, "--only", kind]
         done = subprocess.run(
             command, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE

@@ -43,7 +43,7 @@ class Results(NamedTuple):
 
     cpu: dict[Path, Document]
     gpu: tuple[Path, Document] | None
-    features: tuple[Path, Document] | None
+    features: dict[Path, Document]
     digest: str
 
     @classmethod
@@ -56,8 +56,8 @@ class Results(NamedTuple):
             gpu = (source, load(source, GPU_FORMAT)[0])
         except ResultsError:
             pass  # there was no run on a GPU
-        with_features = newest_with_features(next(iter(loaded)).parent)
-        features = with_features and (with_features, load(with_features)[0])
+        told = newest_with_features(next(iter(loaded)).parent)
+        features = {path: load(path)[0] for path in told}
         documents = {path: document for path, (document, _) in loaded.items()}
         return cls(documents, gpu, features, hashlib.sha256(digests.encode()).hexdigest())
 
@@ -80,9 +80,7 @@ def expected(found: Results, readme: Path, performance: Path, folder: Path) -> d
     """The texts of both files as they should be."""
     path, gpu = found.gpu or (performance, None)
     sections = {link(source, performance): document for source, document in found.cpu.items()}
-    features = {}
-    if found.features is not None:
-        features[link(found.features[0], performance)] = found.features[1]
+    features = {link(source, performance): document for source, document in found.features.items()}
     blocks = {
         readme: summary.text(
             list(found.cpu.values()),

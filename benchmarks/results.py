@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,29 +71,27 @@ def newest(folder: Path, expected: str = FORMAT, parts: bool = False) -> Path:
     return max(dates, key=dates.__getitem__)
 
 
-def newest_with_features(folder: Path) -> Path | None:
-    """The results file with the latest date that tells what rnnkit's features cost; a part of a run will do."""
-    dates: dict[Path, str] = {}
-    for path in sorted(folder.glob("*.json")):
-        document = json.loads(path.read_text("utf-8"))
-        if document.get("format") == FORMAT and "readout" in document:
-            dates[path] = document["date"]
-    return max(dates, key=dates.__getitem__, default=None)
-
-
 def newest_of_each(folder: Path) -> list[Path]:
     """The latest complete results of each CPU, number of threads and ISA; the CPU measured last comes first."""
+    if found := _latest(folder, lambda document: document["complete"]):
+        return found
+    raise ResultsError(f"no complete results in {folder}: run `make bench`")
+
+
+def newest_with_features(folder: Path) -> list[Path]:
+    """The same of those that tell what rnnkit's features cost; a part of a run will do."""
+    return _latest(folder, lambda document: "readout" in document)
+
+
+def _latest(folder: Path, wanted: Callable[[Document], bool]) -> list[Path]:
     found: dict[tuple[str, int, str], tuple[str, Path]] = {}
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text("utf-8"))
-        if document.get("format") != FORMAT or not document["complete"]:
+        if document.get("format") != FORMAT or document["device"]["kind"] != "cpu":
             continue
-        if document["device"]["kind"] != "cpu":
-            continue
-        key = (document["device"]["name"], document["threads"], isa_of(document))
-        found[key] = max(found.get(key, ("", path)), (document["date"], path))
-    if not found:
-        raise ResultsError(f"no complete results in {folder}: run `make bench`")
+        if wanted(document):
+            key = (document["device"]["name"], document["threads"], isa_of(document))
+            found[key] = max(found.get(key, ("", path)), (document["date"], path))
     order = list(ISAS)
     dates: dict[tuple[str, int], str] = {}
     for (name, threads, _), (date, _) in found.items():
