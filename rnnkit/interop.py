@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 from torch.fx.proxy import TraceError
 
-from rnnkit import backends, exporting, update_gate
+from rnnkit import backends, exporting, options, update_gate
 from rnnkit.call import BackwardCall, LayerCall, Results
 from rnnkit.ops import of_backward, of_call
 
@@ -124,9 +124,11 @@ def unlike_torchs(module: Any) -> str:
     """Why torch.nn's class with the same parameters computes something else; empty if it does not."""
     if update_gate.writes(module):
         return "has update_gate='writes': call convert_update_gate('keeps') first"
-    for name in ("grad_clip", "grad_cut"):
-        if getattr(module, name, None) is not None:
-            return f"has {name}, which torch.nn's have not: set it to None first"
+    for name in options.changed(module):
+        if not (option := options.OPTIONS[name]).like_torchs:
+            return f"has {name}, which torch.nn's have not: set it to {option.default} first"
+    if getattr(module, "learn_initial_state", False):
+        return "has learn_initial_state, which torch.nn's have not"
     return ""
 
 

@@ -7,15 +7,16 @@ not subclass `nn.RNN`, `nn.LSTM` or `nn.GRU`, because torch.compile breaks the g
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkit import backends, interop, packing, resets, stack
+from rnnkit import backends, interop, options, packing, resets, stack
 from rnnkit.call import Keep
 from rnnkit.init import Initialized, Initializer
+from rnnkit.initial_states import InitialStates
 from rnnkit.interop import Interop
 from rnnkit.update_gate import UpdateGate
 
@@ -40,22 +41,34 @@ _CHECKS = {
 }
 
 
-#: rnnkit's own options of a layer, which torch.nn's do not have.
-_OPTIONS = ("recompute", "frozen", "grad_clip", "grad_cut")
+class _Asked(NamedTuple):
+    """The keyword arguments of a call, which torch.nn's layers do not have."""
+
+    lengths: Any = None
+    reset: Any = None
+    reset_to: Any = None
+    all_states: bool | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that were given, by name."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
-def _check_gradient_rule(grad_clip: Any, grad_cut: Any) -> None:
-    """Checks these attributes of a layer."""
-    if grad_clip is not None:
-        if not isinstance(grad_clip, int | float) or isinstance(grad_clip, bool):
-            raise TypeError(f"expected grad_clip to be a number or None, got {grad_clip!r}")
-        if not grad_clip > 0:
-            raise ValueError(f"expected grad_clip to be positive, got {grad_clip}")
-    if grad_cut is not None:
-        if not isinstance(grad_cut, int) or isinstance(grad_cut, bool):
-            raise TypeError(f"expected grad_cut to be a number of steps or None, got {grad_cut!r}")
-        if grad_cut < 1:
-            raise ValueError(f"expected grad_cut to be at least 1, got {grad_cut}")
+_NOTHING = _Asked()
+
+
+def _asked(lengths: Any, reset: Any, reset_to: Any, all_states: Any) -> _Asked:
+    """`_NOTHING` itself for a call without any, by which `_forward` knows it."""
+    if not isinstance(all_states, bool):
+        raise TypeError(f"expected all_states to be a bool, got {all_states!r}")
+    if lengths is reset is reset_to is None and not all_states:
+        return _NOTHING
+    return _Asked(lengths, reset, reset_to, all_states or None)
+
+
+#: The options that a constructor takes: all but the one that `rnnkit.freeze` sets.
+_CONSTRUCTED = [name for name in options.OPTIONS if name != "frozen"]
 
 
 def _implemented_by(implementation: Callable[..., None]) -> Callable[[Init], Init]:
@@ -71,41 +84,31 @@ def _implemented_by(implementation: Callable[..., None]) -> Callable[[Init], Ini
     return decorate
 
 
-class _Layers(Initialized, Interop, nn.RNNBase):
+class _Layers(Initialized, Interop, InitialStates):
     """The base of RNN, LSTM and GRU: turns torch.nn's arguments into a call of `stack.run`, and its results back."""
 
-    recompute = frozen = False  # defaults for modules pickled by a version without these attributes
+    # `options.OPTIONS` has their meaning; these are the defaults, also for modules pickled by a version without them.
+    recompute = frozen = False
     grad_clip: float | None = None
     grad_cut: int | None = None
+    weight_dropout: float = 0.0
     _packed: tuple[Tensor, ...] = ()
     _torchs: ClassVar[type[nn.RNNBase]]
     _cell: str  #: The cell's name in `specs.CELLS`.
 
-    def __init__(
-        self,
-        *args: Any,
-        device: Device = None,
-        recompute: bool = False,
-        grad_clip: float | None = None,
-        grad_cut: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not isinstance(recompute, bool):
-            raise TypeError(f"expected recompute to be a bool, got {recompute!r}")
-        _check_gradient_rule(grad_clip, grad_cut)
+    def __init__(self, *args: Any, device: Device = None, **kwargs: Any) -> None:
+        own = {name: kwargs.pop(name) for name in _CONSTRUCTED if name in kwargs}
+        options.check(own)
         if device is not None:  # None: `device` may still be one of the positional args
             kwargs["device"] = device
         super().__init__(*args, **kwargs)
-        self.recompute = recompute
-        if grad_clip is not None:
-            self.grad_clip = grad_clip
-        if grad_cut is not None:
-            self.grad_cut = grad_cut
+        for name, value in own.items():
+            if value != getattr(self, name):
+                setattr(self, name, value)
 
     def extra_repr(self) -> str:
-        """torch.nn's `extra_repr`, followed by `init` and rnnkit's other options where they are set."""
-        options = {name: getattr(self, name) for name in _OPTIONS}
-        added = [f", {name}={value}" for name, value in options.items() if value]
+        """torch.nn's `extra_repr`, followed by rnnkit's own options where they are set."""
+        added = [f", {name}={value}" for name, value in options.changed(self).items()]
         return super().extra_repr() + "".join(added)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -168,7 +171,8 @@ class _Layers(Initialized, Interop, nn.RNNBase):
         batch_sizes: Tensor | None,
         reset: Tensor | None = None,
         reset_to: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        all_states: bool = False,
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         if self.frozen and torch.is_grad_enabled():
             given = [
                 input,
@@ -181,6 +185,11 @@ class _Layers(Initialized, Interop, nn.RNNBase):
                     "expected input, hx and parameters of a frozen layer to need no gradient, got one that does: "
                     "call it under torch.no_grad()"
                 )
+        packed: tuple[Tensor, ...] = ()
+        if self.training and self.weight_dropout > 0:
+            weights = stack.with_dropped_weights(weights, self.weight_dropout)
+        else:
+            packed = self._packed_weights(weights)
         return stack.run(
             self._cell,
             input,
@@ -190,12 +199,13 @@ class _Layers(Initialized, Interop, nn.RNNBase):
             directions=self._directions,
             dropout=self.dropout if self.training else 0.0,
             keep=self._keep,
-            packed=self._packed_weights(weights),
+            packed=packed,
             # 0 for no limit: an AOTInductor package cannot hold infinity.
             grad_clip=0.0 if self.grad_clip in (None, math.inf) else self.grad_clip,
             grad_cut=0 if self.grad_cut is None else self.grad_cut,
             reset=reset,
             reset_to=reset_to,
+            all_states=all_states,
         )
 
     def _check_projected(self, weights: Weights) -> None:
@@ -219,19 +229,15 @@ class _Layers(Initialized, Interop, nn.RNNBase):
     ) -> None:
         """torch.nn's checks of the input and, if states are given, of the states."""
         self.check_input(input, batch_sizes)
-        if batch_sizes is not None and torch.compiler.is_exporting():
-            self._check_exported_states(states, batch_sizes)
+        if batch_sizes is not None and torch.compiler.is_compiling():
+            # A graph knows the batch only at run time.
+            for state in states:
+                packing.check(
+                    batch_sizes[0] == state.size(1), "expected hx to have the batch of the input"
+                )
         elif states:
             hx = states if len(states) > 1 else states[0]
             self.check_forward_args(input, hx, batch_sizes)  # type: ignore[arg-type]
-
-    @staticmethod
-    def _check_exported_states(states: Sequence[Tensor], batch_sizes: Tensor) -> None:
-        """Adds a check to the exported program, which knows the batch only at run time; ONNX has no operator for it."""
-        if states and not torch.onnx.is_in_onnx_export():
-            batch = batch_sizes[0].item()
-            for state in states:
-                torch._check(state.size(1) == batch)
 
     def _check_rank(self, states: Sequence[Tensor], batched: bool) -> None:
         expected = 3 if batched else 2
@@ -249,22 +255,21 @@ class _Layers(Initialized, Interop, nn.RNNBase):
             )
         raise RuntimeError(message)
 
-    def _forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Any,
-        lengths: Any = None,
-        reset: Any = None,
-        reset_to: Any = None,
-    ) -> Any:
+    def _forward(self, input: Any, hx: Any, asked: _Asked) -> Any:
         weights = self._weights()
-        if self.grad_clip is not None or self.grad_cut is not None:
-            _check_gradient_rule(self.grad_clip, self.grad_cut)  # they may have been assigned to
-        if reset_to is not None and reset is None:
+        if changed := self._changed():
+            options.check(changed)  # they may have been assigned to
+        if asked.reset_to is not None and asked.reset is None:
             raise ValueError("expected reset to be given with reset_to, got None")
-        plain = lengths is None and reset is None
+        learns = self.learn_initial_state
+        traced = learns and interop.is_traced(input, hx, **asked.given)
+        if learns and hx is None and not traced:
+            hx = self._learned(input)
+        if learns and asked.reset is not None and asked.reset_to is None and not traced:
+            asked = asked._replace(reset_to=self._learned(input))
+        plain = asked is _NOTHING
         direct = backends.fast_path("direct_layers") if plain else None
-        drops = self.training and self.dropout > 0
+        drops = self.training and (self.dropout > 0 or self.weight_dropout > 0)
         if direct is not None and not drops and self._has_torchs_checks():
             found = direct(
                 self._cell,
@@ -282,21 +287,21 @@ class _Layers(Initialized, Interop, nn.RNNBase):
             )
             if found is not None:
                 return found
-        options = {"lengths": lengths, "reset": reset, "reset_to": reset_to}
-        if interop.is_traced(input, hx, **options):
-            return interop.traced(self, input, hx, **options)
+        if interop.is_traced(input, hx, **asked.given):
+            return interop.traced(self, input, hx, **asked.given)
         if interop.runs_as_torchs([w for of_direction in weights for w in of_direction]):
-            return interop.run_as_torchs(self, input, hx, **options)
+            return interop.run_as_torchs(self, input, hx, **asked.given)
         stack.check_plain("input", input.data if isinstance(input, PackedSequence) else input)
         self._check_projected(weights)
-        if lengths is not None:
-            return self._forward_lengths(input, hx, lengths, reset, reset_to)
+        if asked.lengths is not None:
+            return self._forward_lengths(input, hx, asked)
         as_states = stack.as_state_pair if self._cell == "lstm" else stack.as_states
-        states, put_back = as_states(hx), as_states(reset_to, "reset_to")
+        states, put_back = as_states(hx), as_states(asked.reset_to, "reset_to")
+        reset, all_states = asked.reset, bool(asked.all_states)
         if reset is not None:
             reset = resets.as_rows(reset, input, self.batch_first)
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, states, weights, reset, put_back)
+            return self._forward_packed(input, states, weights, reset, put_back, all_states)
         if input.dim() not in (2, 3):
             noun = " tensor" if self.mode.startswith("RNN") else ""
             raise ValueError(
@@ -313,13 +318,19 @@ class _Layers(Initialized, Interop, nn.RNNBase):
         if self.batch_first:
             input = input.transpose(0, 1)
         self._check_put_back(put_back, input.size(1))
-        output, finals = self._run(input, states, weights, None, reset, put_back)
+        outputs, finals = self._run(input, states, weights, None, reset, put_back, all_states)
         if self.batch_first:
-            output = stack.reshaped(output, "transpose", 0, 1)
+            outputs = [stack.reshaped(output, "transpose", 0, 1) for output in outputs]
         if not batched:
-            output = output.squeeze(batch_dim)
+            outputs = [output.squeeze(batch_dim) for output in outputs]
             finals = tuple(state.squeeze(1) for state in finals)
-        return output, self._returned(finals)
+        return self._returned(outputs, finals, all_states)
+
+    def _changed(self) -> dict[str, Any]:
+        """The options that change what the layer computes, where they are set."""
+        if self.grad_clip is self.grad_cut is None and self.weight_dropout == 0:
+            return {}
+        return options.changed(self)
 
     def _has_torchs_checks(self) -> bool:
         """Whether the checks are torch.nn's: the fast path would skip checks that a subclass put in their place."""
@@ -329,7 +340,7 @@ class _Layers(Initialized, Interop, nn.RNNBase):
             for name, torchs in _CHECKS.items()
         )
 
-    def _forward_lengths(self, input: Any, hx: Any, lengths: Any, reset: Any, reset_to: Any) -> Any:
+    def _forward_lengths(self, input: Any, hx: Any, asked: _Asked) -> Any:
         """A call with padded sequences, in any order, of these lengths: packs them, and pads the output with zeros."""
         if isinstance(input, PackedSequence):
             raise TypeError(
@@ -339,13 +350,21 @@ class _Layers(Initialized, Interop, nn.RNNBase):
             raise ValueError(f"expected a batched input, 3D, with lengths, got {input.dim()}D")
         batch = input.size(0 if self.batch_first else 1)
         steps = input.size(1 if self.batch_first else 0)
-        given = packing.as_lengths(lengths, batch, steps)
+        given, reset = packing.as_lengths(asked.lengths, batch, steps), asked.reset
         if reset is not None:
             rows = resets.as_rows(reset, input, self.batch_first).unsqueeze(-1)
             reset = packing.pack_padded_sequence(rows, given, enforce_sorted=False).data
         packed = packing.pack_padded_sequence(input, given, self.batch_first, enforce_sorted=False)
-        output, finals = self._forward(packed, hx, None, reset, reset_to)
-        return packing.pad_packed_sequence(output, self.batch_first, total_length=steps)[0], finals
+
+        def padded(output: Any) -> Any:
+            if isinstance(output, PackedSequence):
+                return packing.pad_packed_sequence(output, self.batch_first, total_length=steps)[0]
+            return tuple(map(padded, output))
+
+        output, finals, *states = self._forward(
+            packed, hx, asked._replace(lengths=None, reset=reset)
+        )
+        return padded(output), finals, *map(padded, states)
 
     def _check_put_back(self, put_back: Sequence[Tensor], batch: Any) -> None:
         """Checks the shapes of `reset_to`."""
@@ -361,6 +380,7 @@ class _Layers(Initialized, Interop, nn.RNNBase):
         weights: Weights,
         reset: Tensor | None,
         put_back: Sequence[Tensor],
+        all_states: bool,
     ) -> Any:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         self._check_states(data, states, batch_sizes)
@@ -370,14 +390,21 @@ class _Layers(Initialized, Interop, nn.RNNBase):
         if sorted_indices is not None:
             states = tuple(state.index_select(1, sorted_indices) for state in states)
             put_back = tuple(state.index_select(1, sorted_indices) for state in put_back)
-        output, finals = self._run(data, states, weights, batch_sizes, reset, put_back)
+        outputs, finals = self._run(data, states, weights, batch_sizes, reset, put_back, all_states)
         if unsorted_indices is not None:
             finals = tuple(state.index_select(1, unsorted_indices) for state in finals)
-        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        return packed, self._returned(finals)
+        order = batch_sizes, sorted_indices, unsorted_indices
+        packed = [PackedSequence(output, *order) for output in outputs]
+        return self._returned(packed, finals, all_states)
 
-    def _returned(self, finals: tuple[Tensor, ...]) -> Any:
-        return finals[0]
+    def _returned(self, outputs: Sequence[Any], finals: Sequence[Tensor], all_states: bool) -> Any:
+        """What a call returns: the states have the form of `hx`."""
+        if not all_states:
+            return outputs[0], self._as_hx(finals)
+        return outputs[0], self._as_hx(finals), self._as_hx(outputs)
+
+    def _as_hx(self, states: Sequence[Any]) -> Any:
+        return states[0]
 
     @property
     def _kind(self) -> str:
@@ -400,6 +427,7 @@ class _LayersOfOneState(_Layers):
         lengths: Lengths | None = None,
         reset: Tensor | None = None,
         reset_to: Tensor | None = None,
+        all_states: Literal[False] = False,
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def forward(
@@ -409,7 +437,29 @@ class _LayersOfOneState(_Layers):
         *,
         reset: Rows | None = None,
         reset_to: Tensor | None = None,
+        all_states: Literal[False] = False,
     ) -> tuple[PackedSequence, Tensor]: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        lengths: Lengths | None = None,
+        reset: Tensor | None = None,
+        reset_to: Tensor | None = None,
+        all_states: Literal[True],
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        reset: Rows | None = None,
+        reset_to: Tensor | None = None,
+        all_states: Literal[True],
+    ) -> tuple[PackedSequence, Tensor, PackedSequence]: ...
     def forward(
         self,
         input: Any,
@@ -418,9 +468,11 @@ class _LayersOfOneState(_Layers):
         lengths: Lengths | None = None,
         reset: Rows | None = None,
         reset_to: Tensor | None = None,
+        all_states: bool = False,
     ) -> Any:
         """Run the layer; see the class."""
-        return self._forward(input, hx, lengths, reset, reset_to)
+        asked = _asked(lengths, reset, reset_to, all_states)
+        return self._forward(input, hx, asked)
 
     if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
         __call__ = forward
@@ -449,6 +501,10 @@ class RNN(_LayersOfOneState):
         grad_cut: k to pass no gradients back across the boundaries between times k*j - 1 and k*j, in both directions:
             backpropagation through time truncated to windows of k steps, with the states as they are. None for no
             cuts. Default None.
+        weight_dropout: in training, probability of zeroing an element of the recurrent matrices `weight_hh` (the others
+            are divided by 1 - p): one mask for all steps of a call. DropConnect, Wan et al. 2013. Default 0.
+        learn_initial_state: whether the states before the first step are parameters, `h_0` [L*D, H], zeros at first. A
+            call without `hx` begins with them, and `reset` without `reset_to` puts back to them. Default False.
         init: what initializes the parameters after torch.nn's own initialization, also in `reset_parameters()`: an
             initializer of `rnnkit.init` by its name (`"orthogonal"`, `"xavier"`, `"keras"` or `"identity"`), or a
             callable that takes the module. Default None.
@@ -462,6 +518,8 @@ class RNN(_LayersOfOneState):
         `reset`, bool or 0/1, [T, N] ([N, T] if `batch_first`), [T] or the rows of a PackedSequence: where it is not 0,
         the sequence's states are put back before that step, h_0 included, to `reset_to`, shaped like `hx`, or zeros.
         The reverse direction is cut at the same places. No gradient crosses them, but `reset_to` gets its own.
+        With `all_states=True` a third result is the last layer's states after each step, in the form of `hx`: here the
+        output itself.
 
     Raises:
         ValueError: the input's rank or dtype does not fit; in the constructor, an option has no such value or is not
@@ -509,6 +567,8 @@ class RNN(_LayersOfOneState):
         recompute: bool = False,
         grad_clip: float | None = None,
         grad_cut: int | None = None,
+        weight_dropout: float = 0.0,
+        learn_initial_state: bool = False,
         init: Initializer | None = None,
     ) -> None: ...
 
@@ -539,6 +599,11 @@ class LSTM(_Layers):
         grad_cut: k to pass no gradients back across the boundaries between times k*j - 1 and k*j, in both directions:
             backpropagation through time truncated to windows of k steps, with the states as they are. None for no
             cuts. Default None.
+        weight_dropout: in training, probability of zeroing an element of the recurrent matrices `weight_hh` (the others
+            are divided by 1 - p): one mask for all steps of a call. DropConnect, Wan et al. 2013. Default 0.
+        learn_initial_state: whether the states before the first step are parameters, `h_0` [L*D, P or H] and
+            `c_0` [L*D, H], zeros at first. A
+            call without `hx` begins with them, and `reset` without `reset_to` puts back to them. Default False.
         init: what initializes the parameters after torch.nn's own initialization, also in `reset_parameters()`: an
             initializer of `rnnkit.init` by its name (`"orthogonal"`, `"xavier"`, `"keras"` or `"forget_bias"`), or a
             callable that takes the module. Default None.
@@ -553,6 +618,8 @@ class LSTM(_Layers):
         `reset`, bool or 0/1, [T, N] ([N, T] if `batch_first`), [T] or the rows of a PackedSequence: where it is not 0,
         the sequence's states are put back before that step, h_0 included, to `reset_to`, shaped like `hx`, or zeros.
         The reverse direction is cut at the same places. No gradient crosses them, but `reset_to` gets its own.
+        With `all_states=True` a third result is the last layer's states after each step, in the form of `hx`: a pair of
+        the output and c [T, N, D*H], laid out like it.
 
     Raises:
         ValueError: the input's rank or dtype does not fit; in the constructor, an option has no such value or is not
@@ -589,11 +656,13 @@ class LSTM(_Layers):
         recompute: bool = False,
         grad_clip: float | None = None,
         grad_cut: int | None = None,
+        weight_dropout: float = 0.0,
+        learn_initial_state: bool = False,
         init: Initializer | None = None,
     ) -> None: ...
 
-    def _returned(self, finals: tuple[Tensor, ...]) -> Any:
-        return finals
+    def _as_hx(self, states: Sequence[Any]) -> Any:
+        return tuple(states)
 
     @overload
     def forward(
@@ -604,6 +673,7 @@ class LSTM(_Layers):
         lengths: Lengths | None = None,
         reset: Tensor | None = None,
         reset_to: States | None = None,
+        all_states: Literal[False] = False,
     ) -> tuple[Tensor, States]: ...
     @overload
     def forward(
@@ -613,7 +683,29 @@ class LSTM(_Layers):
         *,
         reset: Rows | None = None,
         reset_to: States | None = None,
+        all_states: Literal[False] = False,
     ) -> tuple[PackedSequence, States]: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: States | None = None,
+        *,
+        lengths: Lengths | None = None,
+        reset: Tensor | None = None,
+        reset_to: States | None = None,
+        all_states: Literal[True],
+    ) -> tuple[Tensor, States, States]: ...
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: States | None = None,
+        *,
+        reset: Rows | None = None,
+        reset_to: States | None = None,
+        all_states: Literal[True],
+    ) -> tuple[PackedSequence, States, tuple[PackedSequence, PackedSequence]]: ...
     def forward(
         self,
         input: Any,
@@ -622,9 +714,11 @@ class LSTM(_Layers):
         lengths: Lengths | None = None,
         reset: Rows | None = None,
         reset_to: States | None = None,
+        all_states: bool = False,
     ) -> Any:
         """Run the layer; see the class."""
-        return self._forward(input, hx, lengths, reset, reset_to)
+        asked = _asked(lengths, reset, reset_to, all_states)
+        return self._forward(input, hx, asked)
 
     if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
         __call__ = forward
@@ -659,6 +753,10 @@ class GRU(UpdateGate, _LayersOfOneState):
         grad_cut: k to pass no gradients back across the boundaries between times k*j - 1 and k*j, in both directions:
             backpropagation through time truncated to windows of k steps, with the states as they are. None for no
             cuts. Default None.
+        weight_dropout: in training, probability of zeroing an element of the recurrent matrices `weight_hh` (the others
+            are divided by 1 - p): one mask for all steps of a call. DropConnect, Wan et al. 2013. Default 0.
+        learn_initial_state: whether the states before the first step are parameters, `h_0` [L*D, H], zeros at first. A
+            call without `hx` begins with them, and `reset` without `reset_to` puts back to them. Default False.
         init: what initializes the parameters after torch.nn's own initialization, also in `reset_parameters()`: an
             initializer of `rnnkit.init` by its name (`"orthogonal"`, `"xavier"` or `"keras"`), or a
             callable that takes the module. Default None.
@@ -673,6 +771,8 @@ class GRU(UpdateGate, _LayersOfOneState):
         `reset`, bool or 0/1, [T, N] ([N, T] if `batch_first`), [T] or the rows of a PackedSequence: where it is not 0,
         the sequence's states are put back before that step, h_0 included, to `reset_to`, shaped like `hx`, or zeros.
         The reverse direction is cut at the same places. No gradient crosses them, but `reset_to` gets its own.
+        With `all_states=True` a third result is the last layer's states after each step, in the form of `hx`: here the
+        output itself.
 
     Raises:
         ValueError: the input's rank or dtype does not fit; in the constructor, an option has no such value or is not
@@ -710,5 +810,7 @@ class GRU(UpdateGate, _LayersOfOneState):
         update_gate: str = "keeps",
         grad_clip: float | None = None,
         grad_cut: int | None = None,
+        weight_dropout: float = 0.0,
+        learn_initial_state: bool = False,
         init: Initializer | None = None,
     ) -> None: ...

@@ -45,9 +45,9 @@ def pack_padded_sequence(
     else:
         torch._check(lengths.size(0) == input.size(1))
         in_order = torch.sort(lengths, descending=True).values
-        _check((lengths == in_order).all(), "expected lengths to be sorted in decreasing order")
+        check((lengths == in_order).all(), "expected lengths to be sorted in decreasing order")
     steps = input.size(0)
-    _check(((lengths > 0) & (lengths <= steps)).all(), "expected lengths to be from 1 to T")
+    check(((lengths > 0) & (lengths <= steps)).all(), "expected lengths to be from 1 to T")
     there = torch.arange(steps).unsqueeze(1) < lengths  # [T, N]
     batch_sizes = there.sum(1)
     # Steps beyond the longest sequence have no rows, and a PackedSequence does not contain them.
@@ -110,7 +110,7 @@ def as_lengths(lengths: Any, batch: Any, steps: Any) -> Tensor:
     return found
 
 
-def _check(holds: Tensor, message: str) -> None:
+def check(holds: Tensor, message: str) -> None:
     """Adds a check to the graph, which knows lengths only at run time. ONNX has no operator for it."""
     if not torch.onnx.is_in_onnx_export():
         torch._assert_async(holds, message)

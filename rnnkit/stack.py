@@ -30,7 +30,8 @@ def run(
     grad_cut: int = 0,
     reset: Tensor | None = None,
     reset_to: Sequence[Tensor] = (),
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    all_states: bool = False,
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Run a stack of layers.
 
     Args:
@@ -48,9 +49,11 @@ def run(
         grad_cut: see `LayerCall`.
         reset: bool [T, N] or [rows]: the sequences that are put back before each time step, at the first one, too.
         reset_to: the states that they are put back to, shaped like `states`; empty for zeros.
+        all_states: whether to return all states of the last layer after each step.
 
     Returns:
-        The last layer's output [T, N, D*P] or [rows, D*P], and the final states, shaped like `states`.
+        The last layer's output [T, N, D*P] or [rows, D*P], followed by its other states after each step if
+        `all_states`; and the final states, shaped like `states`.
 
     Raises:
         RuntimeError: there is no time step, or a tensor's dtype or device is not the input's.
@@ -68,9 +71,10 @@ def run(
     layers = len(weights) // directions
     if packed and len(packed) != layers:
         raise RuntimeError(f"expected packed weights of {layers} layers, got {len(packed)}")
-    output, finals = input, []
+    outputs, finals = [input], []
     for index in range(layers):
         of_layer = slice(index * directions, (index + 1) * directions)
+        output = outputs[0]
         if index > 0 and dropout > 0:
             output = drop(output, dropout, training=True)
         call = LayerCall(
@@ -79,18 +83,31 @@ def run(
             states if layers == 1 else [state[of_layer] for state in states],
             [w for direction in weights[of_layer] for w in direction],
             batch_sizes,
+            all_states and index == layers - 1,
             grad_clip=grad_clip,
             grad_cut=grad_cut,
             reset=reset,
         )
         packed_here = packed[index] if packed and result_dtypes is None else None
-        (output,), final = autograd.run(call, keep=keep, packed=packed_here)
+        outputs, final = autograd.run(call, keep=keep, packed=packed_here)
         finals.append(final)
     final_states = finals[0] if layers == 1 else [torch.cat(s) for s in zip(*finals, strict=True)]
     if result_dtypes is not None:
-        output = output.to(result_dtypes[0])
+        outputs = [s.to(result_dtypes[min(k, 1)]) for k, s in enumerate(outputs)]
         final_states = [s.to(result_dtypes[min(k, 1)]) for k, s in enumerate(final_states)]
-    return output, tuple(final_states)
+    return outputs, tuple(final_states)
+
+
+def with_dropped_weights(
+    weights: Sequence[Sequence[Tensor | None]], p: float
+) -> list[list[Tensor | None]]:
+    """The weights with dropout of probability p on each w_hh: one mask for all steps of a call."""
+    found = [list(of_direction) for of_direction in weights]
+    for of_direction in found:
+        w_hh = of_direction[WEIGHTS.index("w_hh")]
+        assert w_hh is not None
+        of_direction[WEIGHTS.index("w_hh")] = drop(w_hh, p, training=True)
+    return found
 
 
 def pack(

@@ -369,7 +369,7 @@ def _direct(kind: str, rng: random.Random) -> Call:
             finals = tuple(final[0] for final in finals)
             return finals if len(finals) > 1 else finals[0]
         x = x.transpose(0, 1) if own["batch_first"] else x
-        output, finals = stack.run(
+        (output,), finals = stack.run(
             own["cell"],
             x,
             states,

@@ -166,5 +166,5 @@ def test_states_of_another_batch_are_told_by_an_exported_program() -> None:
     ).module()
     assert_close(program(*given), model(*given))
     for wrong in (2, 6):
-        with pytest.raises(RuntimeError, match="Runtime assertion failed"):
+        with pytest.raises(RuntimeError, match="expected hx to have the batch of the input"):
             program(*given[:2], torch.randn(2, wrong, 4))

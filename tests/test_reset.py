@@ -8,97 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from configurations import LAYERS as TORCHS
+from loops import BACKENDS, LAYERS, H, I, Loop, N, T, as_hx, assert_same, made, random_states
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnkit
-from rnnkit.update_gate import with_other_gate
-
-T, N, I, H = 7, 5, 3, 4  # noqa: E741
-BACKENDS = ("cpp", "reference")
-LAYERS = {
-    **TORCHS,
-    "lstm_projected": ("LSTM", {"proj_size": 3}),
-    "gru_writes": ("GRU", {"update_gate": "writes"}),
-    "rnn_without_bias": ("RNN", {"bias": False}),
-}
-
-
-def step(layer: Any, x: Tensor, states: list[Tensor], weights: list, w_hr: Any) -> list[Tensor]:
-    """One step by torch's functions for cells; with a projection, which they lack, by the LSTM's equations."""
-    if w_hr is None:
-        one = getattr(torch._VF, f"{layer.mode.lower()}_cell")
-        new = one(x, tuple(states) if len(states) > 1 else states[0], *weights)
-        return list(new) if isinstance(new, tuple) else [new]
-    w_ih, w_hh, b_ih, b_hh = weights
-    parts = nn.functional.linear(x, w_ih, b_ih) + nn.functional.linear(states[0], w_hh, b_hh)
-    i, f, g, o = parts.chunk(4, -1)
-    c = f.sigmoid() * states[1] + i.sigmoid() * g.tanh()
-    return [(o.sigmoid() * c.tanh()) @ w_hr.t(), c]
-
-
-def loop(
-    layer: Any,
-    x: Tensor,
-    states: list[Tensor],
-    reset: Tensor,
-    put_back: list[Tensor],
-    lengths: list[int],
-) -> tuple[Tensor, list[Tensor]]:
-    """Output [T, N, D*P], zeros beyond `lengths`, and the final states [L*D, N, width]: one sequence at a time.
-
-    reset: bool [T, N]; states, put_back: [L*D, N, width] each.
-    """
-    directions = 2 if layer.bidirectional else 1
-    finals: list[list[Tensor]] = [[] for _ in states]
-    for k in range(layer.num_layers):
-        of_directions = []
-        for d in range(directions):
-            place, end = k * directions + d, f"_l{k}" + "_reverse" * d
-            weights = [getattr(layer, name + end) for name in ("weight_ih", "weight_hh")]
-            weights += [
-                getattr(layer, name + end) if layer.bias else None
-                for name in ("bias_ih", "bias_hh")
-            ]
-            if getattr(layer, "update_gate", "keeps") == "writes":
-                weights = [None if w is None else with_other_gate(w) for w in weights]
-            w_hr = getattr(layer, "weight_hr" + end) if layer.proj_size else None
-            rows, ends = [], []
-            for n, length in enumerate(lengths):
-                now = [state[place, n : n + 1] for state in states]
-                outputs: list[Any] = [x.new_zeros(layer.proj_size or H)] * len(x)
-                for t in reversed(range(length)) if d else range(length):
-                    boundary = t + d
-                    begins = boundary < length and bool(reset[boundary, n])
-                    if begins and (t < length - 1 or not d):
-                        now = [state[place, n : n + 1] for state in put_back]
-                    now = step(layer, x[t, n : n + 1], now, weights, w_hr)
-                    outputs[t] = now[0][0]
-                rows.append(torch.stack(outputs))
-                ends.append(now)
-            of_directions.append(torch.stack(rows, 1))
-            for index in range(len(states)):
-                finals[index].append(torch.cat([now[index] for now in ends]))
-        x = torch.cat(of_directions, -1)
-    return x, [torch.stack(of_state) for of_state in finals]
-
-
-def made(name: str, **options: Any) -> Any:
-    torch.manual_seed(0)
-    cls, own = LAYERS[name]
-    layer = getattr(rnnkit, cls)(I, H, **{"num_layers": 2, **own, **options}).double()
-    return layer
-
-
-def random_states(layer: Any, batch: int = N) -> list[Tensor]:
-    rows = layer.num_layers * (2 if layer.bidirectional else 1)
-    widths = [layer.proj_size or H, H][: 2 if layer.mode == "LSTM" else 1]
-    return [torch.randn(rows, batch, width, dtype=torch.float64) for width in widths]
-
-
-def as_hx(layer: Any, states: list[Tensor]) -> Any:
-    return tuple(states) if layer.mode == "LSTM" else states[0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -118,7 +32,7 @@ def test_layers_are_the_loop(
     put_back = random_states(layer) if given in ("reset_to", "both") else zeros
     for tensor in (x, *hx, *put_back):
         tensor.requires_grad_()
-    expected, finals = loop(layer, x, hx, reset, put_back, lengths)
+    every, finals = Loop(reset, put_back, lengths)(layer, x, hx)
     options: dict[str, Any] = {}
     if given in ("hx", "both"):
         options["hx"] = as_hx(layer, hx)
@@ -132,16 +46,8 @@ def test_layers_are_the_loop(
         else:
             found, states = layer(x, reset=reset, **options)
         states = list(states) if isinstance(states, tuple) else [states]
-        for mine, right in zip([found, *states], [expected, *finals], strict=True):
-            torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-12)
-        grads = [torch.randn_like(t) for t in (expected, *finals)]
         used = [x] + (hx if "hx" in options else []) + (put_back if "reset_to" in options else [])
-        wanted = [*used, *layer.parameters()]
-        mine = torch.autograd.grad([found, *states], wanted, grads)
-    right = torch.autograd.grad([expected, *finals], wanted, grads, allow_unused=True)
-    for one, other in zip(mine, right, strict=True):
-        other = torch.zeros_like(one) if other is None else other
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
+        assert_same([found, *states], [every[0], *finals], [*used, *layer.parameters()])
 
 
 def test_the_ways_to_give_a_mask() -> None:

@@ -1,0 +1,176 @@
+"""Layers as plain loops over steps, one sequence at a time: the truth for what torch.nn's layers do not have.
+
+A loop knows of resets, lengths, dropout of the recurrent operand and zoneout, and shares no code with rnnkit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from configurations import LAYERS as TORCHS
+from torch import Tensor, nn
+
+import rnnkit
+from rnnkit.update_gate import with_other_gate
+
+T, N, I, H = 7, 5, 3, 4  # noqa: E741
+BACKENDS = ("cpp", "reference")
+LAYERS = {
+    **TORCHS,
+    "lstm_projected": ("LSTM", {"proj_size": 3}),
+    "gru_writes": ("GRU", {"update_gate": "writes"}),
+    "rnn_without_bias": ("RNN", {"bias": False}),
+}
+
+
+def made(name: str, **options: Any) -> Any:
+    """Two layers of a kind in `LAYERS`, in float64."""
+    torch.manual_seed(0)
+    cls, own = LAYERS[name]
+    return getattr(rnnkit, cls)(I, H, **{"num_layers": 2, **own, **options}).double()
+
+
+def places(layer: Any) -> int:
+    """L*D."""
+    return layer.num_layers * (2 if layer.bidirectional else 1)
+
+
+def random_states(layer: Any, batch: int = N) -> list[Tensor]:
+    """h [L*D, N, P] and, for an LSTM, c."""
+    widths = [layer.proj_size or H, H][: 2 if layer.mode == "LSTM" else 1]
+    return [torch.randn(places(layer), batch, width, dtype=torch.float64) for width in widths]
+
+
+def as_hx(layer: Any, states: Sequence[Tensor]) -> Any:
+    """The states in the form of `hx`."""
+    return tuple(states) if layer.mode == "LSTM" else states[0]
+
+
+@dataclass
+class Loop:
+    """What a loop is to do beside the steps; all that is not given does nothing.
+
+    Attributes:
+        reset, put_back: bool [T, N], and the states [L*D, N, width] that sequences are put back to.
+        lengths: of each sequence.
+        operand: for each layer and direction, what h is multiplied with before the recurrent product, [N, P].
+        zoneout: the probability for each state.
+        kept: for each layer, direction and state bool [T, N, H], where the unit keeps its state; else the expectation.
+    """
+
+    reset: Tensor | None = None
+    put_back: Sequence[Tensor] = ()
+    lengths: Sequence[int] = field(default_factory=lambda: [T] * N)
+    operand: Sequence[Tensor] = ()
+    zoneout: Sequence[float] = ()
+    kept: Sequence[Sequence[Tensor | None]] = ()
+
+    def __call__(
+        self, layer: Any, x: Tensor, states: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The last layer's states after each step, [T, N, D*width], zeros beyond the lengths; and the final states."""
+        directions = 2 if layer.bidirectional else 1
+        finals: list[list[Tensor]] = [[] for _ in states]
+        every = [x]
+        for k in range(layer.num_layers):
+            found = [self.direction(layer, k, d, every[0], states) for d in range(directions)]
+            every = [
+                torch.cat(of_state, -1) for of_state in zip(*(f[0] for f in found), strict=True)
+            ]
+            for _, ends in found:
+                for index, end in enumerate(ends):
+                    finals[index].append(end)
+        return every, [torch.stack(of_state) for of_state in finals]
+
+    def direction(
+        self, layer: Any, k: int, d: int, x: Tensor, states: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Layer k's direction d: every state [T, N, width], and the final states [N, width]."""
+        place = k * (2 if layer.bidirectional else 1) + d
+        weights, w_hr = weights_of(layer, k, d)
+        rows, ends = [], []
+        for n, length in enumerate(self.lengths):
+            now = [state[place, n : n + 1] for state in states]
+            nothing = [x.new_zeros(state.size(-1)) for state in states]
+            after = [nothing] * len(x)
+            for t in reversed(range(length)) if d else range(length):
+                boundary = t + d
+                cut = self.reset is not None and boundary < length and bool(self.reset[boundary, n])
+                if cut and (t < length - 1 or not d):
+                    now = [state[place, n : n + 1] for state in self.put_back]
+                h = now[0] * self.operand[place][n] if self.operand else now[0]
+                new = step(layer, x[t, n : n + 1], h, now, weights, w_hr)
+                now = [self.zoned(place, index, t, n, now, new) for index in range(len(new))]
+                after[t] = [state[0] for state in now]
+            rows.append([torch.stack(of_state) for of_state in zip(*after, strict=True)])
+            ends.append(now)
+        return (
+            [torch.stack(of_state, 1) for of_state in zip(*rows, strict=True)],
+            [torch.cat(of_state) for of_state in zip(*ends, strict=True)],
+        )
+
+    def zoned(
+        self, place: int, index: int, t: int, n: int, old: list[Tensor], new: list[Tensor]
+    ) -> Tensor:
+        if not self.zoneout or self.zoneout[index] == 0:
+            return new[index]
+        if not self.kept:
+            p = self.zoneout[index]
+            return p * old[index] + (1 - p) * new[index]
+        mask = self.kept[place][index]
+        assert mask is not None
+        return torch.where(mask[t, n : n + 1], old[index], new[index])
+
+
+def weights_of(layer: Any, k: int, d: int) -> tuple[list[Tensor | None], Tensor | None]:
+    """w_ih, w_hh, b_ih, b_hh of layer k's direction d, as torch's cells take them, and w_hr."""
+    end = f"_l{k}" + "_reverse" * d
+    weights = [getattr(layer, name + end) for name in ("weight_ih", "weight_hh")]
+    weights += [
+        getattr(layer, name + end) if layer.bias else None for name in ("bias_ih", "bias_hh")
+    ]
+    if getattr(layer, "update_gate", "keeps") == "writes":
+        weights = [None if w is None else with_other_gate(w) for w in weights]
+    return weights, getattr(layer, "weight_hr" + end) if layer.proj_size else None
+
+
+def step(
+    layer: Any, x: Tensor, h: Tensor, states: list[Tensor], weights: list, w_hr: Any
+) -> list[Tensor]:
+    """One step, where the recurrent product sees `h` in place of states[0].
+
+    By torch's functions for cells where it is the same, and by the equations elsewhere: of a projection, which these
+    lack, and of a GRU, in which z keeps a part of states[0].
+    """
+    w_ih, w_hh, b_ih, b_hh = weights
+    if layer.mode == "LSTM" and w_hr is not None:
+        parts = nn.functional.linear(x, w_ih, b_ih) + nn.functional.linear(h, w_hh, b_hh)
+        i, f, g, o = parts.chunk(4, -1)
+        c = f.sigmoid() * states[1] + i.sigmoid() * g.tanh()
+        return [(o.sigmoid() * c.tanh()) @ w_hr.t(), c]
+    one = getattr(torch._VF, f"{layer.mode.lower()}_cell")
+    if layer.mode == "LSTM":
+        return list(one(x, (h, states[1]), *weights))
+    if layer.mode == "GRU" and h is not states[0]:
+        of_x = nn.functional.linear(x, w_ih, b_ih).chunk(3, -1)
+        of_h = nn.functional.linear(h, w_hh, b_hh).chunk(3, -1)
+        r, z = (of_x[0] + of_h[0]).sigmoid(), (of_x[1] + of_h[1]).sigmoid()
+        n = (of_x[2] + r * of_h[2]).tanh()
+        return [n + z * (states[0] - n)]
+    return [one(x, h, *weights)]
+
+
+def assert_same(
+    found: Sequence[Tensor], expected: Sequence[Tensor], wanted: Sequence[Tensor]
+) -> None:
+    """Both results are the same, and so are the gradients that arbitrary gradients of them give `wanted`."""
+    torch.testing.assert_close(list(found), list(expected), rtol=1e-12, atol=1e-12)
+    grads = [torch.randn_like(result) for result in expected]
+    mine = torch.autograd.grad(list(found), wanted, grads, allow_unused=True)
+    right = torch.autograd.grad(list(expected), wanted, grads, allow_unused=True)
+    for one, other, tensor in zip(mine, right, wanted, strict=True):
+        zeros = torch.zeros_like(tensor)
+        torch.testing.assert_close(
+            zeros if one is None else one, zeros if other is None else other, rtol=1e-10, atol=1e-11
+        )
