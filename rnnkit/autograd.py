@@ -45,8 +45,11 @@ def run(
                 call.grad_clip,
                 call.grad_cut,
                 call.reset,
+                call.operand_mask,
+                call.zoneout,
             ),
-            *(len(call.states), keep),
+            *(len(call.states), len(call.kept), keep),
+            *call.kept,
             *call.tensors,
         )
         output, *others = found[: call.outputs]
@@ -167,12 +170,12 @@ def _with_data(saved: list[Any], count: int, differentiated: bool) -> list[Any]:
 _AS_IT_IS = nullcontext()
 
 
-#: The place of the first tensor among the arguments of `_Layer`.
-_TENSORS = 8
+#: How many arguments of `_Layer` come before its tensors.
+_OTHERS = 11
 
 
 class _Layer(torch.autograd.Function):
-    """(fields of the call, number of states, keep, *tensors of the call) -> (*outputs, *final states)."""
+    """(fields of the call, numbers of states and masks, keep, *masks, *tensors of the call) -> (*outputs, *finals)."""
 
     @staticmethod
     def forward(
@@ -183,17 +186,21 @@ class _Layer(torch.autograd.Function):
         grad_clip: float,
         grad_cut: int,
         reset: Tensor | None,
+        operand_mask: Tensor | None,
+        zoneout: Sequence[float],
         n_states: int,
+        n_kept: int,
         keep: Keep,
-        input: Tensor,
-        *others: Tensor | None,
+        *tensors: Any,
     ) -> tuple[Tensor, ...]:
-        states: Any = others[:n_states]
-        options = all_states, grad_clip, grad_cut
-        call = LayerCall(cell, input, states, others[n_states:], batch_sizes, *options, reset=reset)
+        kept, (input, *others) = tensors[:n_kept], tensors[n_kept:]
+        states, weights = others[:n_states], others[n_states:]
+        options = all_states, grad_clip, grad_cut, reset, operand_mask, zoneout
+        call = LayerCall(cell, input, states, weights, batch_sizes, *options, kept)
         outputs, finals, reserve = _ops(input.device).layer_forward(call, None, keep)
         output = outputs[0]
-        ctx.cell, ctx.options, ctx.n_states, ctx.keep = cell, options, n_states, keep
+        ctx.cell, ctx.rule, ctx.zoneout, ctx.keep = cell, options[:3], zoneout, keep
+        ctx.n_states, ctx.n_kept = n_states, n_kept
         ctx.backend = None if torch.compiler.is_compiling() else backends.forced_backend()
         ctx.set_materialize_grads(False)
         # Users may write to torch.nn's output before the backward pass, and to this one. The output is therefore saved
@@ -201,28 +208,33 @@ class _Layer(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         ctx.watch = None if compiling else _Watch(output)
         ctx.save_for_backward(
-            *(batch_sizes, reset, output if compiling else output.data, reserve),
-            *(input, *others),
+            *(batch_sizes, reset, operand_mask, output if compiling else output.data, reserve),
+            *(*kept, input, *others),
             *(() if compiling else _as_they_are((input, *others))),
         )
         return *outputs, *finals
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        batch_sizes, reset, output, reserve, *saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[_TENSORS:]
+        batch_sizes, reset, operand_mask, output, reserve, *saved = ctx.saved_tensors
+        kept, saved = saved[: ctx.n_kept], saved[ctx.n_kept :]
+        needs = ctx.needs_input_grad[_OTHERS + ctx.n_kept :]
         input, *others = _with_data(saved, len(needs), _are_differentiated(grads))
         states, weights = others[: ctx.n_states], others[ctx.n_states :]
-        all_states, clip, cut = ctx.options
+        all_states, clip, cut = ctx.rule
         call = LayerCall(
-            ctx.cell, input, states, weights, batch_sizes, all_states, clip, cut, reset
+            ctx.cell,
+            input,
+            states,
+            weights,
+            *(batch_sizes, all_states, clip, cut, reset, operand_mask, ctx.zoneout, kept),
         )
         back = BackwardCall(call, grads, output, reserve, ctx.keep, list(needs))
         written = ctx.watch is not None and ctx.watch.written()
         # Autograd runs backward passes of a GPU in another thread, where no backend is forced.
         with backends.forcing(ctx.backend) if ctx.backend else _AS_IT_IS:
             found = gradients(back, written, saved[1 + ctx.n_states + 1])
-        return *[None] * _TENSORS, *found
+        return *[None] * (_OTHERS + ctx.n_kept), *found
 
 
 def gradients(back: BackwardCall, written: bool, w_hh: Tensor | None) -> list[Tensor | None]:

@@ -21,7 +21,7 @@ from rnnkit.specs import CELLS, WEIGHTS, CellSpec
 #: The first arguments in the ops' schemas: the fields of `LayerCall`.
 ARGUMENTS = (
     "str cell, Tensor input, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, bool all_states, "
-    "float grad_clip, int grad_cut, Tensor? reset"
+    "float grad_clip, int grad_cut, Tensor? reset, Tensor? operand_mask, float[] zoneout, Tensor?[] kept"
 )
 
 #: The arguments of `layer_backward` after `ARGUMENTS`: the fields of `BackwardCall` after `call`.
@@ -70,6 +70,12 @@ class LayerCall:
         grad_cut: k to pass no gradients back across the boundaries between times k*j - 1 and k*j; 0 for no cuts.
         reset: bool, [T, N] or [rows]: True puts a sequence's states back at the boundary between time t - 1 and time t:
             before step t in the forward direction, before step t - 1 in the other. Time 0 has no such boundary.
+        operand_mask: [D, N, P]: what h is multiplied with where the recurrent product reads it; the state stays as it
+            is. None for ones.
+        zoneout: for each state, the probability that a unit keeps its state in a step, whatever the cell gives; empty
+            for zeros. h has none in a layer with a projection.
+        kept: for each state that has zoneout, where units keep it: bool, shaped like its output; None for the others.
+            Empty for the expectation: p * old state + (1 - p) * new state.
     """
 
     cell: str
@@ -81,13 +87,16 @@ class LayerCall:
     grad_clip: float = 0.0
     grad_cut: int = 0
     reset: Tensor | None = None
+    operand_mask: Tensor | None = None
+    zoneout: Sequence[float] = ()
+    kept: Sequence[Tensor | None] = ()
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """The call as an op's flat arguments, see `ARGUMENTS`."""
         tensors = self.input, self.states, self.weights, self.batch_sizes
         options = self.all_states, self.grad_clip, self.grad_cut
-        return self.cell, *tensors, *options, self.reset
+        return self.cell, *tensors, *options, self.reset, self.operand_mask, self.zoneout, self.kept
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -209,10 +218,16 @@ class LayerCall:
         return *self.input.shape[:-1], self.directions * self.state_width(index)
 
     def reserve_shape(self, keep: int) -> list[int]:
-        """The reserve's shape: [D, rows, V, H], V values for each row and hidden unit, or [0] if nothing is kept."""
+        """The reserve's shape: [D, rows, V, H], V values for each row and hidden unit, or [0] if nothing is kept.
+
+        A cell that saves nothing reads h in its backward pass. If zoneout's expectation hides what a step gave, that is
+        kept, too.
+        """
         if keep == Keep.NOTHING:
             return [0]
         values = self.spec.saved if keep == Keep.EVERYTHING else self.spec.states - 1
+        if self.spec.saved == 0 and len(self.zoneout) > 0 and len(self.kept) == 0:
+            values += self.zoneout[0] > 0
         return [self.directions, self.rows, values, self.hidden]
 
     def zero_states(self, batch: int) -> list[Tensor]:
@@ -275,18 +290,37 @@ class LayerCall:
         for index, state in enumerate(self.reset_states):
             self.check_like_input(state, f"reset_to[{index}]", self.state_shape(index))
         self._check_reset()
+        self._check_zoneout()
+        if self.operand_mask is not None:
+            self.check_like_input(self.operand_mask, "operand_mask", self.state_shape(0))
 
     def _check_reset(self) -> None:
         reset = self.reset
         if reset is None:
             return
-        shape = self.input.shape[:-1]
-        if reset.dtype != torch.bool or reset.shape != shape:
+        self.check_mask(reset, "reset", self.input.shape[:-1])
+
+    def _check_zoneout(self) -> None:
+        states, zoneout = self.spec.states, self.zoneout
+        if len(zoneout) not in (0, states) or not all(0 <= p <= 1 for p in zoneout):
             raise RuntimeError(
-                f"expected reset to be bool of shape {list(shape)}, got {reset.dtype} of shape {list(reset.shape)}"
+                f"expected zoneout to be {states} probabilities or none, got {list(zoneout)}"
             )
-        self.check_device(reset, "reset")
-        _check_memory(reset, "reset")
+        if self.projects and len(zoneout) > 0 and zoneout[0] > 0:
+            raise RuntimeError(
+                f"expected zoneout of h to be 0 with a projection, got {list(zoneout)}"
+            )
+        if len(self.kept) == 0:
+            return
+        if [mask is not None for mask in self.kept] != [p > 0 for p in zoneout]:
+            there = [mask is not None for mask in self.kept]
+            raise RuntimeError(
+                f"expected kept to hold a mask where zoneout is above 0, got masks {there} for {list(zoneout)}"
+            )
+        for index, mask in enumerate(self.kept):
+            shape = self.output_shape(index)
+            if mask is not None:
+                self.check_mask(mask, f"kept[{index}]", shape)
 
     def _check_batch_sizes(self) -> None:
         sizes = self.batch_sizes
@@ -354,6 +388,15 @@ class LayerCall:
         if tensor.dtype != self.input.dtype:
             raise RuntimeError(
                 f"expected {name} to be {self.input.dtype} like the input, got {tensor.dtype}"
+            )
+        self.check_device(tensor, name)
+        _check_memory(tensor, name)
+
+    def check_mask(self, tensor: Tensor, name: str, shape: Sequence[int]) -> None:
+        """Checks that a tensor is bool of this shape, on the input's device."""
+        if tensor.dtype != torch.bool or tuple(tensor.shape) != tuple(shape):
+            raise RuntimeError(
+                f"expected {name} to be bool of shape {list(shape)}, got {tensor.dtype} of shape {list(tensor.shape)}"
             )
         self.check_device(tensor, name)
         _check_memory(tensor, name)

@@ -291,10 +291,16 @@ def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
 
 
+def _knows(run: Scans, call: LayerCall) -> bool:
+    """Whether the kernels have what the call asks for. If not, the reference computes it."""
+    noise = call.operand_mask is not None or len(call.zoneout) > 0
+    return not noise and (call.reset is None or run.RESETS)
+
+
 def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
     """`rnnkit::layer_forward` on CUDA tensors."""
     run = scans(call.input.device)
-    if run is None or (call.reset is not None and not run.RESETS):
+    if run is None or not _knows(run, call):
         return ops.forward_composite(call, packed, keep)
     call.check_keep(keep)
     call = GpuCall.of(call)
@@ -313,7 +319,7 @@ def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
 def layer_backward(back: BackwardCall) -> list[Tensor]:
     """`rnnkit::layer_backward` on CUDA tensors."""
     run = scans(back.call.input.device)
-    if run is None or (back.call.reset is not None and not run.RESETS):
+    if run is None or not _knows(run, back.call):
         return ops.backward_composite(back)
     call = GpuCall.of(back.call)
     back = replace(back, call=call)

@@ -165,6 +165,10 @@ def _forward_as_aten(call: LayerCall, packed: Tensor | None, keep: int) -> Resul
         )
     if call.reset is not None:
         raise RuntimeError("expected a call without reset: ATen's operators have none")
+    if call.operand_mask is not None or len(call.zoneout) > 0:
+        raise RuntimeError(
+            "expected a call without recurrent dropout and zoneout: ATen has neither"
+        )
     call = exporting.of_torchs_cell(call)
     states, batch_sizes = call.states, call.batch_sizes
     if not states:

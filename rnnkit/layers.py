@@ -24,6 +24,7 @@ Device = torch.device | str | int | None
 States = tuple[Tensor, Tensor]
 Rows = Tensor | PackedSequence
 Lengths = Tensor | Sequence[int]
+Zoneout = float | tuple[float, float]
 Weights = list[list[Tensor | None]]
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -92,6 +93,8 @@ class _Layers(Initialized, Interop, InitialStates):
     grad_clip: float | None = None
     grad_cut: int | None = None
     weight_dropout: float = 0.0
+    recurrent_dropout: float = 0.0
+    zoneout: Zoneout = 0.0
     _packed: tuple[Tensor, ...] = ()
     _torchs: ClassVar[type[nn.RNNBase]]
     _cell: str  #: The cell's name in `specs.CELLS`.
@@ -105,6 +108,7 @@ class _Layers(Initialized, Interop, InitialStates):
         for name, value in own.items():
             if value != getattr(self, name):
                 setattr(self, name, value)
+        self._zoneouts()  # checks it
 
     def extra_repr(self) -> str:
         """torch.nn's `extra_repr`, followed by rnnkit's own options where they are set."""
@@ -206,7 +210,24 @@ class _Layers(Initialized, Interop, InitialStates):
             reset=reset,
             reset_to=reset_to,
             all_states=all_states,
+            recurrent_dropout=self.recurrent_dropout if self.training else 0.0,
+            zoneout=self._zoneouts(),
+            draws=self.training,
         )
+
+    def _zoneouts(self) -> tuple[float, ...]:
+        """`zoneout` for each state; empty for none."""
+        if self.zoneout == 0:
+            return ()
+        states = 1 + (self.mode == "LSTM")
+        given = self.zoneout
+        found = tuple(given) if isinstance(given, tuple | list) else (given,) * states
+        if len(found) != states:
+            pair = " or a pair" * (states - 1)
+            raise ValueError(f"expected zoneout to be a number{pair}, got {given}")
+        if self.proj_size > 0 and found[0] > 0:
+            raise ValueError(f"expected zoneout to be (0, p) with proj_size, got {given}")
+        return found if any(found) else ()
 
     def _check_projected(self, weights: Weights) -> None:
         """Checks the weights against hidden_size and proj_size; torch.nn's own check covers input_size."""
@@ -269,7 +290,9 @@ class _Layers(Initialized, Interop, InitialStates):
             asked = asked._replace(reset_to=self._learned(input))
         plain = asked is _NOTHING
         direct = backends.fast_path("direct_layers") if plain else None
-        drops = self.training and (self.dropout > 0 or self.weight_dropout > 0)
+        drops = self.zoneout != 0 or (
+            self.training and self.dropout + self.weight_dropout + self.recurrent_dropout > 0
+        )
         if direct is not None and not drops and self._has_torchs_checks():
             found = direct(
                 self._cell,
@@ -328,7 +351,8 @@ class _Layers(Initialized, Interop, InitialStates):
 
     def _changed(self) -> dict[str, Any]:
         """The options that change what the layer computes, where they are set."""
-        if self.grad_clip is self.grad_cut is None and self.weight_dropout == 0:
+        noise = self.weight_dropout, self.recurrent_dropout, self.zoneout
+        if self.grad_clip is self.grad_cut is None and noise == (0, 0, 0):
             return {}
         return options.changed(self)
 
@@ -503,6 +527,11 @@ class RNN(_LayersOfOneState):
             cuts. Default None.
         weight_dropout: in training, probability of zeroing an element of the recurrent matrices `weight_hh` (the others
             are divided by 1 - p): one mask for all steps of a call. DropConnect, Wan et al. 2013. Default 0.
+        recurrent_dropout: in training, probability of zeroing an element of h_{t-1} where `weight_hh` multiplies it
+            (the others are divided by 1 - p): the same ones at all steps of a sequence, in each layer and direction. h
+            itself stays as it is. Gal and Ghahramani 2016. Default 0.
+        zoneout: p to keep, in training, each unit's old state at each step with probability p; in evaluation a step
+            gives the expectation, p h_{t-1} + (1 - p) h_t. Krueger et al. 2017. Default 0.
         learn_initial_state: whether the states before the first step are parameters, `h_0` [L*D, H], zeros at first. A
             call without `hx` begins with them, and `reset` without `reset_to` puts back to them. Default False.
         init: what initializes the parameters after torch.nn's own initialization, also in `reset_parameters()`: an
@@ -568,6 +597,8 @@ class RNN(_LayersOfOneState):
         grad_clip: float | None = None,
         grad_cut: int | None = None,
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
         learn_initial_state: bool = False,
         init: Initializer | None = None,
     ) -> None: ...
@@ -601,6 +632,12 @@ class LSTM(_Layers):
             cuts. Default None.
         weight_dropout: in training, probability of zeroing an element of the recurrent matrices `weight_hh` (the others
             are divided by 1 - p): one mask for all steps of a call. DropConnect, Wan et al. 2013. Default 0.
+        recurrent_dropout: in training, probability of zeroing an element of h_{t-1} where `weight_hh` multiplies it
+            (the others are divided by 1 - p): the same ones at all steps of a sequence, in each layer and direction. h
+            itself stays as it is. Gal and Ghahramani 2016. Default 0.
+        zoneout: p to keep, in training, each unit's old h and c, apart from each other, at each step with probability
+            p; or (p_h, p_c). In evaluation a step gives the expectation, p h_{t-1} + (1 - p) h_t, and so for c. h_t is
+            computed of the c_t that zoneout has not touched. Krueger et al. 2017. Default 0.
         learn_initial_state: whether the states before the first step are parameters, `h_0` [L*D, P or H] and
             `c_0` [L*D, H], zeros at first. A
             call without `hx` begins with them, and `reset` without `reset_to` puts back to them. Default False.
@@ -657,6 +694,8 @@ class LSTM(_Layers):
         grad_clip: float | None = None,
         grad_cut: int | None = None,
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: Zoneout = 0.0,
         learn_initial_state: bool = False,
         init: Initializer | None = None,
     ) -> None: ...
@@ -755,6 +794,11 @@ class GRU(UpdateGate, _LayersOfOneState):
             cuts. Default None.
         weight_dropout: in training, probability of zeroing an element of the recurrent matrices `weight_hh` (the others
             are divided by 1 - p): one mask for all steps of a call. DropConnect, Wan et al. 2013. Default 0.
+        recurrent_dropout: in training, probability of zeroing an element of h_{t-1} where `weight_hh` multiplies it
+            (the others are divided by 1 - p): the same ones at all steps of a sequence, in each layer and direction. h
+            itself stays as it is. Gal and Ghahramani 2016. Default 0.
+        zoneout: p to keep, in training, each unit's old state at each step with probability p; in evaluation a step
+            gives the expectation, p h_{t-1} + (1 - p) h_t. Krueger et al. 2017. Default 0.
         learn_initial_state: whether the states before the first step are parameters, `h_0` [L*D, H], zeros at first. A
             call without `hx` begins with them, and `reset` without `reset_to` puts back to them. Default False.
         init: what initializes the parameters after torch.nn's own initialization, also in `reset_parameters()`: an
@@ -811,6 +855,8 @@ class GRU(UpdateGate, _LayersOfOneState):
         grad_clip: float | None = None,
         grad_cut: int | None = None,
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
         learn_initial_state: bool = False,
         init: Initializer | None = None,
     ) -> None: ...

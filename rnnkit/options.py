@@ -49,12 +49,19 @@ def _probability(name: str, value: Any) -> None:
         raise ValueError(f"expected {name} to be a number from 0 to 1, got {value!r}")
 
 
+def _probabilities(name: str, value: Any) -> None:
+    for p in value if isinstance(value, tuple | list) else [value]:
+        _probability(name, p)
+
+
 OPTIONS = {
     "recompute": Option(False, _flag, like_torchs=True),
     "frozen": Option(False, _flag, like_torchs=True),
     "grad_clip": Option(None, _limit),
     "grad_cut": Option(None, _steps),
     "weight_dropout": Option(0.0, _probability),
+    "recurrent_dropout": Option(0.0, _probability),
+    "zoneout": Option(0.0, _probabilities),
 }
 
 

@@ -89,6 +89,22 @@ def _reset(states: list[Tensor], rows: Tensor, put_back: list[Tensor]) -> list[T
     return [torch.where(mask, new, old) for new, old in zip(put_back, states, strict=True)]
 
 
+def _of_direction(call: LayerCall, d: int, k: int) -> Sequence[Tensor]:
+    """Where direction d's units keep state k at each time step, bool [rows of the step, width]; empty if not given."""
+    mask = call.kept[k] if len(call.kept) > 0 else None
+    if mask is None:
+        return ()
+    own: Tensor = mask.unflatten(-1, (call.directions, -1))[..., d, :]
+    steps: Sequence[Tensor]
+    steps = own.unbind(0) if call.batch_sizes is None else own.split(call.counts)
+    return steps
+
+
+def _zoned(old: Tensor, new: Tensor, p: float, kept: Tensor | None) -> Tensor:
+    """The state after zoneout: `old` where it is kept, or the expectation of that for probability p."""
+    return old * p + new * (1 - p) if kept is None else torch.where(kept, old, new)
+
+
 def _scan(
     call: LayerCall, d: int, steps: Sequence[Tensor], states: list[Tensor], kept: int
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
@@ -105,6 +121,8 @@ def _scan(
     if call.reset is not None:
         resets = call.reset.unbind(0) if call.batch_sizes is None else call.reset.split(call.counts)
     put_back = [state[d] for state in call.reset_states]
+    mask = None if call.operand_mask is None else call.operand_mask[d]
+    stays = [_of_direction(call, d, k) for k in range(call.spec.states)]
     clips = call.grad_clip > 0 and torch.is_grad_enabled()
     for t in reversed(times) if d else times:
         x = steps[t]
@@ -125,15 +143,19 @@ def _scan(
                 new_states = [_PassBack.apply(state, call.grad_clip, 0) for state in new_states]
             active = _reset(active, begins, new_states)
         before = rows
+        operand = active[0] if mask is None else active[0] * mask[:rows]
         new = list(
             call.spec.step(
                 linear(x, w_ih, b_ih).chunk(gates, -1),
-                linear(active[0], w_hh, b_hh).chunk(gates, -1),
+                linear(operand, w_hh, b_hh).chunk(gates, -1),
                 active,
             )
         )
         if w_hr is not None:
             new[0] = linear(new[0], w_hr)
+        for k, p in enumerate(call.zoneout):
+            if p > 0:
+                new[k] = _zoned(active[k], new[k], p, stays[k][t] if stays[k] else None)
         after.append(new[:kept])
         if rows < states[0].size(0):
             new = [torch.cat([n, s[rows:]]) for n, s in zip(new, states, strict=True)]

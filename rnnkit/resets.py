@@ -29,7 +29,11 @@ def as_rows(reset: Any, input: Tensor | PackedSequence, batch_first: bool) -> Te
     shape = data.shape[:-1]
     if reset.dim() == len(shape) + 1 and reset.size(-1) == 1:
         reset = reset.squeeze(-1)
-    if reset.shape != shape:
+    if isinstance(input, PackedSequence) and torch.compiler.is_compiling():
+        torch._check(
+            reset.size(0) == data.size(0)
+        )  # rows that were packed apart, as a graph sees them
+    elif reset.shape != shape:
         raise RuntimeError(f"expected reset of shape {tuple(shape)}, got {tuple(reset.shape)}")
     if reset.device != data.device:
         raise RuntimeError(f"expected reset on {data.device} like the input, got {reset.device}")

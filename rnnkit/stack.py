@@ -9,7 +9,7 @@ from torch.nn import Module
 from torch.nn.functional import dropout as drop
 from torch.utils._python_dispatch import _disable_current_modes
 
-from rnnkit import autograd, resets
+from rnnkit import autograd, noise, resets
 from rnnkit.call import Keep, LayerCall
 from rnnkit.specs import WEIGHTS
 
@@ -31,6 +31,9 @@ def run(
     reset: Tensor | None = None,
     reset_to: Sequence[Tensor] = (),
     all_states: bool = False,
+    recurrent_dropout: float = 0.0,
+    zoneout: Sequence[float] = (),
+    draws: bool = False,
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Run a stack of layers.
 
@@ -50,6 +53,9 @@ def run(
         reset: bool [T, N] or [rows]: the sequences that are put back before each time step, at the first one, too.
         reset_to: the states that they are put back to, shaped like `states`; empty for zeros.
         all_states: whether to return all states of the last layer after each step.
+        recurrent_dropout: see `noise.drawn`; 0 when not training.
+        zoneout: see `LayerCall`.
+        draws: see `noise.drawn`.
 
     Returns:
         The last layer's output [T, N, D*P] or [rows, D*P], followed by its other states after each step if
@@ -88,6 +94,8 @@ def run(
             grad_cut=grad_cut,
             reset=reset,
         )
+        if recurrent_dropout > 0 or len(zoneout) > 0:
+            call = noise.drawn(call, recurrent_dropout, zoneout, draws)
         packed_here = packed[index] if packed and result_dtypes is None else None
         outputs, final = autograd.run(call, keep=keep, packed=packed_here)
         finals.append(final)

@@ -125,6 +125,23 @@ RNNKIT_INLINE void store(T* to, Vector<T> value, AllLanes) {
   store(to, value);
 }
 
+// Of each lane whether it is true, as all its bits.
+template <class T>
+using Truth = decltype(Vector<T>{} < Vector<T>{});
+
+template <class T>
+RNNKIT_INLINE Truth<T> load_truth(const bool* from, int64_t count) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes<T>)));
+  Bytes bytes{};
+  std::memcpy(&bytes, from, count < kLanes<T> ? count : kLanes<T>);
+  return __builtin_convertvector(bytes, Truth<T>) != 0;
+}
+
+template <class T>
+RNNKIT_INLINE Truth<T> load_truth(const bool* from, AllLanes) {
+  return load_truth<T>(from, kLanes<T>);
+}
+
 // Calls body(first value, count) for `count` values, a vector at a time. The count of whole vectors is AllLanes.
 template <class T, class Body>
 RNNKIT_INLINE void for_vectors(int64_t count, const Body& body) {

@@ -30,7 +30,9 @@ template <class... Others>
   try {
     py::module_::import("rnnkit.call")
         .attr("refuse")(op, call.cell.name, call.input, call.states, call.weights.vec(), call.batch_sizes,
-                        call.all_states, call.rule.clip, call.rule.cut, call.reset, others...);
+                        call.all_states, call.rule.clip, call.rule.cut, call.masks.reset, call.masks.operand,
+                        call.masks.zoneout,
+                        call.masks.kept ? call.masks.kept->vec() : std::vector<std::optional<Tensor>>(), others...);
   } catch (py::error_already_set& error) {
     error.restore();
   }
@@ -46,8 +48,7 @@ void throw_python_error() {
 }
 
 Call::Call(std::string_view name, const Tensor& x, at::TensorList initial, const OptionalTensors& w,
-           const std::optional<Tensor>& sizes, bool all, const GradientRule& of_gradients,
-           const std::optional<Tensor>& resets)
+           const std::optional<Tensor>& sizes, bool all, const GradientRule& of_gradients, Masks of_states)
     : cell(find_cell(name)),
       input(x),
       states(initial.vec()),
@@ -55,7 +56,7 @@ Call::Call(std::string_view name, const Tensor& x, at::TensorList initial, const
       batch_sizes(sizes),
       all_states(all),
       rule(of_gradients),
-      reset(resets) {
+      masks(std::move(of_states)) {
   if (!fits()) refuse("layer_forward", *this);
 }
 
@@ -72,15 +73,34 @@ bool Call::fits() {
     batch = input.size(1);
   }
   if (steps == 0 || !weights_fit()) return false;
-  if (reset) {
-    if (reset->scalar_type() != at::kBool || reset->sizes() != input.sizes().slice(0, input.dim() - 1)) return false;
-    if (reset->device() != input.device() || !has_memory(*reset)) return false;
-  }
+  if (!masks_fit()) return false;
   const int64_t given = states.size();
-  if (given != 0 && given != cell.states && !(reset && given == 2 * cell.states)) return false;
+  if (given != 0 && given != cell.states && !(masks.reset && given == 2 * cell.states)) return false;
   for (int64_t i = 0; i < given; ++i)
     if (!is_like_input(states[i], state_shape(i % cell.states))) return false;
   return true;
+}
+
+bool Call::masks_fit() const {
+  if (masks.reset && !is_mask(*masks.reset, input.sizes().slice(0, input.dim() - 1))) return false;
+  if (masks.operand && !is_like_input(*masks.operand, state_shape(0))) return false;
+  const int64_t given = masks.zoneout.size(), kept_given = masks.kept ? masks.kept->size() : 0;
+  if (given != 0 && given != cell.states) return false;
+  for (const double p : masks.zoneout)
+    if (!(p >= 0 && p <= 1)) return false;
+  if (given > 0 && masks.zoneout[0] > 0 && weight(0, 4)) return false;  // h has none with a projection
+  if (kept_given == 0) return true;
+  if (kept_given != given) return false;
+  for (int64_t i = 0; i < given; ++i) {
+    if (kept(i).has_value() != (masks.zoneout[i] > 0)) return false;
+    if (kept(i) && !is_mask(*kept(i), output_shape(i))) return false;
+  }
+  return true;
+}
+
+bool Call::is_mask(const Tensor& tensor, at::IntArrayRef shape) const {
+  return tensor.scalar_type() == at::kBool && tensor.sizes() == shape && tensor.device() == input.device() &&
+         has_memory(tensor);
 }
 
 // Whether batch_sizes are positive, do not increase and sum to the input's rows. Sets steps, batch and offsets.
@@ -155,7 +175,9 @@ std::vector<int64_t> Call::output_shape(int64_t i) const {
 
 std::vector<int64_t> Call::reserve_shape(Keep keep) const {
   if (keep == Keep::nothing) return {0};
-  return {directions, rows(), keep == Keep::everything ? cell.saved : cell.states - 1, hidden};
+  const bool has_expectation = !masks.zoneout.empty() && masks.zoneout[0] > 0 && !kept(0);
+  const int64_t given = cell.saved == 0 && has_expectation ? 1 : 0;
+  return {directions, rows(), (keep == Keep::everything ? cell.saved : cell.states - 1) + given, hidden};
 }
 
 int Call::threads() const {

@@ -22,6 +22,13 @@ struct GradientRule {
   int64_t cut = 0;  // 0: no cuts
 };
 
+// What changes the states between steps, see `LayerCall`: the masks of resets, of the recurrent operand and of zoneout.
+struct Masks {
+  std::optional<at::Tensor> reset, operand;
+  std::vector<double> zoneout;
+  std::optional<OptionalTensors> kept;  // absent: empty
+};
+
 // `LayerCall` of rnnkit/call.py in C++. The constructor throws the error of `LayerCall.check` if arguments do not fit.
 struct Call {
   const CellKernels& cell;
@@ -31,13 +38,12 @@ struct Call {
   const std::optional<at::Tensor> batch_sizes;
   const bool all_states;
   const GradientRule rule;
-  const std::optional<at::Tensor> reset;
+  const Masks masks;
   int64_t steps = 0, batch = 0, input_size = 0, hidden = 0, projected = 0, directions = 0;
   std::vector<int64_t> offsets;  // of a packed sequence: the row where each step begins, then rows(); else empty
 
   Call(std::string_view name, const at::Tensor& x, at::TensorList initial, const OptionalTensors& w,
-       const std::optional<at::Tensor>& sizes, bool all_states, const GradientRule& rule = {},
-       const std::optional<at::Tensor>& reset = {});
+       const std::optional<at::Tensor>& sizes, bool all_states, const GradientRule& rule = {}, Masks masks = {});
 
   // Checks the other arguments of layer_backward. Throws the error of `BackwardCall.check` if they do not fit.
   void check_backward(const OptionalTensors& grads, const at::Tensor& output, const at::Tensor& reserve, int64_t keep,
@@ -57,6 +63,10 @@ struct Call {
   // The width of state i: P for h, which is state 0, and H for the others.
   int64_t state_width(int64_t i) const { return i == 0 ? projected : hidden; }
   std::vector<int64_t> state_shape(int64_t i) const { return {directions, batch, state_width(i)}; }
+  // Where units keep state i, see `LayerCall.kept`.
+  std::optional<at::Tensor> kept(int64_t i) const {
+    return masks.kept && !masks.kept->empty() ? masks.kept->get(i) : std::nullopt;
+  }
   int64_t outputs() const { return all_states ? cell.states : 1; }
   std::vector<int64_t> output_shape(int64_t i) const;
   std::vector<int64_t> reserve_shape(Keep keep) const;
@@ -66,6 +76,8 @@ struct Call {
 
  private:
   bool fits();
+  bool masks_fit() const;
+  bool is_mask(const at::Tensor& tensor, at::IntArrayRef shape) const;
   bool batch_sizes_fit();
   bool weights_fit();
   bool is_like_input(const at::Tensor& tensor, at::IntArrayRef shape) const;

@@ -33,6 +33,13 @@ struct State {
   T* final;          // [D, N, width]: after a row's last step
   T* all;            // [rows, D*width]: after each step; null: not asked for. Null for h, which is Layer::y
 
+  // Zoneout: the probability that a unit keeps the state in a step, whatever the cell gives, and where it does; of h 0
+  // with a projection. Null: a step gives the expectation.
+  T zoneout;
+  const bool* kept;  // [rows, D*width]
+
+  bool zones() const { return zoneout > 0; }
+
   // In the backward pass.
   const T* grad_final;  // like final; null: zeros
   const T* grad_all;    // [rows, D*width], for h the gradient of Layer::y; null: zeros
@@ -64,6 +71,9 @@ struct Layer {
   // [rows]: whether a row's states are put back to State::reset at the boundary between the time before and its time;
   // null: no row's. A row's first time has no such boundary.
   const bool* reset;
+
+  // [D, N, P]: what h is multiplied with where the recurrent product reads it; null: ones.
+  const T* operand_mask;
 
   int threads;  // at most
 

@@ -92,7 +92,12 @@ Layer<S> make_layer(const Call& call, Operands& operands) {
   }
   layer.grad_clip = call.rule.clip > 0 ? static_cast<T>(call.rule.clip) : std::numeric_limits<T>::infinity();
   layer.grad_cut = call.rule.cut;
-  layer.reset = operands.read<bool>(call.reset);
+  layer.reset = operands.read<bool>(call.masks.reset);
+  layer.operand_mask = operands.read<T>(call.masks.operand);
+  for (size_t i = 0; i < call.masks.zoneout.size(); ++i) {
+    layer.states[i].zoneout = static_cast<T>(call.masks.zoneout[i]);
+    layer.states[i].kept = operands.read<bool>(call.kept(i));
+  }
   layer.threads = call.threads();
   layer.wants_to_stop = wants_to_stop;
   return layer;
@@ -130,10 +135,12 @@ int64_t states_of(std::string_view cell) { return find_cell(cell).states; }
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> layer_forward(
     std::string_view cell, const Tensor& input, at::TensorList states, const OptionalTensors& weights,
     const std::optional<Tensor>& batch_sizes, bool all_states, double grad_clip, int64_t grad_cut,
-    const std::optional<Tensor>& reset, const std::optional<Tensor>& packed, int64_t kept) {
-  TORCH_CHECK(kept >= 0 && kept <= 2, "expected keep to be 0, 1 or 2, got ", kept);
-  const Keep keep = static_cast<Keep>(kept);
-  const Call call(cell, input, states, weights, batch_sizes, all_states, {grad_clip, grad_cut}, reset);
+    const std::optional<Tensor>& reset, const std::optional<Tensor>& operand_mask, at::ArrayRef<double> zoneout,
+    const OptionalTensors& kept, const std::optional<Tensor>& packed, int64_t keeps) {
+  TORCH_CHECK(keeps >= 0 && keeps <= 2, "expected keep to be 0, 1 or 2, got ", keeps);
+  const Keep keep = static_cast<Keep>(keeps);
+  const Call call(cell, input, states, weights, batch_sizes, all_states, {grad_clip, grad_cut},
+                  {reset, operand_mask, zoneout.vec(), kept});
   const auto result = [&](const std::vector<int64_t>& shape, const at::TensorOptions& options) {
     return call.empty() ? at::zeros(shape, options) : allocate(shape, options);
   };
@@ -197,10 +204,12 @@ Tensor pack_weights(std::string_view cell, const OptionalTensors& weights) {
 std::vector<Tensor> layer_backward(std::string_view cell, const Tensor& input, at::TensorList states,
                                    const OptionalTensors& weights, const std::optional<Tensor>& batch_sizes,
                                    bool all_states, double grad_clip, int64_t grad_cut,
-                                   const std::optional<Tensor>& reset, const OptionalTensors& grads,
-                                   const Tensor& output, const Tensor& reserve, int64_t keep,
-                                   const c10::List<bool>& needs, bool flow) {
-  const Call call(cell, input, states, weights, batch_sizes, all_states, {grad_clip, grad_cut}, reset);
+                                   const std::optional<Tensor>& reset, const std::optional<Tensor>& operand_mask,
+                                   at::ArrayRef<double> zoneout, const OptionalTensors& kept,
+                                   const OptionalTensors& grads, const Tensor& output, const Tensor& reserve,
+                                   int64_t keep, const c10::List<bool>& needs, bool flow) {
+  const Call call(cell, input, states, weights, batch_sizes, all_states, {grad_clip, grad_cut},
+                  {reset, operand_mask, zoneout.vec(), kept});
   call.check_backward(grads, output, reserve, keep, needs, flow);
   std::vector<Tensor> wanted = {input};
   wanted.insert(wanted.end(), call.states.begin(), call.states.end());

@@ -4,6 +4,7 @@
 
 #include "cpu/kernels/recompute.h"
 #include "cpu/kernels/weight_gradients.h"
+#include "cpu/kernels/zoneout.h"
 
 namespace rnnkit::RNNKIT_CAPABILITY {
 
@@ -16,6 +17,7 @@ class Backward {
       : layer_(layer),
         projects_(kCanProject<Cell> && layer.direction[0].w_hr != nullptr),
         clips_(layer.grad_clip < T(__builtin_inf())),
+        zones_(std::any_of(layer.states, layer.states + Cell::states, [](auto& s) { return s.zones(); })),
         segments_(segments_of(layer)),
         max_rows_(max_rows(layer, segments_)),
         arena_(scratch),
@@ -24,8 +26,9 @@ class Backward {
         grads_{{arena_, 2, layer.directions, max_rows_, Cell::grads * layer.hidden},
                {arena_, 2, layer.directions, max_rows_, projects_ ? layer.projected : 0},
                {arena_, 2, layer.directions, max_rows_, projects_ ? layer.hidden : 0}},
-        recompute_(layer, max_rows_, beginnings_, arena_),
-        weight_gradients_(layer, projects_, max_rows_, grads_, beginnings_, arena_),
+        masked_(layer, max_rows_, beginnings_, arena_),
+        recompute_(layer, max_rows_, beginnings_, masked_, arena_),
+        weight_gradients_(layer, projects_, max_rows_, grads_, beginnings_, masked_, arena_),
         stop_(layer.wants_to_stop, /*work=*/1e6) {
     const int64_t D = layer.directions, N = layer.batch, H = layer.hidden, P = layer.projected, I = layer.input;
     grad_h_ = arena_.take<T>(D * N * P);
@@ -50,6 +53,7 @@ class Backward {
       all.wait();
       for (const Segment& segment : segments_) {
         if (stop_.before(segment.index, thread, threads > 1)) return;
+        masked_.fill(segment, thread, threads);
         if (recomputes()) recompute_.run(segment, thread, threads, all);
         for_partitions_of(segment, thread, threads, [&](const Partition<S>& own) {
           for (int64_t s = segment.end - 1; s >= segment.begin; --s) step(segment, own, s, own.meets ? all : alone);
@@ -172,6 +176,11 @@ class Backward {
         w_hh_[d].multiply(min_of(count, after.active - m), round_up(width, kLanes<T>), K,
                           rows_of(grads_.gates.at(of_after, d, rows.first(s + 1) + m), grads_.gates.width()), 0, first,
                           grad_recurrent, kPanel, false, m == 0 ? ahead : nullptr);
+      if (layer_.operand_mask != nullptr)
+        for (int64_t i = 0; needs_product && i < min_of(count, after.active - m); ++i)
+          masked<T>(grad_recurrent + i * kPanel,
+                    layer_.operand_mask + (d * layer_.batch + rows.range.begin + m + i) * P + first, width,
+                    grad_recurrent + i * kPanel);
       for (int64_t i = 0; i < count; ++i) {
         const Before before = after.of(m + i);
         const int64_t n = rows.range.begin + m + i, state = (d * layer_.batch + n) * P + first;
@@ -249,12 +258,13 @@ class Backward {
   struct RowOfCell {
     const T* saved;           // [Cell::saved, H]
     const S *h, *previous_h;  // h after the step, and before it
+    const T* given;           // the h that the step gave, where zoneout left another one
     T* grad_others;           // [kOthers, H]: on entry of the states after the step, on return of those before it
     S *grads, *unprojected;   // grads: [Cell::grads, H]
     bool stops;               // whether the step passes nothing back to the step before
     bool is_reset;            // whether that is because the row is put back between them
     int64_t state;            // where the row begins in State::grad_reset of states other than h
-    int64_t flow;             // where the row begins in State::flow of states other than h
+    int64_t place;            // where the row begins in State::kept, and in State::flow of states other than h
   };
   // `n`: the row in the range.
   RowOfCell row_of_cell(const Segment& segment, const ActiveRows<S>& rows, int64_t s, int64_t n, Carry carry) const {
@@ -262,11 +272,12 @@ class Backward {
     RowOfCell of{};
     of.saved =
         recomputes() ? recompute_.saved(segment, d, row) : layer_.reserve + (d * layer_.rows() + row) * Cell::saved * H;
+    if (keeps_given<Cell>(layer_)) of.given = layer_.reserve + (d * layer_.rows() + row) * H;
     if (Cell::uses_h) of.h = layer_.y + (row * layer_.directions + d) * H;
-    if (Cell::uses_previous_h) of.previous_h = rows.operand(s, n, carry, beginnings_);
+    if (Cell::uses_previous_h) of.previous_h = rows.h_before(s, n, carry, beginnings_);
     of.grad_others = at(grad_others_, (d * layer_.batch + rows.range.begin + n) * kOthers<Cell> * H);
     of.grads = grads_.gates.at(segment, d, row);
-    of.flow = (row * layer_.directions + d) * H;
+    of.place = (row * layer_.directions + d) * H;
     of.is_reset = carry.of(n) == Before::previous && rows.resets(s, n);
     of.stops = of.is_reset || (rows.cuts(s) && carry.of(n) == Before::previous);
     of.state = (d * layer_.batch + rows.range.begin + n) * H;
@@ -296,19 +307,29 @@ class Backward {
     V save[Cell::saved + 1], grad_state[Cell::states] = {grad_h}, grad[Cell::grads], h{}, previous_h{};
 #pragma GCC unroll 8
     for (int64_t k = 0; k < Cell::saved; ++k) save[k] = load(of.saved + k * H + unit, lanes);
-    if constexpr (Cell::uses_h) h = load(of.h + unit, lanes);
     if constexpr (Cell::uses_previous_h) previous_h = load(of.previous_h + unit, lanes);
+    if constexpr (Cell::uses_h) h = of.given != nullptr ? load(of.given + unit, lanes) : load(of.h + unit, lanes);
 #pragma GCC unroll 8
     for (int64_t k = 0; k < kOthers<Cell>; ++k) grad_state[k + 1] = load(of.grad_others + k * H + unit, lanes);
     if constexpr (Cell::states > 1)
       if (layer_.states[1].flow != nullptr) {
         V whole[Cell::states];
         std::memcpy(whole, grad_state, sizeof(whole));
+        whole[0] = parted(layer_.states[0], of.place + unit, lanes, whole[0]).of_now;
         Cell::grad_states(save, whole);
 #pragma GCC unroll 8
-        for (int64_t k = 1; k < Cell::states; ++k) store(layer_.states[k].flow + of.flow + unit, whole[k], lanes);
+        for (int64_t k = 1; k < Cell::states; ++k)
+          store(layer_.states[k].flow + of.place + unit, layer_.states[k].zones() ? grad_state[k] : whole[k], lanes);
+      }
+    V of_old[Cell::states] = {};
+    if (zones_)
+      for (int64_t k = 0; k < Cell::states; ++k) {
+        const auto parts = parted(layer_.states[k], of.place + unit, lanes, grad_state[k]);
+        grad_state[k] = parts.of_now, of_old[k] = parts.of_old;
       }
     Cell::backward(save, h, previous_h, grad_state, grad);
+    if (zones_)
+      for (int64_t k = 0; k < Cell::states; ++k) grad_state[k] += of_old[k];
 #pragma GCC unroll 8
     for (int64_t k = 0; k < Cell::grads; ++k) store(of.grads + k * H + unit, grad[k], lanes);
 #pragma GCC unroll 8
@@ -361,12 +382,13 @@ class Backward {
   }
 
   const Layer<S>& layer_;
-  const bool projects_, clips_;
+  const bool projects_, clips_, zones_;
   const std::vector<Segment> segments_;
   const int64_t max_rows_;  // of a segment, in one direction
   Arena arena_;
   Beginnings<S> beginnings_;
   SegmentGrads<S> grads_;
+  MaskedOperands<S> masked_;
   Recompute<Cell, S> recompute_;
   WeightGradients<Cell, S> weight_gradients_;
   Stop stop_;

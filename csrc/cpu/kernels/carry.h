@@ -7,9 +7,9 @@
 // A row that continues may be put back to other states, see Layer::reset: `resets` tells. Forward.h then writes these
 // after the step before; the others ask as above.
 //
-// A mask that is multiplied with the recurrent operand changes no state and is not a case of Before. It would be
-// applied in forward.h (prepare, cell, project), in step_of_h of backward.h, and to the rows of y that segment.h gives
-// by pointer and stride. The GRU would need a buffer of its own for h: now its state is read from the operand's buffer.
+// Layer::operand_mask, with which the recurrent operand is multiplied, changes no state and is not a case of Before. It
+// is applied in forward.h (prepare, cell, project), to the product in step_of_h of backward.h, and to the operands of
+// many steps (MaskedOperands).
 #pragma once
 
 #include "cpu/layer.h"
@@ -76,8 +76,8 @@ struct ActiveRows {
   // The index in x and y of the range's first row at step s.
   int64_t first(int64_t s) const { return layer.begin(time(s)) + range.begin; }
 
-  // The recurrent operand of step s in row n of the range: h after the step before, in y, or what the row begins with.
-  const S* operand(int64_t s, int64_t n, Carry carry, const Beginnings<S>& h) const {
+  // h before step s in row n of the range: after the step before, in y, or what the row begins with.
+  const S* h_before(int64_t s, int64_t n, Carry carry, const Beginnings<S>& h) const {
     const int64_t row = (direction * layer.batch + range.begin + n) * layer.projected;
     if (carry.of(n) != Before::previous) return h.initial + row;
     if (resets(s, n)) return h.reset + row;

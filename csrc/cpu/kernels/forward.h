@@ -4,6 +4,7 @@
 
 #include "cpu/kernels/gates.h"
 #include "cpu/kernels/packed.h"
+#include "cpu/kernels/zoneout.h"
 
 namespace rnnkit::RNNKIT_CAPABILITY {
 
@@ -22,6 +23,7 @@ class Forward {
         stop_(layer.wants_to_stop, double(layer.batch) * Cell::gates * layer.hidden * (layer.input + layer.projected)) {
     const int64_t D = layer.directions, N = layer.batch, P = layer.projected;
     h_ = arena_.take<S>(D * 2 * N * P);
+    masked_ = arena_.take<S>(layer.operand_mask != nullptr ? D * 2 * N * P : 0);
     others_ = arena_.take<T>(D * N * kOthers<Cell> * layer.hidden);
     unprojected_ = arena_.take<S>(projects(layer) ? D * N * layer.hidden : 0);
     const int64_t row_size = gates_.panels() * kWidth;
@@ -85,15 +87,31 @@ class Forward {
     const int64_t H = layer_.hidden, P = layer_.projected;
     const Range rows = range_of(layer_.directions * layer_.batch, thread, threads);
     for (int64_t i = rows.begin; i < rows.end; ++i) {
-      for (int64_t buffer = 0; buffer < 2; ++buffer)
-        copy_row(at(layer_.states[0].initial, i * P), P, h(i / layer_.batch, buffer) + i % layer_.batch * P);
+      for (int64_t buffer = 0; buffer < 2; ++buffer) {
+        const int64_t d = i / layer_.batch, n = i % layer_.batch;
+        copy_row(at(layer_.states[0].initial, i * P), P, h(d, buffer) + n * P);
+        mask_row(d, buffer, n, 0, P);
+      }
       for (int64_t k = 0; k < kOthers<Cell>; ++k)
         copy_row(at(layer_.states[k + 1].initial, i * H), H, others_ + (i * kOthers<Cell> + k) * H);
     }
   }
 
-  // The recurrent operand of steps with s % 2 == buffer, in direction d [N, P].
+  // h before steps with s % 2 == buffer, in direction d [N, P].
   S* h(int64_t d, int64_t buffer) const { return h_ + (d * 2 + buffer) * layer_.batch * layer_.projected; }
+
+  // The recurrent operand of these steps, [N, P]: h, or what Layer::operand_mask makes of it.
+  S* operand(int64_t d, int64_t buffer) const {
+    return (masked_ == nullptr ? h_ : masked_) + (d * 2 + buffer) * layer_.batch * layer_.projected;
+  }
+
+  // Makes the operand of `count` elements of h, from `first` on, of row n of the batch.
+  void mask_row(int64_t d, int64_t buffer, int64_t n, int64_t first, int64_t count) const {
+    if (masked_ == nullptr) return;
+    const int64_t place = n * layer_.projected + first;
+    const T* mask = layer_.operand_mask + d * layer_.batch * layer_.projected + place;
+    masked<T>(h(d, buffer) + place, mask, count, operand(d, buffer) + place);
+  }
 
   void scan(const Partition<S>& partition, int thread, T* ahead, Barrier& meet) {
     const ActiveRows<S>& rows = partition.rows;
@@ -144,7 +162,7 @@ class Forward {
   // One step of panel p's units, for all active rows. `input`: the rows' panel of x W_ihᵀ.
   void step(const ActiveRows<S>& rows, int64_t s, int64_t p, int64_t next, const T* input) {
     const int64_t d = rows.direction, P = layer_.projected, active = rows.active(s);
-    const S* h_before = h(d, s % 2) + rows.range.begin * P;
+    const S* h_before = operand(d, s % 2) + rows.range.begin * P;
     const bool zeros = s == 0 && layer_.states[0].initial == nullptr && active > 0 && gates_.w_hh[d].is_finite(p);
     alignas(64) T recurrent[kRowBlock * kWidth];
     for (int64_t m = 0; m < active; m += kRowBlock) {
@@ -169,7 +187,9 @@ class Forward {
     const Carry next = rows.before(s + 1);
     const bool keeps_states = kOthers<Cell> > 0 && layer_.keep == Keep::states;
     const bool keeps_all = Cell::saved > 0 && layer_.keep == Keep::everything;
-    const int64_t reserve_row = (keeps_states ? kOthers<Cell> : Cell::saved) * H;
+    const bool zones = std::any_of(layer_.states, layer_.states + Cell::states, [](auto& s) { return s.zones(); });
+    const bool keeps_h = layer_.keep != Keep::nothing && keeps_given<Cell>(layer_);
+    const int64_t reserve_row = (keeps_h ? 1 : keeps_states ? kOthers<Cell> : Cell::saved) * H;
     // Each of these goes on by a row at the end of the loop.
     const T* bias = gates_.bias(d, p);
     const S* h_before = h(d, s % 2) + n * P + unit;
@@ -177,7 +197,8 @@ class Forward {
     S* y = layer_.y + row * width + d * P + unit;
     S* unprojected = at(unprojected_, state_row * H + unit);
     T* others = at(others_, state_row * kOthers<Cell> * H + unit);
-    T* reserve = keeps_states || keeps_all ? layer_.reserve + (d * layer_.rows() + row) * reserve_row + unit : nullptr;
+    T* reserve = keeps_states || keeps_all || keeps_h ? layer_.reserve + (d * layer_.rows() + row) * reserve_row + unit
+                                                      : nullptr;
     T* final_h = layer_.states[0].final + state_row * P + unit;
     const auto is_reset = [&](int64_t i) { return !next.carries(m + i) && rows.resets(s + 1, m + i); };
     for (int64_t i = 0; i < count; ++i) {
@@ -190,6 +211,8 @@ class Forward {
           for (int64_t k = 0; k < kOthers<Cell>; ++k) store(reserve + k * H + u, state[k + 1], lanes);
         }
         GatesOf::cell(input, recurrent, bias, u, lanes, state, save);
+        if (keeps_h) store(reserve + u, state[0], lanes);
+        if (zones) zone(h_before + u, others + u, ((row + i) * layer_.directions + d) * H + unit + u, lanes, state);
         if (keeps_all) GatesOf::store_saved(save, H, lanes, reserve + u);
 #pragma GCC unroll 8
         for (int64_t k = 0; k < kOthers<Cell>; ++k) store(others + k * H + u, state[k + 1], lanes);
@@ -201,8 +224,10 @@ class Forward {
           if (ends) store(final_h + u, state[0], lanes);
         }
       });
-      if (unprojected == nullptr && is_reset(i))
-        copy_row(at(layer_.states[0].reset, (state_row + i) * P + unit), units, h_after);
+      if (unprojected == nullptr) {
+        if (is_reset(i)) copy_row(at(layer_.states[0].reset, (state_row + i) * P + unit), units, h_after);
+        mask_row(d, (s + 1) % 2, n + i, unit, units);
+      }
       input += kWidth, recurrent += kWidth, h_before += P, h_after += P, y += width, final_h += P;
       unprojected = at(unprojected, H), others = at(others, kOthers<Cell> * H), reserve = at(reserve, reserve_row);
     }
@@ -215,6 +240,17 @@ class Forward {
         copy_row(after(i), units, state.all + ((row + i) * layer_.directions + d) * H + unit);
       for (int64_t i = 0; layer_.reset != nullptr && i < count; ++i)
         if (is_reset(i)) copy_row(at(state.reset, (state_row + i) * H + unit), units, after(i));
+    }
+  }
+
+  // Zoneout of the states that have it. h, others: before the step; others [kOthers, H]. h has none with a projection.
+  template <class Count>
+  RNNKIT_INLINE void zone(const S* h, const T* others, int64_t place, Count lanes, Vector<T>* state) const {
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < Cell::states; ++k) {
+      if (!layer_.states[k].zones()) continue;
+      const Vector<T> old = k == 0 ? load(h, lanes) : load(others + (k - 1) * layer_.hidden, lanes);
+      state[k] = zoned(layer_.states[k], place, lanes, old, state[k]);
     }
   }
 
@@ -232,10 +268,11 @@ class Forward {
         for (int64_t i = 0; i < count; ++i) {
           const int64_t n = rows.range.begin + m + i;
           const T* row = block + i * kPanel;
-          S* operand = h(d, (s + 1) % 2) + n * P + first;
-          copy_row(row, columns, operand);
+          S* after = h(d, (s + 1) % 2) + n * P + first;
+          copy_row(row, columns, after);
           if (!next.carries(m + i) && rows.resets(s + 1, m + i))
-            copy_row(at(layer_.states[0].reset, (d * layer_.batch + n) * P + first), columns, operand);
+            copy_row(at(layer_.states[0].reset, (d * layer_.batch + n) * P + first), columns, after);
+          mask_row(d, (s + 1) % 2, n, first, columns);
           copy_row(row, columns, layer_.y + ((rows.first(s) + m + i) * layer_.directions + d) * P + first);
           if (next.carries(m + i)) copy_row(row, columns, layer_.states[0].final + (d * layer_.batch + n) * P + first);
         }
@@ -248,7 +285,7 @@ class Forward {
   Arena arena_, packed_;
   GatesOf gates_;
   Stop stop_;
-  S* h_;            // [D, 2, N, P]: read from one, written to the other
+  S *h_, *masked_;  // [D, 2, N, P]: read from one, written to the other. masked_: null without a mask
   T* others_;       // [D, N, kOthers, H]: the states other than h
   S* unprojected_;  // [D, N, H], null without a projection
   T* of_threads_;   // for each thread: x W_ihᵀ of the steps ahead, and behind it the gathered rows of x

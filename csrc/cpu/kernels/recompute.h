@@ -13,9 +13,11 @@ class Recompute {
   using GatesOf = Gates<Cell, S>;
 
  public:
-  Recompute(const Layer<S>& layer, int64_t max_rows, const Beginnings<S>& beginnings, Arena& arena)
+  Recompute(const Layer<S>& layer, int64_t max_rows, const Beginnings<S>& beginnings, const MaskedOperands<S>& masked,
+            Arena& arena)
       : layer_(layer),
         beginnings_(beginnings),
+        masked_(masked),
         gates_(layer, needed(layer), needed(layer), false, arena),
         saved_(arena, 1, needed(layer) ? layer.directions : 0, max_rows, Cell::saved * layer.hidden),
         h_(arena, 1, needed(layer) ? layer.directions : 0, max_rows, layer.projected) {}
@@ -54,12 +56,13 @@ class Recompute {
     const int64_t H = layer_.hidden, P = layer_.projected, unit = p * GatesOf::kUnits;
     const int64_t row = segment.rows[d].begin + first;
     const S* h = h_.at(segment, d, row);
+    const S* operand = masked_.there() ? masked_.of(segment, d).row(first) : h;
     const T* others =
         kOthers<Cell> > 0 ? layer_.reserve + (d * layer_.rows() + row) * kOthers<Cell> * H + unit : nullptr;
     T* saved = saved_.at(segment, d, row) + unit;
     alignas(64) T input[kRowBlock * width], recurrent[kRowBlock * width];
     gates_.w_ih[d].multiply(count, layer_.x + row * layer_.input, p, p, input);
-    gates_.w_hh[d].multiply(count, h, p, p, recurrent);
+    gates_.w_hh[d].multiply(count, operand, p, p, recurrent);
     for (int64_t i = 0; i < count; ++i)
       for_vectors<T>(gates_.units_in(p), [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
         Vector<T> state[Cell::states], save[Cell::saved + 1];
@@ -71,9 +74,10 @@ class Recompute {
 
   const Layer<S>& layer_;
   const Beginnings<S> beginnings_;
+  const MaskedOperands<S>& masked_;
   GatesOf gates_;
   SegmentValues<T> saved_;  // [D, rows, Cell::saved, H]
-  SegmentValues<S> h_;      // [D, rows, P]: the recurrent operands
+  SegmentValues<S> h_;      // [D, rows, P]: h before each row's step
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

@@ -173,4 +173,11 @@ void copy_row(const From* from, int64_t count, To* to) {
     }
 }
 
+// h times Layer::operand_mask, for `count` elements of a row.
+template <class T, class S>
+void masked(const S* h, const T* mask, int64_t count, S* to) {
+  for_vectors<T>(count,
+                 [&](int64_t i, auto lanes) { store(to + i, load(h + i, lanes) * load(mask + i, lanes), lanes); });
+}
+
 }  // namespace rnnkit::RNNKIT_CAPABILITY

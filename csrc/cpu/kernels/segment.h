@@ -60,8 +60,9 @@ class SegmentValues {
   E* values_;
 };
 
-// The recurrent operands of a segment's rows: h before each step. row(r): pointer to that of row r of the segment.
-// stride(r, n): the distance between those of rows r to r + n - 1, or 0 if it is not the same for all.
+// h before each step of a segment's rows, which is their recurrent operand if there is no mask. row(r): pointer to that
+// of row r of the segment. stride(r, n): the distance between those of rows r to r + n - 1, or 0 if it is not the same
+// for all.
 template <class S>
 class RecurrentOperands {
  public:
@@ -71,13 +72,17 @@ class RecurrentOperands {
         t_(d == 0 ? segment.begin : layer.steps - segment.end),
         beginnings_(beginnings) {}
 
-  // Begins to look for the row's step at the one found before.
   const S* row(int64_t r) {
+    const int64_t n = batch_row(r), s = rows_.time(t_);
+    return rows_.h_before(s, n, rows_.before(s), beginnings_);
+  }
+
+  // Row r's place in the batch. Begins to look for the row's step at the one found before.
+  int64_t batch_row(int64_t r) {
     r += first_;
     while (r < rows_.layer.begin(t_)) --t_;
     while (r >= rows_.layer.begin(t_ + 1)) ++t_;
-    const int64_t s = rows_.time(t_);
-    return rows_.operand(s, r - rows_.layer.begin(t_), rows_.before(s), beginnings_);
+    return r - rows_.layer.begin(t_);
   }
 
   // The operands of rows that continue and are not put back are in y, at even distances if all steps have the same
@@ -96,6 +101,51 @@ class RecurrentOperands {
   ActiveRows<S> rows_;
   int64_t first_, t_;
   const Beginnings<S> beginnings_;
+};
+
+// Some values of a segment's rows that lie together, as RecurrentOperands gives them.
+template <class S>
+struct EvenRows {
+  const S* base;
+  int64_t width;
+  const S* row(int64_t r) const { return base + r * width; }
+  int64_t stride(int64_t /*r*/, int64_t /*n*/) const { return width; }
+};
+
+// The recurrent operands of a segment's rows where Layer::operand_mask makes them of h; without one there are none.
+template <class S>
+class MaskedOperands {
+  using T = Sum<S>;
+
+ public:
+  MaskedOperands(const Layer<S>& layer, int64_t max_rows, const Beginnings<S>& beginnings, Arena& arena)
+      : layer_(layer),
+        beginnings_(beginnings),
+        values_(arena, 2, layer.operand_mask != nullptr ? layer.directions : 0, max_rows, layer.projected) {}
+
+  bool there() const { return layer_.operand_mask != nullptr; }
+
+  // This thread's part. All threads wait before they are read.
+  void fill(const Segment& segment, int thread, int threads) const {
+    if (!there()) return;
+    const int64_t P = layer_.projected;
+    for (int64_t d = 0; d < layer_.directions; ++d) {
+      const Range own = range_of(segment.rows[d].size(), thread, threads);
+      RecurrentOperands<S> h(layer_, segment, d, beginnings_);
+      for (int64_t r = own.begin; r < own.end; ++r) {
+        const S* row = h.row(r);
+        const T* mask = layer_.operand_mask + (d * layer_.batch + h.batch_row(r)) * P;
+        masked<T>(row, mask, P, values_.begin(segment, d) + r * P);
+      }
+    }
+  }
+
+  EvenRows<S> of(const Segment& segment, int64_t d) const { return {values_.begin(segment, d), layer_.projected}; }
+
+ private:
+  const Layer<S>& layer_;
+  const Beginnings<S> beginnings_;
+  SegmentValues<S> values_;
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

@@ -23,8 +23,8 @@ class WeightGradients {
 
  public:
   WeightGradients(const Layer<S>& layer, bool projects, int64_t max_rows, const SegmentGrads<S>& grads,
-                  const Beginnings<S>& beginnings, Arena& arena)
-      : layer_(layer), projects_(projects), grads_(grads), beginnings_(beginnings) {
+                  const Beginnings<S>& beginnings, const MaskedOperands<S>& masked, Arena& arena)
+      : layer_(layer), projects_(projects), grads_(grads), beginnings_(beginnings), masked_(masked) {
     for (int64_t d = 0; d < layer.directions; ++d) {
       packed_x_[d] = arena.take<S>(max_rows * round_up(layer.input, kPanel));
       packed_h_[d] = arena.take<S>(max_rows * round_up(layer.projected, kPanel));
@@ -40,7 +40,9 @@ class WeightGradients {
       const int64_t rows = segment.rows[d].size();
       if (weights.grad_w_ih != nullptr) pack(inputs(segment, d), rows, layer_.input, packed_x_[d], thread, threads);
       if (weights.grad_w_hh != nullptr)
-        pack(operands(segment, d), rows, layer_.projected, packed_h_[d], thread, threads);
+        with_operands(segment, d, [&](const auto& operands) {
+          pack(operands, rows, layer_.projected, packed_h_[d], thread, threads);
+        });
       if (weights.grad_w_hr != nullptr)
         pack(unprojected(segment, d), rows, layer_.hidden, packed_unprojected_[d], thread, threads);
     }
@@ -56,23 +58,24 @@ class WeightGradients {
       return Product{inputs(segment, d), packed_x_[d], I, at(weights.grad_w_ih, gate * H * I),
                      at(weights.grad_b_ih, gate * H)};
     };
-    const auto with_h = [&](int64_t gate) {
-      return Product{operands(segment, d), packed_h_[d], P, at(weights.grad_w_hh, gate * H * P),
-                     at(weights.grad_b_hh, gate * H)};
-    };
-    // Gates whose two parts have the same gradient go together: it is then copied and summed once.
-    for (int64_t g = 0; g < Cell::gates;) {
-      int64_t end = g;
-      while (end < Cell::gates && Cell::input_grad[end] == end) ++end;
-      if (end > g) {
-        products(of, gates + g * H, (end - g) * H, with_x(g), with_h(g));
-      } else {
-        end = g + 1;
-        products(of, gates + Cell::input_grad[g] * H, H, with_x(g));
-        products(of, gates + g * H, H, with_h(g));
+    with_operands(segment, d, [&](const auto& operands) {
+      const auto with_h = [&](int64_t gate) {
+        return Product{operands, packed_h_[d], P, at(weights.grad_w_hh, gate * H * P), at(weights.grad_b_hh, gate * H)};
+      };
+      // Gates whose two parts have the same gradient go together: it is then copied and summed once.
+      for (int64_t g = 0; g < Cell::gates;) {
+        int64_t end = g;
+        while (end < Cell::gates && Cell::input_grad[end] == end) ++end;
+        if (end > g) {
+          products(of, gates + g * H, (end - g) * H, with_x(g), with_h(g));
+        } else {
+          end = g + 1;
+          products(of, gates + Cell::input_grad[g] * H, H, with_x(g));
+          products(of, gates + g * H, H, with_h(g));
+        }
+        g = end;
       }
-      g = end;
-    }
+    });
     if (projects_)
       products({of.add, of.rows, P, thread, threads}, grads_.projected.begin(segment, d), P,
                Product{unprojected(segment, d), packed_unprojected_[d], H, weights.grad_w_hr, nullptr});
@@ -82,21 +85,20 @@ class WeightGradients {
   static constexpr int64_t kPair = Operand<S>::pair;
   static constexpr int64_t kTileRows = 96;  // rows of a weight's gradient that are worked on at once
 
-  // The right-hand operand of a product over a segment's rows. row(r): pointer to row r of the segment. stride(r, n):
-  // the distance between rows r to r + n - 1, or 0 if it is not the same for all. RecurrentOperands is another one.
-  struct EvenRows {
-    const S* base;
-    int64_t width;
-    const S* row(int64_t r) const { return base + r * width; }
-    int64_t stride(int64_t /*r*/, int64_t /*n*/) const { return width; }
-  };
-  EvenRows inputs(const Segment& segment, int64_t d) const {
+  // The right-hand operands of products over a segment's rows: EvenRows, or RecurrentOperands.
+  EvenRows<S> inputs(const Segment& segment, int64_t d) const {
     return {layer_.x + segment.rows[d].begin * layer_.input, layer_.input};
   }
-  EvenRows unprojected(const Segment& segment, int64_t d) const {
+  EvenRows<S> unprojected(const Segment& segment, int64_t d) const {
     return {grads_.unprojected.begin(segment, d), layer_.hidden};
   }
-  RecurrentOperands<S> operands(const Segment& segment, int64_t d) const { return {layer_, segment, d, beginnings_}; }
+  template <class Body>
+  void with_operands(const Segment& segment, int64_t d, const Body& body) const {
+    if (masked_.there())
+      body(masked_.of(segment, d));
+    else
+      body(RecurrentOperands<S>(layer_, segment, d, beginnings_));
+  }
 
   // Rows so near to each other are read unpacked: a block of them is within reach of the first-level TLB.
   static bool is_near(int64_t stride) { return kPair == 1 && stride > 0 && stride * int64_t(sizeof(S)) <= 1024; }
@@ -202,6 +204,7 @@ class WeightGradients {
   const bool projects_;
   const SegmentGrads<S>& grads_;
   const Beginnings<S> beginnings_;
+  const MaskedOperands<S>& masked_;
   S *packed_x_[2], *packed_h_[2],
       *packed_unprojected_[2];  // [rows, columns] of a segment, in panels of kPanel columns
   S* copies_;                   // for each thread [kSegmentRows, kTileRows]
