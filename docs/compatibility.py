@@ -759,18 +759,38 @@ def _(package: ModuleType, device: str) -> None:
     torch.onnx.export(layer, (i,), kwargs={"reset": reset}, dynamo=True, verbose=False)
 
 
-@probe(BEYOND, "`lengths`: padded sequences in any order, also with `reset`, and in one graph")
+LENGTHS = ([2, 5, 3], [5, 1, 4])
+
+
+@probe(BEYOND, "`lengths`: padded sequences in any order, also with `reset`")
 def _(package: ModuleType, device: str) -> None:
     layer, i = package.GRU(3, 4, bidirectional=True, device=device), x(device, 5, 3)
-    reset, compiled = torch.rand(5, 3, device=device) < 0.3, one_graph(layer, dynamic=True)
+    reset = torch.rand(5, 3, device=device) < 0.3
+    for lengths in LENGTHS:
+        found = layer(i, lengths=torch.tensor(lengths), reset=reset)[0]
+        for n, length in enumerate(lengths):
+            alone = layer(i[:length, n], reset=reset[:length, n])[0]
+            assert_close(found[:length, n], alone)
+            assert not found[length:, n].any()
+
+
+def lengths_in_one_graph(package: ModuleType, device: str, **options: Tensor) -> None:
+    layer, i = package.GRU(3, 4, bidirectional=True, device=device), x(device, 5, 3)
+    compiled = one_graph(layer, dynamic=True)
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        for lengths in ([2, 5, 3], [5, 1, 4]):
-            found = layer(i, lengths=torch.tensor(lengths), reset=reset)[0]
-            assert_close(compiled(i, lengths=torch.tensor(lengths), reset=reset)[0], found)
-            for n, length in enumerate(lengths):
-                alone = layer(i[:length, n], reset=reset[:length, n])[0]
-                assert_close(found[:length, n], alone)
-                assert not found[length:, n].any()
+        for lengths in map(torch.tensor, LENGTHS):
+            found = compiled(i, lengths=lengths, **options)[0]
+            assert_close(found, layer(i, lengths=lengths, **options)[0])
+
+
+@probe(BEYOND, "`lengths` in one graph")
+def _(package: ModuleType, device: str) -> None:
+    lengths_in_one_graph(package, device)
+
+
+@probe(BEYOND, "`lengths` and `reset` in one graph")
+def _(package: ModuleType, device: str) -> None:
+    lengths_in_one_graph(package, device, reset=torch.rand(5, 3, device=device) < 0.3)
 
 
 @probe(BEYOND, '`init="keras"` and others, drawn again by `reset_parameters`, also from meta')
