@@ -107,9 +107,9 @@ class Resets:
 
         ResetLSTMModule(lstm=rnnkit.LSTM(8, 64, batch_first=True), in_key="observation", out_key="features")
 
-    In recurrent mode a pass is one call of the layer, see `run_trajectories`. Of the states at all steps, the last
-    step's are the final ones, and the others are zeros. TorchRL has final states at the ends of earlier trajectories,
-    too, which its losses do not read.
+    In recurrent mode a pass is one call of the layer, see `run_trajectories`. Of the states that it writes for all
+    steps, the last step's are the final ones, and the others are zeros. TorchRL also writes the final states of earlier
+    trajectories in the row, at their last steps; its documentation says not to use them.
     """
 
     def forward(self: Any, tensordict: Any) -> Any:
