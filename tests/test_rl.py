@@ -216,6 +216,39 @@ def test_modules_of_torchrl(adapters: ModuleType, cell: str, shape: tuple[int, .
     assert_close(found[1], found[0])
 
 
+def test_rollout_of_torchrl(adapters: ModuleType) -> None:
+    """InitTracker and the primer store zeros where episodes begin, which `Resets` relies on."""
+    modules: Any = pytest.importorskip("torchrl.modules", reason="torchrl is not installed")
+    pytest.importorskip("gymnasium", reason="gymnasium is not installed")
+    from tensordict.nn import TensorDictModule, TensorDictSequential
+    from torchrl.envs import GymEnv, InitTracker, TransformedEnv
+
+    class ResetModule(adapters.Resets, modules.LSTMModule):
+        pass
+
+    torch.manual_seed(0)
+    theirs = nn.LSTM(4, H, L, batch_first=True)
+    ours = rnnkit.LSTM(4, H, L, batch_first=True)
+    ours.load_state_dict(theirs.state_dict())
+    keys = {"in_keys": ["observation", "h", "c"], "out_keys": ["y", ("next", "h"), ("next", "c")]}
+    module, own = ResetModule(lstm=ours, **keys), modules.LSTMModule(lstm=theirs, **keys)
+    choose = TensorDictModule(
+        lambda y: nn.functional.one_hot(y[..., :2].argmax(-1), 2), ["y"], ["action"]
+    )
+    environment = TransformedEnv(GymEnv("CartPole-v1"), InitTracker())
+    environment = environment.append_transform(module.make_tensordict_primer())
+    environment.set_seed(0)
+    policy = TensorDictSequential(module, choose)
+    data = environment.rollout(60, policy, break_when_any_done=False)  # [T]
+    begins = data["is_init"].squeeze(-1)
+    assert begins.sum() > 2
+    assert not data["h"][begins].any() and data["h"][~begins].any()
+    with modules.set_recurrent_mode(True):
+        found, expected = module(data.clone())["y"], own(data.clone())["y"]
+    assert_close(found, expected)
+    assert_close(found, data["y"])
+
+
 def test_program(
     adapters: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
