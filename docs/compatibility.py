@@ -729,6 +729,70 @@ def _(package: ModuleType, device: str) -> None:
     assert found.abs().sum((1, 2)).gt(0).tolist() == [False, False, True, True, False]
 
 
+@probe(BEYOND, "`reset` and `reset_to`: sequences put back to other states inside a call")
+def _(package: ModuleType, device: str) -> None:
+    layer, i = package.LSTM(3, 4, bidirectional=True, device=device), x(device)
+    put_back = torch.randn(2, 2, 2, 4, device=device, requires_grad=True)
+    reset = torch.zeros(5, 2, dtype=torch.bool, device=device)
+    reset[3] = True
+    found = layer(i, reset=reset, reset_to=tuple(put_back))[0]
+    later = layer(i[3:], tuple(put_back * torch.tensor([1.0, 0.0], device=device).view(2, 1, 1)))[0]
+    assert_close(found[3:], later)
+    (of_input, of_states) = torch.autograd.grad(found[3:].sum(), (i, put_back))
+    assert of_input[3:].any() and not of_input[:3].any() and of_states[:, 0].any()
+
+
+@probe(BEYOND, "`reset`: trained in one graph, any T and N; exported, also to ONNX for one T")
+def _(package: ModuleType, device: str) -> None:
+    layer = package.GRU(3, 4, device=device)
+    compiled, parameters = one_graph(layer, dynamic=True), list(layer.parameters())
+    for T, N in ((5, 2), (7, 6), (9, 4)):
+        i, reset = x(device, T, N), torch.rand(T, N, device=device) < 0.3
+        outputs = [call(i, reset=reset)[0] for call in (compiled, layer)]
+        assert_close(*outputs)
+        assert_close(*(torch.autograd.grad(y.square().sum(), parameters) for y in outputs))
+    T, N = (torch.export.Dim(name, min=2, max=4096) for name in "TN")
+    given, shapes = {"reset": reset}, {"input": {0: T, 1: N}, "reset": {0: T, 1: N}}
+    program = torch.export.export(layer, (i,), given, dynamic_shapes=shapes)
+    i, reset = x(device, 6, 3), torch.rand(6, 3, device=device) < 0.3
+    assert_close(program.module()(i, reset=reset)[0], layer(i, reset=reset)[0])
+    torch.onnx.export(layer, (i,), kwargs={"reset": reset}, dynamo=True, verbose=False)
+
+
+LENGTHS = ([2, 5, 3], [5, 1, 4])
+
+
+@probe(BEYOND, "`lengths`: padded sequences in any order, also with `reset`")
+def _(package: ModuleType, device: str) -> None:
+    layer, i = package.GRU(3, 4, bidirectional=True, device=device), x(device, 5, 3)
+    reset = torch.rand(5, 3, device=device) < 0.3
+    for lengths in LENGTHS:
+        found = layer(i, lengths=torch.tensor(lengths), reset=reset)[0]
+        for n, length in enumerate(lengths):
+            alone = layer(i[:length, n], reset=reset[:length, n])[0]
+            assert_close(found[:length, n], alone)
+            assert not found[length:, n].any()
+
+
+def lengths_in_one_graph(package: ModuleType, device: str, **options: Tensor) -> None:
+    layer, i = package.GRU(3, 4, bidirectional=True, device=device), x(device, 5, 3)
+    compiled = one_graph(layer, dynamic=True)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for lengths in map(torch.tensor, LENGTHS):
+            found = compiled(i, lengths=lengths, **options)[0]
+            assert_close(found, layer(i, lengths=lengths, **options)[0])
+
+
+@probe(BEYOND, "`lengths` in one graph")
+def _(package: ModuleType, device: str) -> None:
+    lengths_in_one_graph(package, device)
+
+
+@probe(BEYOND, "`lengths` and `reset` in one graph")
+def _(package: ModuleType, device: str) -> None:
+    lengths_in_one_graph(package, device, reset=torch.rand(5, 3, device=device) < 0.3)
+
+
 @probe(BEYOND, '`init="keras"` and others, drawn again by `reset_parameters`, also from meta')
 def _(package: ModuleType, device: str) -> None:
     layer = package.LSTM(3, 4, init="keras", device="meta").to_empty(device=device)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "docs/guide.md", "docs/chapter.md"]
+PAGES = ["README.md", "docs/guide.md", "docs/recipes.md", "docs/chapter.md"]
 DOCS = sorted({f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} - set(PAGES))
 
 

@@ -65,6 +65,42 @@ def test_vanishing_wrong_arguments(wrong: list[str]) -> None:
     assert exit.value.code == 2
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("cell", ["GRU", "LSTM"])
+def test_ppo_has_one_loss_in_all_ways(
+    cell: str, dtype: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = load(PROGRAM.with_name("recurrent_ppo.py"))
+    sizes = "--steps 20 --environments 3 --hidden 6 --passes 2 --updates 3 --threads 1"
+    options = [*sizes.split(), "--cell", cell, "--dtype", dtype]
+    assert program.main(options) == 0
+    told = capsys.readouterr().out
+    difference = float(told.split("in 3 updates:")[1].split()[0])
+    assert difference < {"float32": 1e-6, "float64": 1e-13}[dtype]
+    assert all(f"\n{way:<6} success " in told for way in program.WAYS)
+
+    def never(layer: Any, x: Any, states: Any, begins: torch.Tensor) -> Any:
+        return program.step_by_step(layer, x, states, torch.zeros_like(begins))
+
+    monkeypatch.setitem(program.WAYS, "loop", (torch.nn, never))
+    assert program.main(options) == 1
+
+
+def test_ppo_learns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    program = load(PROGRAM.with_name("recurrent_ppo.py"))
+    monkeypatch.setattr(program, "LONGEST", 4)
+    sizes = "--hidden 32 --steps 32 --updates 40 --threads 1"
+    assert program.main(["--way", "reset", *sizes.split()]) == 0
+    assert float(capsys.readouterr().out.split("success")[1].split("%")[0]) > 90
+
+
+@pytest.mark.parametrize("wrong", [["--way", "both"], ["--steps", "0"], ["--threads", "0"]])
+def test_ppo_wrong_arguments(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        load(PROGRAM.with_name("recurrent_ppo.py")).main(wrong)
+    assert exit.value.code == 2
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty current folder but for text.txt, of which STEPS steps read more than one pass."""
