@@ -246,18 +246,23 @@ def change(arguments: dict[str, Any], rng: random.Random) -> str:
 def _op_case(rng: random.Random) -> kernel_cases.Case:
     cell, hidden = rng.choice(list(specs.CELLS)), rng.randint(2, 9)
     ragged = sorted((rng.randint(1, 4) for _ in range(rng.randint(2, 5))), reverse=True)
+    projected = rng.randint(1, hidden - 1) if cell == "lstm" and rng.random() < 0.3 else 0
+    zones = rng.random() < 0.3
     return kernel_cases.Case(
         cell,
         (rng.randint(2, 4), rng.randint(2, 5), rng.randint(2, 6), hidden),
         directions=rng.randint(1, 2),
         lengths=tuple(ragged) if rng.random() < 0.4 else (),
-        projected=rng.randint(1, hidden - 1) if cell == "lstm" and rng.random() < 0.3 else 0,
+        projected=projected,
         bias=rng.random() < 0.7,
         states=rng.random() < 0.7,
         dtype=rng.choice([torch.float32] * 4 + [torch.float64, torch.bfloat16]),
         off_kink=True,
         resets=rng.choice((0.0, 0.0, 0.3)),
         reset_states=rng.random() < 0.5,
+        operand_mask=rng.random() < 0.3,
+        zoneout=(0.0 if projected else 0.2 * zones, 0.4 * zones),
+        expects=rng.random() < 0.5,
     )
 
 

@@ -40,6 +40,8 @@ class Case:
         grad_clip, grad_cut: see `LayerCall`.
         resets: the share of rows at whose boundary the states are put back; 0 for no mask.
         reset_states: whether the states to put back to are given.
+        operand_mask: whether the recurrent operand is masked.
+        zoneout: the probability of each state, and `expects`: whether for the expectation, without masks.
     """
 
     cell: str
@@ -57,6 +59,9 @@ class Case:
     grad_cut: int = 0
     resets: float = 0.0
     reset_states: bool = False
+    operand_mask: bool = False
+    zoneout: tuple[float, float] = (0.0, 0.0)
+    expects: bool = False
 
     def scan(self, backward: bool, precise: bool = True) -> plan.Scan:
         """What decides how its scan runs."""
@@ -72,6 +77,19 @@ class Case:
             precise and self.dtype == torch.float32,
         )
 
+    @property
+    def as_torchs(self) -> bool:
+        """Whether torch.nn's layers compute the same: they have no other states, gradient rules, resets and noise."""
+        return self == replace(
+            self,
+            all_states=False,
+            grad_clip=0.0,
+            grad_cut=0,
+            resets=0.0,
+            operand_mask=False,
+            zoneout=(0.0, 0.0),
+        )
+
     def __str__(self) -> str:
         steps, batch, inputs, hidden = self.sizes
         ragged = f"ragged{len(self.lengths)}x{self.lengths[0]}" if self.lengths else ""
@@ -85,6 +103,8 @@ class Case:
             + [f"cut{self.grad_cut}"] * (self.grad_cut > 0)
             + [f"resets{self.resets}"] * (self.resets > 0)
             + ["resetstates"] * self.reset_states
+            + ["masked"] * self.operand_mask
+            + [f"{'expects' if self.expects else 'zone'}{self.zoneout}"] * any(self.zoneout)
         )
         parts += [str(self.dtype).removeprefix("torch."), *[self.device] * (self.device != "cpu")]
         return "-".join(parts)
@@ -102,7 +122,8 @@ class Call(LayerCall):
 
     def every_tensor(self) -> list[Tensor]:
         """Of the call and its gradients."""
-        every = [*self.tensors, self.batch_sizes, self.reset, *self.grads]
+        masks = [self.reset, self.operand_mask, *self.kept]
+        every = [*self.tensors, self.batch_sizes, *masks, *self.grads]
         return [tensor for tensor in every if tensor is not None]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Call":
@@ -111,8 +132,15 @@ class Call(LayerCall):
         def changed(tensors: Sequence[Tensor | None]) -> list:
             return [None if t is None else change(t) for t in tensors]
 
-        batch_sizes, reset = changed([self.batch_sizes, self.reset])
-        others = replace(self, batch_sizes=batch_sizes, reset=reset, grads=changed(self.grads))
+        batch_sizes, reset, mask = changed([self.batch_sizes, self.reset, self.operand_mask])
+        others = replace(
+            self,
+            batch_sizes=batch_sizes,
+            reset=reset,
+            operand_mask=mask,
+            kept=changed(self.kept),
+            grads=changed(self.grads),
+        )
         return others.with_tensors(changed(self.tensors))
 
     def to(self, dtype: torch.dtype) -> "Call":
@@ -225,6 +253,16 @@ def call(case: Case, seed: int = 0) -> Call:
     state_shapes = [(case.directions, batch, width) for width in widths]
     output_widths = widths if case.all_states else widths[:1]
     output_shapes = [(*rows, case.directions * width) for width in output_widths]
+    zoneout = case.zoneout[: spec.states] if any(case.zoneout[: spec.states]) else ()
+
+    def coins(p: float, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=random) < p
+
+    mask = coins(0.7, *state_shapes[0]) / 0.7 if case.operand_mask else None
+    kept = [
+        coins(p, *rows, case.directions * width) if p > 0 else None
+        for p, width in zip(zoneout, widths, strict=False)
+    ]
     twice = 2 if case.resets and case.reset_states else 1
     return Call(
         cell=case.cell,
@@ -235,7 +273,10 @@ def call(case: Case, seed: int = 0) -> Call:
         all_states=case.all_states,
         grad_clip=case.grad_clip,
         grad_cut=case.grad_cut,
-        reset=torch.rand(rows, generator=random) < case.resets if case.resets else None,
+        reset=coins(case.resets, *rows) if case.resets else None,
+        operand_mask=None if mask is None else mask.to(case.dtype),
+        zoneout=zoneout,
+        kept=[] if case.expects else kept,
         grads=[normal(*shape) for shape in [*output_shapes, *state_shapes]],
     ).on(case.device)
 
@@ -317,6 +358,16 @@ RESETS: tuple[dict, ...] = (
     {"resets": 0.02, "reset_states": True, "lengths": tuple(range(45, 0, -1))},
 )
 
+#: Recurrent dropout and zoneout. On a GPU the reference runs.
+NOISE: tuple[dict, ...] = (
+    {"operand_mask": True, "lengths": (9,) * 8 + (4,) * 9 + (1,) * 16},
+    {"zoneout": (0.3, 0.2), "lengths": (5, 3, 3, 1)},
+    {"operand_mask": True, "zoneout": (0.3, 0.2), "resets": 0.3, "reset_states": True},
+    {"operand_mask": True, "zoneout": (0.1, 0.4), "expects": True, "states": False},
+    {"zoneout": (0.2, 0.4), "expects": True, "grad_clip": 0.1, "grad_cut": 2},
+    {"operand_mask": True, "zoneout": (0.0, 0.4), "lengths": tuple(range(45, 0, -1))},
+)
+
 #: What may vary beside the sizes.
 _VARIANTS: tuple[dict, ...] = (
     {"lengths": (5, 3, 3, 1)},
@@ -333,6 +384,7 @@ _VARIANTS: tuple[dict, ...] = (
     {"grad_clip": 0.1},
     {"grad_cut": 2},
     *RESETS,
+    *NOISE,
 )
 _ALL_STATES: tuple[dict, ...] = (
     {"all_states": True, "lengths": (5, 3, 3, 1)},
@@ -346,6 +398,7 @@ _PROJECTIONS: tuple[dict, ...] = (
     {"projected": 4, "grad_clip": 0.1, "grad_cut": 2, "lengths": (6, 5, 2)},
     {"projected": 15, "bias": False, "states": False},
     {"projected": 3, "resets": 0.4, "reset_states": True, "lengths": (6, 5, 2)},
+    {"projected": 3, "operand_mask": True, "zoneout": (0.0, 0.3), "lengths": (6, 5, 2)},
 )
 
 

@@ -54,9 +54,7 @@ CASES = [
         MODULES, (1, 2), ((1, 1, 1, 1), (4, 3, 5, 17), (7, 2, 3, 16))
     )
     for case in variants(Case(cell, sizes, directions, dtype=torch.float64))
-    # torch.nn does not return all states, and has no rule for gradients and no resets: see test_gradient_rule.py and
-    # test_reset.py.
-    if not case.all_states and case.grad_clip == 0 and case.grad_cut == 0 and case.resets == 0
+    if case.as_torchs  # the others: test_gradient_rule.py, test_reset.py and test_noise.py
 ]
 
 
