@@ -783,6 +783,50 @@ def lengths_in_one_graph(package: ModuleType, device: str, **options: Tensor) ->
             assert_close(found, layer(i, lengths=lengths, **options)[0])
 
 
+@probe(BEYOND, "`all_states=True`: every state after each step, with gradients")
+def _(package: ModuleType, device: str) -> None:
+    layer, i = package.LSTM(3, 4, device=device), x(device)
+    output, (_, c_n), (h, c) = layer(i, all_states=True)
+    assert_close((h, c[-1]), (output, c_n[0]))
+    assert torch.autograd.grad(c[2].sum(), i)[0][:3].any()
+
+
+@probe(BEYOND, "`learn_initial_state`: `h_0` and `c_0` as parameters")
+def _(package: ModuleType, device: str) -> None:
+    layer, i = (
+        package.LSTM(3, 4, bidirectional=True, learn_initial_state=True, device=device),
+        x(device),
+    )
+    compiled = one_graph(layer)
+    gradients = [
+        torch.autograd.grad(call(i)[0].sum(), (layer.h_0, layer.c_0)) for call in (compiled, layer)
+    ]
+    assert_close(*gradients)
+    assert gradients[0][0].any()
+
+
+def noisy_in_one_graph(package: ModuleType, device: str, **options: object) -> None:
+    layer, i = package.LSTM(3, 4, 2, device=device, **options), x(device)
+    found = []
+    for call in (layer, one_graph(layer)):
+        torch.manual_seed(1)
+        found.append(call(i)[0])
+    assert_close(*found)
+    assert not torch.equal(layer(i)[0], layer(i)[0])
+    layer.eval()
+    assert_close(layer(i)[0], torch.export.export(layer, (i,)).module()(i)[0])
+
+
+@probe(BEYOND, "`weight_dropout` (DropConnect) and `recurrent_dropout`, also in one graph")
+def _(package: ModuleType, device: str) -> None:
+    noisy_in_one_graph(package, device, weight_dropout=0.5, recurrent_dropout=0.5)
+
+
+@probe(BEYOND, "`zoneout` of h and c, also in one graph")
+def _(package: ModuleType, device: str) -> None:
+    noisy_in_one_graph(package, device, zoneout=(0.5, 0.3))
+
+
 @probe(BEYOND, "`lengths` in one graph")
 def _(package: ModuleType, device: str) -> None:
     lengths_in_one_graph(package, device)

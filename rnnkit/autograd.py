@@ -46,10 +46,10 @@ def run(
                 call.grad_cut,
                 call.reset,
                 call.operand_mask,
-                call.zoneout,
+                tuple(call.zoneout),
+                call.kept,
             ),
-            *(len(call.states), len(call.kept), keep),
-            *call.kept,
+            *(len(call.states), keep),
             *call.tensors,
         )
         output, *others = found[: call.outputs]
@@ -170,12 +170,12 @@ def _with_data(saved: list[Any], count: int, differentiated: bool) -> list[Any]:
 _AS_IT_IS = nullcontext()
 
 
-#: How many arguments of `_Layer` come before its tensors.
-_OTHERS = 11
+#: The place of the first tensor among the arguments of `_Layer`.
+_TENSORS = 11
 
 
 class _Layer(torch.autograd.Function):
-    """(fields of the call, numbers of states and masks, keep, *masks, *tensors of the call) -> (*outputs, *finals)."""
+    """(fields of the call, number of states, keep, *tensors of the call) -> (*outputs, *final states)."""
 
     @staticmethod
     def forward(
@@ -188,19 +188,20 @@ class _Layer(torch.autograd.Function):
         reset: Tensor | None,
         operand_mask: Tensor | None,
         zoneout: Sequence[float],
+        kept: Tensor | None,
         n_states: int,
-        n_kept: int,
         keep: Keep,
-        *tensors: Any,
+        input: Tensor,
+        *others: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        kept, (input, *others) = tensors[:n_kept], tensors[n_kept:]
-        states, weights = others[:n_states], others[n_states:]
+        states: Any = others[:n_states]
+        weights = others[n_states:]
         options = all_states, grad_clip, grad_cut, reset, operand_mask, zoneout
         call = LayerCall(cell, input, states, weights, batch_sizes, *options, kept)
         outputs, finals, reserve = _ops(input.device).layer_forward(call, None, keep)
         output = outputs[0]
-        ctx.cell, ctx.rule, ctx.zoneout, ctx.keep = cell, options[:3], zoneout, keep
-        ctx.n_states, ctx.n_kept = n_states, n_kept
+        ctx.cell, ctx.rule, ctx.zoneout = cell, options[:3], zoneout
+        ctx.n_states, ctx.keep = n_states, keep
         ctx.backend = None if torch.compiler.is_compiling() else backends.forced_backend()
         ctx.set_materialize_grads(False)
         # Users may write to torch.nn's output before the backward pass, and to this one. The output is therefore saved
@@ -208,17 +209,17 @@ class _Layer(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         ctx.watch = None if compiling else _Watch(output)
         ctx.save_for_backward(
-            *(batch_sizes, reset, operand_mask, output if compiling else output.data, reserve),
-            *(*kept, input, *others),
+            *(batch_sizes, reset, operand_mask, kept),
+            *(output if compiling else output.data, reserve),
+            *(input, *others),
             *(() if compiling else _as_they_are((input, *others))),
         )
         return *outputs, *finals
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        batch_sizes, reset, operand_mask, output, reserve, *saved = ctx.saved_tensors
-        kept, saved = saved[: ctx.n_kept], saved[ctx.n_kept :]
-        needs = ctx.needs_input_grad[_OTHERS + ctx.n_kept :]
+        batch_sizes, reset, operand_mask, kept, output, reserve, *saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[_TENSORS:]
         input, *others = _with_data(saved, len(needs), _are_differentiated(grads))
         states, weights = others[: ctx.n_states], others[ctx.n_states :]
         all_states, clip, cut = ctx.rule
@@ -234,7 +235,7 @@ class _Layer(torch.autograd.Function):
         # Autograd runs backward passes of a GPU in another thread, where no backend is forced.
         with backends.forcing(ctx.backend) if ctx.backend else _AS_IT_IS:
             found = gradients(back, written, saved[1 + ctx.n_states + 1])
-        return *[None] * (_OTHERS + ctx.n_kept), *found
+        return *[None] * _TENSORS, *found
 
 
 def gradients(back: BackwardCall, written: bool, w_hh: Tensor | None) -> list[Tensor | None]:

@@ -21,7 +21,7 @@ from rnnkit.specs import CELLS, WEIGHTS, CellSpec
 #: The first arguments in the ops' schemas: the fields of `LayerCall`.
 ARGUMENTS = (
     "str cell, Tensor input, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, bool all_states, "
-    "float grad_clip, int grad_cut, Tensor? reset, Tensor? operand_mask, float[] zoneout, Tensor?[] kept"
+    "float grad_clip, int grad_cut, Tensor? reset, Tensor? operand_mask, float[]? zoneout, Tensor? kept"
 )
 
 #: The arguments of `layer_backward` after `ARGUMENTS`: the fields of `BackwardCall` after `call`.
@@ -74,8 +74,8 @@ class LayerCall:
             is. None for ones.
         zoneout: for each state, the probability that a unit keeps its state in a step, whatever the cell gives; empty
             for zeros. h has none in a layer with a projection.
-        kept: for each state that has zoneout, where units keep it: bool, shaped like its output; None for the others.
-            Empty for the expectation: p * old state + (1 - p) * new state.
+        kept: bool, for each state that has zoneout, one after the other, where units keep it: [K, ...], K shaped like
+            these states' outputs. None for the expectation: p * old state + (1 - p) * new state.
     """
 
     cell: str
@@ -89,14 +89,16 @@ class LayerCall:
     reset: Tensor | None = None
     operand_mask: Tensor | None = None
     zoneout: Sequence[float] = ()
-    kept: Sequence[Tensor | None] = ()
+    kept: Tensor | None = None
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """The call as an op's flat arguments, see `ARGUMENTS`."""
         tensors = self.input, self.states, self.weights, self.batch_sizes
         options = self.all_states, self.grad_clip, self.grad_cut
-        return self.cell, *tensors, *options, self.reset, self.operand_mask, self.zoneout, self.kept
+        # AOTInductor cannot pass an empty list to an op.
+        masks = self.reset, self.operand_mask, self.zoneout or None, self.kept
+        return self.cell, *tensors, *options, *masks
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -120,6 +122,12 @@ class LayerCall:
     def reset_states(self) -> Sequence[Tensor]:
         """The states that `reset` puts back to; empty for zeros."""
         return self.states[self.spec.states :]
+
+    def kept_of(self, k: int) -> Tensor | None:
+        """Where units keep state k, shaped like its output; None if it has no zoneout or takes the expectation."""
+        if self.kept is None or self.zoneout[k] == 0:
+            return None
+        return self.kept[sum(p > 0 for p in self.zoneout[:k])]
 
     # Sizes
 
@@ -226,7 +234,7 @@ class LayerCall:
         if keep == Keep.NOTHING:
             return [0]
         values = self.spec.saved if keep == Keep.EVERYTHING else self.spec.states - 1
-        if self.spec.saved == 0 and len(self.zoneout) > 0 and len(self.kept) == 0:
+        if self.spec.saved == 0 and self.zoneout and self.kept is None:
             values += self.zoneout[0] > 0
         return [self.directions, self.rows, values, self.hidden]
 
@@ -310,17 +318,9 @@ class LayerCall:
             raise RuntimeError(
                 f"expected zoneout of h to be 0 with a projection, got {list(zoneout)}"
             )
-        if len(self.kept) == 0:
-            return
-        if [mask is not None for mask in self.kept] != [p > 0 for p in zoneout]:
-            there = [mask is not None for mask in self.kept]
-            raise RuntimeError(
-                f"expected kept to hold a mask where zoneout is above 0, got masks {there} for {list(zoneout)}"
-            )
-        for index, mask in enumerate(self.kept):
-            shape = self.output_shape(index)
-            if mask is not None:
-                self.check_mask(mask, f"kept[{index}]", shape)
+        if self.kept is not None:
+            count = sum(p > 0 for p in zoneout)
+            self.check_mask(self.kept, "kept", (count, *self.output_shape(states - 1)))
 
     def _check_batch_sizes(self) -> None:
         sizes = self.batch_sizes
@@ -510,8 +510,10 @@ def _check_memory(tensor: Tensor, name: str) -> None:
 
 def from_arguments(arguments: Sequence[object]) -> tuple[LayerCall, Sequence[object]]:
     """Splits an op's flat arguments into the call and the other arguments."""
-    count = len(fields(LayerCall))
-    return LayerCall(*arguments[:count]), arguments[count:]  # type: ignore[arg-type]
+    names = [field.name for field in fields(LayerCall)]
+    given: dict[str, Any] = dict(zip(names, arguments, strict=False))
+    given["zoneout"] = given["zoneout"] or ()
+    return LayerCall(**given), arguments[len(names) :]
 
 
 def refuse(op: str, *arguments: object) -> NoReturn:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 from torch.nn.functional import dropout
 
 from rnnkit.call import LayerCall
@@ -25,21 +24,17 @@ def drawn(
         zoneout: see `LayerCall`.
         draws: whether zoneout draws which units keep their states, instead of taking the expectation.
     """
-    mask, kept = None, []
+    mask = kept = None
     if recurrent_dropout > 0:
         ones = call.input.new_ones(call.directions, _batch_of(call), call.projected)
         mask = dropout(ones, recurrent_dropout, training=True)
-    if draws:
-        kept = [_kept(call, k, p) for k, p in enumerate(zoneout)]
+    if draws and len(zoneout) > 0:
+        some = [p for p in zoneout if p > 0]
+        shape = len(some), *call.input.shape[:-1], call.directions * call.hidden
+        kept = torch.empty(shape, dtype=torch.bool, device=call.input.device)
+        for of_state, p in zip(kept, some, strict=True):
+            of_state.bernoulli_(p)
     return replace(call, operand_mask=mask, zoneout=zoneout, kept=kept)
-
-
-def _kept(call: LayerCall, k: int, p: float) -> Tensor | None:
-    """Where the units keep state k; None if they never do."""
-    if p == 0:
-        return None
-    mask = torch.empty(call.output_shape(k), dtype=torch.bool, device=call.input.device)
-    return mask.bernoulli_(p)
 
 
 def _batch_of(call: LayerCall) -> int:

@@ -131,7 +131,7 @@ def _check_devices(call: LayerCall, **others: Sequence[Tensor | None]) -> None:
     The fake runs if any tensor is fake or on meta. Without the check, a call that mixes devices would return fakes.
     """
     others |= {"states": call.states, "weights": call.weights, "reset": [call.reset]}
-    others |= {"operand_mask": [call.operand_mask], "kept": call.kept}
+    others |= {"operand_mask": [call.operand_mask], "kept": [call.kept]}
     for name, tensors in others.items():
         for tensor in tensors:
             if tensor is not None:

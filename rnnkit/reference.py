@@ -91,7 +91,7 @@ def _reset(states: list[Tensor], rows: Tensor, put_back: list[Tensor]) -> list[T
 
 def _of_direction(call: LayerCall, d: int, k: int) -> Sequence[Tensor]:
     """Where direction d's units keep state k at each time step, bool [rows of the step, width]; empty if not given."""
-    mask = call.kept[k] if len(call.kept) > 0 else None
+    mask = call.kept_of(k)
     if mask is None:
         return ()
     own: Tensor = mask.unflatten(-1, (call.directions, -1))[..., d, :]

@@ -122,7 +122,7 @@ class Call(LayerCall):
 
     def every_tensor(self) -> list[Tensor]:
         """Of the call and its gradients."""
-        masks = [self.reset, self.operand_mask, *self.kept]
+        masks = [self.reset, self.operand_mask, self.kept]
         every = [*self.tensors, self.batch_sizes, *masks, *self.grads]
         return [tensor for tensor in every if tensor is not None]
 
@@ -132,13 +132,14 @@ class Call(LayerCall):
         def changed(tensors: Sequence[Tensor | None]) -> list:
             return [None if t is None else change(t) for t in tensors]
 
-        batch_sizes, reset, mask = changed([self.batch_sizes, self.reset, self.operand_mask])
+        given = self.batch_sizes, self.reset, self.operand_mask, self.kept
+        batch_sizes, reset, mask, kept = changed(given)
         others = replace(
             self,
             batch_sizes=batch_sizes,
             reset=reset,
             operand_mask=mask,
-            kept=changed(self.kept),
+            kept=kept,
             grads=changed(self.grads),
         )
         return others.with_tensors(changed(self.tensors))
@@ -259,10 +260,7 @@ def call(case: Case, seed: int = 0) -> Call:
         return torch.rand(shape, generator=random) < p
 
     mask = coins(0.7, *state_shapes[0]) / 0.7 if case.operand_mask else None
-    kept = [
-        coins(p, *rows, case.directions * width) if p > 0 else None
-        for p, width in zip(zoneout, widths, strict=False)
-    ]
+    kept = [coins(p, *rows, case.directions * hidden) for p in zoneout if p > 0]
     twice = 2 if case.resets and case.reset_states else 1
     return Call(
         cell=case.cell,
@@ -276,7 +274,7 @@ def call(case: Case, seed: int = 0) -> Call:
         reset=coins(case.resets, *rows) if case.resets else None,
         operand_mask=None if mask is None else mask.to(case.dtype),
         zoneout=zoneout,
-        kept=[] if case.expects else kept,
+        kept=torch.stack(kept) if kept and not case.expects else None,
         grads=[normal(*shape) for shape in [*output_shapes, *state_shapes]],
     ).on(case.device)
 

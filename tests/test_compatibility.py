@@ -14,16 +14,12 @@ MISSING = {
     "dynamic quantization",
     "`isinstance(layer, torch.nn.LSTM)`, by which Opacus, thop and `apply(init)` may go",
     "`torch.fx.symbolic_trace` traces through a subclass's own forward",
-    "`lengths` and `reset` in one graph",
     "`gradient_flow` under `torch.compile`",
     "`gradient_flow` under FSDP2: `fully_shard`",
     "the textbook model: `torch.jit.trace`",
 }
 #: What rnnkit says then.
-REASONS = (
-    "left as it was|no subclass|cannot trace|no backward pass of '' was seen|set it to None"
-    "|data-dependent"
-)
+REASONS = "left as it was|no subclass|cannot trace|no backward pass of '' was seen|set it to None"
 
 NEEDED = {"onnx": "onnxscript", "safetensors": "safetensors"}
 

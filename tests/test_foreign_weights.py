@@ -6,7 +6,7 @@ layers, from the loops for the CPU in its frameworks/pytorch/lstm.py and gru.py,
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from configurations import CELLS, LAYERS, MODULES, Case, tensors_of
 from devices import DEVICES
 from tolerances import FORWARD, relative_error
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
 
 import rnnkit
@@ -277,29 +278,36 @@ def test_no_hidden_units() -> None:
 # haste
 
 
-def haste_lstm(weights: dict[str, Tensor], input: Tensor) -> Tensor:
-    """i, f, o = σ; g = tanh; c' = f⊙c + i⊙g; h' = o⊙tanh(c'); gate order i, g, f, o."""
+Zone = Callable[[int, Tensor, Tensor], Tensor]
+
+
+def no_zoneout(t: int, new: Tensor, old: Tensor) -> Tensor:
+    return new
+
+
+def haste_lstm(weights: dict[str, Tensor], input: Tensor, zone: Zone = no_zoneout) -> Tensor:
+    """i, f, o = σ; g = tanh; c' = f⊙c + i⊙g; h' = o⊙tanh(c'); gate order i, g, f, o. `zone`(t, h', h) is the next h."""
     h = c = input.new_zeros(input.size(1), weights["recurrent_kernel"].size(0))
     outputs = []
-    for x in input:
+    for t, x in enumerate(input):
         gates = x @ weights["kernel"] + h @ weights["recurrent_kernel"] + weights["bias"]
         i, g, f, o = gates.chunk(4, 1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
+        h = zone(t, o.sigmoid() * c.tanh(), h)
         outputs.append(h)
     return torch.stack(outputs)
 
 
-def haste_gru(weights: dict[str, Tensor], input: Tensor) -> Tensor:
-    """z, r = σ; g = tanh(x + r⊙h); h' = z⊙h + (1 - z)⊙g; gate order z, r, g."""
+def haste_gru(weights: dict[str, Tensor], input: Tensor, zone: Zone = no_zoneout) -> Tensor:
+    """z, r = σ; g = tanh(x + r⊙h); h' = z⊙h + (1 - z)⊙g; gate order z, r, g. `zone`: as in an LSTM."""
     h = input.new_zeros(input.size(1), weights["recurrent_kernel"].size(0))
     outputs = []
-    for x in input:
+    for t, x in enumerate(input):
         z_x, r_x, g_x = (x @ weights["kernel"] + weights["bias"]).chunk(3, 1)
         recurrent = h @ weights["recurrent_kernel"] + weights["recurrent_bias"]
         z_h, r_h, g_h = recurrent.chunk(3, 1)
         z, r = (z_x + z_h).sigmoid(), (r_x + r_h).sigmoid()
-        h = z * h + (1 - z) * (g_x + r * g_h).tanh()
+        h = zone(t, z * h + (1 - z) * (g_x + r * g_h).tanh(), h)
         outputs.append(h)
     return torch.stack(outputs)
 
@@ -324,6 +332,31 @@ def test_outputs_are_those_of_haste(case: Case) -> None:
     again = rnnkit.to_haste(rnnkit.from_haste(cell, exported))
     assert again.keys() == exported.keys()
     assert all(torch.equal(again[name], weight) for name, weight in exported.items())
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_zoneout_and_dropconnect_are_those_of_haste(name: str, training: bool) -> None:
+    """haste multiplies: h' = (h_new - h) mask + h, with a mask that is 1 with probability 1 - p."""
+    p, kinds = 0.3, {"lstm": (rnnkit.LSTM, (0.3, 0.0)), "gru": (rnnkit.GRU, 0.3)}
+    cls, zoneout = kinds[name]
+    layer = cls(5, 6, zoneout=zoneout, weight_dropout=0.25).double().train(training)
+    dropped = cls(5, 6).double()
+    dropped.load_state_dict(layer.state_dict())
+    input = torch.randn(7, 4, 5, dtype=torch.float64)
+    torch.manual_seed(3)
+    if training:  # haste: F.dropout(recurrent_kernel), once a call
+        with torch.no_grad():
+            dropped.weight_hh_l0.copy_(functional.dropout(layer.weight_hh_l0, 0.25))
+        mask = 1.0 - torch.empty(7, 4, 6, dtype=torch.bool).bernoulli_(p).double()
+    weights = rnnkit.to_haste(dropped)
+
+    def zone(t: int, new: Tensor, old: Tensor) -> Tensor:
+        return (new - old) * mask[t] + old if training else p * old + (1 - p) * new
+
+    expected = HASTE[name](weights, input, zone)
+    torch.manual_seed(3)
+    torch.testing.assert_close(layer(input)[0], expected, rtol=1e-12, atol=1e-12)
 
 
 # Errors

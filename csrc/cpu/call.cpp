@@ -31,8 +31,7 @@ template <class... Others>
     py::module_::import("rnnkit.call")
         .attr("refuse")(op, call.cell.name, call.input, call.states, call.weights.vec(), call.batch_sizes,
                         call.all_states, call.rule.clip, call.rule.cut, call.masks.reset, call.masks.operand,
-                        call.masks.zoneout,
-                        call.masks.kept ? call.masks.kept->vec() : std::vector<std::optional<Tensor>>(), others...);
+                        call.masks.zoneout, call.masks.kept, others...);
   } catch (py::error_already_set& error) {
     error.restore();
   }
@@ -84,18 +83,24 @@ bool Call::fits() {
 bool Call::masks_fit() const {
   if (masks.reset && !is_mask(*masks.reset, input.sizes().slice(0, input.dim() - 1))) return false;
   if (masks.operand && !is_like_input(*masks.operand, state_shape(0))) return false;
-  const int64_t given = masks.zoneout.size(), kept_given = masks.kept ? masks.kept->size() : 0;
+  const int64_t given = masks.zoneout.size();
   if (given != 0 && given != cell.states) return false;
   for (const double p : masks.zoneout)
     if (!(p >= 0 && p <= 1)) return false;
   if (given > 0 && masks.zoneout[0] > 0 && weight(0, 4)) return false;  // h has none with a projection
-  if (kept_given == 0) return true;
-  if (kept_given != given) return false;
-  for (int64_t i = 0; i < given; ++i) {
-    if (kept(i).has_value() != (masks.zoneout[i] > 0)) return false;
-    if (kept(i) && !is_mask(*kept(i), output_shape(i))) return false;
-  }
-  return true;
+  if (!masks.kept) return true;
+  std::vector<int64_t> shape = output_shape(cell.states - 1);
+  shape.insert(shape.begin(), zoneouts_before(given));
+  return is_mask(*masks.kept, shape);
+}
+
+int64_t Call::zoneouts_before(int64_t i) const {
+  return std::count_if(masks.zoneout.begin(), masks.zoneout.begin() + i, [](double p) { return p > 0; });
+}
+
+std::optional<Tensor> Call::kept(int64_t i) const {
+  if (!masks.kept || masks.zoneout[i] == 0) return std::nullopt;
+  return masks.kept->select(0, zoneouts_before(i));
 }
 
 bool Call::is_mask(const Tensor& tensor, at::IntArrayRef shape) const {

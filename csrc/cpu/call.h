@@ -26,7 +26,7 @@ struct GradientRule {
 struct Masks {
   std::optional<at::Tensor> reset, operand;
   std::vector<double> zoneout;
-  std::optional<OptionalTensors> kept;  // absent: empty
+  std::optional<at::Tensor> kept;
 };
 
 // `LayerCall` of rnnkit/call.py in C++. The constructor throws the error of `LayerCall.check` if arguments do not fit.
@@ -63,10 +63,8 @@ struct Call {
   // The width of state i: P for h, which is state 0, and H for the others.
   int64_t state_width(int64_t i) const { return i == 0 ? projected : hidden; }
   std::vector<int64_t> state_shape(int64_t i) const { return {directions, batch, state_width(i)}; }
-  // Where units keep state i, see `LayerCall.kept`.
-  std::optional<at::Tensor> kept(int64_t i) const {
-    return masks.kept && !masks.kept->empty() ? masks.kept->get(i) : std::nullopt;
-  }
+  // `LayerCall.kept_of`
+  std::optional<at::Tensor> kept(int64_t i) const;
   int64_t outputs() const { return all_states ? cell.states : 1; }
   std::vector<int64_t> output_shape(int64_t i) const;
   std::vector<int64_t> reserve_shape(Keep keep) const;
@@ -77,6 +75,7 @@ struct Call {
  private:
   bool fits();
   bool masks_fit() const;
+  int64_t zoneouts_before(int64_t i) const;  // how many of the states before state i have zoneout
   bool is_mask(const at::Tensor& tensor, at::IntArrayRef shape) const;
   bool batch_sizes_fit();
   bool weights_fit();

@@ -184,8 +184,9 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
     auto [outputs, results, reserve] =
         op_of<decltype(layer_forward)>("rnnkit::layer_forward")
             .call(call.cell, call.x, call.states, OptionalTensors(call.weights), std::nullopt, /*all_states=*/false,
-                  call.rule.clip, call.rule.cut, /*reset=*/std::nullopt, /*operand_mask=*/std::nullopt, /*zoneout=*/{},
-                  /*kept=*/OptionalTensors(), /*packed=*/std::nullopt, call.keep);
+                  call.rule.clip, call.rule.cut, /*reset=*/std::nullopt, /*operand_mask=*/std::nullopt,
+                  /*zoneout=*/std::nullopt,
+                  /*kept=*/std::nullopt, /*packed=*/std::nullopt, call.keep);
     const Tensor output = outputs[0];
     ctx->set_materialize_grads(false);
     auto& data = ctx->saved_data;
@@ -273,8 +274,8 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
       const std::vector<Tensor> needed =
           op_of<decltype(layer_backward)>("rnnkit::layer_backward")
               .call(cell, x, states, OptionalTensors(weights), std::nullopt, /*all_states=*/false, grad_clip, grad_cut,
-                    /*reset=*/std::nullopt, /*operand_mask=*/std::nullopt, /*zoneout=*/{}, /*kept=*/OptionalTensors(),
-                    OptionalTensors(op_grads), output, reserve, keep, needs, /*flow=*/false);
+                    /*reset=*/std::nullopt, /*operand_mask=*/std::nullopt, /*zoneout=*/std::nullopt,
+                    /*kept=*/std::nullopt, OptionalTensors(op_grads), output, reserve, keep, needs, /*flow=*/false);
       for (size_t i = 0, next = 0; i < n; ++i)
         if (needs.get(places[i])) found[1 + i] = needed.at(next++);
     } else {
@@ -313,8 +314,9 @@ Results without_gradients(const OpCall& call, const std::optional<Tensor>& packe
   auto [outputs, finals, reserve] =
       op_of<decltype(layer_forward)>("rnnkit::layer_forward")
           .call(call.cell, call.x, call.states, OptionalTensors(call.weights), std::nullopt, /*all_states=*/false,
-                call.rule.clip, call.rule.cut, /*reset=*/std::nullopt, /*operand_mask=*/std::nullopt, /*zoneout=*/{},
-                /*kept=*/OptionalTensors(), packed, int64_t(Keep::nothing));
+                call.rule.clip, call.rule.cut, /*reset=*/std::nullopt, /*operand_mask=*/std::nullopt,
+                /*zoneout=*/std::nullopt,
+                /*kept=*/std::nullopt, packed, int64_t(Keep::nothing));
   return {outputs[0], finals};
 }
 

@@ -135,12 +135,13 @@ int64_t states_of(std::string_view cell) { return find_cell(cell).states; }
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> layer_forward(
     std::string_view cell, const Tensor& input, at::TensorList states, const OptionalTensors& weights,
     const std::optional<Tensor>& batch_sizes, bool all_states, double grad_clip, int64_t grad_cut,
-    const std::optional<Tensor>& reset, const std::optional<Tensor>& operand_mask, at::ArrayRef<double> zoneout,
-    const OptionalTensors& kept, const std::optional<Tensor>& packed, int64_t keeps) {
+    const std::optional<Tensor>& reset, const std::optional<Tensor>& operand_mask,
+    std::optional<at::ArrayRef<double>> zoneout, const std::optional<Tensor>& kept, const std::optional<Tensor>& packed,
+    int64_t keeps) {
   TORCH_CHECK(keeps >= 0 && keeps <= 2, "expected keep to be 0, 1 or 2, got ", keeps);
   const Keep keep = static_cast<Keep>(keeps);
   const Call call(cell, input, states, weights, batch_sizes, all_states, {grad_clip, grad_cut},
-                  {reset, operand_mask, zoneout.vec(), kept});
+                  {reset, operand_mask, zoneout ? zoneout->vec() : std::vector<double>(), kept});
   const auto result = [&](const std::vector<int64_t>& shape, const at::TensorOptions& options) {
     return call.empty() ? at::zeros(shape, options) : allocate(shape, options);
   };
@@ -205,11 +206,11 @@ std::vector<Tensor> layer_backward(std::string_view cell, const Tensor& input, a
                                    const OptionalTensors& weights, const std::optional<Tensor>& batch_sizes,
                                    bool all_states, double grad_clip, int64_t grad_cut,
                                    const std::optional<Tensor>& reset, const std::optional<Tensor>& operand_mask,
-                                   at::ArrayRef<double> zoneout, const OptionalTensors& kept,
+                                   std::optional<at::ArrayRef<double>> zoneout, const std::optional<Tensor>& kept,
                                    const OptionalTensors& grads, const Tensor& output, const Tensor& reserve,
                                    int64_t keep, const c10::List<bool>& needs, bool flow) {
   const Call call(cell, input, states, weights, batch_sizes, all_states, {grad_clip, grad_cut},
-                  {reset, operand_mask, zoneout.vec(), kept});
+                  {reset, operand_mask, zoneout ? zoneout->vec() : std::vector<double>(), kept});
   call.check_backward(grads, output, reserve, keep, needs, flow);
   std::vector<Tensor> wanted = {input};
   wanted.insert(wanted.end(), call.states.begin(), call.states.end());
