@@ -11,7 +11,7 @@ MODES = (
     *("cell", "cell recording", "cell training"),
 )
 #: What lines are for, see `lines`.
-GROUPS = ("cases", "streaming", "features", "memory", "compiled", "T", "H")
+GROUPS = ("cases", "streaming", "features", "resets", "lengths", "memory", "compiled", "T", "H")
 PEERS = ("torch", "jax", "onnxruntime", "openvino")
 ONE_THREAD = "rnnkit 1 thread"
 FROZEN = "rnnkit frozen"
@@ -21,7 +21,16 @@ FEATURES = {
     "update_gate": ("GRU",),  # "writes" in place of "keeps"
     "grad_clip": tuple(GATES),  # to a limit that no gradient reaches
     "gradient_flow": tuple(GATES),  # a block around each step
+    "all_states": ("LSTM",),  # c after each step as well
+    "learn_initial_state": tuple(GATES),
+    "weight_dropout": tuple(GATES),  # all dropouts with so small a p that no element is met
+    "recurrent_dropout": tuple(GATES),
+    "zoneout": tuple(GATES),
 }
+#: A batch with resets in torch.nn: instead of a loop over cells, segments that are split, padded and packed.
+SPLIT = "split"
+#: Padded sequences with `lengths` instead of a PackedSequence.
+LENGTHS = "lengths"
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,8 @@ class Case:
     recompute: rnnkit's option that keeps less for the backward pass.
     compiled: called through torch.compile, in one graph.
     frozen: weights packed ahead by rnnkit.freeze.
-    feature: one of FEATURES, which leaves inputs and results as they are; empty for none.
+    feature: one of FEATURES, SPLIT or LENGTHS, which leave inputs and results as they are; empty for none.
+    resets: states are put back to zeros before 3 % of the steps.
     """
 
     cell: str
@@ -54,6 +64,7 @@ class Case:
     compiled: bool = False
     frozen: bool = False
     feature: str = ""
+    resets: bool = False
 
     @property
     def plain(self) -> "Case":
@@ -120,6 +131,7 @@ class Case:
         parts += [f"projection {self.projection}"] if self.projection else []
         parts += [self.dtype] if self.dtype != "float32" else []
         parts += ["ragged"] if self.ragged else []
+        parts += ["resets"] if self.resets else []
         return ", ".join(parts)
 
     def __str__(self) -> str:
@@ -170,6 +182,7 @@ HIDDEN_SIZES = (32, 64, 128, 256, 512, 1024)  # at T 50, N 16
 TIME_STEPS = (100, 1000, 10_000)  # at N 4, H 128
 MEMORY_SHAPES = ((100, 64, 512, 512), (200, 32, 256, 256))
 COMPILED_SHAPES = (SHAPES[7], SHAPES[1], SHAPES[5])
+RESET_SHAPE = (128, 32, 256, 256)
 FEATURE_SHAPES = (SHAPES[1], SHAPES[3], SHAPES[4])
 QUICK_SHAPES = (SHAPES[7], SHAPES[1], SHAPES[3])
 
@@ -249,6 +262,29 @@ def with_features(case: Case) -> Line:
     return Line("features", case, entries)
 
 
+def resetting(case: Case) -> Line:
+    """Resets beside the call without, and beside the two ways to have them with torch.nn."""
+    reset = dataclasses.replace(case, resets=True)
+    entries = {
+        "rnnkit": Entry("rnnkit", reset),
+        "rnnkit without": Entry("rnnkit", case),
+        "torch loop": Entry("torch", reset),
+        "torch split": Entry("torch", dataclasses.replace(reset, feature=SPLIT)),
+    }
+    return Line("resets", reset, entries)
+
+
+def with_lengths(case: Case) -> Line:
+    """Padded sequences with `lengths` beside the PackedSequence of the same, and the dense batch."""
+    padded = dataclasses.replace(case, ragged=True, feature=LENGTHS)
+    entries = {
+        "rnnkit": Entry("rnnkit", padded),
+        "rnnkit packed": Entry("rnnkit", padded.plain),
+        "rnnkit dense": Entry("rnnkit", case),
+    }
+    return Line("lengths", padded.plain, entries)
+
+
 def single_steps() -> Iterator[Line]:
     """Of every layer and cell, without gradients and with them; layers' training is among the cases."""
     for cell in GATES:
@@ -267,6 +303,10 @@ def lines(quick: bool = False, lower: bool = False) -> Iterator[Line]:
     for shape in FEATURE_SHAPES[:1] if quick else FEATURE_SHAPES:
         for cell in GATES:
             yield with_features(Case(cell, "training", *shape))
+    for cell in ("GRU",) if quick else ("LSTM", "GRU"):
+        yield resetting(Case(cell, "training", *RESET_SHAPE))
+        for shape in RAGGED[:1] if quick else RAGGED:
+            yield with_lengths(Case(cell, "training", *shape))
     if lower:
         return
     for cell in ("GRU",) if quick else GATES:

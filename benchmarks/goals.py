@@ -156,13 +156,23 @@ def single_steps(records: bool) -> Callable[[Document], Figures]:
     return figures
 
 
-def ragged(document: Document) -> Figures:
+def ragged(group: str) -> Callable[[Document], Figures]:
     """Time over that of the dense batch, times the part of the rows that is filled."""
-    dense = ratios("rnnkit dense", ragged=True)(document)
-    filled = {str(c): c.rows / (c.T * c.N) for c, _ in rows(document, "cases", ragged=True)}
-    return {
-        case: figure and figure.scaled(filled[case]).inverse() for case, figure in dense.items()
-    }
+
+    def figures(document: Document) -> Figures:
+        dense = ratios("rnnkit dense", group, ragged=True)(document)
+        filled = {str(c): c.rows / (c.T * c.N) for c, _ in rows(document, group, ragged=True)}
+        return {
+            case: figure and figure.scaled(filled[case]).inverse() for case, figure in dense.items()
+        }
+
+    return figures
+
+
+def resets_over_none(document: Document) -> Figures:
+    """Time with resets over that without."""
+    without = ratios("rnnkit without", "resets")(document)
+    return {case: figure and figure.inverse() for case, figure in without.items()}
 
 
 def linearity(document: Document) -> Figures:
@@ -233,6 +243,31 @@ OF_FEATURES = (
         1.2,
         at_most=True,
     ),
+    Goal(
+        "LSTM training with all_states over without",
+        ratios("rnnkit all_states", "features"),
+        1.1,
+        at_most=True,
+    ),
+    Goal(
+        "training with learn_initial_state over without",
+        ratios("rnnkit learn_initial_state", "features"),
+        1.03,
+        at_most=True,
+    ),
+    *(
+        Goal(
+            f"training with {name} over without",
+            ratios(f"rnnkit {name}", "features"),
+            1.25,
+            at_most=True,
+        )
+        for name in ("weight_dropout", "recurrent_dropout", "zoneout")
+    ),
+    Goal("training with 3 % resets over without", resets_over_none, 1.05, at_most=True),
+    Goal("a loop over torch.nn's cells over resets", ratios("torch loop", "resets"), 3.0),
+    Goal("torch.nn on split segments over resets", ratios("torch split", "resets"), 1.5),
+    Goal("`lengths` over its part of the dense time", ragged("lengths"), 1.15, at_most=True),
     Goal("Readout.loss over all logits, time", of_readout("ms"), 1.1, at_most=True),
     Goal("Readout.loss over all logits, memory", of_readout("MiB"), 0.125, at_most=True),
 )
@@ -270,7 +305,7 @@ GOALS = (
     Goal("one step, one row, with gradients, over torch.nn", single_steps(records=True), 1.2),
     Goal("bfloat16 over rnnkit's float32, H ≥ 256", bfloat16_over("rnnkit float32"), 1.6),
     Goal("bfloat16 over torch.nn's, H ≥ 256", bfloat16_over("torch"), 1.2),
-    Goal("ragged batch over its part of the dense time", ragged, 1.15, at_most=True),
+    Goal("ragged batch over its part of the dense time", ragged("cases"), 1.15, at_most=True),
     Goal("all threads over one, H ≥ 256", ratios(ONE_THREAD, least=(0, 256)), 1.7),
     Goal("all threads over one, every case", ratios(ONE_THREAD), 1, optimistic=True),
     Goal("time of a step, T 1 000 and 10 000 over 100", linearity, 1.1, at_most=True),

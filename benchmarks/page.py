@@ -151,6 +151,19 @@ def feature_table(document: Document) -> list[str]:
     return markdown(lines, left=2)
 
 
+def reset_table(document: Document) -> list[str]:
+    """Training steps with resets and with lengths, each beside the other ways to compute the same."""
+    lines = [["T, N, I, H", "cell", "ms", "beside it"]]
+    for row in document["lines"]:
+        if row["group"] in ("resets", "lengths"):
+            case = Case(**row["case"])
+            what = "`reset`" if row["group"] == "resets" else "`lengths`"
+            told = [f"{name} {ratio(row, name)}" for name in row["entries"] if name != "rnnkit"]
+            shape = f"{sizes(case)}, {what}"
+            lines.append([shape, case.cell, milliseconds(row), ", ".join(told)])
+    return markdown(lines, left=2)
+
+
 def readout_line(document: Document) -> str:
     """What Readout.loss and its gradients took, beside all logits."""
     told = document["readout"]
@@ -199,7 +212,11 @@ def feature_section(document: Document, link: str) -> list[str]:
     title = f"### What features cost: {machine(document)}, {isa_title(document)}"
     lines = [title, "", f"{where(document)}, [{name}]({link}).", ""]
     lines += [*goal_table(judged), "", "Times over those of a plain training step:", ""]
-    lines += [*feature_table(document), "", readout_line(document), ""]
+    lines += [*feature_table(document), ""]
+    if any(row["group"] in ("resets", "lengths") for row in document["lines"]):
+        lines += ["Times of other ways over rnnkit's with 3 % resets, and with `lengths`:", ""]
+        lines += [*reset_table(document), ""]
+    lines += [readout_line(document), ""]
     missed = misses(judged)
     return [*lines, *folded("Every miss", missed), ""] if missed else lines
 

@@ -55,6 +55,8 @@ def inputs(case: Case) -> Arrays:
         size = case.directions * case.output_size
         arrays["grad_output"] = numbers.standard_normal((*outer, size))
     arrays = {name: representable(array, case.dtype) for name, array in arrays.items()}
+    if case.resets:
+        arrays["reset"] = numbers.random((case.T, case.N)) < 0.03
     if case.ragged:
         arrays["batch_sizes"] = np.array(case.batch_sizes)
     return arrays

@@ -152,6 +152,15 @@ def test_features(meter: measure.Meter, cell: str) -> None:
     assert list(row["ratios"]) == [f"rnnkit {feature}" for feature in expected]
 
 
+@pytest.mark.parametrize("cell", cases.GATES)
+def test_resets(meter: measure.Meter, cell: str) -> None:
+    """All ways have the same results, and so do padded sequences with their lengths."""
+    row = meter.row(cases.resetting(Case(cell, "training", 40, 3, 2, 5)))
+    assert [*row["ratios"]] == ["rnnkit without", "torch loop", "torch split"]
+    row = meter.row(cases.with_lengths(Case(cell, "training", 9, 5, 2, 5)))
+    assert [*row["ratios"]] == ["rnnkit packed", "rnnkit dense"]
+
+
 def test_features_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     provider = TorchLayers("rnnkit", 1, "cpu")
@@ -165,6 +174,9 @@ def test_features_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert used("update_gate").update_gate == "writes" and used("").update_gate == "keeps"
     assert used("grad_clip").grad_clip == 1e6 and used("").grad_clip is None
+    assert used("learn_initial_state").learn_initial_state
+    for name in ("weight_dropout", "recurrent_dropout", "zoneout"):
+        assert getattr(used(name), name) > 0 == getattr(used(""), name)
     block = rnnkit.gradient_flow
     monkeypatch.setattr(
         rnnkit, "gradient_flow", lambda module: seen.append(module) or block(module)
@@ -394,7 +406,8 @@ def test_isa_of_a_command(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_lines_below_the_best_isa() -> None:
     every, lower = list(cases.lines()), list(cases.lines(lower=True))
-    assert {line.group for line in lower} == {"cases", "streaming", "features"}
+    groups = {"cases", "streaming", "features", "resets", "lengths"}
+    assert {line.group for line in lower} == groups
     assert {line.case.dtype for line in lower} == {"float32", "float64"}
     assert [line for line in every if line in lower] == lower
     steps = {(line.case.cell, line.case.mode) for line in lower if line.group == "streaming"}
@@ -602,13 +615,35 @@ def test_goals_of_features() -> None:
         "Readout.loss over all logits, memory": "missed",
     }
     text = "\n".join(page.feature_section(document, "results/file.json"))
-    assert "| 100, 16, 512, 512 | GRU | 2 | 1.01× | 1.05× | 1.10× |" in text
+    assert "| 100, 16, 512, 512 | GRU | 2 | 1.01× | 1.05× | 1.10× | – |" in text
     assert "- training with grad_clip over without: GRU training T100 N16 H512 1.05×" in text
     assert "grad_clip" not in "\n".join(page.section(document, "results/file.json"))
     assert "T1: Readout.loss 90 ms, 20 MiB; all logits 90 ms, 20 MiB." in text
     failed = made(readout={"case": "T1", "failed": "exit status 9"})
     assert judged(failed, "Readout.loss over all logits, time")["verdict"] == "not measured"
     assert "not measured, exit status 9" in "\n".join(page.feature_section(failed, "file.json"))
+
+
+def test_goals_of_resets() -> None:
+    case = Case("GRU", "training", *cases.RESET_SHAPE, resets=True)
+    reset = line(case, 1.0) | {"group": "resets"}
+    found = {"rnnkit without": 0.9, "torch loop": 5.0, "torch split": 1.4}
+    reset["ratios"] = {name: figure(ratio) for name, ratio in found.items()}
+    reset["entries"] = {name: reset["entries"]["rnnkit"] for name in ("rnnkit", *found)}
+    ragged = Case("GRU", "training", 100, 32, 128, 128, ragged=True)
+    padded = line(ragged, 1.0) | {"group": "lengths"}
+    padded["ratios"] = {"rnnkit dense": figure(1.9)}
+    document = made(reset, padded, readout={"case": "T1", "failed": "exit status 9"})
+    verdicts = {row["what"]: row["verdict"] for row in document["goals"] if row["cases"]}
+    assert verdicts == {
+        "training with 3 % resets over without": "missed",  # 1 / 0.9
+        "a loop over torch.nn's cells over resets": "met",
+        "torch.nn on split segments over resets": "missed",
+        "`lengths` over its part of the dense time": "met",
+    }
+    text = "\n".join(page.feature_section(document, "results/file.json"))
+    told = "rnnkit without 0.90×, torch loop 5.00×, torch split 1.40×"
+    assert f"| 128, 32, 256, 256, resets, `reset` | GRU | 2 | {told} |" in text
 
 
 def test_noisy_in_place_of_a_figure() -> None:

@@ -8,12 +8,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import rnn
 from torch.nn.utils.rnn import PackedSequence
 
-from benchmarks.cases import Case
+from benchmarks.cases import LENGTHS, SPLIT, Case
 from benchmarks.providers import Arrays, Computation, Unsupported
 
 Tensors = dict[str, Tensor]
+
+NEVER = 1e-12  # a probability with which nothing happens
+#: The options of a layer that has a feature.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "grad_clip": {"grad_clip": 1e6},
+    "learn_initial_state": {"learn_initial_state": True},
+    "weight_dropout": {"weight_dropout": NEVER},
+    "recurrent_dropout": {"recurrent_dropout": NEVER},
+    "zoneout": {"zoneout": NEVER},
+}
 
 
 def dtype_of(case: Case) -> torch.dtype:
@@ -55,7 +66,13 @@ class TorchLayers:
             for name, array in arrays.items()
         }
         module = self.module(case, tensors)
+        if case.resets and self.package is nn:
+            module = Split(module) if case.feature == SPLIT else Loop(module)
+        if case.feature == LENGTHS:
+            return _padded(computation, case, module, tensors)
         made = computation(case, module, tensors)
+        if case.feature == "all_states":
+            module.forward = partial(module.forward, all_states=True)
         if case.feature == "gradient_flow":
             return made._replace(call=partial(self._recorded, module, made.call))
         if case.feature == "update_gate":
@@ -73,9 +90,9 @@ class TorchLayers:
             options |= {"num_layers": case.layers, "bidirectional": case.directions == 2}
             options |= {"proj_size": case.projection} if case.projection else {}
             options |= {"recompute": True} if case.recompute else {}
-            options |= {"grad_clip": 1e6} if case.feature == "grad_clip" else {}
+            options |= OPTIONS.get(case.feature, {})
             module = self._layer(case, options)
-        module.load_state_dict(weights)
+        module.load_state_dict(weights, strict=case.feature != "learn_initial_state")
         if case.feature == "update_gate":
             module.convert_update_gate("writes")
         module.train(case.records)
@@ -104,6 +121,82 @@ class TorchLayers:
         return layer
 
 
+class Loop(nn.Module):
+    """A layer of torch.nn with resets as users have them: a loop over steps of its functions for cells."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        self.step = getattr(
+            torch, f"{layer.mode.lower()}_cell"
+        )  # what nn.LSTMCell and its like call
+
+    def forward(self, x: Tensor, *, reset: Tensor) -> tuple[Tensor, Any]:
+        keep = (~reset).to(x.dtype).unsqueeze(-1)
+        h = x.new_zeros(x.size(1), self.layer.hidden_size)
+        states, outputs = (h, h) if self.layer.mode == "LSTM" else h, []
+        weights = [getattr(self.layer, name) for name in self.layer._all_weights[0]]
+        for t, one in enumerate(x.unbind(0)):
+            if isinstance(states, tuple):
+                states = self.step(one, [keep[t] * state for state in states], *weights)
+                outputs.append(states[0])
+            else:
+                states = self.step(one, keep[t] * states, *weights)
+                outputs.append(states)
+        last = tuple(s[None] for s in states) if isinstance(states, tuple) else states[None]
+        return torch.stack(outputs), last
+
+
+class Split(nn.Module):
+    """The same by one call: sequences are split at resets, padded, packed, and put together again."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, *, reset: Tensor) -> tuple[Tensor, Any]:
+        steps, batch, _ = x.shape
+        begins = reset.t().clone()  # [N, T]
+        begins[:, 0] = True
+        starts = begins.flatten().nonzero().flatten()
+        ends = torch.cat([starts[1:], starts.new_tensor([steps * batch])])
+        lengths = (ends - starts).tolist()
+        pieces = x.transpose(0, 1).flatten(0, 1).split(lengths)
+        packed = rnn.pack_padded_sequence(rnn.pad_sequence(pieces), lengths, enforce_sorted=False)
+        output, states = self.layer(packed)
+        padded, _ = rnn.pad_packed_sequence(output)
+        joined = torch.cat([padded[:length, k] for k, length in enumerate(lengths)])
+        last = (begins.sum(1).cumsum(0) - 1).tolist()  # each sequence's last piece
+        if isinstance(states, tuple):
+            return joined.view(batch, steps, -1).transpose(0, 1), tuple(s[:, last] for s in states)
+        return joined.view(batch, steps, -1).transpose(0, 1), states[:, last]
+
+
+def _padded(
+    made: Callable[[Case, nn.Module, Tensors], Computation],
+    case: Case,
+    module: nn.Module,
+    tensors: Tensors,
+) -> Computation:
+    """A call with padded sequences and `lengths`; its results are those of the PackedSequence."""
+    sizes = tensors.pop("batch_sizes")
+
+    def pad(rows: Tensor) -> Tensor:
+        return rnn.pad_packed_sequence(PackedSequence(rows, sizes))[0]
+
+    padded = {name: pad(t) if name in ("x", "grad_output") else t for name, t in tensors.items()}
+    padded["lengths"] = torch.tensor(case.lengths)
+    one = made(case, module, padded)
+    there = torch.arange(max(case.lengths)).unsqueeze(1) < torch.tensor(case.lengths)
+
+    def results(raw: Any) -> Arrays:
+        rows = {"output", "grad_x"}
+        found = one.results(raw)
+        return {name: array[there] if name in rows else array for name, array in found.items()}
+
+    return one._replace(results=results)
+
+
 def _inference(layer: nn.Module, tensors: Tensors) -> Computation:
     x = input_of(tensors)
     return Computation(lambda: layer(x), lambda raw: _arrays(_named(*raw)), torch.inference_mode)
@@ -111,11 +204,12 @@ def _inference(layer: nn.Module, tensors: Tensors) -> Computation:
 
 def _training(layer: nn.Module, tensors: Tensors) -> Computation:
     x, grad_output = tensors["x"].requires_grad_(), tensors["grad_output"]
-    given = input_of(tensors)
-    names, parameters = zip(*layer.named_parameters(), strict=True)
+    given, asked = input_of(tensors), _asked(tensors)
+    named = {name.removeprefix("layer."): weight for name, weight in layer.named_parameters()}
+    names, parameters = zip(*named.items(), strict=True)
 
     def call() -> Any:
-        output, states = layer(given)
+        output, states = layer(given, **asked)[:2]
         data = output.data if isinstance(output, PackedSequence) else output
         return output, states, torch.autograd.grad(data, (x, *parameters), grad_output)
 
@@ -180,6 +274,14 @@ def input_of(tensors: Tensors) -> Any:
     if "batch_sizes" in tensors:
         return PackedSequence(tensors["x"], tensors["batch_sizes"].cpu())
     return tensors["x"]
+
+
+def _asked(tensors: Tensors) -> dict[str, Any]:
+    """The keyword arguments that the layer is called with."""
+    asked: dict[str, Any] = {
+        name: tensors[name] for name in ("reset", "lengths") if name in tensors
+    }
+    return asked
 
 
 def _named(output: Any, states: Any) -> Tensors:
