@@ -185,8 +185,7 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
         op_of<decltype(layer_forward)>("rnnkit::layer_forward")
             .call(call.cell, call.x, call.states, OptionalTensors(call.weights), std::nullopt, /*all_states=*/false,
                   call.rule.clip, call.rule.cut, /*reset=*/std::nullopt, /*operand_mask=*/std::nullopt,
-                  /*zoneout=*/std::nullopt,
-                  /*kept=*/std::nullopt, /*packed=*/std::nullopt, call.keep);
+                  /*zoneout=*/std::nullopt, /*kept=*/std::nullopt, /*packed=*/std::nullopt, call.keep);
     const Tensor output = outputs[0];
     ctx->set_materialize_grads(false);
     auto& data = ctx->saved_data;
@@ -315,8 +314,7 @@ Results without_gradients(const OpCall& call, const std::optional<Tensor>& packe
       op_of<decltype(layer_forward)>("rnnkit::layer_forward")
           .call(call.cell, call.x, call.states, OptionalTensors(call.weights), std::nullopt, /*all_states=*/false,
                 call.rule.clip, call.rule.cut, /*reset=*/std::nullopt, /*operand_mask=*/std::nullopt,
-                /*zoneout=*/std::nullopt,
-                /*kept=*/std::nullopt, packed, int64_t(Keep::nothing));
+                /*zoneout=*/std::nullopt, /*kept=*/std::nullopt, packed, int64_t(Keep::nothing));
   return {outputs[0], finals};
 }
 

@@ -162,7 +162,7 @@ class Forward {
   // One step of panel p's units, for all active rows. `input`: the rows' panel of x W_ihᵀ.
   void step(const ActiveRows<S>& rows, int64_t s, int64_t p, int64_t next, const T* input) {
     const int64_t d = rows.direction, P = layer_.projected, active = rows.active(s);
-    const S* h_before = operand(d, s % 2) + rows.range.begin * P;
+    const S* operands = operand(d, s % 2) + rows.range.begin * P;
     const bool zeros = s == 0 && layer_.states[0].initial == nullptr && active > 0 && gates_.w_hh[d].is_finite(p);
     alignas(64) T recurrent[kRowBlock * kWidth];
     for (int64_t m = 0; m < active; m += kRowBlock) {
@@ -170,7 +170,7 @@ class Forward {
       if (zeros)
         std::memset(recurrent, 0, count * kWidth * sizeof(T));
       else
-        gates_.w_hh[d].multiply(count, h_before + m * P, p, m == 0 ? next : p, recurrent);
+        gates_.w_hh[d].multiply(count, operands + m * P, p, m == 0 ? next : p, recurrent);
       cell(rows, s, p, m, count, input + m * kWidth, recurrent);
     }
   }
