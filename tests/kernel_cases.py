@@ -308,7 +308,7 @@ SIZES = (
     (130, 7, 9, 20),
 )
 
-#: Resets. CUDA's kernels have none: there the reference runs.
+#: Resets.
 RESETS: tuple[dict, ...] = (
     {"resets": 0.5},
     {"resets": 0.3, "states": False},

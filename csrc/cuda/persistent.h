@@ -329,6 +329,8 @@ class Recurrence {
 };
 
 // What a thread holds from step to step. gates, output, reserve: from a step's first row to the thread's first item.
+// resets: whether an item's row is put back between this step and the one before or after it in the forward pass; not
+// set in a scan without resets.
 template <class Cell, class S, class Items, int kItems>
 struct ForwardRegisters {
   Items items;
@@ -337,6 +339,7 @@ struct ForwardRegisters {
   S x[kItems][Cell::gates];  // as it was loaded: to convert it would be to wait for it
   float save[kItems][Cell::saved + 1], before[kItems][Cell::states];
   S h[kItems];
+  bool resets_after[kItems];
 };
 template <class Cell, class S, class Items, int kItems>
 struct BackwardRegisters {
@@ -344,6 +347,7 @@ struct BackwardRegisters {
   int64_t gates, output, reserve;
   float values[kItems][Cell::saved > Cell::grads ? Cell::saved : Cell::grads];  // what was saved, then the gradients
   S h[kItems], previous_h[kItems], grad_y[kItems];
+  bool resets_before[kItems], resets_after[kItems];
 };
 
 // What both passes have: the order of time, each thread's states and registers.
@@ -405,6 +409,21 @@ class Pass {
   RNNKIT_DEVICE int64_t state_at(const Items& items, int n) const {
     return (direction_ * scan_.batch + exchange_.first_row_ + n) * scan_.hidden + exchange_.first_unit_ + items.unit;
   }
+  // What a row's state k is put back to.
+  RNNKIT_DEVICE S reset_of(int k, const Items& items, int n) const {
+    const void* const reset = scan_.states[k].reset;
+    return reset ? *at<S>(reset, state_at(items, n)) : S{};
+  }
+  // Loads whether the rows of a group are put back between two steps, of which `second` is processed right after `first`.
+  RNNKIT_DEVICE void load_resets(const Place& first, const Place& second, int group,
+                                 bool (Registers::*resets)[kItems]) {
+    const int active = first.active < second.active ? first.active : second.active;
+    const bool* const later = scan_.reset + (backwards_ ? first : second).row;  // in time
+    block_.threads(registers_, [&](int, Registers& r) {
+      exchange_.each_item(r.items, group, exchange_.slice_rows_,
+                          [&](int item, int n) { (r.*resets)[item] = n < active && later[n]; });
+    });
+  }
 
   const Block block_;
   const PersistentScan& scan_;
@@ -421,7 +440,7 @@ template <class Block, class Cell_, class S_, int kUnits_, int kTiles_, bool kCl
 class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, false> {
   using Base = Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, false>;
   using Base::block_, Base::scan_, Base::exchange_, Base::direction_, Base::registers_, Base::now_, Base::next_;
-  using Base::state, Base::state_at, Base::place;
+  using Base::state, Base::state_at, Base::place, Base::reset_of, Base::load_resets;
 
  public:
   using Base::kUnits, Base::kGates, Base::kStates, Base::kRows, Base::kItems, Base::kStep, Base::kGroup;
@@ -480,6 +499,7 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
     const int groups = exchange_.groups();
     for (int group = 0; group < groups; ++group) {
       const bool last_group = group + 1 == groups;
+      if (scan_.reset) load_resets(now_, next_, group, &Registers::resets_after);
       if (!first && group == 0) exchange_.wait();
       if (!first) block_.warps([&](const auto& warp) { exchange_.product(warp, uint32_t(s), group); });
       block_.sync();
@@ -499,7 +519,9 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
 #pragma unroll
           for (int k = 0; k < kStates; ++k) state(k, r.items, n) = state_of[k];
           r.h[item] = narrowed<S>(state_of[0]);
-          if (!last) exchange_.stage(uint32_t(s + 1), r.items, 0, item, group, r.h[item]);
+          const bool goes_back = scan_.reset && r.resets_after[item];
+          if (!last)
+            exchange_.stage(uint32_t(s + 1), r.items, 0, item, group, goes_back ? reset_of(0, r.items, n) : r.h[item]);
         });
       });
       block_.sync();
@@ -542,7 +564,8 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
     });
   }
 
-  // Writes the output, other states' values if they are asked for, and what the backward pass is to find.
+  // Writes the output, other states' values if they are asked for, and what the backward pass is to find. Then puts the
+  // states of rows back.
   RNNKIT_DEVICE void write_step(int group) {
     const int64_t hidden = scan_.hidden, row = now_.row + group * kGroup, wide = scan_.directions * hidden;
     const int values = scan_.keep == Keep::everything ? Cell::saved : kStates - 1;
@@ -564,6 +587,9 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
 #pragma unroll
           for (int k = 0; k < kStates - 1; ++k) to[k * hidden] = r.before[item][k];
         }
+        if (scan_.reset && r.resets_after[item])
+#pragma unroll
+          for (int k = 0; k < kStates; ++k) state(k, r.items, n) = widened(reset_of(k, r.items, n));
       });
     });
   }
@@ -575,7 +601,7 @@ template <class Block, class Cell_, class S_, int kUnits_, int kTiles_, bool kCl
 class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, true> {
   using Base = Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, true>;
   using Base::block_, Base::scan_, Base::exchange_, Base::direction_, Base::registers_, Base::now_, Base::next_;
-  using Base::state, Base::state_at, Base::place;
+  using Base::state, Base::state_at, Base::place, Base::reset_of, Base::load_resets;
 
  public:
   using Base::kUnits, Base::kGates, Base::kStates, Base::kRows, Base::kItems, Base::kStep, Base::kGroup;
@@ -615,17 +641,21 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
     const bool cuts = scan_.rule.cuts(boundary(s)), cuts_next = scan_.rule.cuts(boundary(s + 1));
     for (int group = 0; group < groups; ++group) {
       const bool last_group = group + 1 == groups;
+      if (kEarly && scan_.reset) load_resets(group);
       if (s > 0 && group == 0) exchange_.wait();
       if (s > 0) block_.warps([&](const auto& warp) { exchange_.product(warp, uint32_t(s - 1), group); });
       block_.sync();
       if (!kEarly) prefetch(now_, next_, group);
+      if (!kEarly && scan_.reset) load_resets(group);
       block_.threads(registers_, [&](int, Registers& r) {
         exchange_.each_item(r.items, group, exchange_.slice_rows_, [&](int item, int n) {
           float grad_state[kStates];
 #pragma unroll
           for (int k = 0; k < kStates; ++k) grad_state[k] = state(k, r.items, n);
           grad_state[0] += exchange_.product_of(r.items, 0, item);
-          if (n < last_active_) grad_state[0] = scan_.rule.passed_back(grad_state[0], cuts && n < now_.active);
+          if (n < last_.active)
+            grad_state[0] =
+                passed_back(0, grad_state[0], cuts && n < now_.active, scan_.reset && r.resets_after[item], r.items, n);
           if (n < now_.active) {
             grad_state[0] += widened(r.grad_y[item]);
             if (scan_.states[0].flow) {
@@ -639,12 +669,15 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
                 static_cast<float*>(scan_.states[k].flow)[row * wide + r.output + item * kStep * wide] = whole[k];
             }
             float grads[Cell::grads];
-            Cell::backward(r.values[item], widened(r.h[item]), widened(r.previous_h[item]), grad_state, grads);
+            const bool was_put_back = scan_.reset && r.resets_before[item];
+            S previous_h = r.previous_h[item];
+            if (Cell::uses_previous_h && was_put_back) previous_h = reset_of(0, r.items, n);
+            Cell::backward(r.values[item], widened(r.h[item]), widened(previous_h), grad_state, grads);
 #pragma unroll
             for (int k = 0; k < Cell::grads; ++k) r.values[item][k] = grads[k];
 #pragma unroll
             for (int k = 1; k < kStates; ++k)
-              grad_state[k] = scan_.rule.passed_back(grad_state[k], cuts_next && n < next_.active);
+              grad_state[k] = passed_back(k, grad_state[k], cuts_next && n < next_.active, was_put_back, r.items, n);
           } else {
 #pragma unroll
             for (int k = 0; k < Cell::grads; ++k) r.values[item][k] = 0;
@@ -667,7 +700,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
       else if (kEarly && !last)
         prefetch(next_, second_next_, 0);
     }
-    last_active_ = now_.active;
+    last_ = now_;
     now_ = next_;
     next_ = second_next_;
     second_next_ = place(s + 3);
@@ -697,6 +730,17 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   // Whether a step's loads are under way during the step that is processed before it. A thread with many items has no
   // registers for that, and loads between product and cell.
   static constexpr bool kEarly = kItems < 4;
+
+  RNNKIT_DEVICE void load_resets(int group) {
+    load_resets(last_, now_, group, &Registers::resets_after);
+    load_resets(now_, next_, group, &Registers::resets_before);
+  }
+
+  // What a step passes back of the gradient of an item's state k, see GradientRule.
+  RNNKIT_DEVICE float passed_back(int k, float grad, bool stopped, bool is_reset, const Items& items, int n) const {
+    float* const grad_reset = static_cast<float*>(scan_.states[k].grad_reset);
+    return scan_.rule.passed_back(grad, stopped, is_reset, grad_reset ? grad_reset + state_at(items, n) : nullptr);
+  }
 
   // Called once for each step and group. Loads what the step reads of the forward pass long before it is needed, and
   // adds the incoming gradients of the states other than h to `state`. before: the step before `place`.
@@ -758,7 +802,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   RNNKIT_DEVICE int64_t boundary(int64_t s) const { return direction_ == 0 ? scan_.steps - s : s; }
 
   Place second_next_;
-  int last_active_ = 0;  // rows of the slice that have the step processed last, which passes gradients back to them
+  Place last_ = {0, 0};  // the step processed last, which passes gradients back to its rows
 };
 
 template <bool kBackward, class Block, class Cell, class S, int kUnits, int kTiles, bool kCluster>
