@@ -110,6 +110,15 @@ class Recurrence {
       if (n < active) body(item, n);
     }
   }
+  // The same, with code for one item instead of kItems and few registers: for what is rare.
+  template <class Body>
+  RNNKIT_DEVICE void each_item_in_turn(const Items& items, int group, int active, const Body& body) const {
+#pragma unroll 1
+    for (int item = 0; item < kItems; ++item) {
+      const int n = group * kGroup + items.n + item * kStep;
+      if (n < active) body(item, n);
+    }
+  }
   RNNKIT_DEVICE int groups() const { return tiles_ / kTiles; }
   // Rows of the slice that are among the first `count` rows of the batch.
   RNNKIT_DEVICE int active(int64_t count) const {
@@ -247,6 +256,13 @@ class Recurrence {
     return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
   }
 
+  // Leaves zero of an item's element of the product.
+  RNNKIT_DEVICE void clear_product(const Items& items, int k, int item) const {
+    float* const of_warps = sums_ + items.unit * kStride + items.n + k * kUnits * kStride + item * kStep;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) of_warps[warp * kRowBlocks * 8 * kStride] = 0;
+  }
+
   // Writes an item's value of gate k into exchange number `exchange`; in a cluster, where multicast() finds it.
   RNNKIT_DEVICE void stage(uint32_t exchange, const Items& items, int k, int item, int group, S value) const {
     if constexpr (kCluster) {
@@ -329,8 +345,6 @@ class Recurrence {
 };
 
 // What a thread holds from step to step. gates, output, reserve: from a step's first row to the thread's first item.
-// resets: whether an item's row is put back between this step and the one before or after it in the forward pass; not
-// set in a scan without resets.
 template <class Cell, class S, class Items, int kItems>
 struct ForwardRegisters {
   Items items;
@@ -339,7 +353,7 @@ struct ForwardRegisters {
   S x[kItems][Cell::gates];  // as it was loaded: to convert it would be to wait for it
   float save[kItems][Cell::saved + 1], before[kItems][Cell::states];
   S h[kItems];
-  bool resets_after[kItems];
+  bool resets[kItems];  // in a scan with resets: whether the row is put back after this step
 };
 template <class Cell, class S, class Items, int kItems>
 struct BackwardRegisters {
@@ -347,7 +361,6 @@ struct BackwardRegisters {
   int64_t gates, output, reserve;
   float values[kItems][Cell::saved > Cell::grads ? Cell::saved : Cell::grads];  // what was saved, then the gradients
   S h[kItems], previous_h[kItems], grad_y[kItems];
-  bool resets_before[kItems], resets_after[kItems];
 };
 
 // What both passes have: the order of time, each thread's states and registers.
@@ -414,15 +427,11 @@ class Pass {
     const void* const reset = scan_.states[k].reset;
     return reset ? *at<S>(reset, state_at(items, n)) : S{};
   }
-  // Loads whether the rows of a group are put back between two steps, of which `second` is processed right after `first`.
-  RNNKIT_DEVICE void load_resets(const Place& first, const Place& second, int group,
-                                 bool (Registers::*resets)[kItems]) {
-    const int active = first.active < second.active ? first.active : second.active;
-    const bool* const later = scan_.reset + (backwards_ ? first : second).row;  // in time
-    block_.threads(registers_, [&](int, Registers& r) {
-      exchange_.each_item(r.items, group, exchange_.slice_rows_,
-                          [&](int item, int n) { (r.*resets)[item] = n < active && later[n]; });
-    });
+  // In a scan with resets: whether a row is put back between two steps, of which `second` is processed right after
+  // `first`.
+  RNNKIT_DEVICE bool is_put_back(const Place& first, const Place& second, int n) const {
+    const int64_t later = backwards_ ? first.row : second.row;  // in time
+    return n < first.active && n < second.active && scan_.reset[later + n];
   }
 
   const Block block_;
@@ -440,7 +449,7 @@ template <class Block, class Cell_, class S_, int kUnits_, int kTiles_, bool kCl
 class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, false> {
   using Base = Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, false>;
   using Base::block_, Base::scan_, Base::exchange_, Base::direction_, Base::registers_, Base::now_, Base::next_;
-  using Base::state, Base::state_at, Base::place, Base::reset_of, Base::load_resets;
+  using Base::state, Base::state_at, Base::place, Base::reset_of, Base::is_put_back;
 
  public:
   using Base::kUnits, Base::kGates, Base::kStates, Base::kRows, Base::kItems, Base::kStep, Base::kGroup;
@@ -499,7 +508,7 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
     const int groups = exchange_.groups();
     for (int group = 0; group < groups; ++group) {
       const bool last_group = group + 1 == groups;
-      if (scan_.reset) load_resets(now_, next_, group, &Registers::resets_after);
+      if (scan_.reset) load_resets(group);
       if (!first && group == 0) exchange_.wait();
       if (!first) block_.warps([&](const auto& warp) { exchange_.product(warp, uint32_t(s), group); });
       block_.sync();
@@ -519,17 +528,17 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
 #pragma unroll
           for (int k = 0; k < kStates; ++k) state(k, r.items, n) = state_of[k];
           r.h[item] = narrowed<S>(state_of[0]);
-          const bool goes_back = scan_.reset && r.resets_after[item];
-          if (!last)
-            exchange_.stage(uint32_t(s + 1), r.items, 0, item, group, goes_back ? reset_of(0, r.items, n) : r.h[item]);
+          if (!last) exchange_.stage(uint32_t(s + 1), r.items, 0, item, group, r.h[item]);
         });
       });
+      if (scan_.reset) put_back_h(s, group);
       block_.sync();
       if (last_group && !last) {
         block_.threads(registers_, [&](int thread, Registers&) { exchange_.multicast(thread, uint32_t(s + 1)); });
         exchange_.publish(uint32_t(s + 1));
       }
       write_step(group);
+      if (scan_.reset) put_back_states(group);
       if (!last_group)
         prefetch(now_, group + 1);
       else if (!last)
@@ -564,8 +573,32 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
     });
   }
 
-  // Writes the output, other states' values if they are asked for, and what the backward pass is to find. Then puts the
-  // states of rows back.
+  // In a scan with resets, load_resets() begins a step, put_back_h() replaces h in the next exchange, and
+  // put_back_states() the states after their values were written.
+  RNNKIT_DEVICE void load_resets(int group) {
+    block_.threads(registers_, [&](int, Registers& r) {
+      exchange_.each_item(r.items, group, now_.active,
+                          [&](int item, int n) { r.resets[item] = is_put_back(now_, next_, n); });
+    });
+  }
+  RNNKIT_DEVICE void put_back_h(int64_t s, int group) {
+    block_.threads(registers_, [&](int, Registers& r) {
+      exchange_.each_item(r.items, group, now_.active, [&](int item, int n) {
+        if (r.resets[item]) exchange_.stage(uint32_t(s + 1), r.items, 0, item, group, reset_of(0, r.items, n));
+      });
+    });
+  }
+  RNNKIT_DEVICE void put_back_states(int group) {
+    block_.threads(registers_, [&](int, Registers& r) {
+      exchange_.each_item(r.items, group, now_.active, [&](int item, int n) {
+        if (r.resets[item])
+#pragma unroll
+          for (int k = 0; k < kStates; ++k) state(k, r.items, n) = widened(reset_of(k, r.items, n));
+      });
+    });
+  }
+
+  // Writes the output, other states' values if they are asked for, and what the backward pass is to find.
   RNNKIT_DEVICE void write_step(int group) {
     const int64_t hidden = scan_.hidden, row = now_.row + group * kGroup, wide = scan_.directions * hidden;
     const int values = scan_.keep == Keep::everything ? Cell::saved : kStates - 1;
@@ -587,9 +620,6 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
 #pragma unroll
           for (int k = 0; k < kStates - 1; ++k) to[k * hidden] = r.before[item][k];
         }
-        if (scan_.reset && r.resets_after[item])
-#pragma unroll
-          for (int k = 0; k < kStates; ++k) state(k, r.items, n) = widened(reset_of(k, r.items, n));
       });
     });
   }
@@ -601,7 +631,7 @@ template <class Block, class Cell_, class S_, int kUnits_, int kTiles_, bool kCl
 class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, true> {
   using Base = Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, true>;
   using Base::block_, Base::scan_, Base::exchange_, Base::direction_, Base::registers_, Base::now_, Base::next_;
-  using Base::state, Base::state_at, Base::place, Base::reset_of, Base::load_resets;
+  using Base::state, Base::state_at, Base::place, Base::reset_of, Base::is_put_back;
 
  public:
   using Base::kUnits, Base::kGates, Base::kStates, Base::kRows, Base::kItems, Base::kStep, Base::kGroup;
@@ -631,7 +661,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
     });
     now_ = place(0);
     next_ = place(1);
-    second_next_ = place(2);
+    if (kEarly) second_next_ = place(2);
     if (kEarly) prefetch(now_, next_, 0);
   }
 
@@ -639,23 +669,21 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
     const bool last = s + 1 == scan_.steps;
     const int groups = exchange_.groups();
     const bool cuts = scan_.rule.cuts(boundary(s)), cuts_next = scan_.rule.cuts(boundary(s + 1));
+    const bool stops_next = cuts_next && !scan_.reset;  // else end_others() does it
     for (int group = 0; group < groups; ++group) {
       const bool last_group = group + 1 == groups;
-      if (kEarly && scan_.reset) load_resets(group);
       if (s > 0 && group == 0) exchange_.wait();
       if (s > 0) block_.warps([&](const auto& warp) { exchange_.product(warp, uint32_t(s - 1), group); });
       block_.sync();
+      if (scan_.reset && s > 0) end_h(place(s - 1), group);
       if (!kEarly) prefetch(now_, next_, group);
-      if (!kEarly && scan_.reset) load_resets(group);
       block_.threads(registers_, [&](int, Registers& r) {
         exchange_.each_item(r.items, group, exchange_.slice_rows_, [&](int item, int n) {
           float grad_state[kStates];
 #pragma unroll
           for (int k = 0; k < kStates; ++k) grad_state[k] = state(k, r.items, n);
           grad_state[0] += exchange_.product_of(r.items, 0, item);
-          if (n < last_.active)
-            grad_state[0] =
-                passed_back(0, grad_state[0], cuts && n < now_.active, scan_.reset && r.resets_after[item], r.items, n);
+          if (n < last_active_) grad_state[0] = scan_.rule.passed_back(grad_state[0], cuts && n < now_.active);
           if (n < now_.active) {
             grad_state[0] += widened(r.grad_y[item]);
             if (scan_.states[0].flow) {
@@ -669,15 +697,12 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
                 static_cast<float*>(scan_.states[k].flow)[row * wide + r.output + item * kStep * wide] = whole[k];
             }
             float grads[Cell::grads];
-            const bool was_put_back = scan_.reset && r.resets_before[item];
-            S previous_h = r.previous_h[item];
-            if (Cell::uses_previous_h && was_put_back) previous_h = reset_of(0, r.items, n);
-            Cell::backward(r.values[item], widened(r.h[item]), widened(previous_h), grad_state, grads);
+            Cell::backward(r.values[item], widened(r.h[item]), widened(r.previous_h[item]), grad_state, grads);
 #pragma unroll
             for (int k = 0; k < Cell::grads; ++k) r.values[item][k] = grads[k];
 #pragma unroll
             for (int k = 1; k < kStates; ++k)
-              grad_state[k] = passed_back(k, grad_state[k], cuts_next && n < next_.active, was_put_back, r.items, n);
+              grad_state[k] = scan_.rule.passed_back(grad_state[k], stops_next && n < next_.active);
           } else {
 #pragma unroll
             for (int k = 0; k < Cell::grads; ++k) r.values[item][k] = 0;
@@ -695,15 +720,16 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
         exchange_.publish(uint32_t(s));
       }
       write_step(group);
+      if (scan_.reset) end_others(group, cuts_next);
       if (kEarly && !last_group)
         prefetch(now_, next_, group + 1);
       else if (kEarly && !last)
         prefetch(next_, second_next_, 0);
     }
-    last_ = now_;
+    last_active_ = now_.active;
     now_ = next_;
-    next_ = second_next_;
-    second_next_ = place(s + 3);
+    next_ = kEarly ? second_next_ : place(s + 2);
+    if (kEarly) second_next_ = place(s + 3);
   }
 
   RNNKIT_DEVICE void end() {
@@ -731,12 +757,32 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   // registers for that, and loads between product and cell.
   static constexpr bool kEarly = kItems < 4;
 
-  RNNKIT_DEVICE void load_resets(int group) {
-    load_resets(last_, now_, group, &Registers::resets_after);
-    load_resets(now_, next_, group, &Registers::resets_before);
+  // In a scan with resets: where a row is put back, adds what would pass back to the gradients of the states it is put
+  // back to, and leaves zero. end_h() does it for h after this step, whose gradient the product has completed;
+  // end_others() for the other states before this step.
+  RNNKIT_DEVICE void end_h(const Place& last, int group) {
+    block_.threads(registers_, [&](int, Registers& r) {
+      exchange_.each_item_in_turn(r.items, group, now_.active, [&](int item, int n) {
+        if (!is_put_back(last, now_, n)) return;
+        float& grad = state(0, r.items, n);
+        grad = passed_back(0, grad + exchange_.product_of(r.items, 0, item), false, true, r.items, n);
+        exchange_.clear_product(r.items, 0, item);
+      });
+    });
   }
-
-  // What a step passes back of the gradient of an item's state k, see GradientRule.
+  RNNKIT_DEVICE void end_others(int group, bool cuts_next) {
+    block_.threads(registers_, [&](int, Registers& r) {
+      exchange_.each_item_in_turn(r.items, group, now_.active, [&](int, int n) {
+        const bool is_reset = is_put_back(now_, next_, n);
+#pragma unroll
+        for (int k = 1; k < kStates; ++k) {
+          float& grad = state(k, r.items, n);
+          grad = passed_back(k, grad, cuts_next && n < next_.active, is_reset, r.items, n);
+        }
+      });
+    });
+  }
+  // What passes back of the gradient of an item's state k, see GradientRule.
   RNNKIT_DEVICE float passed_back(int k, float grad, bool stopped, bool is_reset, const Items& items, int n) const {
     float* const grad_reset = static_cast<float*>(scan_.states[k].grad_reset);
     return scan_.rule.passed_back(grad, stopped, is_reset, grad_reset ? grad_reset + state_at(items, n) : nullptr);
@@ -761,7 +807,9 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
         r.h[item] = Cell::uses_h ? output[output_at] : S{};
         r.previous_h[item] = S{};
         if constexpr (Cell::uses_previous_h) {
-          if (!carry.begins(n))
+          if (scan_.reset && is_put_back(place, before, n))
+            r.previous_h[item] = reset_of(0, r.items, n);
+          else if (!carry.begins(n))
             r.previous_h[item] = previous[output_at];
           else if (scan_.states[0].initial)
             r.previous_h[item] = *at<S>(scan_.states[0].initial, state_at(r.items, n));
@@ -802,7 +850,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   RNNKIT_DEVICE int64_t boundary(int64_t s) const { return direction_ == 0 ? scan_.steps - s : s; }
 
   Place second_next_;
-  Place last_ = {0, 0};  // the step processed last, which passes gradients back to its rows
+  int last_active_ = 0;  // rows of the slice that have the step processed last, which passes gradients back to them
 };
 
 template <bool kBackward, class Block, class Cell, class S, int kUnits, int kTiles, bool kCluster>
