@@ -14,8 +14,6 @@ from torch import Tensor
 from rnnkit import backends, plan
 from rnnkit.gpu import Backward, GpuCall, stacked
 
-RESETS = True  #: see `rnnkit.gpu.Scans`
-
 
 @lru_cache
 def device_of(index: int) -> plan.Gpu:

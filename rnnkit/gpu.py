@@ -35,8 +35,6 @@ class Design(Protocol):
 class Scans(Protocol):
     """The functions of a backend's module: the scans of one layer. The products over all rows are made here."""
 
-    RESETS: bool  #: Whether the scans know `LayerCall.reset`. If not, the reference computes calls that have it.
-
     def choose(self, scan: plan.Scan, device: torch.device) -> Design:
         """Plans a scan for a device."""
 
@@ -294,7 +292,7 @@ def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
 def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
     """`rnnkit::layer_forward` on CUDA tensors."""
     run = scans(call.input.device)
-    if run is None or (call.reset is not None and not run.RESETS):
+    if run is None:
         return ops.forward_composite(call, packed, keep)
     call.check_keep(keep)
     call = GpuCall.of(call)
@@ -313,7 +311,7 @@ def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
 def layer_backward(back: BackwardCall) -> list[Tensor]:
     """`rnnkit::layer_backward` on CUDA tensors."""
     run = scans(back.call.input.device)
-    if run is None or (back.call.reset is not None and not run.RESETS):
+    if run is None:
         return ops.backward_composite(back)
     call = GpuCall.of(back.call)
     back = replace(back, call=call)

@@ -353,7 +353,7 @@ struct ForwardRegisters {
   S x[kItems][Cell::gates];  // as it was loaded: to convert it would be to wait for it
   float save[kItems][Cell::saved + 1], before[kItems][Cell::states];
   S h[kItems];
-  bool resets[kItems];  // in a scan with resets: whether the row is put back after this step
+  bool resets[kItems];  // in a scan with resets: whether the row is put back after the step
 };
 template <class Cell, class S, class Items, int kItems>
 struct BackwardRegisters {
@@ -573,8 +573,9 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
     });
   }
 
-  // In a scan with resets, load_resets() begins a step, put_back_h() replaces h in the next exchange, and
-  // put_back_states() the states after their values were written.
+  // In a scan with resets: load_resets() asks which rows are put back after this step, before the product, which takes
+  // longer than the loads. put_back_h() writes their h into the next exchange; put_back_states() their states, once the
+  // results of this step are written.
   RNNKIT_DEVICE void load_resets(int group) {
     block_.threads(registers_, [&](int, Registers& r) {
       exchange_.each_item(r.items, group, now_.active,
@@ -669,13 +670,13 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
     const bool last = s + 1 == scan_.steps;
     const int groups = exchange_.groups();
     const bool cuts = scan_.rule.cuts(boundary(s)), cuts_next = scan_.rule.cuts(boundary(s + 1));
-    const bool stops_next = cuts_next && !scan_.reset;  // else end_others() does it
+    const bool stops_next = cuts_next && !scan_.reset;  // with resets sum_reset_others() does it
     for (int group = 0; group < groups; ++group) {
       const bool last_group = group + 1 == groups;
       if (s > 0 && group == 0) exchange_.wait();
       if (s > 0) block_.warps([&](const auto& warp) { exchange_.product(warp, uint32_t(s - 1), group); });
       block_.sync();
-      if (scan_.reset && s > 0) end_h(place(s - 1), group);
+      if (scan_.reset && s > 0) sum_reset_h(place(s - 1), group);
       if (!kEarly) prefetch(now_, next_, group);
       block_.threads(registers_, [&](int, Registers& r) {
         exchange_.each_item(r.items, group, exchange_.slice_rows_, [&](int item, int n) {
@@ -720,7 +721,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
         exchange_.publish(uint32_t(s));
       }
       write_step(group);
-      if (scan_.reset) end_others(group, cuts_next);
+      if (scan_.reset) sum_reset_others(group, cuts_next);
       if (kEarly && !last_group)
         prefetch(now_, next_, group + 1);
       else if (kEarly && !last)
@@ -757,10 +758,11 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   // registers for that, and loads between product and cell.
   static constexpr bool kEarly = kItems < 4;
 
-  // In a scan with resets: where a row is put back, adds what would pass back to the gradients of the states it is put
-  // back to, and leaves zero. end_h() does it for h after this step, whose gradient the product has completed;
-  // end_others() for the other states before this step.
-  RNNKIT_DEVICE void end_h(const Place& last, int group) {
+  // In a scan with resets: where a row is put back, what would pass back is added to the gradients of the states that it
+  // is put back to, and zero is left. sum_reset_h() does so for h after this step, whose gradient the product has
+  // completed; sum_reset_others() for the other states before this step, and for cuts. step() does the rest as if there
+  // were no resets, so that a scan without them has the same code.
+  RNNKIT_DEVICE void sum_reset_h(const Place& last, int group) {
     block_.threads(registers_, [&](int, Registers& r) {
       exchange_.each_item_in_turn(r.items, group, now_.active, [&](int item, int n) {
         if (!is_put_back(last, now_, n)) return;
@@ -770,7 +772,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
       });
     });
   }
-  RNNKIT_DEVICE void end_others(int group, bool cuts_next) {
+  RNNKIT_DEVICE void sum_reset_others(int group, bool cuts_next) {
     block_.threads(registers_, [&](int, Registers& r) {
       exchange_.each_item_in_turn(r.items, group, now_.active, [&](int, int n) {
         const bool is_reset = is_put_back(now_, next_, n);
