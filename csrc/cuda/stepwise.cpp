@@ -151,7 +151,7 @@ class Stepwise {
   bool cuts(int d, int64_t s) const {
     return s > 0 && s < scan_.steps && scan_.rule.cuts(std::max(time(d, s), time(d, s - 1)));
   }
-  // Of the first rows: whether they are put back between the step before and step s, which they have both.
+  // Of the rows that have step s and the one before: whether they are put back between these; null where none is.
   const bool* resets(int d, int64_t s) const {
     const bool is_boundary = scan_.reset && s > 0 && s < scan_.steps;
     return is_boundary ? scan_.reset + offsets_[std::max(time(d, s), time(d, s - 1))] : nullptr;
@@ -216,8 +216,8 @@ class Stepwise {
     }
   }
 
-  // After step 0 of the backward pass: a launch in which no row is active. It adds the last product and writes the
-  // gradients of the initial states.
+  // After step 0 of the backward pass: a launch in which no row is active, and none is asked whether it is put back. It
+  // adds the last product and writes the gradients of the initial states.
   void initial_gradients(int first, Steps& steps, const Matrices& recurrent) const {
     bool any = false;
     for (int j = 0; j < steps.directions; ++j) {
@@ -225,7 +225,6 @@ class Stepwise {
       Step& step = steps.of[j];
       step.carry = {};
       step.cuts_before = step.cuts_after = false;
-      step.resets_before = step.resets_after = nullptr;
       step.rows = scan_.batch;
       step.grad_recurrent_rows = scan_.w_hr ? 0 : count(time(d, 0));
       for (int k = 0; k < sizes_.states; ++k) {
