@@ -14,8 +14,6 @@ from torch import Tensor
 from rnnkit import backends, plan
 from rnnkit.gpu import Backward, GpuCall, stacked
 
-RESETS = False  #: see `rnnkit.gpu.Scans`
-
 
 @lru_cache
 def device_of(index: int) -> plan.Gpu:
@@ -71,7 +69,7 @@ def forward(
         call.w_hh,
         call.b_ih,
         call.b_hh,
-        call.states,
+        *_before(call),
         call.offsets(),
         call.steps,
         call.batch,
@@ -82,6 +80,11 @@ def forward(
         finals,
         reserve,
     )
+
+
+def _before(call: GpuCall) -> tuple[Sequence[Tensor], Tensor | None, Sequence[Tensor]]:
+    """What sequences begin with, where they are put back, and to which states."""
+    return call.initial_states, call.reset, call.reset_states
 
 
 def _between(call: GpuCall) -> Tensor:
@@ -105,7 +108,7 @@ def _stepwise_forward(
         call.b_ih,
         call.b_hh,
         stacked(call.w_hr),
-        call.states,
+        *_before(call),
         call.counts,
         keep,
         call.precise,
@@ -131,14 +134,37 @@ def backward(
     grad_output, *grad_finals = back.grads
     missing = call.spec.states - 1 - len(grad_all_states)
     grad_outputs = [grad_output, *grad_all_states, *[None] * missing]
+    states = call.spec.states
+    grad_initial, wanted = initial_grads[:states], initial_grads[states:]
+    # Sums over the steps.
+    grad_resets = [torch.zeros_like(state, dtype=call.sum_dtype) for state in call.reset_states]
+    grads = grad_outputs, grad_finals, grad_initial, grad_resets
     chosen = choose(call.scan(backward=True), call.input.device)
+    grad_projected = None
     if chosen.kernel == "stepwise":
-        return _stepwise_backward(back, grad_outputs, grad_finals, initial_grads)
+        grad_projected = _stepwise_backward(back, *grads)
+    else:
+        _persistent_backward(back, chosen, *grads)
+    for grad, found in zip(wanted, grad_resets, strict=True):
+        if grad is not None:
+            grad.copy_(found)
+    return grad_projected
+
+
+def _persistent_backward(
+    back: Backward,
+    chosen: plan.Plan,
+    grad_outputs: Sequence[Tensor | None],
+    grad_finals: Sequence[Tensor | None],
+    grad_initial: Sequence[Tensor | None],
+    grad_resets: Sequence[Tensor],
+) -> None:
+    call = back.call
     torch.ops.rnnkit.persistent_backward(
         call.cell,
         *chosen.arguments,
         [w.t().contiguous() for w in call.w_hh if w is not None],
-        call.states,
+        *_before(call),
         call.offsets(),
         call.steps,
         call.batch,
@@ -151,17 +177,18 @@ def backward(
         call.precise,
         _workspace(call, chosen),
         back.grad_gates,
-        initial_grads,
+        grad_initial,
+        grad_resets,
         back.flow,
     )
-    return None
 
 
 def _stepwise_backward(
     back: Backward,
     grad_outputs: Sequence[Tensor | None],
     grad_finals: Sequence[Tensor | None],
-    initial_grads: Sequence[Tensor | None],
+    grad_initial: Sequence[Tensor | None],
+    grad_resets: Sequence[Tensor],
 ) -> Tensor | None:
     call, new = back.call, back.call.input.new_empty
     grad_projected = new(call.directions, call.rows, call.projected) if call.projects else None
@@ -169,7 +196,7 @@ def _stepwise_backward(
         call.cell,
         stacked(call.w_hh),
         stacked(call.w_hr),
-        call.states,
+        *_before(call),
         call.counts,
         call.precise,
         back.output,
@@ -183,7 +210,8 @@ def _stepwise_backward(
         new(call.state_shape(1)) if call.projects else None,
         grad_projected,
         back.grad_gates,
-        initial_grads,
+        grad_initial,
+        grad_resets,
         back.flow,
     )
     return grad_projected

@@ -35,8 +35,6 @@ class Design(Protocol):
 class Scans(Protocol):
     """The functions of a backend's module: the scans of one layer. The products over all rows are made here."""
 
-    RESETS: bool  #: Whether the scans know `LayerCall.reset`. If not, the reference computes calls that have it.
-
     def choose(self, scan: plan.Scan, device: torch.device) -> Design:
         """Plans a scan for a device."""
 
@@ -291,16 +289,15 @@ def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
 
 
-def _knows(run: Scans, call: LayerCall) -> bool:
+def _knows(call: LayerCall) -> bool:
     """Whether the kernels have what the call asks for. If not, the reference computes it."""
-    noise = call.operand_mask is not None or len(call.zoneout) > 0
-    return not noise and (call.reset is None or run.RESETS)
+    return call.operand_mask is None and len(call.zoneout) == 0
 
 
 def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
     """`rnnkit::layer_forward` on CUDA tensors."""
     run = scans(call.input.device)
-    if run is None or not _knows(run, call):
+    if run is None or not _knows(call):
         return ops.forward_composite(call, packed, keep)
     call.check_keep(keep)
     call = GpuCall.of(call)
@@ -319,7 +316,7 @@ def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
 def layer_backward(back: BackwardCall) -> list[Tensor]:
     """`rnnkit::layer_backward` on CUDA tensors."""
     run = scans(back.call.input.device)
-    if run is None or not _knows(run, back.call):
+    if run is None or not _knows(back.call):
         return ops.backward_composite(back)
     call = GpuCall.of(back.call)
     back = replace(back, call=call)

@@ -347,7 +347,7 @@ SIZES = (
     (130, 7, 9, 20),
 )
 
-#: Resets. CUDA's kernels have none: there the reference runs.
+#: Sequences that are put back: many and few, to zeros and to given states, also where gradients are cut.
 RESETS: tuple[dict, ...] = (
     {"resets": 0.5},
     {"resets": 0.3, "states": False},

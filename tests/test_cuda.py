@@ -61,7 +61,7 @@ INPUTS = (7, 64, 33, 130, 1)
 
 
 def _sweep() -> Iterator[Case]:
-    """Every hidden size with one or two batches, drawn along diagonals, and a third of these ragged."""
+    """Every hidden size with one or two batches, drawn along diagonals; a third also ragged, a third with resets."""
     pairs = [(h, BATCHES[(3 * i + 3) % 8]) for i, h in enumerate(HIDDEN)]
     pairs += [(h, BATCHES[(3 * i + 7) % 8]) for i, h in enumerate(HIDDEN) if i % 2]
     for index, (hidden, batch) in enumerate(pairs):
@@ -69,6 +69,8 @@ def _sweep() -> Iterator[Case]:
         yield case
         if index % 3 == 0:
             yield replace(case, lengths=tuple(6 - 6 * n // batch for n in range(batch)))
+        if index % 3 == 1:
+            yield replace(case, resets=0.2, reset_states=index % 2 == 0)
 
 
 SWEEP = [
@@ -93,6 +95,8 @@ SMALL = [
         ((9, 5, 33, 100), {}),
         ((9, 5, 33, 100), {"lengths": (9, 9, 4, 2, 1)}),
         ((9, 5, 33, 100), {"grad_clip": 0.05, "grad_cut": 2, "lengths": (9, 9, 4, 2, 1)}),
+        ((9, 5, 33, 100), {"resets": 0.3, "reset_states": True, "lengths": (9, 9, 4, 2, 1)}),
+        ((7, 40, 64, 256), {"resets": 0.1, "reset_states": True, "grad_clip": 0.05, "grad_cut": 2}),
         ((7, 40, 64, 256), {}),
         ((7, 40, 64, 256), {"grad_clip": 0.05}),
         ((7, 8, 64, 650), {}),
@@ -237,6 +241,11 @@ REPEATED = [
     )
     for dtype in (*DTYPES, *[torch.float64] * (sizes[0] == 7))
     for directions in (1, 2)
+]
+
+
+REPEATED += [
+    replace(case, resets=0.3, reset_states=True) for case in REPEATED if case.directions == 2
 ]
 
 
@@ -630,13 +639,14 @@ def test_more_elements_than_32_bits_count(cell: str, hidden: int) -> None:
 # For compute-sanitizer, under which all else takes long: pytest -k sanitize
 
 
+@pytest.mark.parametrize("resets", (0, 0.4))
 @pytest.mark.parametrize("hidden", (20, 33))
 @each_dtype
 @each_cell
-def test_sanitize(cell: str, dtype: torch.dtype, hidden: int, kernel: str) -> None:
+def test_sanitize(cell: str, dtype: torch.dtype, hidden: int, resets: float, kernel: str) -> None:
     """Both passes, ragged, in both directions; what is compared is compared on the CPU."""
-    lengths = (3, 3, 2, 1, 1)
-    it = call(Case(cell, (3, 5, 7, hidden), 2, lengths, dtype=dtype, off_kink=True))
+    case = Case(cell, (3, 5, 7, hidden), 2, (3, 3, 2, 1, 1), dtype=dtype, off_kink=True)
+    it = call(replace(case, resets=resets, reset_states=resets > 0))
     results = {name: result.cpu() for name, result in it.on("cuda").run().items()}
     truth = it.to(torch.float64).reference()
     for name, share in errors(results, truth).items():

@@ -9,9 +9,11 @@ import pytest
 import test_kernels
 import torch
 from kernel_cases import (
+    RESETS,
     Case,
     assert_case_matches_reference,
     assert_matches_reference,
+    assert_same_bits,
     call,
     small_cases,
 )
@@ -78,6 +80,7 @@ VARIANTS: tuple[dict, ...] = (
     {"grad_clip": 0.05, "grad_cut": 2, "lengths": (5, 4, 2, 1)},
     {"grad_clip": 0.05, "grad_cut": 3, "lengths": (7,) * 7 + (3,) * 9 + (2,) * 12},
     {"grad_clip": 0.05},
+    *RESETS,
 )
 
 
@@ -119,12 +122,17 @@ def test_against_reference(case: Case, kernel: str, keep: Keep) -> None:
         {},
         {"lengths": (4, 3, 3, 1)},
         {"grad_clip": 0.05, "grad_cut": 2, "lengths": (5, 4, 2, 1)},
+        {"resets": 0.4},
+        {"resets": 0.4, "directions": 1, "reset_states": True},
+        {"resets": 0.4, "directions": 1, "grad_clip": 0.05, "grad_cut": 2, "states": False},
+        {"resets": 0.4, "reset_states": True, "lengths": (5, 4, 2, 1), "grad_clip": 0.05},
     ),
-    ids=("dense", "ragged", "gradient rule"),
+    ids=("dense", "ragged", "gradient rule", "reset", "to states", "with a rule", "ragged, reset"),
 )
 def test_projection(variant: dict, dtype: torch.dtype, kernel: str) -> None:
     """Runs step by step, whatever is forced."""
-    case = Case("lstm", (4, 9, 5, 33), 2, projected=11, dtype=dtype, **variant)
+    options: dict = {"directions": 2, "projected": 11, "dtype": dtype, **variant}
+    case = Case("lstm", (4, 9, 5, 33), **options)
     with plan.forced(kernel):
         assert [chosen.kernel for chosen in kernels_of(case)] == ["stepwise"] * 2
         assert_case_matches_reference(case)
@@ -146,6 +154,66 @@ def test_what_a_step_passes_back(
 
 
 @on_host
+@each_kernel
+@pytest.mark.parametrize("directions", (1, 2))
+@pytest.mark.parametrize(
+    "variant",
+    (
+        {"lengths": (5, 3, 3, 1)},
+        {"reset_states": True, "lengths": (5, 5, 3, 2, 2, 1), "grad_clip": 0.05},
+        {"reset_states": True, "grad_clip": 0.05, "grad_cut": 2},
+        {"states": False, "grad_cut": 3},
+    ),
+    ids=("ragged", "ragged, to states", "with a rule", "cut"),
+)
+@each_cell
+def test_resets(cell: str, variant: dict, directions: int, kernel: str) -> None:
+    """At boundaries that are also cut, and of rows that end, begin later or do neither there."""
+    all_states = directions == 2 and CELLS[cell].states > 1
+    options = {"off_kink": True, "all_states": all_states, **variant}
+    case = Case(cell, (5, 6, 3, 33), directions, resets=0.4, **options)
+    with plan.forced(kernel):
+        assert_case_matches_reference(case)
+
+
+@on_host
+@each_kernel
+@pytest.mark.parametrize("case", [c for c in small_cases() if not c.projected], ids=str)
+def test_a_mask_without_resets_changes_no_bit(case: Case, kernel: str) -> None:
+    it = call(case)
+    with plan.forced(kernel):
+        expected = it.run()
+        never = torch.zeros(it.input.shape[:-1], dtype=torch.bool)
+        assert_same_bits(replace(it, reset=never).run(), expected)
+
+
+@on_host
+@each_kernel
+@pytest.mark.parametrize("projected", (0, 11))
+@each_cell
+def test_nan_does_not_pass_a_reset(cell: str, projected: int, kernel: str) -> None:
+    """Into no row that is put back after it, in either direction, and into none beside it."""
+    if projected and not CELLS[cell].projects:
+        pytest.skip("h is not projected")
+    case = Case(cell, (6, 3, 5, 33), 2, projected=projected, off_kink=True)
+    it = call(replace(case, resets=0.5, reset_states=True))
+    assert it.reset is not None
+    it.reset.zero_()
+    it.reset[3, 1] = it.reset[3, 2] = True
+    broken = replace(it, input=it.input.clone())
+    broken.input[0, 1] = broken.input[5, 2] = torch.nan
+    with plan.forced(kernel):
+        (expected,), _, _ = it.forward()
+        (found,), _, _ = broken.forward()
+    reached = torch.zeros(6, 3, 2, dtype=torch.bool)
+    reached[:3, 1, 0] = reached[0, 1, 1] = True
+    reached[5, 2, 0] = reached[3:, 2, 1] = True
+    reached = reached.repeat_interleave(projected or 33, 2)
+    assert torch.equal(found.isnan(), reached)
+    assert_same_bits([found.where(~reached, expected)], [expected])
+
+
+@on_host
 @each_dtype
 @each_cell
 def test_every_kernel_that_is_built(cell: str, dtype: torch.dtype) -> None:
@@ -163,6 +231,8 @@ def test_every_kernel_that_is_built(cell: str, dtype: torch.dtype) -> None:
                     batches.append((2 * batch_tile - 3, 2 * batch_tile))
                 for index, (batch, batch_tile) in enumerate(batches):
                     case = Case(cell, (3, batch, 5, 37), 1 + index % 2, dtype=dtype, off_kink=True)
+                    if index != 1:  # also in several groups and in the first slice alone
+                        case = replace(case, resets=0.3, reset_states=True)
                     with plan.forced(kernel, units=units, batch_tile=batch_tile):
                         for chosen, tiles_of in zip(kernels_of(case), built, strict=True):
                             found = (chosen.kernel, chosen.units, chosen.tiles)

@@ -7,6 +7,10 @@
 // The operand of a step's product is h that each row has before it. The step before writes it for the rows that it has;
 // rows that begin find their initial h, which is written before the first step. The gradient that comes back through the
 // product belongs to the step before, or, where a row begins, to its initial h: it is added to the row's carried gradient.
+//
+// A row that continues may be put back to other states between two steps, see reset of LayerCall in rnnkit/call.py.
+// Forward, the earlier step writes these states, h in the operand too, after it has written its own results. Backward,
+// what would pass back to the earlier step is added to their gradients.
 #pragma once
 
 #include "cuda/elements.h"
@@ -27,7 +31,18 @@ struct GradientRule {
     const T limit = static_cast<T>(clip);
     return grad > limit ? limit : grad < -limit ? -limit : grad;
   }
+  // is_reset: whether the row is put back at the boundary. What would pass back is then added to `grad_reset`, the
+  // gradient of the state that it is put back to, or to nothing if that is null.
+  template <class T>
+  RNNKIT_ANYWHERE T passed_back(T grad, bool stopped, bool is_reset, T* grad_reset) const {
+    if (is_reset && grad_reset) *grad_reset += passed_back(grad, false);
+    return passed_back(grad, stopped || is_reset);
+  }
 };
+
+// Whether row n, which continues across a boundary between two steps, is put back there. resets: of the rows at that
+// boundary; null where none is.
+RNNKIT_ANYWHERE bool is_reset(const bool* resets, int64_t n) { return resets && resets[n]; }
 
 // Rows of one step of one direction; before and after are the neighbours in the order of that direction's forward pass.
 template <class Int>
@@ -39,6 +54,8 @@ struct Carry {
   RNNKIT_ANYWHERE bool is_active(Int n) const { return n < active; }
   // For an active row: before this step it has its initial states. Also true for rows that are over.
   RNNKIT_ANYWHERE bool begins(Int n) const { return n >= before; }
+  // Rows that have this step and the one after.
+  RNNKIT_ANYWHERE Int continuing() const { return active < after ? active : after; }
   // This step leaves the row's final states, whose gradients the backward pass begins with.
   RNNKIT_ANYWHERE bool ends(Int n) const { return n < active && n >= after; }
 };

@@ -76,4 +76,13 @@ std::string launch_add(Type type, const Addition& addition, Stream) {
   return "";
 }
 
+std::string launch_put_back(Type type, const PutBack& put_back, Stream) {
+  with_type(type, [&](auto element) {
+    for (int64_t n = 0; n < put_back.rows; ++n)
+      for (int64_t column = 0; column < put_back.width; ++column)
+        put_back_element<decltype(element)>(put_back, n, column);
+  });
+  return "";
+}
+
 }  // namespace rnnkit::cuda

@@ -82,6 +82,10 @@ struct Step {
   const void *b_ih, *b_hh;  // of S, [G*H] or null
   void* h;                  // of S, [N, H] or null: the operand of the next product
 
+  // Of rows that have this step and its neighbour: whether they are put back between them, see is_reset.
+  const bool *resets_before, *resets_after;
+  bool projects;  // h here is before its projection: the projected one is put back, and the rule holds for it
+
   // The backward pass.
   const void* previous_output;  // of S, [before, stride]: h of the step before
   // Of S, [grad_recurrent_rows, H] or null: the gradient of h through w_hh, for the rows of the step after, which are
@@ -90,9 +94,8 @@ struct Step {
   const void* grad_recurrent;
   int64_t grad_recurrent_rows;
   GradientRule rule;
-  bool recurrent_is_passed_back;  // grad_recurrent completes what the step after passes back; not with a projection
-  bool cuts_before, cuts_after;   // whether the rule cuts the boundary to the step before, to the step after
-  void* grad_gates;               // of S, [active, grad_gate_stride], from the direction's first on
+  bool cuts_before, cuts_after;  // whether the rule cuts the boundary to the step before, to the step after
+  void* grad_gates;              // of S, [active, grad_gate_stride], from the direction's first on
   int64_t grad_gate_stride;
 };
 
@@ -132,7 +135,18 @@ struct Addition {
   int64_t rows, width;
   GradientRule rule;
   int64_t passed_back, stopped;
+  const bool* resets;  // [passed_back], see is_reset, or null
+  void* grad_reset;    // of Sum<S>, [passed_back, width] or null: what these rows pass back is added to it
 };
 std::string launch_add(Type type, const Addition& addition, Stream stream);
+
+// h [rows, width] of S: rows that are put back get those of `reset` [rows, width], zeros if that is null.
+struct PutBack {
+  void* h;
+  const void* reset;
+  const bool* resets;  // [rows], see is_reset
+  int64_t rows, width;
+};
+std::string launch_put_back(Type type, const PutBack& put_back, Stream stream);
 
 }  // namespace rnnkit::cuda

@@ -110,6 +110,15 @@ class Recurrence {
       if (n < active) body(item, n);
     }
   }
+  // The same, with code for one item instead of kItems and few registers: for what is rare.
+  template <class Body>
+  RNNKIT_DEVICE void each_item_in_turn(const Items& items, int group, int active, const Body& body) const {
+#pragma unroll 1
+    for (int item = 0; item < kItems; ++item) {
+      const int n = group * kGroup + items.n + item * kStep;
+      if (n < active) body(item, n);
+    }
+  }
   RNNKIT_DEVICE int groups() const { return tiles_ / kTiles; }
   // Rows of the slice that are among the first `count` rows of the batch.
   RNNKIT_DEVICE int active(int64_t count) const {
@@ -247,6 +256,13 @@ class Recurrence {
     return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
   }
 
+  // Leaves zero of an item's element of the product.
+  RNNKIT_DEVICE void clear_product(const Items& items, int k, int item) const {
+    float* const of_warps = sums_ + items.unit * kStride + items.n + k * kUnits * kStride + item * kStep;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) of_warps[warp * kRowBlocks * 8 * kStride] = 0;
+  }
+
   // Writes an item's value of gate k into exchange number `exchange`; in a cluster, where multicast() finds it.
   RNNKIT_DEVICE void stage(uint32_t exchange, const Items& items, int k, int item, int group, S value) const {
     if constexpr (kCluster) {
@@ -337,6 +353,7 @@ struct ForwardRegisters {
   S x[kItems][Cell::gates];  // as it was loaded: to convert it would be to wait for it
   float save[kItems][Cell::saved + 1], before[kItems][Cell::states];
   S h[kItems];
+  bool resets[kItems];  // in a scan with resets: whether the row is put back after the step
 };
 template <class Cell, class S, class Items, int kItems>
 struct BackwardRegisters {
@@ -405,6 +422,17 @@ class Pass {
   RNNKIT_DEVICE int64_t state_at(const Items& items, int n) const {
     return (direction_ * scan_.batch + exchange_.first_row_ + n) * scan_.hidden + exchange_.first_unit_ + items.unit;
   }
+  // What a row's state k is put back to.
+  RNNKIT_DEVICE S reset_of(int k, const Items& items, int n) const {
+    const void* const reset = scan_.states[k].reset;
+    return reset ? *at<S>(reset, state_at(items, n)) : S{};
+  }
+  // In a scan with resets: whether a row is put back between two steps, of which `second` is processed right after
+  // `first`.
+  RNNKIT_DEVICE bool is_put_back(const Place& first, const Place& second, int n) const {
+    const int64_t later = backwards_ ? first.row : second.row;  // in time
+    return n < first.active && n < second.active && scan_.reset[later + n];
+  }
 
   const Block block_;
   const PersistentScan& scan_;
@@ -421,7 +449,7 @@ template <class Block, class Cell_, class S_, int kUnits_, int kTiles_, bool kCl
 class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, false> {
   using Base = Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, false>;
   using Base::block_, Base::scan_, Base::exchange_, Base::direction_, Base::registers_, Base::now_, Base::next_;
-  using Base::state, Base::state_at, Base::place;
+  using Base::state, Base::state_at, Base::place, Base::reset_of, Base::is_put_back;
 
  public:
   using Base::kUnits, Base::kGates, Base::kStates, Base::kRows, Base::kItems, Base::kStep, Base::kGroup;
@@ -480,6 +508,7 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
     const int groups = exchange_.groups();
     for (int group = 0; group < groups; ++group) {
       const bool last_group = group + 1 == groups;
+      if (scan_.reset) load_resets(group);
       if (!first && group == 0) exchange_.wait();
       if (!first) block_.warps([&](const auto& warp) { exchange_.product(warp, uint32_t(s), group); });
       block_.sync();
@@ -502,12 +531,14 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
           if (!last) exchange_.stage(uint32_t(s + 1), r.items, 0, item, group, r.h[item]);
         });
       });
+      if (scan_.reset) put_back_h(s, group);
       block_.sync();
       if (last_group && !last) {
         block_.threads(registers_, [&](int thread, Registers&) { exchange_.multicast(thread, uint32_t(s + 1)); });
         exchange_.publish(uint32_t(s + 1));
       }
       write_step(group);
+      if (scan_.reset) put_back_states(group);
       if (!last_group)
         prefetch(now_, group + 1);
       else if (!last)
@@ -538,6 +569,32 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
         const S* from = of_step + r.gates + item * kStep * wide;
 #pragma unroll
         for (int g = 0; g < kGates; ++g) r.x[item][g] = from[g * hidden];
+      });
+    });
+  }
+
+  // In a scan with resets: load_resets() asks which rows are put back after this step, before the product, which takes
+  // longer than the loads. put_back_h() writes their h into the next exchange; put_back_states() their states, once the
+  // results of this step are written.
+  RNNKIT_DEVICE void load_resets(int group) {
+    block_.threads(registers_, [&](int, Registers& r) {
+      exchange_.each_item(r.items, group, now_.active,
+                          [&](int item, int n) { r.resets[item] = is_put_back(now_, next_, n); });
+    });
+  }
+  RNNKIT_DEVICE void put_back_h(int64_t s, int group) {
+    block_.threads(registers_, [&](int, Registers& r) {
+      exchange_.each_item(r.items, group, now_.active, [&](int item, int n) {
+        if (r.resets[item]) exchange_.stage(uint32_t(s + 1), r.items, 0, item, group, reset_of(0, r.items, n));
+      });
+    });
+  }
+  RNNKIT_DEVICE void put_back_states(int group) {
+    block_.threads(registers_, [&](int, Registers& r) {
+      exchange_.each_item(r.items, group, now_.active, [&](int item, int n) {
+        if (r.resets[item])
+#pragma unroll
+          for (int k = 0; k < kStates; ++k) state(k, r.items, n) = widened(reset_of(k, r.items, n));
       });
     });
   }
@@ -575,7 +632,7 @@ template <class Block, class Cell_, class S_, int kUnits_, int kTiles_, bool kCl
 class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, true> {
   using Base = Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, true>;
   using Base::block_, Base::scan_, Base::exchange_, Base::direction_, Base::registers_, Base::now_, Base::next_;
-  using Base::state, Base::state_at, Base::place;
+  using Base::state, Base::state_at, Base::place, Base::reset_of, Base::is_put_back;
 
  public:
   using Base::kUnits, Base::kGates, Base::kStates, Base::kRows, Base::kItems, Base::kStep, Base::kGroup;
@@ -605,7 +662,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
     });
     now_ = place(0);
     next_ = place(1);
-    second_next_ = place(2);
+    if (kEarly) second_next_ = place(2);
     if (kEarly) prefetch(now_, next_, 0);
   }
 
@@ -613,11 +670,13 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
     const bool last = s + 1 == scan_.steps;
     const int groups = exchange_.groups();
     const bool cuts = scan_.rule.cuts(boundary(s)), cuts_next = scan_.rule.cuts(boundary(s + 1));
+    const bool stops_next = cuts_next && !scan_.reset;  // with resets sum_reset_others() does it
     for (int group = 0; group < groups; ++group) {
       const bool last_group = group + 1 == groups;
       if (s > 0 && group == 0) exchange_.wait();
       if (s > 0) block_.warps([&](const auto& warp) { exchange_.product(warp, uint32_t(s - 1), group); });
       block_.sync();
+      if (scan_.reset && s > 0) sum_reset_h(place(s - 1), group);
       if (!kEarly) prefetch(now_, next_, group);
       block_.threads(registers_, [&](int, Registers& r) {
         exchange_.each_item(r.items, group, exchange_.slice_rows_, [&](int item, int n) {
@@ -644,7 +703,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
             for (int k = 0; k < Cell::grads; ++k) r.values[item][k] = grads[k];
 #pragma unroll
             for (int k = 1; k < kStates; ++k)
-              grad_state[k] = scan_.rule.passed_back(grad_state[k], cuts_next && n < next_.active);
+              grad_state[k] = scan_.rule.passed_back(grad_state[k], stops_next && n < next_.active);
           } else {
 #pragma unroll
             for (int k = 0; k < Cell::grads; ++k) r.values[item][k] = 0;
@@ -662,6 +721,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
         exchange_.publish(uint32_t(s));
       }
       write_step(group);
+      if (scan_.reset) sum_reset_others(group, cuts_next);
       if (kEarly && !last_group)
         prefetch(now_, next_, group + 1);
       else if (kEarly && !last)
@@ -669,8 +729,8 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
     }
     last_active_ = now_.active;
     now_ = next_;
-    next_ = second_next_;
-    second_next_ = place(s + 3);
+    next_ = kEarly ? second_next_ : place(s + 2);
+    if (kEarly) second_next_ = place(s + 3);
   }
 
   RNNKIT_DEVICE void end() {
@@ -698,6 +758,38 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   // registers for that, and loads between product and cell.
   static constexpr bool kEarly = kItems < 4;
 
+  // In a scan with resets: where a row is put back, what would pass back is added to the gradients of the states that it
+  // is put back to, and zero is left. sum_reset_h() does so for h after this step, whose gradient the product has
+  // completed; sum_reset_others() for the other states before this step, and for cuts. step() does the rest as if there
+  // were no resets, so that a scan without them has the same code.
+  RNNKIT_DEVICE void sum_reset_h(const Place& last, int group) {
+    block_.threads(registers_, [&](int, Registers& r) {
+      exchange_.each_item_in_turn(r.items, group, now_.active, [&](int item, int n) {
+        if (!is_put_back(last, now_, n)) return;
+        float& grad = state(0, r.items, n);
+        grad = passed_back(0, grad + exchange_.product_of(r.items, 0, item), false, true, r.items, n);
+        exchange_.clear_product(r.items, 0, item);
+      });
+    });
+  }
+  RNNKIT_DEVICE void sum_reset_others(int group, bool cuts_next) {
+    block_.threads(registers_, [&](int, Registers& r) {
+      exchange_.each_item_in_turn(r.items, group, now_.active, [&](int, int n) {
+        const bool is_reset = is_put_back(now_, next_, n);
+#pragma unroll
+        for (int k = 1; k < kStates; ++k) {
+          float& grad = state(k, r.items, n);
+          grad = passed_back(k, grad, cuts_next && n < next_.active, is_reset, r.items, n);
+        }
+      });
+    });
+  }
+  // What passes back of the gradient of an item's state k, see GradientRule.
+  RNNKIT_DEVICE float passed_back(int k, float grad, bool stopped, bool is_reset, const Items& items, int n) const {
+    float* const grad_reset = static_cast<float*>(scan_.states[k].grad_reset);
+    return scan_.rule.passed_back(grad, stopped, is_reset, grad_reset ? grad_reset + state_at(items, n) : nullptr);
+  }
+
   // Called once for each step and group. Loads what the step reads of the forward pass long before it is needed, and
   // adds the incoming gradients of the states other than h to `state`. before: the step before `place`.
   RNNKIT_DEVICE void prefetch(const Place& place, const Place& before, int group) {
@@ -717,7 +809,9 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
         r.h[item] = Cell::uses_h ? output[output_at] : S{};
         r.previous_h[item] = S{};
         if constexpr (Cell::uses_previous_h) {
-          if (!carry.begins(n))
+          if (scan_.reset && is_put_back(place, before, n))
+            r.previous_h[item] = reset_of(0, r.items, n);
+          else if (!carry.begins(n))
             r.previous_h[item] = previous[output_at];
           else if (scan_.states[0].initial)
             r.previous_h[item] = *at<S>(scan_.states[0].initial, state_at(r.items, n));

@@ -97,16 +97,24 @@ void set_states(Scan& scan, const CellSizes& sizes, const char* name, const List
   }
 }
 
+// Sets what sequences begin with, and are put back to.
+void set_before(Scan& scan, const CellSizes& sizes, const Tensors& initial, const Optional& reset,
+                const Tensors& reset_states) {
+  set_states(scan, sizes, "initial", initial, &State::initial);
+  scan.reset = static_cast<const bool*>(data(reset));
+  set_states(scan, sizes, "reset_states", reset_states, &State::reset);
+}
+
 // Sets what both kinds of scan read and write in the forward pass.
 void set_forward(Scan& scan, const CellSizes& sizes, const Tensor& gates, const Optionals& b_ih, const Optionals& b_hh,
-                 const Tensors& initial, int64_t keep, const Optionals& outputs, const Tensors& finals,
-                 const Tensor& reserve) {
+                 const Tensors& initial, const Optional& reset, const Tensors& reset_states, int64_t keep,
+                 const Optionals& outputs, const Tensors& finals, const Tensor& reserve) {
   for (size_t d = 0; d < b_ih.size(); ++d) {
     scan.b_ih[d] = data(b_ih[d]);
     scan.b_hh[d] = data(b_hh[d]);
   }
   scan.gates = data(gates);
-  set_states(scan, sizes, "initial", initial, &State::initial);
+  set_before(scan, sizes, initial, reset, reset_states);
   set_states(scan, sizes, "outputs", outputs, &State::all);
   set_states(scan, sizes, "finals", finals, &State::final);
   scan.keep = static_cast<Keep>(keep);
@@ -114,10 +122,12 @@ void set_forward(Scan& scan, const CellSizes& sizes, const Tensor& gates, const 
 }
 
 // Sets what both kinds of scan read and write in the backward pass.
-void set_backward(Scan& scan, const CellSizes& sizes, const Tensors& initial, const Tensor& output,
-                  const Tensor& reserve, const Optionals& grad_outputs, const Optionals& grad_finals, double grad_clip,
-                  int64_t grad_cut, const Tensor& grad_gates, const Optionals& grad_initial, const Optionals& flow) {
-  set_states(scan, sizes, "initial", initial, &State::initial);
+void set_backward(Scan& scan, const CellSizes& sizes, const Tensors& initial, const Optional& reset,
+                  const Tensors& reset_states, const Tensor& output, const Tensor& reserve,
+                  const Optionals& grad_outputs, const Optionals& grad_finals, double grad_clip, int64_t grad_cut,
+                  const Tensor& grad_gates, const Optionals& grad_initial, const Tensors& grad_resets,
+                  const Optionals& flow) {
+  set_before(scan, sizes, initial, reset, reset_states);
   scan.states[0].all = const_cast<void*>(data(output));
   scan.keep = Keep::everything;
   scan.reserve = const_cast<void*>(data(reserve));
@@ -126,6 +136,7 @@ void set_backward(Scan& scan, const CellSizes& sizes, const Tensors& initial, co
   scan.rule = {grad_clip, grad_cut};
   scan.grad_gates = mutable_data(grad_gates);
   set_states(scan, sizes, "grad_initial", grad_initial, &State::grad_initial);
+  set_states(scan, sizes, "grad_resets", grad_resets, &State::grad_reset);
   set_states(scan, sizes, "flow", flow, &State::flow);
 }
 
@@ -182,29 +193,31 @@ void launch(const std::string& cell, Type type, bool backward, const Plan& plan,
 
 void persistent_forward(std::string cell, int64_t units, int64_t tiles, int64_t batch_tile, int64_t shared_bytes,
                         bool cluster, Tensor gates, Tensors w_hh, Optionals b_ih, Optionals b_hh, Tensors initial,
-                        Optional offsets, int64_t steps, int64_t batch, int64_t keep, bool precise, Tensor workspace,
-                        Optionals outputs, Tensors finals, Tensor reserve) {
+                        Optional reset, Tensors reset_states, Optional offsets, int64_t steps, int64_t batch,
+                        int64_t keep, bool precise, Tensor workspace, Optionals outputs, Tensors finals,
+                        Tensor reserve) {
   const Type type = type_of(gates);
   const Plan plan{units, tiles, batch_tile, shared_bytes, cluster};
   PersistentScan scan = persistent_scan(plan, gates.element_size(), w_hh, offsets, steps, batch, w_hh[0].size(1),
                                         gates.size(0), workspace, precise, 1);
-  set_forward(scan, sizes_of(cell), gates, b_ih, b_hh, initial, keep, outputs, finals, reserve);
+  set_forward(scan, sizes_of(cell), gates, b_ih, b_hh, initial, reset, reset_states, keep, outputs, finals, reserve);
   launch(cell, type, false, plan, scan, gates);
 }
 
 // weights: w_hh of each direction, transposed.
 void persistent_backward(std::string cell, int64_t units, int64_t tiles, int64_t batch_tile, int64_t shared_bytes,
-                         bool cluster, Tensors weights, Tensors initial, Optional offsets, int64_t steps, int64_t batch,
-                         Tensor output, Tensor reserve, Optionals grad_outputs, Optionals grad_finals, double grad_clip,
-                         int64_t grad_cut, bool precise, Tensor workspace, Tensor grad_gates, Optionals grad_initial,
+                         bool cluster, Tensors weights, Tensors initial, Optional reset, Tensors reset_states,
+                         Optional offsets, int64_t steps, int64_t batch, Tensor output, Tensor reserve,
+                         Optionals grad_outputs, Optionals grad_finals, double grad_clip, int64_t grad_cut,
+                         bool precise, Tensor workspace, Tensor grad_gates, Optionals grad_initial, Tensors grad_resets,
                          Optionals flow) {
   const Type type = type_of(output);
   const Plan plan{units, tiles, batch_tile, shared_bytes, cluster};
   const CellSizes sizes = sizes_of(cell);
   PersistentScan scan = persistent_scan(plan, output.element_size(), weights, offsets, steps, batch, weights[0].size(0),
                                         output.size(0), workspace, precise, sizes.gates);
-  set_backward(scan, sizes, initial, output, reserve, grad_outputs, grad_finals, grad_clip, grad_cut, grad_gates,
-               grad_initial, flow);
+  set_backward(scan, sizes, initial, reset, reset_states, output, reserve, grad_outputs, grad_finals, grad_clip,
+               grad_cut, grad_gates, grad_initial, grad_resets, flow);
   launch(cell, type, true, plan, scan, output);
 }
 
@@ -229,8 +242,9 @@ StepwiseScan stepwise_scan(const Tensor& w_hh, const Optional& w_hr, std::vector
 }
 
 void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, Optionals b_ih, Optionals b_hh, Optional w_hr,
-                      Tensors initial, std::vector<int64_t> counts, int64_t keep, bool precise, Optional between,
-                      Tensor recurrent, Optional unprojected, Optionals outputs, Tensors finals, Tensor reserve) {
+                      Tensors initial, Optional reset, Tensors reset_states, std::vector<int64_t> counts, int64_t keep,
+                      bool precise, Optional between, Tensor recurrent, Optional unprojected, Optionals outputs,
+                      Tensors finals, Tensor reserve) {
   const Type type = type_of(gates);
   STD_TORCH_CHECK(counts.size() == 1 || between, "expected between for more than one step, got none");
   const bool asked = !outputs.empty() && outputs[0];
@@ -238,22 +252,22 @@ void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, Optionals b_i
                   "expected an output and finals, or neither of a single step");
   StepwiseScan scan =
       stepwise_scan(w_hh, w_hr, std::move(counts), gates.size(0), precise, between, recurrent, unprojected);
-  set_forward(scan, sizes_of(cell), gates, b_ih, b_hh, initial, keep, outputs, finals, reserve);
+  set_forward(scan, sizes_of(cell), gates, b_ih, b_hh, initial, reset, reset_states, keep, outputs, finals, reserve);
   for (size_t k = 0; k < initial.size(); ++k) scan.states[k].initial_is_wide = type_of(initial[k]) != type;
   scan.gate_stride = gates.stride(0);
   const Guard guard(gates);
   run_stepwise(cell, type, false, scan, stream_of(gates), blas_handle());
 }
 
-void stepwise_backward(std::string cell, Tensor w_hh, Optional w_hr, Tensors initial, std::vector<int64_t> counts,
-                       bool precise, Tensor output, Tensor reserve, Optionals grad_outputs, Optionals grad_finals,
-                       double grad_clip, int64_t grad_cut, Tensor between, Tensor grad_recurrent,
-                       Optional grad_unprojected, Optional grad_projected, Tensor grad_gates, Optionals grad_initial,
-                       Optionals flow) {
+void stepwise_backward(std::string cell, Tensor w_hh, Optional w_hr, Tensors initial, Optional reset,
+                       Tensors reset_states, std::vector<int64_t> counts, bool precise, Tensor output, Tensor reserve,
+                       Optionals grad_outputs, Optionals grad_finals, double grad_clip, int64_t grad_cut,
+                       Tensor between, Tensor grad_recurrent, Optional grad_unprojected, Optional grad_projected,
+                       Tensor grad_gates, Optionals grad_initial, Tensors grad_resets, Optionals flow) {
   StepwiseScan scan =
       stepwise_scan(w_hh, w_hr, std::move(counts), output.size(0), precise, between, grad_recurrent, grad_unprojected);
-  set_backward(scan, sizes_of(cell), initial, output, reserve, grad_outputs, grad_finals, grad_clip, grad_cut,
-               grad_gates, grad_initial, flow);
+  set_backward(scan, sizes_of(cell), initial, reset, reset_states, output, reserve, grad_outputs, grad_finals,
+               grad_clip, grad_cut, grad_gates, grad_initial, grad_resets, flow);
   scan.grad_projected = mutable_data(grad_projected);
   const Guard guard(output);
   run_stepwise(cell, type_of(output), true, scan, stream_of(output), blas_handle());
@@ -275,28 +289,29 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
       "persistent_forward(str cell, int units, int tiles, int batch_tile, int shared_bytes, bool cluster, Tensor "
       "gates, "
       "Tensor[] w_hh,"
-      " Tensor?[] b_ih, Tensor?[] b_hh, Tensor[] initial, Tensor? offsets, int steps, int batch, int keep, bool "
-      "precise,"
+      " Tensor?[] b_ih, Tensor?[] b_hh, Tensor[] initial, Tensor? reset, Tensor[] reset_states, Tensor? offsets,"
+      " int steps, int batch, int keep, bool precise,"
       " Tensor(a!) workspace, Tensor(b!)?[] outputs, Tensor(c!)[] finals, Tensor(d!) reserve) -> ()");
   m.def(
       "persistent_backward(str cell, int units, int tiles, int batch_tile, int shared_bytes, bool cluster, Tensor[] "
       "weights,"
-      " Tensor[] initial, Tensor? offsets, int steps, int batch, Tensor output, Tensor reserve,"
+      " Tensor[] initial, Tensor? reset, Tensor[] reset_states, Tensor? offsets, int steps, int batch, Tensor output,"
+      " Tensor reserve,"
       " Tensor?[] grad_outputs, Tensor?[] grad_finals, float grad_clip, int grad_cut, bool precise, Tensor(a!) "
       "workspace, Tensor(b!) grad_gates,"
-      " Tensor(c!)?[] grad_initial, "
-      "Tensor(d!)?[] flow) -> ()");
+      " Tensor(c!)?[] grad_initial, Tensor(d!)[] grad_resets, Tensor(e!)?[] flow) -> ()");
   m.def(
       "stepwise_forward(str cell, Tensor gates, Tensor w_hh, Tensor?[] b_ih, Tensor?[] b_hh, Tensor? w_hr,"
-      " Tensor[] initial, int[] counts, int keep, bool precise, Tensor(a!)? between, Tensor(b!) recurrent,"
+      " Tensor[] initial, Tensor? reset, Tensor[] reset_states, int[] counts, int keep, bool precise,"
+      " Tensor(a!)? between, Tensor(b!) recurrent,"
       " Tensor(c!)? unprojected, Tensor(d!)?[] outputs, Tensor(e!)[] finals, Tensor(f!) reserve) -> ()");
   m.def(
-      "stepwise_backward(str cell, Tensor w_hh, Tensor? w_hr, Tensor[] initial, int[] counts, bool precise,"
+      "stepwise_backward(str cell, Tensor w_hh, Tensor? w_hr, Tensor[] initial, Tensor? reset, Tensor[] reset_states,"
+      " int[] counts, bool precise,"
       " Tensor output, Tensor reserve, Tensor?[] grad_outputs, Tensor?[] grad_finals, float grad_clip, int grad_cut, "
       "Tensor(a!) between,"
       " Tensor(b!) grad_recurrent, Tensor(c!)? grad_unprojected, Tensor(d!)? grad_projected, Tensor(e!) grad_gates,"
-      " Tensor(f!)?[] grad_initial, "
-      "Tensor(g!)?[] flow) -> ()");
+      " Tensor(f!)?[] grad_initial, Tensor(g!)[] grad_resets, Tensor(h!)?[] flow) -> ()");
   m.def("unprojected(str cell, Tensor reserve, Tensor(a!) h) -> ()");
 }
 

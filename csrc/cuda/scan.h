@@ -40,11 +40,13 @@ constexpr int kSlab = 4 * kVector<S>;
 struct State {
   const void* initial;     // [D, N, H]
   bool initial_is_wide;    // initial is of Sum<S>, as a reserve keeps it; stepwise only
+  const void* reset;       // [D, N, H]: what rows are put back to
   void* final;             // [D, N, H]
   void* all;               // [rows, D*H]: the state after each step; h's is the output, which the backward pass reads
   const void* grad_final;  // [D, N, H]
   const void* grad_all;    // [rows, D*H]
   void* grad_initial;      // [D, N, H]
+  void* grad_reset;        // of Sum<S>, [D, N, H]: the gradient of reset is added to it
   void* flow;              // of Sum<S>, like all: the gradient of the state after each step
 };
 
@@ -58,7 +60,8 @@ struct Scan {
   const void *b_ih[2], *b_hh[2];  // of S, [G*H] or null
   const void* gates;              // of S, [rows, D*G*H]: w_ih x
   State states[kMaxStates];
-  void* reserve;  // of Sum<S>, [D, rows, V, H]
+  const bool* reset;  // [rows] or null: whether a row is put back between the step before, in time, and its own
+  void* reserve;      // of Sum<S>, [D, rows, V, H]
   Keep keep;
   void* grad_gates;  // of S, [rows, D*W*H]
   GradientRule rule;

@@ -45,6 +45,12 @@ __global__ void __launch_bounds__(kStepThreads) add_rows(const __grid_constant__
   each_element(addition.rows, addition.width, [&](int64_t n, int64_t column) { add_element<S>(addition, n, column); });
 }
 
+template <class S>
+__global__ void __launch_bounds__(kStepThreads) put_rows_back(const __grid_constant__ PutBack put_back) {
+  each_element(put_back.rows, put_back.width,
+               [&](int64_t n, int64_t column) { put_back_element<S>(put_back, n, column); });
+}
+
 std::string last_error(const char* what) {
   const cudaError_t status = cudaGetLastError();
   return status == cudaSuccess ? "" : std::string(what) + ": " + cudaGetErrorString(status);
@@ -92,6 +98,13 @@ std::string launch_add(Type type, const Addition& addition, Stream stream) {
     add_rows<decltype(element)><<<grid_of(addition.rows, addition.width), kStepThreads, 0, stream>>>(addition);
   });
   return last_error("launch of an addition");
+}
+
+std::string launch_put_back(Type type, const PutBack& put_back, Stream stream) {
+  with_type(type, [&](auto element) {
+    put_rows_back<decltype(element)><<<grid_of(put_back.rows, put_back.width), kStepThreads, 0, stream>>>(put_back);
+  });
+  return last_error("launch of a reset");
 }
 
 }  // namespace rnnkit::cuda

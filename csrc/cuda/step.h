@@ -42,14 +42,16 @@ RNNKIT_DEVICE void forward_element(const Step& step, int64_t n, int64_t unit) {
 #pragma unroll
     for (int k = 1; k < Cell::states; ++k) reserve[(n * (Cell::states - 1) + k - 1) * hidden + unit] = state[k];
   Cell::forward(x, h, state, save);
+  const bool goes_back = !ends && is_reset(step.resets_after, n);
 #pragma unroll
   for (int k = 0; k < Cell::states; ++k) {
     const StepState& of = step.states[k];
+    write<S>(of.all, n * step.stride + unit, state[k]);
+    if (goes_back && !(k == 0 && step.projects)) state[k] = read<S>(of.reset, at);
     if (!ends)
       static_cast<T*>(of.value)[at] = state[k];
     else
       write<S>(of.final, at, state[k]);
-    write<S>(of.all, n * step.stride + unit, state[k]);
   }
   write<S>(step.h, at, state[0]);
   if (step.keep == Keep::everything)
@@ -67,8 +69,13 @@ RNNKIT_DEVICE void backward_element(const Step& step, int64_t n, int64_t unit) {
     grad_state[k] =
         step.carry.ends(n) ? read<S>(step.states[k].grad_final, at) : static_cast<const T*>(step.states[k].value)[at];
   if (n < step.grad_recurrent_rows) grad_state[0] += read<S>(step.grad_recurrent, at);
-  if (n < step.grad_recurrent_rows && step.recurrent_is_passed_back)
-    grad_state[0] = step.rule.passed_back(grad_state[0], step.cuts_after && step.carry.is_active(n));
+  const auto grad_reset = [&](int k) {
+    T* const grad = static_cast<T*>(step.states[k].grad_reset);
+    return grad ? grad + at : nullptr;
+  };
+  if (n < step.grad_recurrent_rows && !step.projects)
+    grad_state[0] = step.rule.passed_back(grad_state[0], step.cuts_after && step.carry.is_active(n),
+                                          step.carry.is_active(n) && is_reset(step.resets_after, n), grad_reset(0));
   if (step.carry.is_active(n)) {
     T save[Cell::saved + 1], grads[Cell::grads], h = 0, previous_h = 0;
 #pragma unroll
@@ -88,12 +95,15 @@ RNNKIT_DEVICE void backward_element(const Step& step, int64_t n, int64_t unit) {
         if (step.states[k].flow) static_cast<T*>(step.states[k].flow)[beside] = whole[k];
     }
     if constexpr (Cell::uses_h) h = read<S>(step.states[0].all, beside);
+    const bool continues = !step.carry.begins(n), was_put_back = continues && is_reset(step.resets_before, n);
     if constexpr (Cell::uses_previous_h)
-      previous_h = step.carry.begins(n) ? read<S>(step.states[0].initial, at) : read<S>(step.previous_output, beside);
+      previous_h = was_put_back ? read<S>(step.states[0].reset, at)
+                   : continues  ? read<S>(step.previous_output, beside)
+                                : read<S>(step.states[0].initial, at);
     Cell::backward(save, h, previous_h, grad_state, grads);
 #pragma unroll
     for (int k = 1; k < Cell::states; ++k)
-      grad_state[k] = step.rule.passed_back(grad_state[k], step.cuts_before && !step.carry.begins(n));
+      grad_state[k] = step.rule.passed_back(grad_state[k], step.cuts_before && continues, was_put_back, grad_reset(k));
 #pragma unroll
     for (int k = 0; k < Cell::grads; ++k)
       write<S>(step.grad_gates, n * step.grad_gate_stride + k * hidden + unit, grads[k]);
@@ -117,9 +127,19 @@ RNNKIT_DEVICE void unprojected_element(const Sum<S>* reserve, S* h, int64_t row,
 template <class S>
 RNNKIT_DEVICE void add_element(const Addition& addition, int64_t n, int64_t column) {
   Sum<S> a = read<S>(addition.a.data, n * addition.a.stride + column);
-  if (n < addition.passed_back) a = addition.rule.passed_back(a, n < addition.stopped);
+  if (n < addition.passed_back) {
+    Sum<S>* const grad_reset = static_cast<Sum<S>*>(addition.grad_reset);
+    a = addition.rule.passed_back(a, n < addition.stopped, is_reset(addition.resets, n),
+                                  grad_reset ? grad_reset + n * addition.width + column : nullptr);
+  }
   write<S>(addition.sum.data, n * addition.sum.stride + column,
            a + read<S>(addition.b.data, n * addition.b.stride + column));
+}
+
+template <class S>
+RNNKIT_DEVICE void put_back_element(const PutBack& put_back, int64_t n, int64_t column) {
+  const int64_t at = n * put_back.width + column;
+  if (is_reset(put_back.resets, n)) write<S>(put_back.h, at, read<S>(put_back.reset, at));
 }
 
 // Calls body with a value of the C++ type.

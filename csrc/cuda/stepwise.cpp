@@ -51,8 +51,9 @@ class Stepwise {
       steps.of[j].states[0].final = nullptr;  // it is the operand
     }
     if (!dense_ && first == 1) add(initial, {}, operand, scan_.batch, scan_.projected);  // for rows that begin later
-    // Where every row has every step, a projection's product is written to the output, and read from there.
-    const bool direct = scan_.w_hr && dense_ && directions == 1;
+    // Where every row has every step and none is put back, a projection's product is written to the output, and read
+    // from there.
+    const bool direct = scan_.w_hr && dense_ && directions == 1 && !scan_.reset;
     Matrices last = initial;
     for (int64_t s = 0; s < scan_.steps; ++s) {
       const bool zeros = s == 0 && initial.data == nullptr;
@@ -61,7 +62,7 @@ class Stepwise {
       for (int j = 0; j < directions; ++j) {
         const int d = first + j;
         Step& step = steps.of[j];
-        begin_step(step, d, time(d, s));
+        begin_step(step, d, s);
         step.rows = active;
         step.gates = moved(scan_.gates, (offsets_[time(d, s)] * scan_.gate_stride + d * w_hh_.height) * bytes());
         step.recurrent = zeros ? nullptr : nth(recurrent, j).data;
@@ -74,6 +75,13 @@ class Stepwise {
       for (int j = 0; j < directions && !direct; ++j)
         add(nth(operand, j), {}, side_by_side(h.all, offsets_[time(first + j, s)], first + j, scan_.projected), active,
             scan_.projected);
+      for (int j = 0; j < directions && scan_.reset && s + 1 < scan_.steps; ++j) {
+        const int d = first + j;
+        check(launch_put_back(type_,
+                              {nth(operand, j).data, of_directions(h.reset, d, scan_.batch, scan_.projected).data,
+                               resets(d, s + 1), steps.of[j].carry.continuing(), scan_.projected},
+                              stream_));
+      }
     }
     if (direct && operand.data) add(last, {}, operand, scan_.batch, scan_.projected);
   }
@@ -92,7 +100,7 @@ class Stepwise {
         const int d = first + j;
         const int64_t t = time(d, s), row = offsets_[t];
         Step& step = steps.of[j];
-        begin_step(step, d, t);
+        begin_step(step, d, s);
         if (step.carry.before > 0)
           step.previous_output = side_by_side(h.all, offsets_[time(d, s - 1)], d, scan_.projected).data;
         step.grad_gates = side_by_side(scan_.grad_gates, row, d, sizes_.grads * scan_.hidden).data;
@@ -105,8 +113,12 @@ class Stepwise {
           const Matrices whole = {moved(scan_.grad_projected, (d * scan_.rows + row) * scan_.projected * bytes()),
                                   scan_.projected, 0};
           const Carry<int64_t>& carry = step.carry;
-          add(nth(recurrent, j), side_by_side(h.grad_all, row, d, scan_.projected), whole, active, scan_.projected,
-              carry.after, cuts(d, s + 1) ? carry.active : 0);
+          void* const grad_reset = moved(h.grad_reset, d * scan_.batch * scan_.projected * sum_bytes());
+          check(launch_add(
+              type_,
+              {nth(recurrent, j), side_by_side(h.grad_all, row, d, scan_.projected), whole, active, scan_.projected,
+               scan_.rule, carry.after, cuts(d, s + 1) ? carry.active : 0, step.resets_after, grad_reset},
+              stream_));
           multiply(whole, w_hr_, d, 1, false, nth(unprojected, j), active);
           step.grad_recurrent = nth(unprojected, j).data;
           step.grad_recurrent_rows = active;
@@ -139,6 +151,11 @@ class Stepwise {
   bool cuts(int d, int64_t s) const {
     return s > 0 && s < scan_.steps && scan_.rule.cuts(std::max(time(d, s), time(d, s - 1)));
   }
+  // Of the rows that have step s and the one before: whether they are put back between these; null where none is.
+  const bool* resets(int d, int64_t s) const {
+    const bool is_boundary = scan_.reset && s > 0 && s < scan_.steps;
+    return is_boundary ? scan_.reset + offsets_[std::max(time(d, s), time(d, s - 1))] : nullptr;
+  }
   int64_t count(int64_t t) const { return t < 0 || t >= scan_.steps ? 0 : scan_.counts[t]; }
 
   // An array [D, rows, width] of S from direction `first` on; and the `number`th matrix after that.
@@ -165,7 +182,7 @@ class Stepwise {
       step.stride = scan_.directions * scan_.hidden;
       step.keep = scan_.keep;
       step.rule = scan_.rule;
-      step.recurrent_is_passed_back = !scan_.w_hr;
+      step.projects = scan_.w_hr;
       step.gate_stride = scan_.gate_stride;
       step.grad_gate_stride = scan_.directions * sizes_.grads * scan_.hidden;
       step.b_ih = scan_.b_ih[d];
@@ -177,6 +194,8 @@ class Stepwise {
         if (k == 0 && scan_.w_hr) continue;
         step.states[k].initial = moved(from.initial, d * size * (from.initial_is_wide ? sum_bytes() : bytes()));
         step.states[k].initial_is_wide = from.initial_is_wide;
+        step.states[k].reset = moved(from.reset, d * size * bytes());
+        step.states[k].grad_reset = moved(from.grad_reset, d * size * sum_bytes());
         step.states[k].final = moved(from.final, d * size * bytes());
         step.states[k].grad_final = moved(from.grad_final, d * size * bytes());
       }
@@ -184,9 +203,11 @@ class Stepwise {
     return steps;
   }
 
-  void begin_step(Step& step, int d, int64_t t) const {
-    const int64_t row = offsets_[t];
+  void begin_step(Step& step, int d, int64_t s) const {
+    const int64_t t = time(d, s), row = offsets_[t];
     step.carry = {count(t), count(d == 0 ? t - 1 : t + 1), count(d == 0 ? t + 1 : t - 1)};
+    step.resets_before = resets(d, s);
+    step.resets_after = resets(d, s + 1);
     step.reserve = moved(scan_.reserve, (d * scan_.rows + row) * sizes_.kept(scan_.keep) * scan_.hidden * sum_bytes());
     for (int k = scan_.w_hr ? 1 : 0; k < sizes_.states; ++k) {
       step.states[k].all = side_by_side(scan_.states[k].all, row, d, scan_.hidden).data;
@@ -195,8 +216,8 @@ class Stepwise {
     }
   }
 
-  // After step 0 of the backward pass: a launch in which no row is active. It adds the last product and writes the
-  // gradients of the initial states.
+  // After step 0 of the backward pass: a launch in which no row is active, and none is asked whether it is put back. It
+  // adds the last product and writes the gradients of the initial states.
   void initial_gradients(int first, Steps& steps, const Matrices& recurrent) const {
     bool any = false;
     for (int j = 0; j < steps.directions; ++j) {
@@ -230,8 +251,8 @@ class Stepwise {
     check(cuda::multiply({type_, transposed, scan_.precise, rows, columns, depth, a, b, c, count}, blas_));
   }
   void add(const Matrices& a, const Matrices& b, const Matrices& sum, int64_t rows, int64_t width,
-           int64_t passed_back = 0, int64_t stopped = 0) const {
-    check(launch_add(type_, {a, b, sum, rows, width, scan_.rule, passed_back, stopped}, stream_));
+           int64_t passed_back = 0) const {
+    check(launch_add(type_, {a, b, sum, rows, width, scan_.rule, passed_back, 0, nullptr, nullptr}, stream_));
   }
 
   std::string_view cell_;
