@@ -629,7 +629,7 @@ def test_goals_of_resets() -> None:
     reset = line(case, 1.0) | {"group": "resets"}
     found = {"rnnkit without": 0.9, "torch loop": 5.0, "torch split": 1.4}
     reset["ratios"] = {name: figure(ratio) for name, ratio in found.items()}
-    reset["entries"] = {name: reset["entries"]["rnnkit"] for name in ("rnnkit", *found)}
+    reset["entries"] = dict.fromkeys(("rnnkit", *found), reset["entries"]["rnnkit"])
     ragged = Case("GRU", "training", 100, 32, 128, 128, ragged=True)
     padded = line(ragged, 1.0) | {"group": "lengths"}
     padded["ratios"] = {"rnnkit dense": figure(1.9)}
