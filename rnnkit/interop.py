@@ -125,8 +125,9 @@ def unlike_torchs(module: Any) -> str:
     if update_gate.writes(module):
         return "has update_gate='writes': call convert_update_gate('keeps') first"
     for name in options.changed(module):
-        if not (option := options.OPTIONS[name]).like_torchs:
-            return f"has {name}, which torch.nn's have not: set it to {option.default} first"
+        if name in options.CHANGING:
+            default = options.OPTIONS[name].default
+            return f"has {name}, which torch.nn's have not: set it to {default} first"
     if getattr(module, "learn_initial_state", False):
         return "has learn_initial_state, which torch.nn's have not"
     return ""

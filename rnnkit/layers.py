@@ -56,15 +56,12 @@ class _Asked(NamedTuple):
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
-_NOTHING = _Asked()
+_NOTHING = _Asked()  # the arguments of an ordinary call, by which `_forward` knows it
 
 
 def _asked(lengths: Any, reset: Any, reset_to: Any, all_states: Any) -> _Asked:
-    """`_NOTHING` itself for a call without any, by which `_forward` knows it."""
     if not isinstance(all_states, bool):
         raise TypeError(f"expected all_states to be a bool, got {all_states!r}")
-    if lengths is reset is reset_to is None and not all_states:
-        return _NOTHING
     return _Asked(lengths, reset, reset_to, all_states or None)
 
 
@@ -95,6 +92,9 @@ class _Layers(Initialized, Interop, InitialStates):
     weight_dropout: float = 0.0
     recurrent_dropout: float = 0.0
     zoneout: Zoneout = 0.0
+    _has_options = (
+        False  # whether one that changes what is computed was ever set: a call then looks at them
+    )
     _packed: tuple[Tensor, ...] = ()
     _torchs: ClassVar[type[nn.RNNBase]]
     _cell: str  #: The cell's name in `specs.CELLS`.
@@ -114,6 +114,11 @@ class _Layers(Initialized, Interop, InitialStates):
         """torch.nn's `extra_repr`, followed by rnnkit's own options where they are set."""
         added = [f", {name}={value}" for name, value in options.changed(self).items()]
         return super().extra_repr() + "".join(added)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in options.CHANGING:
+            vars(self)["_has_options"] = True
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
@@ -278,8 +283,11 @@ class _Layers(Initialized, Interop, InitialStates):
 
     def _forward(self, input: Any, hx: Any, asked: _Asked) -> Any:
         weights = self._weights()
-        if changed := self._changed():
-            options.check(changed)  # they may have been assigned to
+        drops = self.training and self.dropout > 0
+        if self._has_options:
+            options.check(options.changed(self))  # they may have been assigned to
+            dropped = self.weight_dropout + self.recurrent_dropout
+            drops = drops or self.zoneout != 0 or (self.training and dropped > 0)
         if asked.reset_to is not None and asked.reset is None:
             raise ValueError("expected reset to be given with reset_to, got None")
         learns = self.learn_initial_state
@@ -290,9 +298,6 @@ class _Layers(Initialized, Interop, InitialStates):
             asked = asked._replace(reset_to=self._learned(input))
         plain = asked is _NOTHING
         direct = backends.fast_path("direct_layers") if plain else None
-        drops = self.zoneout != 0 or (
-            self.training and self.dropout + self.weight_dropout + self.recurrent_dropout > 0
-        )
         if direct is not None and not drops and self._has_torchs_checks():
             found = direct(
                 self._cell,
@@ -348,13 +353,6 @@ class _Layers(Initialized, Interop, InitialStates):
             outputs = [output.squeeze(batch_dim) for output in outputs]
             finals = tuple(state.squeeze(1) for state in finals)
         return self._returned(outputs, finals, all_states)
-
-    def _changed(self) -> dict[str, Any]:
-        """The options that change what the layer computes, where they are set."""
-        noise = self.weight_dropout, self.recurrent_dropout, self.zoneout
-        if self.grad_clip is self.grad_cut is None and noise == (0, 0, 0):
-            return {}
-        return options.changed(self)
 
     def _has_torchs_checks(self) -> bool:
         """Whether the checks are torch.nn's: the fast path would skip checks that a subclass put in their place."""
@@ -495,7 +493,14 @@ class _LayersOfOneState(_Layers):
         all_states: bool = False,
     ) -> Any:
         """Run the layer; see the class."""
-        asked = _asked(lengths, reset, reset_to, all_states)
+        asked = _NOTHING
+        if (
+            lengths is not None
+            or reset is not None
+            or reset_to is not None
+            or all_states is not False
+        ):
+            asked = _asked(lengths, reset, reset_to, all_states)
         return self._forward(input, hx, asked)
 
     if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
@@ -756,7 +761,14 @@ class LSTM(_Layers):
         all_states: bool = False,
     ) -> Any:
         """Run the layer; see the class."""
-        asked = _asked(lengths, reset, reset_to, all_states)
+        asked = _NOTHING
+        if (
+            lengths is not None
+            or reset is not None
+            or reset_to is not None
+            or all_states is not False
+        ):
+            asked = _asked(lengths, reset, reset_to, all_states)
         return self._forward(input, hx, asked)
 
     if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any

@@ -65,6 +65,10 @@ OPTIONS = {
 }
 
 
+#: The options with which a layer computes something else than torch.nn's.
+CHANGING = frozenset(name for name, option in OPTIONS.items() if not option.like_torchs)
+
+
 def check(values: Mapping[str, Any]) -> None:
     """Checks values of options by their names; raises the TypeError or ValueError of the first that cannot be."""
     for name, value in values.items():
