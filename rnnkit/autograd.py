@@ -30,9 +30,7 @@ def run(
             return exporting.run(call)
         # AOTInductor cannot pass an empty list to an op.
         if torch.compiler.is_exporting() and not call.states:
-            ragged = call.batch_sizes
-            batch: Any = call.input.size(1) if ragged is None else ragged[0].item()
-            call = replace(call, states=call.zero_states(batch))
+            call = replace(call, states=call.zero_states(call.batch_of_graph))
     tensors = [tensor for tensor in call.tensors if tensor is not None]
     if (_on_reference(device) and not _is_recorded()) or transformed(tensors):
         return reference.run(call)

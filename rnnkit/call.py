@@ -35,6 +35,11 @@ Results = tuple[list[Tensor], list[Tensor], Tensor]
 Call = TypeVar("Call", bound="LayerCall")
 
 
+def batch_of(input: Tensor, batch_sizes: Tensor | None) -> Any:
+    """N of an input [T, N, I] or [rows, I]."""
+    return input.size(1) if batch_sizes is None else batch_sizes[0].item()
+
+
 class Keep(IntEnum):
     """What the forward pass keeps in the reserve for the backward pass, which computes the rest again."""
 
@@ -191,6 +196,13 @@ class LayerCall:
         return self.input.size(1) if self.batch_sizes is None else self.counts[0]
 
     @property
+    def batch_of_graph(self) -> Any:
+        """N as a graph knows it, where `batch` would ask for the rows of every step."""
+        if self.states:
+            return self.states[0].size(1)
+        return batch_of(self.input, self.batch_sizes)
+
+    @property
     def rows(self) -> int:
         """The number of rows over all steps: T*N, or fewer in a packed sequence."""
         return math.prod(self.input.shape[:-1])
@@ -318,6 +330,8 @@ class LayerCall:
             raise RuntimeError(
                 f"expected zoneout of h to be 0 with a projection, got {list(zoneout)}"
             )
+        if self.kept is not None and not zoneout:
+            raise RuntimeError("expected zoneout to be given with kept, got none")
         if self.kept is not None:
             count = sum(p > 0 for p in zoneout)
             self.check_mask(self.kept, "kept", (count, *self.output_shape(states - 1)))

@@ -120,7 +120,7 @@ def _become(module: nn.Module, cls: type[nn.Module]) -> None:
         # torch made a class for this module alone, with a property for each parametrized tensor.
         own = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
         cls = type(f"Parametrized{cls.__name__}", (cls,), own)
-    for name in (*options.OPTIONS, "_has_options", "_initializer", "_cell", "_packed"):
+    for name in (*options.OPTIONS, "_initializer", "_cell", "_packed"):
         vars(module).pop(name, None)
     module.__class__ = cls
 

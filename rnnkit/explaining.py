@@ -48,6 +48,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
 
     Raises:
         TypeError: `module` is no layer or cell of rnnkit.
+        ValueError: `module` has an option that cannot be.
         RuntimeError: the backend that is forced has no kernels for the input's device.
     """
     if not isinstance(module, RNN | LSTM | GRU | RNNCell | LSTMCell | GRUCell):
@@ -57,6 +58,9 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
     data = input.data if isinstance(input, PackedSequence) else input
     device, dtype = data.device, data.dtype
     serving = backends.serving(device)
+    layer = isinstance(module, RNN | LSTM | GRU)
+    if isinstance(module, RNN | LSTM | GRU) and module._is_noisy() and not gpu.knows_noise(device):
+        serving = "reference"
     if serving == "reference" or device.type != "cuda":
         return Explanation(serving, device.type, serving)
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
@@ -64,7 +68,6 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
     cell = module._cell
     hidden = module.hidden_size
     assert isinstance(hidden, int)
-    layer = isinstance(module, RNN | LSTM | GRU)
     if isinstance(input, PackedSequence):
         batch = int(input.batch_sizes[0])
     elif data.dim() == (3 if layer else 2):

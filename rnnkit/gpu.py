@@ -289,6 +289,11 @@ def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
 
 
+def knows_noise(device: torch.device) -> bool:
+    """Whether the device's kernels have recurrent dropout and zoneout."""
+    return device.type == "cpu"
+
+
 def _knows(call: LayerCall) -> bool:
     """Whether the kernels have what the call asks for. If not, the reference computes it."""
     return call.operand_mask is None and len(call.zoneout) == 0

@@ -4,7 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
+
+from rnnkit.call import batch_of
 
 #: The parameters' names, in the order of the states.
 NAMES = ("h_0", "c_0")
@@ -13,7 +16,7 @@ NAMES = ("h_0", "c_0")
 class InitialStates(nn.RNNBase):
     """Has `h_0` [L*D, P] and, for an LSTM, `c_0` [L*D, H] as parameters, if `learn_initial_state`."""
 
-    learn_initial_state = False  # also of modules pickled by a version without it
+    _learns = False
 
     def __init__(self, *args: Any, learn_initial_state: bool = False, **kwargs: Any) -> None:
         if not isinstance(learn_initial_state, bool):
@@ -22,7 +25,7 @@ class InitialStates(nn.RNNBase):
             )
         super().__init__(*args, **kwargs)
         if learn_initial_state:
-            self.learn_initial_state = True
+            self._learns = True
             layers = self.num_layers * (2 if self.bidirectional else 1)
             widths = self.proj_size or self.hidden_size, self.hidden_size
             like = self._flat_weights[0]
@@ -30,12 +33,20 @@ class InitialStates(nn.RNNBase):
             for name, width in zip(NAMES[: 1 + (self.mode == "LSTM")], widths, strict=False):
                 self.register_parameter(name, nn.Parameter(like.new_zeros(layers, width)))
 
+    @property
+    def learn_initial_state(self) -> bool:
+        """Whether a call without `hx` begins with parameters, as the constructor was told."""
+        return self._learns
+
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialize the parameters again: as torch.nn does, the initial states to zeros."""
         super().reset_parameters()
         for name in NAMES:
             if name in self._parameters:
                 nn.init.zeros_(getattr(self, name))
+            elif self._learns and parametrize.is_parametrized(self, name):
+                setattr(self, name, torch.zeros_like(getattr(self, name)))
 
     def extra_repr(self) -> str:
         """torch.nn's `extra_repr`, followed by `learn_initial_state` where it is set."""
@@ -59,4 +70,4 @@ def _batch_of(input: PackedSequence) -> Any:
     """N. A graph knows it as the size of a tensor where the sequences were sorted, else only at run time."""
     if torch.compiler.is_compiling() and input.sorted_indices is not None:
         return input.sorted_indices.size(0)
-    return input.batch_sizes[0].item()
+    return batch_of(input.data, input.batch_sizes)

@@ -112,7 +112,7 @@ def run_as_torchs(module: Any, input: Any, hx: Any, **options: Any) -> Any:
         RuntimeError: torch.nn's module computes something else.
     """
     used = [name for name, value in options.items() if value is not None]
-    if why := unlike_torchs(module) or (f"is called with {used[0]}" if used else ""):
+    if why := unlike_torchs(module, of_call=(hx,)) or (f"is called with {used[0]}" if used else ""):
         raise RuntimeError(
             "expected a layer or cell like torch.nn's under torch.jit.trace and for per-sample gradients, got one that "
             f"{why}"
@@ -120,16 +120,22 @@ def run_as_torchs(module: Any, input: Any, hx: Any, **options: Any) -> Any:
     return module._torchs.forward(module, input, hx)
 
 
-def unlike_torchs(module: Any) -> str:
-    """Why torch.nn's class with the same parameters computes something else; empty if it does not."""
+def unlike_torchs(module: Any, of_call: tuple[Any] | None = None) -> str:
+    """Why torch.nn's class with the same parameters computes something else; empty if it does not.
+
+    `of_call`: whether it does so in one call, now, with this `hx`.
+    """
     if update_gate.writes(module):
         return "has update_gate='writes': call convert_update_gate('keeps') first"
+    now = options.CHANGING
+    if of_call is not None and not module.training:
+        now = now - {"weight_dropout", "recurrent_dropout"}
     for name in options.changed(module):
-        if name in options.CHANGING:
+        if name in now:
             default = options.OPTIONS[name].default
             return f"has {name}, which torch.nn's have not: set it to {default} first"
-    if getattr(module, "learn_initial_state", False):
-        return "has learn_initial_state, which torch.nn's have not"
+    if getattr(module, "learn_initial_state", False) and of_call in (None, (None,)):
+        return "has learn_initial_state, which torch.nn's have not: give its h_0 as hx to a layer without"
     return ""
 
 
@@ -146,8 +152,8 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     table. In both cases the program is valid only for the T and N of the export.
 
     Returns:
-        For each of rnnkit's ops, a function that does the same in ATen's ops. The one for the backward pass raises
-        RuntimeError.
+        For each of rnnkit's ops, a function that does the same in ATen's ops. It raises RuntimeError for the backward
+        pass, and for calls with `all_states` of an LSTM, `reset`, recurrent dropout or zoneout.
     """
     return {
         torch.ops.rnnkit.layer_forward.default: of_call(_forward_as_aten),
@@ -173,8 +179,7 @@ def _forward_as_aten(call: LayerCall, packed: Tensor | None, keep: int) -> Resul
     call = exporting.of_torchs_cell(call)
     states, batch_sizes = call.states, call.batch_sizes
     if not states:
-        batch: Any = call.input.size(1) if batch_sizes is None else batch_sizes[0].item()
-        states = call.zero_states(batch)
+        states = call.zero_states(call.batch_of_graph)
     op = getattr(torch.ops.aten, call.cell, None)
     if op is None:
         raise RuntimeError(f"expected a cell that ATen has an operator for, got {call.cell}")

@@ -52,7 +52,7 @@ class _Asked(NamedTuple):
 
     @property
     def given(self) -> dict[str, Any]:
-        """Those that were given, by name."""
+        """Name -> value of each argument that was given."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
@@ -64,6 +64,9 @@ def _asked(lengths: Any, reset: Any, reset_to: Any, all_states: Any) -> _Asked:
         raise TypeError(f"expected all_states to be a bool, got {all_states!r}")
     return _Asked(lengths, reset, reset_to, all_states or None)
 
+
+#: `weight_dropout`, `recurrent_dropout` and `zoneout` of an ordinary layer.
+_NO_NOISE = (0, 0, 0)
 
 #: The options that a constructor takes: all but the one that `rnnkit.freeze` sets.
 _CONSTRUCTED = [name for name in options.OPTIONS if name != "frozen"]
@@ -92,9 +95,6 @@ class _Layers(Initialized, Interop, InitialStates):
     weight_dropout: float = 0.0
     recurrent_dropout: float = 0.0
     zoneout: Zoneout = 0.0
-    _has_options = (
-        False  # whether one that changes what is computed was ever set: a call then looks at them
-    )
     _packed: tuple[Tensor, ...] = ()
     _torchs: ClassVar[type[nn.RNNBase]]
     _cell: str  #: The cell's name in `specs.CELLS`.
@@ -107,18 +107,13 @@ class _Layers(Initialized, Interop, InitialStates):
         super().__init__(*args, **kwargs)
         for name, value in own.items():
             if value != getattr(self, name):
-                setattr(self, name, value)
+                setattr(self, name, tuple(value) if isinstance(value, list) else value)
         self._zoneouts()  # checks it
 
     def extra_repr(self) -> str:
         """torch.nn's `extra_repr`, followed by rnnkit's own options where they are set."""
         added = [f", {name}={value}" for name, value in options.changed(self).items()]
         return super().extra_repr() + "".join(added)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in options.CHANGING:
-            vars(self)["_has_options"] = True
-        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
@@ -234,6 +229,10 @@ class _Layers(Initialized, Interop, InitialStates):
             raise ValueError(f"expected zoneout to be (0, p) with proj_size, got {given}")
         return found if any(found) else ()
 
+    def _is_noisy(self) -> bool:
+        """Whether a call masks the recurrent operand or has zoneout, which not all kernels know."""
+        return bool(self._zoneouts()) or (self.training and self.recurrent_dropout > 0)
+
     def _check_projected(self, weights: Weights) -> None:
         """Checks the weights against hidden_size and proj_size; torch.nn's own check covers input_size."""
         expected, w_hh = self.proj_size or self.hidden_size, weights[0][1]
@@ -257,10 +256,7 @@ class _Layers(Initialized, Interop, InitialStates):
         self.check_input(input, batch_sizes)
         if batch_sizes is not None and torch.compiler.is_compiling():
             # A graph knows the batch only at run time.
-            for state in states:
-                packing.check(
-                    batch_sizes[0] == state.size(1), "expected hx to have the batch of the input"
-                )
+            packing.check_batch(states, batch_sizes, "hx")
         elif states:
             hx = states if len(states) > 1 else states[0]
             self.check_forward_args(input, hx, batch_sizes)  # type: ignore[arg-type]
@@ -284,18 +280,16 @@ class _Layers(Initialized, Interop, InitialStates):
     def _forward(self, input: Any, hx: Any, asked: _Asked) -> Any:
         weights = self._weights()
         drops = self.training and self.dropout > 0
-        if self._has_options:
+        noise = self.weight_dropout, self.recurrent_dropout, self.zoneout
+        if self.grad_clip is not None or self.grad_cut is not None or noise != _NO_NOISE:
             options.check(options.changed(self))  # they may have been assigned to
-            dropped = self.weight_dropout + self.recurrent_dropout
-            drops = drops or self.zoneout != 0 or (self.training and dropped > 0)
+            drops = drops or bool(self._zoneouts()) or (self.training and noise[:2] != (0, 0))
         if asked.reset_to is not None and asked.reset is None:
             raise ValueError("expected reset to be given with reset_to, got None")
-        learns = self.learn_initial_state
-        traced = learns and interop.is_traced(input, hx, **asked.given)
-        if learns and hx is None and not traced:
-            hx = self._learned(input)
-        if learns and asked.reset is not None and asked.reset_to is None and not traced:
-            asked = asked._replace(reset_to=self._learned(input))
+        if self._learns:
+            if (found := self._elsewhere(input, hx, asked, weights)) is not None:
+                return found
+            hx, asked = self._with_learned(input, hx, asked)
         plain = asked is _NOTHING
         direct = backends.fast_path("direct_layers") if plain else None
         if direct is not None and not drops and self._has_torchs_checks():
@@ -315,11 +309,8 @@ class _Layers(Initialized, Interop, InitialStates):
             )
             if found is not None:
                 return found
-        if interop.is_traced(input, hx, **asked.given):
-            return interop.traced(self, input, hx, **asked.given)
-        if interop.runs_as_torchs([w for of_direction in weights for w in of_direction]):
-            return interop.run_as_torchs(self, input, hx, **asked.given)
-        stack.check_plain("input", input.data if isinstance(input, PackedSequence) else input)
+        if not self._learns and (found := self._elsewhere(input, hx, asked, weights)) is not None:
+            return found
         self._check_projected(weights)
         if asked.lengths is not None:
             return self._forward_lengths(input, hx, asked)
@@ -354,6 +345,23 @@ class _Layers(Initialized, Interop, InitialStates):
             finals = tuple(state.squeeze(1) for state in finals)
         return self._returned(outputs, finals, all_states)
 
+    def _elsewhere(self, input: Any, hx: Any, asked: _Asked, weights: Weights) -> Any:
+        """The result of a call that is recorded by torch.fx or run by torch.nn's own forward; None for others."""
+        if interop.is_traced(input, hx, **asked.given):
+            return interop.traced(self, input, hx, **asked.given)
+        if interop.runs_as_torchs([w for of_direction in weights for w in of_direction]):
+            return interop.run_as_torchs(self, input, hx, **asked.given)
+        stack.check_plain("input", input.data if isinstance(input, PackedSequence) else input)
+        return None
+
+    def _with_learned(self, input: Any, hx: Any, asked: _Asked) -> tuple[Any, _Asked]:
+        """`hx` and the other arguments with the learned states in the place of zeros."""
+        if hx is None:
+            hx = self._learned(input)
+        if asked.reset is not None and asked.reset_to is None:
+            asked = asked._replace(reset_to=self._learned(input))
+        return hx, asked
+
     def _has_torchs_checks(self) -> bool:
         """Whether the checks are torch.nn's: the fast path would skip checks that a subclass put in their place."""
         cls, own = type(self), self.__dict__
@@ -378,10 +386,15 @@ class _Layers(Initialized, Interop, InitialStates):
             reset = packing.pack_padded_sequence(rows, given, enforce_sorted=False).data
         packed = packing.pack_padded_sequence(input, given, self.batch_first, enforce_sorted=False)
 
+        done: dict[int, Tensor] = {}  # h is the output, and among the states
+
         def padded(output: Any) -> Any:
-            if isinstance(output, PackedSequence):
-                return packing.pad_packed_sequence(output, self.batch_first, total_length=steps)[0]
-            return tuple(map(padded, output))
+            if not isinstance(output, PackedSequence):
+                return tuple(map(padded, output))
+            if id(output) not in done:
+                total = packing.pad_packed_sequence(output, self.batch_first, total_length=steps)
+                done[id(output)] = total[0]
+            return done[id(output)]
 
         output, finals, *states = self._forward(
             packed, hx, asked._replace(lengths=None, reset=reset)
@@ -389,7 +402,7 @@ class _Layers(Initialized, Interop, InitialStates):
         return padded(output), finals, *map(padded, states)
 
     def _check_put_back(self, put_back: Sequence[Tensor], batch: Any) -> None:
-        """Checks the shapes of `reset_to`."""
+        """Checks the shapes of `reset_to`; `batch`: N, or None where only a graph will know it."""
         if put_back:
             widths = [self.proj_size or self.hidden_size, self.hidden_size]
             layers = self.num_layers * self._directions
@@ -406,8 +419,10 @@ class _Layers(Initialized, Interop, InitialStates):
     ) -> Any:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         self._check_states(data, states, batch_sizes)
-        # A graph knows the batch of a packed sequence only at run time.
-        if put_back and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self._check_put_back(put_back, None)
+            packing.check_batch(put_back, batch_sizes, "reset_to")
+        elif put_back:
             self._check_put_back(put_back, int(batch_sizes[0]))
         if sorted_indices is not None:
             states = tuple(state.index_select(1, sorted_indices) for state in states)

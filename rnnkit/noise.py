@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from torch.nn.functional import dropout
 
 from rnnkit.call import LayerCall
@@ -26,20 +27,20 @@ def drawn(
     """
     mask = kept = None
     if recurrent_dropout > 0:
-        ones = call.input.new_ones(call.directions, _batch_of(call), call.projected)
+        ones = call.input.new_ones(call.directions, call.batch_of_graph, call.projected)
         mask = dropout(ones, recurrent_dropout, training=True)
     if draws and len(zoneout) > 0:
         some = [p for p in zoneout if p > 0]
-        shape = len(some), *call.input.shape[:-1], call.directions * call.hidden
-        kept = torch.empty(shape, dtype=torch.bool, device=call.input.device)
-        for of_state, p in zip(kept, some, strict=True):
-            of_state.bernoulli_(p)
+        kept = _coins(some, (*call.input.shape[:-1], call.directions * call.hidden), call.input)
     return replace(call, operand_mask=mask, zoneout=zoneout, kept=kept)
 
 
-def _batch_of(call: LayerCall) -> int:
-    """N. `call.batch` would ask a graph for the rows of every step."""
-    if call.states:
-        return call.states[0].size(1)
-    sizes = call.batch_sizes
-    return call.input.size(1) if sizes is None else int(sizes[0].item())
+def _coins(some: Sequence[float], shape: Sequence[int], like: Tensor) -> Tensor:
+    """Bool [K, *shape] on the device of `like`, True with the K probabilities `some`."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap draws out of place only
+        each = torch.tensor(some, device=like.device).view(-1, *[1] * len(shape))
+        return torch.bernoulli(each.expand(-1, *shape)).bool()
+    coins = torch.empty(len(some), *shape, dtype=torch.bool, device=like.device)
+    for of_state, p in zip(coins, some, strict=True):
+        of_state.bernoulli_(p)
+    return coins

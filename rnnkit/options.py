@@ -1,5 +1,6 @@
 """rnnkit's own options of a layer: arguments of its constructor, and attributes, that torch.nn's layers do not have."""
 
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,7 @@ def _steps(name: str, value: Any) -> None:
 
 
 def _probability(name: str, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1:  # a ValueError in any case, as for torch.nn's dropout
         raise ValueError(f"expected {name} to be a number from 0 to 1, got {value!r}")
 
@@ -80,6 +81,6 @@ def changed(module: Any) -> dict[str, Any]:
     found = {}
     for name, option in OPTIONS.items():
         value = getattr(module, name, option.default)
-        if value != option.default:
+        if value != option.default and value != (0, 0):  # of zoneout's pair
             found[name] = value
     return found

@@ -1,5 +1,6 @@
 """torch.nn.utils.rnn's packing and padding for the graphs of torch.compile, torch.export and ONNX."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,10 +101,11 @@ def as_lengths(lengths: Any, batch: Any, steps: Any) -> Tensor:
     found = torch.as_tensor(lengths)
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise TypeError(f"expected lengths to be integers, got {found.dtype}")
-    if found.dim() != 1 or (not torch.compiler.is_compiling() and found.size(0) != batch):
-        raise RuntimeError(
-            f"expected lengths of shape ({batch},), N of the input, got {tuple(found.shape)}"
-        )
+    expected = "expected lengths of shape ({}), N of the input, got {}"
+    if found.dim() == 1 and torch.compiler.is_compiling():
+        torch._check(found.size(0) == batch, lambda: expected.format("N", "another"))
+    elif found.shape != (batch,):
+        raise RuntimeError(expected.format(f"{batch},", tuple(found.shape)))
     found = found.to("cpu", torch.int64)
     if not torch.compiler.is_compiling() and bool(((found < 1) | (found > steps)).any()):
         raise RuntimeError(f"expected lengths from 1 to T = {steps}, got {found.tolist()}")
@@ -114,6 +116,12 @@ def check(holds: Tensor, message: str) -> None:
     """Adds a check to the graph, which knows lengths only at run time. ONNX has no operator for it."""
     if not torch.onnx.is_in_onnx_export():
         torch._assert_async(holds, message)
+
+
+def check_batch(states: Sequence[Tensor], batch_sizes: Tensor, name: str) -> None:
+    """Adds a check to the graph that the states [L*D, N, width] have the batch of these `batch_sizes`."""
+    for state in states:
+        check(batch_sizes[0] == state.size(1), f"expected {name} to have the batch of the input")
 
 
 def padded_with(data: Tensor, batch_sizes: Tensor, value: float) -> tuple[Tensor, Tensor]:

@@ -40,8 +40,8 @@ def run(
     join = torch.stack if batch_sizes is None else torch.cat
     outputs, finals = [], []
     for d in range(call.directions):
-        kept = call.outputs if seen is None else call.spec.states
-        states, final = _scan(call, d, steps, [state[d] for state in initial], kept)
+        count = call.outputs if seen is None else call.spec.states
+        states, final = _scan(call, d, steps, [state[d] for state in initial], count)
         outputs.append([join([new[k] for new in states]) for k in range(call.outputs)])
         if seen is not None:
             seen.append(states)
@@ -106,9 +106,9 @@ def _zoned(old: Tensor, new: Tensor, p: float, kept: Tensor | None) -> Tensor:
 
 
 def _scan(
-    call: LayerCall, d: int, steps: Sequence[Tensor], states: list[Tensor], kept: int
+    call: LayerCall, d: int, steps: Sequence[Tensor], states: list[Tensor], count: int
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """Runs direction d. Returns the active rows' first `kept` states after each step, and all rows' final states.
+    """Runs direction d. Returns the active rows' first `count` states after each step, and all rows' final states.
 
     The first n rows of the states are active at a step of n rows; the others are carried.
     """
@@ -156,7 +156,7 @@ def _scan(
         for k, p in enumerate(call.zoneout):
             if p > 0:
                 new[k] = _zoned(active[k], new[k], p, stays[k][t] if stays[k] else None)
-        after.append(new[:kept])
+        after.append(new[:count])
         if rows < states[0].size(0):
             new = [torch.cat([n, s[rows:]]) for n, s in zip(new, states, strict=True)]
         states = new

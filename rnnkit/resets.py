@@ -30,9 +30,10 @@ def as_rows(reset: Any, input: Tensor | PackedSequence, batch_first: bool) -> Te
     if reset.dim() == len(shape) + 1 and reset.size(-1) == 1:
         reset = reset.squeeze(-1)
     if isinstance(input, PackedSequence) and torch.compiler.is_compiling():
+        # A graph sees rows that were packed apart.
         torch._check(
-            reset.size(0) == data.size(0)
-        )  # rows that were packed apart, as a graph sees them
+            reset.size(0) == data.size(0), lambda: "expected reset to have the input's rows"
+        )
     elif reset.shape != shape:
         raise RuntimeError(f"expected reset of shape {tuple(shape)}, got {tuple(reset.shape)}")
     if reset.device != data.device:
@@ -46,14 +47,18 @@ def as_rows(reset: Any, input: Tensor | PackedSequence, batch_first: bool) -> Te
 
 
 def check_states(
-    reset_to: Sequence[Tensor], layers: int, batch: int, widths: Sequence[int]
+    reset_to: Sequence[Tensor], layers: int, batch: int | None, widths: Sequence[int]
 ) -> None:
-    """Checks the shapes of the states to reset to, [layers * D, N, width] each; raises a RuntimeError."""
+    """Checks the shapes of the states to reset to, [L*D, N, width] each; raises a RuntimeError.
+
+    `layers`: L*D; `batch`: N, or None for any.
+    """
     for k, (state, width) in enumerate(zip(reset_to, widths, strict=True)):
-        expected = (layers, batch, width)
-        if state.shape != expected:
+        shape = tuple(state.shape)
+        fits = len(shape) == 3 and (shape[0], shape[2]) == (layers, width)
+        if not fits or (batch is not None and shape[1] != batch):
             raise RuntimeError(
-                f"expected reset_to[{k}] of shape {expected}, got {tuple(state.shape)}"
+                f"expected reset_to[{k}] of shape {(layers, 'N' if batch is None else batch, width)}, got {shape}"
             )
 
 
@@ -75,7 +80,7 @@ def at_first_step(
     for k, state in enumerate(some):
         old = states[k] if states else torch.zeros_like(state)
         new = reset_to[k] if reset_to else torch.zeros_like(state)
-        of_layers = (-1, directions, batch, state.size(-1))
+        of_layers = (state.size(0) // directions, directions, batch, state.size(-1))
         found.append(
             torch.where(mask, new.reshape(of_layers), old.reshape(of_layers)).flatten(0, 1)
         )

@@ -105,16 +105,41 @@ def test_parameters() -> None:
     assert "h_0" not in dict(made("lstm").named_parameters())
 
 
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+def test_an_empty_batch() -> None:
+    for name in ("lstm", "gru"):
+        layer, x = learned(name, bidirectional=True), torch.randn(T, 0, I).double()
+        reset = torch.zeros(T, 0, dtype=torch.bool)
+        for hx in (None, as_hx(layer, random_states(layer, 0))):
+            output, last, _ = layer(x, hx, reset=reset, all_states=True)
+            assert output.shape == (T, 0, 2 * H) and as_list(last)[0].shape == (4, 0, H)
+
+
 def test_copies_conversions_and_hooks() -> None:
     layer = learned("gru")
     x = torch.randn(T, N, I).double()
     torch.testing.assert_close(copy.deepcopy(layer)(x)[0], layer(x)[0], rtol=0, atol=0)
     report = rnnkit.revert(nn.Sequential(layer))
-    assert report.left == {"0": "has learn_initial_state, which torch.nn's have not"}
-    nn.utils.parametrizations.weight_norm(layer, "h_0", dim=0)
+    assert report.left["0"].startswith("has learn_initial_state, which torch.nn's have not")
+    other = copy.deepcopy(layer)
+    nn.utils.parametrizations.weight_norm(other, "h_0", dim=0)
+    torch.testing.assert_close(other(x)[0], other(x, initial(other)[0])[0])
+    nn.utils.parametrize.register_parametrization(layer, "h_0", Doubled())
     torch.testing.assert_close(layer(x)[0], layer(x, initial(layer)[0])[0])
+    layer.reset_parameters()
+    assert not layer.h_0.any()
+    usual = learned("gru")
     with pytest.raises(RuntimeError, match="has learn_initial_state"):
-        torch.jit.trace(lambda x: learned("gru")(x)[0], x)
+        torch.jit.trace(lambda x: usual(x)[0], x)
+    h = random_states(usual)[0]
+    torch.testing.assert_close(torch.jit.trace(lambda x: usual(x, h)[0], x)(x), usual(x, h)[0])
     frozen = rnnkit.freeze(learned("lstm"))
     with torch.no_grad():
         torch.testing.assert_close(frozen(x)[0], learned("lstm")(x)[0])
@@ -164,6 +189,21 @@ def test_compile_export_and_fx(name: str, packed: bool) -> None:
     torch.testing.assert_close(program.module()(x), expected)
 
 
+def test_compiled_checks_of_ragged_batches() -> None:
+    layer, x = made("lstm").float(), torch.randn(T, N, I)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    lengths, reset = torch.tensor(LENGTHS), torch.zeros(T, N, dtype=torch.bool)
+    states = torch.zeros(2, N + 1, H)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        with pytest.raises(RuntimeError, match="expected reset_to to have the batch"):
+            compiled(x, lengths=lengths, reset=reset, reset_to=(states, states))
+        wide = torch.zeros(2, N, H + 1)
+        with pytest.raises(Exception, match=r"expected reset_to\[0\] of shape \(2, 'N', 4\)"):
+            compiled(x, lengths=lengths, reset=reset, reset_to=(wide, wide))
+        with pytest.raises(Exception, match="expected lengths of shape"):
+            compiled(x, lengths=lengths[:4])
+
+
 def test_fx() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -194,6 +234,8 @@ def test_errors() -> None:
     with pytest.raises(TypeError, match="expected all_states to be a bool, got 1"):
         rnnkit.LSTM(I, H)(torch.randn(T, N, I), all_states=1)
     layer = learned("lstm").float()
+    with pytest.raises(AttributeError, match="learn_initial_state"):
+        layer.learn_initial_state = False
     with pytest.raises(ValueError, match="Expected input to be 2D or 3D, got 4D"):
         layer(torch.randn(1, 1, 1, I))
     with pytest.raises(AttributeError, match="expected input to be a Tensor, got list"):

@@ -6,6 +6,7 @@ tests/kernel_cases.py has cases with masks, in which every kernel is held to the
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from loops import (
@@ -26,9 +27,10 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnkit
+from rnnkit import gpu
 
 SEED = 7
-LENGTHS = [7, 5, 5, 2, 1]
+LENGTHS = [5, 7, 1, 5, 2]
 NOISES: dict[str, dict[str, Any]] = {
     "weight": {"weight_dropout": 0.3},
     "operand": {"recurrent_dropout": 0.3},
@@ -58,7 +60,8 @@ class Dropped:
 def drawn(layer: Any, lengths: list[int], reset: Tensor | None = None) -> tuple[Loop, Any]:
     """The masks that a call draws after `torch.manual_seed(SEED)`, as a loop, and the layer with dropped weights.
 
-    Without dropout between layers, which the caller has to draw between the layers' masks.
+    Without dropout between layers, which the caller has to draw between the layers' masks. The masks of a ragged batch
+    are those of its sequences in the order of their lengths, the longest first.
     """
     torch.manual_seed(SEED)
     directions, rows = 2 if layer.bidirectional else 1, sum(lengths)
@@ -74,11 +77,13 @@ def drawn(layer: Any, lengths: list[int], reset: Tensor | None = None) -> tuple[
                 setattr(dropped, name, weight)
     operand: list[Tensor] = []
     kept: list[list[Tensor | None]] = []
-    there = torch.arange(T).unsqueeze(1) < torch.tensor(lengths)  # [T, N]
+    in_order, order = torch.sort(torch.tensor(lengths), descending=True)
+    place = torch.argsort(order)  # of each sequence among the sorted ones
+    there = torch.arange(T).unsqueeze(1) < in_order  # [T, N]
     for _ in range(layer.num_layers if layer.training else 0):
         if layer.recurrent_dropout > 0:
             ones = torch.ones(directions, len(lengths), widths[0], dtype=torch.float64)
-            operand += dropout(ones, layer.recurrent_dropout).unbind(0)
+            operand += dropout(ones, layer.recurrent_dropout)[:, place].unbind(0)
         of_states: list[Tensor | None] = []
         for p, width in zip(given, widths, strict=True):
             if p == 0:
@@ -88,7 +93,7 @@ def drawn(layer: Any, lengths: list[int], reset: Tensor | None = None) -> tuple[
             shape = (rows,) if rows < there.numel() else (T, len(lengths))
             of_rows = torch.empty(*shape, directions * width, dtype=torch.bool).bernoulli_(p)
             mask[there] = of_rows.reshape(-1, directions * width)
-            of_states.append(mask)
+            of_states.append(mask[:, place])
         if layer.zoneout != 0:
             for d in range(directions):
                 kept.append([None if m is None else m.chunk(directions, -1)[d] for m in of_states])
@@ -97,7 +102,7 @@ def drawn(layer: Any, lengths: list[int], reset: Tensor | None = None) -> tuple[
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("way", ["train", "eval", "packed", "lengths", "reset"])
+@pytest.mark.parametrize("way", ["train", "eval", "packed", "lengths", "batch_first", "reset"])
 @pytest.mark.parametrize("noise", ["weight", "operand", "zoneout", "all"])
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "two"])
 @pytest.mark.parametrize("name", LAYERS)
@@ -116,8 +121,13 @@ def test_layers_are_the_loop(
     torch.manual_seed(SEED)
     with rnnkit.backend(backend):
         if way == "packed":
-            output, last = layer(pack_padded_sequence(x, LENGTHS), as_hx(layer, hx))
+            packed = pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
+            output, last = layer(packed, as_hx(layer, hx))
             found = pad_packed_sequence(output)[0]
+        elif way == "batch_first":
+            layer.batch_first = True
+            found, last = layer(x.transpose(0, 1), as_hx(layer, hx))
+            found = found.transpose(0, 1)
         else:
             options = {"lengths": LENGTHS} if ragged else {"reset": reset}
             found, last = layer(x, as_hx(layer, hx), **options)
@@ -236,11 +246,20 @@ def test_vmap_and_jvp() -> None:
     x = torch.randn(T, N, I).double()
     torch.manual_seed(SEED)
     expected = layer(x)[0]
+
+    def seeded(x: Tensor) -> Tensor:
+        torch.manual_seed(SEED)
+        return layer(x)[0]
+
     torch.manual_seed(SEED)
-    found, _ = torch.func.jvp(lambda x: layer(x)[0], (x,), (x,))
+    found, tangent = torch.func.jvp(lambda x: layer(x)[0], (x,), (x,))
     torch.testing.assert_close(found, expected)
-    each = torch.func.vmap(lambda x: layer(x)[0], randomness="same")
-    assert each(torch.stack([x, x])).shape == (2, *expected.shape)
+    numeric = (seeded(x * (1 + 1e-6)) - seeded(x * (1 - 1e-6))) / 2e-6
+    torch.testing.assert_close(tangent, numeric, rtol=1e-6, atol=1e-8)
+    for randomness in ("same", "different"):
+        each = torch.func.vmap(lambda x: layer(x)[0], randomness=randomness)
+        one, other = each(torch.stack([x, x]))
+        assert torch.equal(one, other) == (randomness == "same")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -302,6 +321,59 @@ def test_repr_conversion_and_trace() -> None:
     assert rnnkit.revert(nn.Sequential(layer)).left == {"0": why}
     with pytest.raises(RuntimeError, match="has weight_dropout"):
         torch.jit.trace(lambda x: layer(x)[0], torch.randn(T, N, I).double())
+
+
+def test_an_option_of_a_subclass_or_of_an_old_pickle() -> None:
+    class Zoned(rnnkit.LSTM):
+        zoneout = 0.5
+
+    x = torch.randn(T, N, I)
+    layer = Zoned(I, H).eval()
+    found = layer(x)[0]
+    layer.zoneout = 0.5
+    torch.testing.assert_close(found, layer(x)[0], rtol=0, atol=0)
+    old = rnnkit.LSTM(I, H).eval()
+    old.load_state_dict(layer.state_dict())
+    vars(old)["zoneout"] = 0.5
+    torch.testing.assert_close(old(x)[0], found, rtol=0, atol=0)
+
+
+def test_zoneout_of_zeros_is_none() -> None:
+    layer, given = rnnkit.LSTM(I, H, zoneout=(0, 0.0)), [0.1, 0.2]
+    assert "zoneout" not in repr(layer) and not rnnkit.revert(nn.Sequential(layer)).left
+    layer = rnnkit.LSTM(I, H, zoneout=given)
+    given[0] = 2
+    assert layer.zoneout == (0.1, 0.2)
+    assert rnnkit.LSTM(I, H, weight_dropout=np.float32(0.25)).weight_dropout == 0.25
+
+
+def test_a_trace_of_what_drops_nothing() -> None:
+    layer = made("lstm", weight_dropout=0.3, recurrent_dropout=0.2).eval()
+    x = torch.randn(T, N, I).double()
+    traced = torch.jit.trace(lambda x: layer(x)[0], x)
+    torch.testing.assert_close(traced(x), layer(x)[0])
+    layer.train()
+    with pytest.raises(RuntimeError, match="has weight_dropout"):
+        torch.jit.trace(lambda x: layer(x)[0], x)
+
+
+@pytest.mark.parametrize("option", ["recurrent_dropout", "zoneout"])
+def test_explain_says_where_noise_is_computed(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = made("lstm", **{option: 0.3}), torch.randn(T, N, I)
+    monkeypatch.setattr(gpu, "knows_noise", lambda device: False)
+    assert rnnkit.explain(layer, x).backend == "reference"
+    layer.eval()
+    assert (rnnkit.explain(layer, x).backend == "reference") == (option == "zoneout")
+
+
+def test_onnx_has_no_zoneout_of_lengths() -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    layer = made("lstm", zoneout=0.2).float().eval()
+    with pytest.raises(Exception, match="steps have no lengths"):
+        lengths = {"lengths": torch.tensor(LENGTHS)}
+        torch.onnx.export(
+            layer, (torch.randn(T, N, I),), kwargs=lengths, dynamo=True, verbose=False
+        )
 
 
 def test_errors() -> None:

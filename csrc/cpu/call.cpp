@@ -89,6 +89,7 @@ bool Call::masks_fit() const {
     if (!(p >= 0 && p <= 1)) return false;
   if (given > 0 && masks.zoneout[0] > 0 && weight(0, 4)) return false;  // h has none with a projection
   if (!masks.kept) return true;
+  if (given == 0) return false;
   std::vector<int64_t> shape = output_shape(cell.states - 1);
   shape.insert(shape.begin(), zoneouts_before(given));
   return is_mask(*masks.kept, shape);
