@@ -217,6 +217,20 @@ def test_compile_export_and_fx() -> None:
     torch.testing.assert_close(graph(x, reset), model(x, reset))
 
 
+def test_fx_of_a_mask_alone() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = made("gru").float()
+            self.register_buffer("x", torch.randn(T, N, I))
+
+        def forward(self, reset: Tensor) -> Tensor:
+            return self.layer(self.x, reset=reset)[0]
+
+    model, reset = Model(), torch.rand(T, N) < 0.3
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(reset), model(reset))
+
+
 def test_errors() -> None:
     layer = made("lstm").float()
     x, reset = torch.randn(T, N, I), torch.zeros(T, N, dtype=torch.bool)
