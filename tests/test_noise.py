@@ -181,6 +181,16 @@ def test_what_is_dropped() -> None:
     assert not torch.autograd.grad(layer(x, h)[0].sum(), x)[0].any()
 
 
+def test_packed_sequences_without_states() -> None:
+    layer = made("gru", **NOISES["operand"])
+    packed = pack_padded_sequence(torch.randn(T, N, I).double(), LENGTHS)
+    found = []
+    for hx in (None, random_states(layer)[0] * 0):
+        torch.manual_seed(SEED)
+        found.append(layer(packed, hx)[0].data)
+    torch.testing.assert_close(*found)
+
+
 def test_recompute_and_checkpoint() -> None:
     from torch.utils.checkpoint import checkpoint
 
