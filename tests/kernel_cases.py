@@ -366,6 +366,14 @@ NOISE: tuple[dict, ...] = (
     {"operand_mask": True, "zoneout": (0.0, 0.4), "lengths": tuple(range(45, 0, -1))},
 )
 
+#: All of it at once. `cases` has it with more rows than a block of products, in one thread, and wider than a panel.
+RESETS_AND_NOISE: dict[str, Any] = {
+    "resets": 0.4,
+    "reset_states": True,
+    "operand_mask": True,
+    "zoneout": (0.3, 0.2),
+}
+
 #: What may vary beside the sizes.
 _VARIANTS: tuple[dict, ...] = (
     {"lengths": (5, 3, 3, 1)},
@@ -388,6 +396,7 @@ _ALL_STATES: tuple[dict, ...] = (
     {"all_states": True, "lengths": (5, 3, 3, 1)},
     {"all_states": True},
     {"all_states": True, "grad_clip": 0.1, "grad_cut": 2, "lengths": (5, 3, 3, 1)},
+    {"all_states": True, "resets": 0.4, "reset_states": True, "lengths": (5, 3, 3, 1)},
 )
 _PROJECTIONS: tuple[dict, ...] = (
     {"projected": 3, "lengths": (6, 5, 2)},
@@ -420,6 +429,11 @@ def cases() -> list[Case]:
         for k, sizes in enumerate(((3, 2, 3, 17), (2, 18, 34, 64))):
             of_size = variants(Case(cell, sizes, directions, dtype=dtype), few=cell in TWINS)
             found += of_size if cell in TWINS else [of_size[0], *of_size[1 + k :: 2]]
+        for sizes, projected in (((3, 70, 2, 9), 7), ((3, 6, 5, 130), 70)):
+            of_all = Case(cell, sizes, directions, dtype=dtype, **RESETS_AND_NOISE)
+            found += [] if cell in TWINS else [of_all]
+            if CELLS[cell].projects:
+                found.append(replace(of_all, projected=projected, zoneout=(0.0, 0.2)))
     return found
 
 

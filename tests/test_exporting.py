@@ -169,6 +169,28 @@ def test_what_onnx_has_no_operator_for(tmp_path: Path) -> None:
     assert_computes(path, layer, torch.randn(4, 2, 3))
 
 
+class WithReset(nn.Module):
+    """(x, reset) -> every state of an LSTM after each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = rnnkit.LSTM(3, 5, bidirectional=True, learn_initial_state=True)
+
+    def forward(self, x: Tensor, reset: Tensor | None = None) -> Any:
+        if reset is None:
+            return self.layer(x, all_states=True)[2]
+        return self.layer(x, reset=reset)[0]
+
+
+@pytest.mark.parametrize("resets", [False, True], ids=["all_states", "reset"])
+def test_calls_that_onnx_has_no_operator_for(resets: bool, tmp_path: Path) -> None:
+    model, path = WithReset().eval(), tmp_path / "layer.onnx"
+    nn.init.normal_(model.layer.h_0)
+    arguments = (torch.randn(4, 2, 3), *[torch.rand(4, 2) < 0.5] * resets)
+    assert "LSTM" not in exported(model, arguments, path)
+    assert_computes(path, model, *arguments)
+
+
 def test_after_an_export_kernels_run_again(tmp_path: Path) -> None:
     layer, x = layer_of("gru"), torch.randn(4, 2, 3)
     before = layer(x)[0]

@@ -86,6 +86,9 @@ def test_the_ways_to_call(name: str) -> None:
     bare = made(name, bidirectional=True)
     bare.load_state_dict(layer.state_dict(), strict=False)
     torch.testing.assert_close(layer(x, given)[0], bare(x, given)[0], rtol=0, atol=0)
+    reset, put_back = torch.rand(T, N) < 0.3, as_hx(layer, random_states(layer))
+    found, expected = (one(x, given, reset=reset, reset_to=put_back)[0] for one in (layer, bare))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_parameters() -> None:
@@ -165,6 +168,14 @@ def test_autocast_and_low_precision() -> None:
             torch.testing.assert_close(mine.double(), right, rtol=6e-2, atol=6e-2)
 
 
+def test_autocast_gives_every_state_the_dtype_of_its_final_one() -> None:
+    layer = learned("lstm_projected").float()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, last, states = layer(torch.randn(T, N, I), all_states=True)
+    assert [state.dtype for state in last] == [torch.bfloat16, torch.float32]
+    assert [state.dtype for state in states] == [torch.bfloat16, torch.float32]
+
+
 @pytest.mark.parametrize("name", ["lstm", "gru"])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_compile_export_and_fx(name: str, packed: bool) -> None:
@@ -202,6 +213,18 @@ def test_compiled_checks_of_ragged_batches() -> None:
             compiled(x, lengths=lengths, reset=reset, reset_to=(wide, wide))
         with pytest.raises(Exception, match="expected lengths of shape"):
             compiled(x, lengths=lengths[:4])
+
+
+def test_compile_of_a_batch_that_the_graph_packs() -> None:
+    layer = learned("gru").float()
+
+    def run(x: Tensor, lengths: Tensor) -> Tensor:
+        return layer(rnnkit.pack_padded_sequence(x, lengths, enforce_sorted=False))[1]
+
+    x, lengths = torch.randn(T, N, I), torch.tensor(LENGTHS)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, lengths), run(x, lengths))
 
 
 def test_fx() -> None:

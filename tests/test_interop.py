@@ -291,6 +291,32 @@ def test_exported_programs_decompose(name: str, stack: dict[str, Any], grad: boo
         assert_close(decomposed.module()(x), model(x))
 
 
+@pytest.mark.parametrize(
+    ("options", "call", "text"),
+    [
+        ({}, {"all_states": True}, "for h alone"),
+        ({}, {"reset": torch.ones(3, 2)}, "without reset"),
+        ({"zoneout": 0.1}, {}, "without recurrent dropout and zoneout"),
+    ],
+    ids=["all_states", "reset", "zoneout"],
+)
+def test_calls_that_aten_does_not_have(
+    options: dict[str, Any], call: dict[str, Any], text: str
+) -> None:
+    class Caller(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = rnnkit.LSTM(4, 6, **options)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.layer(x, **call)
+
+    program = torch.export.export(Caller().eval(), (torch.randn(3, 2, 4),))
+    table = {**torch.export.default_decompositions(), **rnnkit.decompositions()}
+    with pytest.raises(RuntimeError, match=f"expected a call {text}"):
+        program.run_decompositions(table)
+
+
 def test_decompositions_are_for_inference() -> None:
     backward = rnnkit.decompositions()[torch.ops.rnnkit.layer_backward.default]
     with pytest.raises(RuntimeError, match="program for inference"):

@@ -121,6 +121,16 @@ def test_gates_computed_again_against_reference(case: Case) -> None:
     assert_case_matches_reference(case, Keep.STATES)
 
 
+@pytest.mark.parametrize("t", (1, 2, 64, 65, 66, 128, 129))
+def test_one_reset_in_a_long_batch(device: str, t: int) -> None:
+    """In the first and the last row of what the backward pass multiplies at once, and so wide that it reads y."""
+    it = call(Case("rnn_tanh", (130, 3, 5, 16), 2, resets=1.0, reset_states=True, device=device))
+    for row in (0, 2):
+        reset = torch.zeros(130, 3, dtype=torch.bool)
+        reset[t, row] = True
+        assert_matches_reference(replace(it, reset=reset.to(device)))
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_gates_computed_again_are_the_same_to_the_last_bit(cell: str) -> None:
     it = call(Case(cell, (300, 3, 33, 40), directions=2))
@@ -331,6 +341,15 @@ def test_denormals(device: str, cell: str, place: str) -> None:
 
 LSTM = Case("lstm", (3, 4, 5, 6), 2, projected=2)
 RAGGED = Case("gru", (0, 0, 5, 6), 1, (3, 2, 2, 1))
+MASKED = Case(
+    "lstm",
+    (3, 4, 5, 6),
+    2,
+    resets=0.3,
+    reset_states=True,
+    operand_mask=True,
+    zoneout=(0.2, 0.3),
+)
 
 Change = Callable[[Call], dict]
 
@@ -443,6 +462,51 @@ BAD_CALLS: dict[str, tuple[Case, Change, str]] = {
         "expected batch_sizes to be an int64 vector on the CPU, got torch.int32 of shape [3] on cpu"),
     "batch_sizes of floats": (RAGGED, _batch_sizes(4, 3, 1, dtype=torch.float32),
         "expected batch_sizes to be an int64 vector on the CPU, got torch.float32 of shape [3] on cpu"),
+    "reset of integers": (MASKED, lambda it: {"reset": it.reset.int()},
+        "expected reset to be bool of shape [3, 4], got torch.int32 of shape [3, 4]"),
+    "reset short": (MASKED, lambda it: {"reset": _shorter(it.reset)},
+        "expected reset to be bool of shape [3, 4], got torch.bool of shape [2, 4]"),
+    "reset of another layout": (MASKED, lambda it: {"reset": it.reset.t()},
+        "expected reset to be bool of shape [3, 4], got torch.bool of shape [4, 3]"),
+    "packed reset short": (replace(RAGGED, resets=0.3), lambda it: {"reset": _shorter(it.reset)},
+        "expected reset to be bool of shape [8], got torch.bool of shape [7]"),
+    "reset_to without reset": (MASKED, lambda _: {"reset": None}, "expected hx to hold 2 states or none, got 4"),
+    "reset_to missing one": (MASKED, lambda it: {"states": it.states[:3]},
+        "expected hx to hold 2 states, twice as many with those to reset to, or none, got 3"),
+    "reset_to narrow": (MASKED, _with("states", 3, _narrower),
+        "expected reset_to[1] of shape [2, 4, 6], got [2, 4, 5]"),
+    "reset_to of another dtype": (MASKED, _with("states", 2, Tensor.double),
+        "expected reset_to[0] to be torch.float32 like the input, got torch.float64"),
+    "operand_mask narrow": (MASKED, lambda it: {"operand_mask": _narrower(it.operand_mask)},
+        "expected operand_mask of shape [2, 4, 6], got [2, 4, 5]"),
+    "operand_mask of bool": (MASKED, lambda it: {"operand_mask": it.operand_mask.bool()},
+        "expected operand_mask to be torch.float32 like the input, got torch.bool"),
+    "zoneout of one state": (MASKED, lambda _: {"zoneout": (0.2,)},
+        "expected zoneout to be 2 probabilities or none, got [0.2]"),
+    "zoneout of three states": (MASKED, lambda it: {"zoneout": (0.2, 0.3, 0.0), "kept": [*it.kept, None]},
+        "expected zoneout to be 2 probabilities or none, got [0.2, 0.3, 0.0]"),
+    "zoneout negative": (MASKED, lambda _: {"zoneout": (-0.2, 0.3), "kept": []},
+        "expected zoneout to be 2 probabilities or none, got [-0.2, 0.3]"),
+    "zoneout above 1": (MASKED, lambda _: {"zoneout": (0.2, 1.5)},
+        "expected zoneout to be 2 probabilities or none, got [0.2, 1.5]"),
+    "zoneout NaN": (MASKED, lambda _: {"zoneout": (math.nan, 0.3), "kept": []},
+        "expected zoneout to be 2 probabilities or none, got [nan, 0.3]"),
+    "zoneout of a projected h": (LSTM, lambda _: {"zoneout": (0.2, 0.0)},
+        "expected zoneout of h to be 0 with a projection, got [0.2, 0.0]"),
+    "kept missing one": (MASKED, lambda it: {"kept": it.kept[:1]},
+        "expected kept to hold a mask where zoneout is above 0, got masks [True] for [0.2, 0.3]"),
+    "kept of None": (MASKED, _with("kept", 1, lambda _: None),
+        "expected kept to hold a mask where zoneout is above 0, got masks [True, False] for [0.2, 0.3]"),
+    "kept where zoneout is 0": (MASKED, lambda _: {"zoneout": (0.2, 0.0)},
+        "expected kept to hold a mask where zoneout is above 0, got masks [True, True] for [0.2, 0.0]"),
+    "kept without zoneout": (MASKED, lambda _: {"zoneout": ()},
+        "expected kept to hold a mask where zoneout is above 0, got masks [True, True] for []"),
+    "kept of integers": (MASKED, _with("kept", 0, Tensor.int),
+        "expected kept[0] to be bool of shape [3, 4, 12], got torch.int32 of shape [3, 4, 12]"),
+    "kept narrow": (MASKED, _with("kept", 1, _narrower),
+        "expected kept[1] to be bool of shape [3, 4, 12], got torch.bool of shape [3, 4, 11]"),
+    "kept of c as wide as a projected h": (replace(LSTM, zoneout=(0.0, 0.3)), _with("kept", 1, lambda m: m[..., :4]),
+        "expected kept[1] to be bool of shape [3, 4, 12], got torch.bool of shape [3, 4, 4]"),
 }
 
 #: As `BAD_CALLS`, with changes to what only the backward pass is given: (grads, output, reserve, needs, keep).

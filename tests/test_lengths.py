@@ -106,8 +106,11 @@ def test_compile_and_export() -> None:
 
 def test_errors() -> None:
     layer, x = made("gru").float(), torch.randn(T, N, I)
-    with pytest.raises(TypeError, match=r"expected lengths to be integers, got torch\.float32"):
-        layer(x, lengths=torch.ones(N))
+    for dtype in (torch.float32, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match=f"expected lengths to be integers, got {dtype}"):
+            layer(x, lengths=torch.ones(N, dtype=dtype))
+    with pytest.raises(RuntimeError, match=r"N of the input, got \(5, 1\)"):
+        layer(x, lengths=torch.ones(N, 1, dtype=torch.int64))
     with pytest.raises(
         RuntimeError, match=r"expected lengths of shape \(5,\), N of the input, got \(4,\)"
     ):

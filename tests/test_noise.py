@@ -191,6 +191,16 @@ def test_what_is_dropped() -> None:
     assert not torch.autograd.grad(layer(x, h)[0].sum(), x)[0].any()
 
 
+def test_packed_sequences_without_states() -> None:
+    layer = made("gru", **NOISES["operand"])
+    packed = pack_padded_sequence(torch.randn(T, N, I).double(), LENGTHS)
+    found = []
+    for hx in (None, random_states(layer)[0] * 0):
+        torch.manual_seed(SEED)
+        found.append(layer(packed, hx)[0].data)
+    torch.testing.assert_close(*found)
+
+
 def test_recompute_and_checkpoint() -> None:
     from torch.utils.checkpoint import checkpoint
 
@@ -206,6 +216,20 @@ def test_recompute_and_checkpoint() -> None:
     torch.testing.assert_close(found[2], found[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["rnn_tanh", "lstm", "gru"])
+def test_an_output_that_was_written_to_is_computed_again(name: str) -> None:
+    """With the masks of the call, and its resets."""
+    layer = made(name, recurrent_dropout=0.3, zoneout=0.3)
+    x, reset = torch.randn(T, N, I).double(), torch.rand(T, N) < 0.3
+    hx, put_back = as_hx(layer, random_states(layer)), as_hx(layer, random_states(layer))
+    output = layer(x, hx, reset=reset, reset_to=put_back)[0]
+    total = output.sum()
+    expected = torch.autograd.grad(total, [*layer.parameters()], retain_graph=True)
+    with torch.no_grad():
+        output.zero_()
+    torch.testing.assert_close(torch.autograd.grad(total, [*layer.parameters()]), expected)
+
+
 def test_frozen_layers_in_training_mode() -> None:
     layer = rnnkit.freeze(made("lstm", **NOISES["all"])).train()
     x = torch.randn(T, N, I).double()
@@ -214,6 +238,8 @@ def test_frozen_layers_in_training_mode() -> None:
         layer.eval()
         usual = made("lstm", **NOISES["all"]).eval()
         torch.testing.assert_close(layer(x)[0], usual(x)[0])
+        dropping = rnnkit.freeze(made("lstm", weight_dropout=0.5)).train()
+        assert not torch.equal(dropping(x)[0], dropping(x)[0])
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh"])
@@ -317,10 +343,14 @@ def test_repr_conversion_and_trace() -> None:
     layer = made("lstm", **NOISES["all"] | {"zoneout": (0.1, 0.2)})
     assert "recurrent_dropout=0.4, zoneout=(0.1, 0.2)" in repr(layer)
     assert "weight_dropout=0.2" in repr(layer)
-    why = "has weight_dropout, which torch.nn's have not: set it to 0.0 first"
-    assert rnnkit.revert(nn.Sequential(layer)).left == {"0": why}
-    with pytest.raises(RuntimeError, match="has weight_dropout"):
-        torch.jit.trace(lambda x: layer(x)[0], torch.randn(T, N, I).double())
+    for name, value in NOISES["all"].items():
+        if name == "dropout":  # which torch.nn's have
+            continue
+        layer = made("lstm", **{name: value})
+        why = f"has {name}, which torch.nn's have not: set it to 0.0 first"
+        assert rnnkit.revert(nn.Sequential(layer)).left == {"0": why}
+        with pytest.raises(RuntimeError, match=f"has {name}"):
+            torch.jit.trace(lambda x, layer=layer: layer(x)[0], torch.randn(T, N, I).double())
 
 
 def test_an_option_of_a_subclass_or_of_an_old_pickle() -> None:
@@ -378,7 +408,8 @@ def test_onnx_has_no_zoneout_of_lengths() -> None:
 
 def test_errors() -> None:
     for name in ("weight_dropout", "recurrent_dropout", "zoneout"):
-        for value in (-0.1, 1.5, "a", True, None):
+        pairs = [(0.1, 0.2)] * (name != "zoneout")
+        for value in (-0.1, 1.5, "a", True, None, *pairs):
             with pytest.raises(ValueError, match=f"expected {name} to be a number from 0 to 1"):
                 rnnkit.LSTM(I, H, **{name: value})
         layer = rnnkit.GRU(I, H)
@@ -395,3 +426,5 @@ def test_errors() -> None:
         ValueError, match=r"expected zoneout to be \(0, p\) with proj_size, got 0.1"
     ):
         rnnkit.LSTM(I, H, proj_size=2, zoneout=0.1)
+    with pytest.raises(ValueError, match=r"expected zoneout to be a number from 0 to 1, got 1\.5"):
+        rnnkit.LSTM(I, H, zoneout=(0.1, 1.5))

@@ -120,6 +120,22 @@ def test_reserve(case: Case) -> None:
     assert it.forward(Keep.NOTHING)[2].shape == (0,)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_reserve_with_zoneout(device: str, cell: str) -> None:
+    """A cell that saves nothing reads in its backward pass what the step gave, which the expectation hides."""
+    spec = CELLS[cell]
+    expects = Case(cell, zoneout=(0.2, 0.3), expects=True, device=device)
+    without = replace(call(Case(cell, device=device)), zoneout=[0.0] * spec.states)
+    for it, more in (
+        (call(expects), spec.saved == 0),
+        (call(replace(expects, expects=False)), 0),
+        (without, 0),
+    ):
+        reserve = it.forward()[2]
+        assert reserve.size(2) == spec.saved + more
+        assert it.reserve_shape(Keep.EVERYTHING) == [*reserve.shape]
+
+
 def test_weights_of_a_direction() -> None:
     """The order the ops are documented to take weights in is the one the tests build them in."""
     it = call(Case("lstm", (3, 2, 5, 4), projected=3))

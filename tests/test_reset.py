@@ -59,7 +59,7 @@ def test_the_ways_to_give_a_mask() -> None:
     for mask in (
         reset,
         reset.int(),
-        reset.float(),
+        -reset.float(),
         reset.unsqueeze(-1),
         reset.double().unsqueeze(-1),
     ):
@@ -68,13 +68,20 @@ def test_the_ways_to_give_a_mask() -> None:
         torch.testing.assert_close(of_first.transpose(0, 1), expected, rtol=0, atol=0)
     alone = layer(x[:, 2], reset=reset[:, 2])[0]
     torch.testing.assert_close(alone, expected[:, 2], rtol=1e-12, atol=1e-12)
+    put_back = random_states(layer)
+    given = layer(x, reset=reset, reset_to=tuple(put_back))[0]
+    of_one = tuple(state[:, 2] for state in put_back)
+    alone = layer(x[:, 2], reset=reset[:, 2], reset_to=of_one)[0]
+    torch.testing.assert_close(alone, given[:, 2], rtol=1e-12, atol=1e-12)
     lengths = [2, 7, 5, 1, 3]
     packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
     rows = pack_padded_sequence(reset.unsqueeze(-1), lengths, enforce_sorted=False)
-    for given in (rows, rows.data, rows.data.squeeze(-1)):
-        output, _ = pad_packed_sequence(layer(packed, reset=given)[0])
+    for mask in (rows, rows.data, rows.data.squeeze(-1)):
+        result = layer(packed, reset=mask, reset_to=tuple(put_back))[0]
+        output, _ = pad_packed_sequence(result)
         for n, length in enumerate(lengths):
-            own = layer(x[:length, n], reset=reset[:length, n])[0]
+            of_one = tuple(state[:, n] for state in put_back)
+            own = layer(x[:length, n], reset=reset[:length, n], reset_to=of_one)[0]
             torch.testing.assert_close(output[:length, n], own, rtol=1e-12, atol=1e-12)
 
 
@@ -93,6 +100,16 @@ def test_an_episode_that_ended_in_nan_does_not_leak(name: str, backend: str) -> 
         found, of_broken = layer(broken, hx, reset=reset)
     torch.testing.assert_close(found[3:], expected)
     torch.testing.assert_close(of_broken, states)
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_other_numbers_of_layers(num_layers: int) -> None:
+    layer = made("lstm", bidirectional=True, num_layers=num_layers)
+    x, reset = torch.randn(T, N, I).double(), torch.rand(T, N) < 0.3
+    hx, put_back = random_states(layer), random_states(layer)
+    every, finals = Loop(reset, put_back)(layer, x, hx)
+    found, last = layer(x, as_hx(layer, hx), reset=reset, reset_to=as_hx(layer, put_back))
+    torch.testing.assert_close([found, *last], [every[0], *finals], rtol=1e-12, atol=1e-12)
 
 
 def test_no_gradient_crosses_a_reset() -> None:
@@ -146,6 +163,9 @@ def test_recompute_dropout_and_freeze() -> None:
     frozen = rnnkit.freeze(copy.deepcopy(layer))
     with torch.no_grad():
         torch.testing.assert_close(frozen(x, reset=reset)[0], output)
+    put_back = tuple(state.requires_grad_() for state in random_states(frozen))
+    with pytest.raises(RuntimeError, match="frozen layer to need no gradient, got one that does"):
+        frozen(x, reset=reset, reset_to=put_back)
 
 
 def test_transforms_and_double_backward() -> None:
@@ -197,6 +217,20 @@ def test_compile_export_and_fx() -> None:
     torch.testing.assert_close(graph(x, reset), model(x, reset))
 
 
+def test_fx_of_a_mask_alone() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = made("gru").float()
+            self.register_buffer("x", torch.randn(T, N, I))
+
+        def forward(self, reset: Tensor) -> Tensor:
+            return self.layer(self.x, reset=reset)[0]
+
+    model, reset = Model(), torch.rand(T, N) < 0.3
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(reset), model(reset))
+
+
 def test_errors() -> None:
     layer = made("lstm").float()
     x, reset = torch.randn(T, N, I), torch.zeros(T, N, dtype=torch.bool)
@@ -213,6 +247,11 @@ def test_errors() -> None:
         RuntimeError, match=r"expected reset_to\[1\] of shape \(2, 5, 4\), got \(2, 1, 4\)"
     ):
         layer(x, reset=reset, reset_to=(h, h[:, :1]))
+    packed, rows = (pack_padded_sequence(t, [7, 5, 5, 2, 1]) for t in (x, reset.unsqueeze(-1)))
+    with pytest.raises(
+        RuntimeError, match=r"expected reset_to\[1\] of shape \(2, 5, 4\), got \(2, 1, 4\)"
+    ):
+        layer(packed, reset=rows, reset_to=(h, h[:, :1]))
     with pytest.raises(TypeError, match="expected reset_to to be a pair of Tensors"):
         layer(x, reset=reset, reset_to=h)
     with pytest.raises(RuntimeError, match="not the same dtype"):

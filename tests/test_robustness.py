@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 from configurations import LAYERS, MODULES
+from kernel_cases import Case
+from kernel_cases import call as call_of
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import parametrize
@@ -322,6 +324,19 @@ def test_kept_and_packed_memory_that_was_cut(cell: str, size: int) -> None:
             needs = [True, *[False] * len(weights)]
             grads = [y, *[None] * len(finals)]
             ops.layer_backward(BackwardCall(call, grads, y, reserve, Keep.EVERYTHING, needs))
+
+
+@on_cpp
+@pytest.mark.parametrize("place", ["reset", "operand_mask", "kept"])
+def test_masks_that_were_freed(place: str) -> None:
+    case = Case("lstm", resets=0.3, operand_mask=True, zoneout=(0.2, 0.3))
+    it = call_of(case)
+    outputs, _, reserve = it.forward()
+    mask = it.kept[1] if place == "kept" else getattr(it, place)
+    mask.untyped_storage().resize_(0)
+    for run in (it.forward, lambda: it.backward(outputs, reserve)):
+        with pytest.raises(RuntimeError, match=f"expected {place}.* bytes of memory, got 0"):
+            run()
 
 
 @each_layer
