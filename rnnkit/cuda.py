@@ -14,7 +14,7 @@ from torch import Tensor
 from rnnkit import backends, plan
 from rnnkit.gpu import Backward, GpuCall, stacked
 
-RESETS = False  #: see `rnnkit.gpu.Scans`
+RESETS = NOISE = False  #: see `rnnkit.gpu.Scans`
 
 
 @lru_cache

@@ -36,6 +36,7 @@ class Scans(Protocol):
     """The functions of a backend's module: the scans of one layer. The products over all rows are made here."""
 
     RESETS: bool  #: Whether the scans know `LayerCall.reset`. If not, the reference computes calls that have it.
+    NOISE: bool  #: Whether they know `operand_mask`, `zoneout` and `kept`, alike.
 
     def choose(self, scan: plan.Scan, device: torch.device) -> Design:
         """Plans a scan for a device."""
@@ -186,6 +187,9 @@ class GpuCall(LayerCall):
         checked.check()
         if checked.reset is not None:
             checked = replace(checked, reset=checked.reset.contiguous())
+        if checked.operand_mask is not None or len(checked.kept) > 0:
+            kept = [None if mask is None else mask.contiguous() for mask in checked.kept]
+            checked = replace(checked, operand_mask=plain(checked.operand_mask), kept=kept)
         tensors = checked.tensors
         laid_out = [plain(tensor) for tensor in tensors]
         if all(one is other for one, other in zip(tensors, laid_out, strict=True)):
@@ -294,7 +298,7 @@ def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
 def _knows(run: Scans, call: LayerCall) -> bool:
     """Whether the kernels have what the call asks for. If not, the reference computes it."""
     noise = call.operand_mask is not None or len(call.zoneout) > 0
-    return not noise and (call.reset is None or run.RESETS)
+    return (not noise or run.NOISE) and (call.reset is None or run.RESETS)
 
 
 def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
@@ -445,6 +449,17 @@ class Backward:
             return call.reset_states[0][d]
         return call.input.new_zeros(call.batch, call.projected)
 
+    def _masks(self, d: int) -> Tensor | None:
+        """For all rows, what multiplies h_{t-1} as the recurrent operand, [rows, P]; None for ones."""
+        call = self.call
+        if call.operand_mask is None:
+            return None
+        mask = call.operand_mask[d]
+        if not call.ragged:
+            return mask.repeat(call.steps, 1)
+        places = torch.cat([torch.arange(count) for count in call.counts])
+        return mask.index_select(0, _sent(places, mask.device))
+
     def _runs(self) -> list[tuple[int, int, int]]:
         """Runs of gates whose input parts have adjacent gradient columns: (first gate, last gate + 1, first column)."""
         runs: list[tuple[int, int, int]] = []
@@ -470,9 +485,12 @@ class Backward:
             ]
             w_ih = _joined(parts)
         if self._need("w_hh")[d]:
+            masks = self._masks(d)
             for rows, h in self._previous(d):
                 if h is None:
                     continue
+                if masks is not None:
+                    h = h * masks[rows]
                 part = recurrent[rows].t()
                 w_hh = part @ h if w_hh is None else torch.addmm(w_hh, part, h)
             if w_hh is None:
@@ -512,6 +530,8 @@ class Backward:
                     h[0, rows] = part
             others = [state.contiguous().unsqueeze(0) for state in states[d].unbind(1)]
             step = GpuCall(call.cell, call.matrix().unsqueeze(0), [h, *others], call.direction(d))
+            if (masks := self._masks(d)) is not None:
+                step = replace(step, operand_mask=masks.unsqueeze(0))
             of_direction = gates[:, d * width : (d + 1) * width]
             reserve = self.reserve[d : d + 1]
             self.scans.forward(step, of_direction, Keep.EVERYTHING, None, [], reserve)

@@ -9,8 +9,9 @@ A row that a reset puts back before a step (`is_reset`) has other states than th
 its h, `put_back` its other states. What the step passes back
 goes to the gradients of these states.
 
-A factor of the operand would go with the pointers that `operand` returns, and would multiply `grad_recurrent` and the
-result of `_grad_operand`; the previous h of a cell's backward has no factor.
+`LayerCall.operand_mask`, with which the recurrent product's operand is multiplied, changes no state: `products` of
+kernels.py multiplies by it what it reads of h, and the gradient of the operand is multiplied by it before it is one of
+h. The previous h of a cell's backward is not masked.
 
 In all functions a program has ROWS rows of the batch, from `begin` on, which i [ROWS, 1] counts. Steps are numbered 0
 to `last` in the order of the direction's forward scan, in both passes. `offsets` [T + 1] are the rows where time steps
@@ -68,6 +69,13 @@ def put_back(states, begins, reset_states, begin, i, u, u_mask, batch, hidden):
 
 
 @triton.jit
+def of_batch(values, begin, i, batch, width):
+    """Pointers to the beginnings of the program's rows [ROWS, 1] in `values` [D, N, width]."""
+    d = tl.program_id(2).to(tl.int64)
+    return values + (d * batch + begin) * width + i * width
+
+
+@triton.jit
 def operand(step, begin, i, last, batch, offsets, initial, output, width, reset=None, reset_h=None):
     """h before a step: pointers to the beginnings of its rows [ROWS, 1], and which are there; the others are zeros.
 
@@ -80,14 +88,14 @@ def operand(step, begin, i, last, batch, offsets, initial, output, width, reset=
     h = output + (row * directions + d) * width + i * (directions * width)
     is_there = continues
     if initial is not None:
-        h = tl.where(continues, h, initial + (d * batch + begin) * width + i * width)
+        h = tl.where(continues, h, of_batch(initial, begin, i, batch, width))
         is_there = i < batch - begin
     if reset is not None:
         begins = is_reset(step, begin, i, last, batch, offsets, reset)
         if reset_h is None:
             is_there = is_there & (begins == 0)
         else:
-            h = tl.where(begins, reset_h + (d * batch + begin) * width + i * width, h)
+            h = tl.where(begins, of_batch(reset_h, begin, i, batch, width), h)
             is_there = is_there | begins
     return h, is_there
 

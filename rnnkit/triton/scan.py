@@ -25,7 +25,7 @@ from rnnkit.specs import CELLS
 from rnnkit.triton import kernels
 from rnnkit.triton.cells import TRITON_CELLS
 
-RESETS = True  #: see `rnnkit.gpu.Scans`
+RESETS = NOISE = True  #: see `rnnkit.gpu.Scans`
 
 #: Time several plans for each size, once on each kind of GPU, and keep the fastest.
 AUTOTUNE = os.environ.get("RNNKIT_TRITON_AUTOTUNE", "0") not in ("", "0")
@@ -241,6 +241,16 @@ def _of_width_h(call: GpuCall, states: Sequence[Tensor | None]) -> list[Tensor |
     return [None if call.projects and k == 0 else state for k, state in enumerate(states)]
 
 
+def _zoneout(call: GpuCall) -> tuple[tuple[Tensor | None, ...] | None, tuple[float, ...] | None]:
+    """The kernels' `kept` and `ZONEOUT`, see zoneout.py; both None if no state has zoneout."""
+    if not any(p > 0 for p in call.zoneout):
+        return None, None
+    draws = len(call.kept) > 0
+    # With masks the probabilities do not count: another one compiles nothing.
+    probabilities = [0.0 if draws else p for p in call.zoneout]
+    return tuple(call.kept) if draws else (None,) * len(call.zoneout), tuple(probabilities)
+
+
 def forward(
     call: GpuCall,
     gates: Tensor,
@@ -262,6 +272,7 @@ def forward(
     reset_states = None
     if call.reset_states:
         reset_states = _states(call, _of_width_h(call, call.reset_states))
+    kept, zoneout = _zoneout(call)
     projects = call.projects and output is not None
     new_h = call.input.new_empty(call.state_shape(1)) if projects else output
     history = gates if output is None else output  # where a single step reads nothing
@@ -269,13 +280,15 @@ def forward(
     def step(states: Tensor, new_states: Tensor, first: int, steps: int) -> None:
         launch(
             *(gates, b_ih, b_hh, w_hh, initial, states, new_states, offsets),
-            *(call.reset, reset_h, reset_states, history, new_h),
+            *(call.reset, reset_h, reset_states, call.operand_mask, kept, history, new_h),
             tuple(all_states) or None,
             reserve if keep else None,
             *(gates.stride(0), call.batch, call.rows, call.steps - 1, first, steps),
             *(call.hidden, call.projected),
             CELL=TRITON_CELLS[call.cell].forward,
             EVERYTHING=keep == Keep.EVERYTHING,
+            KEEPS_GIVEN=call.keeps_given,
+            ZONEOUT=zoneout,
             PROJECTS=projects,
         )
         for d in range(call.directions if projects else 0):
@@ -308,6 +321,7 @@ def backward(
     assert w_hh is not None
     offsets, initial = call.offsets(), call.states[0] if call.states else None
     reset_h = call.reset_states[0] if call.reset_states else None
+    kept, zoneout = _zoneout(call)
     grad_resets = None if call.reset is None else _states(call, [None] * call.spec.states)
     grad_recurrent = grad_projected = grad_reset_h = None
     if call.projects:
@@ -328,6 +342,8 @@ def backward(
                 call.reset,
                 reset_h,
                 grad_resets,
+                call.operand_mask,
+                kept,
                 back.output,
                 back.reserve,
                 None if w_hr is not None else grad_output,
@@ -341,6 +357,8 @@ def backward(
             GRAD_COLUMNS=back.grad_columns,
             GRAD_CLIP=call.grad_clip or None,
             GRAD_CUT=call.grad_cut,
+            KEEPS_GIVEN=call.keeps_given,
+            ZONEOUT=zoneout,
         )
 
     # One step more takes the gradients to the initial states.
@@ -376,6 +394,8 @@ def _grad_operand(
         columns, count = slice(first, first + width), rows.stop - rows.start
         passed = grad_recurrent[d, :count]
         torch.mm(back.grad_gates[rows, columns], w_hh[d], out=passed)
+        if call.operand_mask is not None:
+            passed.mul_(call.operand_mask[d, :count])
         if call.grad_clip > 0:
             passed.clamp_(-call.grad_clip, call.grad_clip)
         begins = call.resets(d, call.steps - step)
