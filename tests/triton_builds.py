@@ -32,6 +32,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
+    torch.bool: "*i1",
 }
 
 #: Hidden sizes, batches, dtypes and whether float32 is multiplied as TF32: in whole vectors and odd, of one program

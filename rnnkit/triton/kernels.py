@@ -326,19 +326,19 @@ def backward(
                 grad += tl.load(given, mask=mask, other=0.0).to(SUM)
             grad_new += (grad,)
         grad_given = grad_new
-        grad_old = ()
+        of_old = grad_new
         if kept is not None:
-            grad_given, grad_old = zoneout.parted(grad_new, kept, h_base, h_place, mask, ZONEOUT)
+            grad_given, of_old = zoneout.parted(grad_new, kept, h_base, h_place, mask, ZONEOUT)
         if flow is not None:
             whole = grad_given if GRAD_STATES is None else GRAD_STATES(save, grad_given)
-            if kept is not None:  # the cell reads of its own states what zoneout has not touched
-                whole = zoneout.where_there(grad_old, grad_new, whole)
+            if kept is not None:
+                whole = zoneout.whole(grad_new, whole, kept, ZONEOUT)
             for k in tl.static_range(STATES):
                 if flow[k] is not None:
                     tl.store(flow[k] + h_base + h_place, whole[k], mask=mask)
         grads_before, grads = CELL(save, h, previous_h, grad_given)
         if kept is not None:
-            grads_before = zoneout.added(grads_before, grad_old)
+            grads_before = zoneout.added(grads_before, of_old)
         if (GRAD_CLIP is not None) | (GRAD_CUT > 0) | (reset is not None):
             _, continues = carry.active_rows(forward_step - 1, begin, i, last, batch, offsets)
             cut = carry.cuts(forward_step, last, GRAD_CUT)

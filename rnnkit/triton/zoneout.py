@@ -26,39 +26,43 @@ def zoned(old, new, kept, base, place, mask, ZONEOUT: tl.constexpr):
 
 @triton.jit
 def parted(grads, kept, base, place, mask, ZONEOUT: tl.constexpr):
-    """The two parts of the gradients of the states after a step: of what the step gave, and of the states before it.
-
-    The second is None for a state without zoneout.
-    """
+    """The two parts of the gradients of the states after a step: of what the step gave, and of the states before it."""
     of_new = ()
     of_old = ()
     for k in tl.static_range(len(grads)):
+        new = grads[k]
+        old = tl.zeros_like(grads[k])
         if kept[k] is not None:
             keeps = tl.load(kept[k] + base + place, mask=mask, other=0) != 0
-            of_new += (tl.where(keeps, 0.0, grads[k]),)
-            of_old += (tl.where(keeps, grads[k], 0.0),)
+            new = tl.where(keeps, 0.0, grads[k])
+            old = tl.where(keeps, grads[k], 0.0)
         elif ZONEOUT[k] > 0:
-            of_new += (grads[k] * (1 - ZONEOUT[k]),)
-            of_old += (grads[k] * ZONEOUT[k],)
-        else:
-            of_new += (grads[k],)
-            of_old += (None,)
+            new = grads[k] * (1 - ZONEOUT[k])
+            old = grads[k] * ZONEOUT[k]
+        of_new += (new,)
+        of_old += (old,)
     return of_new, of_old
 
 
 @triton.jit
-def where_there(of_old, zoned, others):
-    """Of each state the tile in `zoned` if it has zoneout, else that in `others`. `of_old`: see `parted`."""
+def whole(grads, through_cell, kept, ZONEOUT: tl.constexpr):
+    """The gradients of the states after a step: `grads`, and of a state without zoneout what passes `through_cell`, too.
+
+    The other states of the step are computed from what the cell gave, which is not the state after zoneout.
+    """
     found = ()
-    for k in tl.static_range(len(others)):
-        found += (others[k] if of_old[k] is None else zoned[k],)
+    for k in tl.static_range(len(grads)):
+        grad = through_cell[k]
+        if (kept[k] is not None) or (ZONEOUT[k] > 0):
+            grad = grads[k]
+        found += (grad,)
     return found
 
 
 @triton.jit
-def added(grads, of_old):
-    """Gradients of the states before a step, with their part through zoneout, `of_old` of `parted`."""
-    found = ()
+def added(grads, others):
+    """The sums of two gradients of each state."""
+    sums = ()
     for k in tl.static_range(len(grads)):
-        found += (grads[k] if of_old[k] is None else grads[k] + of_old[k],)
-    return found
+        sums += (grads[k] + others[k],)
+    return sums
