@@ -67,7 +67,7 @@ def aligned(size, ALIGNED: tl.constexpr):
 
 @triton.jit
 def opaque(u, step):
-    """`u` in a form that the compiler cannot fold: min(step, 0) is always 0.
+    """`u`, indices, in a form that the compiler cannot fold: min(step, 0) is always 0.
 
     Without it the compiler moves every address out of the loop over steps, and there are more of them than registers.
     """
@@ -166,9 +166,6 @@ def forward(
     begin, i, u, i_mask, u_mask = tile(batch, hidden, ROWS, UNITS)
     first_unit = tl.program_id(1) * UNITS
     w = w_hh + (d * GATES * hidden + first_unit) * projected
-    factor = None
-    if operand_mask is not None:
-        factor = carry.of_batch(operand_mask, begin, i, batch, projected)
     state = load_states(states, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
     for step in tl.range(first, first + steps, num_stages=1):
         u = opaque(u, step)
@@ -184,6 +181,9 @@ def forward(
         if reset is not None:
             begins = carry.is_reset(step, begin, i, last, batch, offsets, reset)
             state = carry.put_back(state, begins, reset_states, begin, i, u, u_mask, batch, hidden)
+        factor = None
+        if operand_mask is not None:
+            factor = carry.of_batch(operand_mask, begin, opaque(i, step), batch, projected)
         recurrent = products(
             operand, is_there & active, w, hidden.to(tl.int64) * projected,
             (u - first_unit) * projected, u_mask, 1, projected, GATES, DEPTH, PRECISION, SUM, factor,
