@@ -147,8 +147,8 @@ def forward(
     output,  # h after each step, [R, D*P]; read, and written through new_h where there is no projection
     new_h,  # on return h: `output`, or before a projection [D, N, H], or None where it is not wanted
     all_states,  # on return the states other than h after each step, S - 1 tensors [R, D*H]; or None
-    # On return [D, R, V, H], or the states other than h before each step, [D, R, S - 1, H], or the h that the cell gave,
-    # [D, R, 1, H]; or None.
+    # On return [D, R, V, H], or the states other than h before each step, [D, R, S - 1, H], or the h that the cell
+    # gave, [D, R, 1, H]; or None.
     reserve,
     gate_stride, batch, total, last,  # batch N, total R, last T - 1
     first, steps,

@@ -46,9 +46,10 @@ def parted(grads, kept, base, place, mask, ZONEOUT: tl.constexpr):
 
 @triton.jit
 def whole(grads, through_cell, kept, ZONEOUT: tl.constexpr):
-    """The gradients of the states after a step: `grads`, and of a state without zoneout what passes `through_cell`, too.
+    """The whole gradients of the states after a step: `grads` of a state with zoneout, else `through_cell`.
 
-    The other states of the step are computed from what the cell gave, which is not the state after zoneout.
+    `through_cell` has also what passes from one state of the step to another. That passes to what the cell gave, which
+    with zoneout is not the state after the step.
     """
     found = ()
     for k in tl.static_range(len(grads)):
