@@ -102,7 +102,10 @@ VARIANTS: tuple[dict, ...] = (
 #: Noise: of few sequences, with resets and cuts in ragged batches, and with a state that has no zoneout.
 NOISES: tuple[dict, ...] = (
     *({**noise, "lengths": (4, 3, 3, 1)} if "lengths" in noise else noise for noise in NOISE),
-    {**VARIANTS[-2], "operand_mask": True, "zoneout": (0.4, 0.3)},
+    {
+        **{"operand_mask": True, "zoneout": (0.4, 0.3), "lengths": (4, 3, 3, 1)},
+        **{"resets": 0.4, "reset_states": True, "grad_clip": 0.1, "grad_cut": 2},
+    },
     {"zoneout": (0.4, 0.0), "grad_cut": 2},
     {"zoneout": (0.4, 0.0), "expects": True, "resets": 0.4, "lengths": (5, 4, 2, 1)},
 )
