@@ -36,7 +36,7 @@ class Scans(Protocol):
     """The functions of a backend's module: the scans of one layer. The products over all rows are made here."""
 
     RESETS: bool  #: Whether the scans know `LayerCall.reset`. If not, the reference computes calls that have it.
-    NOISE: bool  #: Whether they know `operand_mask`, `zoneout` and `kept`, alike.
+    NOISE: bool  #: The same for `LayerCall.operand_mask` and `LayerCall.zoneout`.
 
     def choose(self, scan: plan.Scan, device: torch.device) -> Design:
         """Plans a scan for a device."""
@@ -450,14 +450,15 @@ class Backward:
         return call.input.new_zeros(call.batch, call.projected)
 
     def _masks(self, d: int) -> Tensor | None:
-        """For all rows, what multiplies h_{t-1} as the recurrent operand, [rows, P]; None for ones."""
+        """`LayerCall.operand_mask` of direction d for all rows, [rows, P]; None if there is none."""
         call = self.call
         if call.operand_mask is None:
             return None
         mask = call.operand_mask[d]
         if not call.ragged:
             return mask.repeat(call.steps, 1)
-        places = torch.cat([torch.arange(count) for count in call.counts])
+        counts = torch.tensor(call.counts)
+        places = torch.arange(call.rows) - (counts.cumsum(0) - counts).repeat_interleave(counts)
         return mask.index_select(0, _sent(places, mask.device))
 
     def _runs(self) -> list[tuple[int, int, int]]:

@@ -9,9 +9,9 @@ A row that a reset puts back before a step (`is_reset`) has other states than th
 its h, `put_back` its other states. What the step passes back
 goes to the gradients of these states.
 
-`LayerCall.operand_mask`, with which the recurrent product's operand is multiplied, changes no state: `products` of
-kernels.py multiplies by it what it reads of h, and the gradient of the operand is multiplied by it before it is one of
-h. The previous h of a cell's backward is not masked.
+`LayerCall.operand_mask` changes no state. `products` of kernels.py multiplies h by it where it reads the recurrent
+operand, and the kernel of the backward pass multiplies the operand's gradient by it, which then is a gradient of h. The
+previous h of a cell's backward is not masked.
 
 In all functions a program has ROWS rows of the batch, from `begin` on, which i [ROWS, 1] counts. Steps are numbered 0
 to `last` in the order of the direction's forward scan, in both passes. `offsets` [T + 1] are the rows where time steps
@@ -136,7 +136,7 @@ def grad_operand(
 ):  # fmt: skip
     """Gradients of the states after a step: `grad_state`, to whose h the gradient through the later product is added.
 
-    `grad_state` is what the later steps left. `grad_recurrent` is the gradient of the later step's operand, h. Where a
+    `grad_state` is what the later steps left. `grad_recurrent` is the gradient of h through the later product. Where a
     row begins at the later step, that is its initial h: the row is not active now and keeps the sum. `sends`: which
     rows have the later step, and so are passed a gradient back; `cut`: whether that step `cuts`; `begins`: which rows
     are put back before it, whose gradients are added to `grad_reset`; None: no rows are. Returns that, too.
