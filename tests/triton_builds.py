@@ -196,11 +196,10 @@ def cases() -> Iterator[tuple[Case, bool]]:
         noise = {"operand_mask": True, "zoneout": (0.3, 0.2)}
         resets = {"resets": 0.3, "reset_states": True, "lengths": (2, 2, 1)}
         yield Case(cell, (2, 3, 4, 40), 2, **resets, **noise), False
-        expects = {"expects": True, "dtype": torch.bfloat16}
-        yield Case(cell, (2, 40, 4, 650), **expects, **noise), True
+        wide = {"sizes": (2, 40, 4, 650), "bias": False, "dtype": torch.bfloat16}
+        yield Case(cell, expects=True, **wide, **noise), True
         if CELLS[cell].states > 1:
             all_states = Case(cell, (2, 3, 4, 40), 2, all_states=True)
-            wide = {"sizes": (2, 40, 4, 650), "bias": False, "dtype": torch.bfloat16}
             yield all_states, False
             yield replace(all_states, directions=1, **wide), True
 
