@@ -112,15 +112,21 @@ NOISES: tuple[dict, ...] = (
 
 
 def cases() -> Iterator[tuple[Case, str, Keep]]:
-    """Every cell in every dtype at every size on either kernel; all else is drawn along diagonals."""
+    """Every cell in every dtype at every size on either kernel, and with noise; all else is drawn along diagonals."""
     for at, (cell, dtype) in enumerate(product(CELLS, DTYPES)):
         # Of a twin, a single value would be compared, whose relative error is chance.
         several = SIZES[1:] if cell in TWINS else SIZES
-        for row, (kernel, sizes) in enumerate(product(plan.TRITON_KERNELS, several)):
+        runs = [
+            (kernel, sizes, VARIANTS[(at + 5 * row) % len(VARIANTS)])
+            for row, (kernel, sizes) in enumerate(product(plan.TRITON_KERNELS, several))
+        ]
+        runs += [
+            (kernel, SIZES[1 + (at + row) % 3], NOISES[(2 * at + row) % len(NOISES)])
+            for row, kernel in enumerate(plan.TRITON_KERNELS)
+        ]
+        for row, (kernel, sizes, variant) in enumerate(runs):
             case = Case(cell, sizes, 1 + (at + row // 2) % 2, dtype=dtype, off_kink=True)
             case = replace(case, all_states=CELLS[cell].states > 1 and (at + row) % 3 == 1)
-            variants = VARIANTS + NOISES
-            variant = variants[(at + 5 * row) % len(variants)]
             keep = Keep.STATES if (at + row) % 3 == 0 else Keep.EVERYTHING
             yield replace(case, **variant), kernel, keep
 
