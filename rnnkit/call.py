@@ -240,15 +240,21 @@ class LayerCall:
     def reserve_shape(self, keep: int) -> list[int]:
         """The reserve's shape: [D, rows, V, H], V values for each row and hidden unit, or [0] if nothing is kept.
 
-        A cell that saves nothing reads h in its backward pass. If zoneout's expectation hides what a step gave, that is
-        kept, too.
+        The last value is the h that the cell gave, if the reserve `keeps_given`.
         """
         if keep == Keep.NOTHING:
             return [0]
         values = self.spec.saved if keep == Keep.EVERYTHING else self.spec.states - 1
-        if self.spec.saved == 0 and self.zoneout and self.kept is None:
-            values += self.zoneout[0] > 0
-        return [self.directions, self.rows, values, self.hidden]
+        return [self.directions, self.rows, values + self.keeps_given, self.hidden]
+
+    @property
+    def keeps_given(self) -> bool:
+        """Whether a reserve has the h that each step's cell gave.
+
+        A cell that saves nothing reads it in its backward pass, and zoneout's expectation hides it.
+        """
+        expects = len(self.zoneout) > 0 and self.kept is None
+        return self.spec.saved == 0 and expects and self.zoneout[0] > 0
 
     def zero_states(self, batch: int) -> list[Tensor]:
         """Initial states of `batch` rows that are zero."""

@@ -14,6 +14,8 @@ from torch import Tensor
 from rnnkit import backends, plan
 from rnnkit.gpu import Backward, GpuCall, stacked
 
+NOISE = False  #: see `rnnkit.gpu.Scans`
+
 
 @lru_cache
 def device_of(index: int) -> plan.Gpu:

@@ -8,7 +8,7 @@ import importlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Protocol, cast, overload
 
@@ -34,6 +34,8 @@ class Design(Protocol):
 
 class Scans(Protocol):
     """The functions of a backend's module: the scans of one layer. The products over all rows are made here."""
+
+    NOISE: bool  #: Whether they know `operand_mask` and `zoneout` of a call. If not, the reference computes it.
 
     def choose(self, scan: plan.Scan, device: torch.device) -> Design:
         """Plans a scan for a device."""
@@ -180,10 +182,13 @@ class GpuCall(LayerCall):
     @classmethod
     def of(cls, call: LayerCall) -> "GpuCall":
         """Checks the call and makes its tensors `plain`."""
-        checked = cls(*call.arguments)
+        checked = cls(*(getattr(call, field.name) for field in fields(LayerCall)))
         checked.check()
         if checked.reset is not None:
             checked = replace(checked, reset=checked.reset.contiguous())
+        if checked.operand_mask is not None or checked.kept is not None:
+            kept = None if checked.kept is None else checked.kept.contiguous()
+            checked = replace(checked, operand_mask=plain(checked.operand_mask), kept=kept)
         tensors = checked.tensors
         laid_out = [plain(tensor) for tensor in tensors]
         if all(one is other for one, other in zip(tensors, laid_out, strict=True)):
@@ -291,18 +296,19 @@ def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
 
 def knows_noise(device: torch.device) -> bool:
     """Whether the device's kernels have recurrent dropout and zoneout."""
-    return device.type == "cpu"
+    run = scans(device) if device.type == "cuda" else None
+    return device.type == "cpu" or (run is not None and run.NOISE)
 
 
-def _knows(call: LayerCall) -> bool:
+def _knows(run: Scans, call: LayerCall) -> bool:
     """Whether the kernels have what the call asks for. If not, the reference computes it."""
-    return call.operand_mask is None and len(call.zoneout) == 0
+    return run.NOISE or (call.operand_mask is None and len(call.zoneout) == 0)
 
 
 def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
     """`rnnkit::layer_forward` on CUDA tensors."""
     run = scans(call.input.device)
-    if run is None or not _knows(call):
+    if run is None or not _knows(run, call):
         return ops.forward_composite(call, packed, keep)
     call.check_keep(keep)
     call = GpuCall.of(call)
@@ -321,7 +327,7 @@ def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
 def layer_backward(back: BackwardCall) -> list[Tensor]:
     """`rnnkit::layer_backward` on CUDA tensors."""
     run = scans(back.call.input.device)
-    if run is None or not _knows(back.call):
+    if run is None or not _knows(run, back.call):
         return ops.backward_composite(back)
     call = GpuCall.of(back.call)
     back = replace(back, call=call)
@@ -447,6 +453,18 @@ class Backward:
             return call.reset_states[0][d]
         return call.input.new_zeros(call.batch, call.projected)
 
+    def _masks(self, d: int) -> Tensor | None:
+        """`LayerCall.operand_mask` of direction d for all rows, [rows, P]; None if there is none."""
+        call = self.call
+        if call.operand_mask is None:
+            return None
+        mask = call.operand_mask[d]
+        if not call.ragged:
+            return mask.repeat(call.steps, 1)
+        counts = torch.tensor(call.counts)
+        places = torch.arange(call.rows) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        return mask.index_select(0, _sent(places, mask.device))
+
     def _runs(self) -> list[tuple[int, int, int]]:
         """Runs of gates whose input parts have adjacent gradient columns: (first gate, last gate + 1, first column)."""
         runs: list[tuple[int, int, int]] = []
@@ -472,9 +490,12 @@ class Backward:
             ]
             w_ih = _joined(parts)
         if self._need("w_hh")[d]:
+            masks = self._masks(d)
             for rows, h in self._previous(d):
                 if h is None:
                     continue
+                if masks is not None:
+                    h = h * masks[rows]
                 part = recurrent[rows].t()
                 w_hh = part @ h if w_hh is None else torch.addmm(w_hh, part, h)
             if w_hh is None:
@@ -514,6 +535,8 @@ class Backward:
                     h[0, rows] = part
             others = [state.contiguous().unsqueeze(0) for state in states[d].unbind(1)]
             step = GpuCall(call.cell, call.matrix().unsqueeze(0), [h, *others], call.direction(d))
+            if (masks := self._masks(d)) is not None:
+                step = replace(step, operand_mask=masks.unsqueeze(0))
             of_direction = gates[:, d * width : (d + 1) * width]
             reserve = self.reserve[d : d + 1]
             self.scans.forward(step, of_direction, Keep.EVERYTHING, None, [], reserve)

@@ -356,7 +356,7 @@ RESETS: tuple[dict, ...] = (
     {"resets": 0.02, "reset_states": True, "lengths": tuple(range(45, 0, -1))},
 )
 
-#: Recurrent dropout and zoneout. On a GPU the reference runs.
+#: Recurrent dropout and zoneout. CUDA's kernels have neither: there the reference runs.
 NOISE: tuple[dict, ...] = (
     {"operand_mask": True, "lengths": (9,) * 8 + (4,) * 9 + (1,) * 16},
     {"zoneout": (0.3, 0.2), "lengths": (5, 3, 3, 1)},

@@ -332,7 +332,7 @@ def test_masks_that_were_freed(place: str) -> None:
     case = Case("lstm", resets=0.3, operand_mask=True, zoneout=(0.2, 0.3))
     it = call_of(case)
     outputs, _, reserve = it.forward()
-    mask = it.kept[1] if place == "kept" else getattr(it, place)
+    mask = getattr(it, place)
     mask.untyped_storage().resize_(0)
     for run in (it.forward, lambda: it.backward(outputs, reserve)):
         with pytest.raises(RuntimeError, match=f"expected {place}.* bytes of memory, got 0"):

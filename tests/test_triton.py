@@ -17,6 +17,7 @@ from configurations import Case as ModuleCase
 from devices import on_gpu
 from kernel_cases import (
     DTYPES,
+    NOISE,
     TWINS,
     Case,
     assert_case_matches_reference,
@@ -98,17 +99,34 @@ VARIANTS: tuple[dict, ...] = (
     {"resets": 0.4, "reset_states": True, "grad_clip": 0.1, "grad_cut": 2, "lengths": (4, 3, 3, 1)},
     {"resets": 0.4, "reset_states": True},
 )
+#: Noise: of few sequences, with resets and cuts in ragged batches, and with a state that has no zoneout.
+NOISES: tuple[dict, ...] = (
+    *({**noise, "lengths": (4, 3, 3, 1)} if "lengths" in noise else noise for noise in NOISE),
+    {
+        **{"operand_mask": True, "zoneout": (0.4, 0.3), "lengths": (4, 3, 3, 1)},
+        **{"resets": 0.4, "reset_states": True, "grad_clip": 0.1, "grad_cut": 2},
+    },
+    {"zoneout": (0.4, 0.0), "grad_cut": 2},
+    {"zoneout": (0.4, 0.0), "expects": True, "resets": 0.4, "lengths": (5, 4, 2, 1)},
+)
 
 
 def cases() -> Iterator[tuple[Case, str, Keep]]:
-    """Every cell in every dtype at every size on either kernel; all else is drawn along diagonals."""
+    """Every cell in every dtype at every size on either kernel, and with noise; all else is drawn along diagonals."""
     for at, (cell, dtype) in enumerate(product(CELLS, DTYPES)):
         # Of a twin, a single value would be compared, whose relative error is chance.
         several = SIZES[1:] if cell in TWINS else SIZES
-        for row, (kernel, sizes) in enumerate(product(plan.TRITON_KERNELS, several)):
+        runs = [
+            (kernel, sizes, VARIANTS[(at + 5 * row) % len(VARIANTS)])
+            for row, (kernel, sizes) in enumerate(product(plan.TRITON_KERNELS, several))
+        ]
+        runs += [
+            (kernel, SIZES[1 + (at + row) % 3], NOISES[(2 * at + row) % len(NOISES)])
+            for row, kernel in enumerate(plan.TRITON_KERNELS)
+        ]
+        for row, (kernel, sizes, variant) in enumerate(runs):
             case = Case(cell, sizes, 1 + (at + row // 2) % 2, dtype=dtype, off_kink=True)
             case = replace(case, all_states=CELLS[cell].states > 1 and (at + row) % 3 == 1)
-            variant = VARIANTS[(at + 5 * row) % len(VARIANTS)]
             keep = Keep.STATES if (at + row) % 3 == 0 else Keep.EVERYTHING
             yield replace(case, **variant), kernel, keep
 
@@ -139,7 +157,7 @@ def test_against_reference(case: Case, kernel: str, keep: Keep) -> None:
             Case(cell, (3, 4, 2, 20), directions, off_kink=True, **variant)
             for cell in CELLS
             for directions in (1, 2)
-            for variant in VARIANTS
+            for variant in VARIANTS + (NOISES if directions == 2 else ())
         ]
     ),
     ids=str,
@@ -157,8 +175,10 @@ def test_every_variant(case: Case, kernel: str) -> None:
         {"lengths": (4, 3, 3, 1)},
         {"grad_clip": 0.1, "grad_cut": 2, "lengths": (5, 4, 2, 1)},
         {"grad_cut": 2},  # of which the number of steps is a multiple
+        {"operand_mask": True, "zoneout": (0.0, 0.3), "lengths": (4, 3, 3, 1)},
+        {"operand_mask": True, "zoneout": (0.0, 0.3), "resets": 0.5, "grad_clip": 0.1},
     ),
-    ids=("dense", "ragged", "gradient rule", "cut"),
+    ids=("dense", "ragged", "gradient rule", "cut", "noise", "noise and resets"),
 )
 @pytest.mark.parametrize("states", (True, False), ids=("states", "nostates"))
 @each_dtype
@@ -170,17 +190,22 @@ def test_projection(device: str, dtype: torch.dtype, states: bool, variant: dict
 @each_kernel
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("lengths", ((), (4, 3, 3, 1)), ids=("dense", "ragged"))
+@pytest.mark.parametrize(
+    "noise", ({}, {"operand_mask": True, "zoneout": (0.0, 0.3)}), ids=("plain", "noise")
+)
 @pytest.mark.parametrize(("cell", "projected"), (("lstm", 0), ("lstm", 5), ("gru", 0)))
 def test_recomputed_reserve_has_the_same_bits(
     device: str,
     cell: str,
     projected: int,
+    noise: dict[str, Any],
     lengths: tuple[int, ...],
     dtype: torch.dtype,
     kernel: str,
 ) -> None:
     scan = importlib.import_module("rnnkit.triton.scan")
-    it = call(Case(cell, (3, 4, 5, 33), 2, lengths, projected, dtype=dtype, device=device))
+    case = Case(cell, (3, 4, 5, 33), 2, lengths, projected, dtype=dtype, device=device)
+    it = call(replace(case, **noise))
     with plan.forced(kernel):
         (output,), _, expected = it.forward(Keep.EVERYTHING)
         _, _, states = it.forward(Keep.STATES)
@@ -248,6 +273,34 @@ def test_tf32_is_as_torch_s_switch_says(
         )
 
 
+@each_kernel
+def test_zoneout_selects(device: str, kernel: str) -> None:
+    """What is kept comes through beside NaN, and an infinite gradient goes to one of its two parts."""
+    case = Case("lstm", (1, 3, 4, 17), 2, zoneout=(0.5, 0.5), device=device)
+    it = call(case)
+    assert it.kept is not None
+    every, nothing = torch.ones_like(it.kept), torch.zeros_like(it.kept)
+    infinite = [torch.full_like(grad, torch.inf) for grad in it.grads if grad is not None]
+    with plan.forced(kernel):
+        _, finals, _ = replace(it, input=it.input * torch.nan, kept=every).forward()
+        all_kept = replace(it, grads=infinite, kept=every).run()
+        none_kept = replace(it, grads=[*it.grads[:2], infinite[2]], kept=nothing).run()
+    assert_same_bits(finals, [*it.states])
+    assert not all_kept["grad w_hh"].any() and not all_kept["grad input"].any()
+    assert all_kept["grad h_0"].isposinf().all() and all_kept["grad c_0"].isposinf().all()
+    assert none_kept["grad c_0"].isposinf().all()
+
+
+def test_scans_without_noise_leave_it_to_the_reference(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = importlib.import_module("rnnkit.triton.scan")
+    monkeypatch.setattr(scan, "NOISE", False)
+    monkeypatch.setattr(scan, "_launch", lambda *_, **__: pytest.fail("a kernel ran"))
+    for noise in ({"operand_mask": True}, {"zoneout": (0.3, 0.2)}):
+        assert_case_matches_reference(Case("lstm", device=device, **noise))
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of numpy, in the interpreter
 @each_kernel
 @each_cell
@@ -308,7 +361,12 @@ def test_same_bits_again(device: str, cell: str, kernel: str) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    each([c for c in small_cases() if c.lengths and (c.projected or c.cell == "gru")]),
+    each(
+        [
+            *(c for c in small_cases() if c.lengths and (c.projected or c.cell == "gru")),
+            Case("lstm", directions=2, operand_mask=True, zoneout=(0.3, 0.2)),
+        ]
+    ),
     ids=str,
 )
 @pytest.mark.parametrize(
@@ -412,7 +470,14 @@ def test_autocast(device: str, dtype: torch.dtype, module: str) -> None:
 
 @pytest.mark.parametrize("lengths", ((), (4, 3, 1)), ids=("dense", "ragged"))
 @pytest.mark.parametrize(
-    "options", ({"update_gate": "writes"}, {"grad_clip": 0.05}, {"grad_cut": 2}), ids=str
+    "options",
+    (
+        {"update_gate": "writes"},
+        {"grad_clip": 0.05},
+        {"grad_cut": 2},
+        {"recurrent_dropout": 0.4, "zoneout": 0.3},
+    ),
+    ids=str,
 )
 def test_options_and_gradient_flow(
     device: str, options: dict[str, Any], lengths: tuple[int, ...]
@@ -424,6 +489,7 @@ def test_options_and_gradient_flow(
         x = torch.nn.utils.rnn.pack_padded_sequence(x, lengths)
 
     def results() -> list[torch.Tensor]:
+        torch.manual_seed(0)
         with rnnkit.gradient_flow(layer) as flow:
             output = layer(x)[0]
             output = output.data if lengths else output
@@ -557,8 +623,8 @@ def test_tiles(cell: str, dtype: torch.dtype, backward: bool) -> None:
     for hidden, batch in product((1, 16, 33, 64, 128, 200, 256, 512, 1500, 4096), (1, 17, 64, 500)):
         sizes = Case(cell, (1, batch, 1, hidden), dtype=dtype).scan(backward)
         chosen = scan.choose(sizes)
-        gates = 1 if backward else CELLS[cell].gates
-        ahead = chosen.depth * (gates * chosen.units + chosen.rows) * dtype.itemsize
+        gates, of_rows = (1, 1) if backward else (CELLS[cell].gates, 2)  # h, and its mask
+        ahead = chosen.depth * (gates * chosen.units + of_rows * chosen.rows) * dtype.itemsize
         assert (chosen.stages - 1) * ahead <= 99 * 1024, (sizes, chosen)
         for tried in [chosen, *scan._alternatives(chosen)]:
             assert tried.units >= hidden or tried.kernel == "stepwise", (sizes, tried)

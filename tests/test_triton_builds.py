@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-#: Bytes that a thread of any kernel may spill: a few in the largest tiles.
+#: Bytes that a thread of any kernel may spill: a few in the largest tiles; twice as many where h is masked.
 SPILLED = 144
 
 
@@ -51,6 +51,7 @@ def test_every_kernel_compiles(target: tuple[str, ...]) -> None:
     assert not [b for b in scans if b["products"] == 0 or b["barriers"] != 1]
     cuda = target[0] == "cuda"
     assert not cuda or len(scans) < len(built), "no case has a projection"
-    assert not [b for b in built if b["spilled"] > (SPILLED if cuda else 4 * SPILLED)]
+    most = SPILLED if cuda else 4 * SPILLED
+    assert not [b for b in built if b["spilled"] > most * (1 + ("masked" in b["case"]))]
     # An RTX's programs have 99 KB, an MI300's 64.
     assert not [b for b in built if b["shared"] > (99 if cuda else 64) * 1024]

@@ -32,6 +32,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
+    torch.bool: "*i1",
 }
 
 #: Hidden sizes, batches, dtypes and whether float32 is multiplied as TF32: in whole vectors and odd, of one program
@@ -180,7 +181,7 @@ def builds(case: Case, target: GPUTarget) -> Iterator[Build]:
 def cases() -> Iterator[tuple[Case, bool]]:
     """Every cell and dtype with either plan, dense and ragged, projected, with all states, and without this and that.
 
-    With each whether float32 is multiplied as TF32.
+    Also with noise, and with resets. With each whether float32 is multiplied as TF32.
     """
     for cell in CELLS:
         for at, (hidden, batch, dtype, tf32) in enumerate(SIZES):
@@ -190,9 +191,15 @@ def cases() -> Iterator[tuple[Case, bool]]:
             yield replace(case, states=at % 3 != 0, bias=at % 3 != 1), tf32
         if CELLS[cell].projects:
             yield Case(cell, (2, 3, 4, 100), projected=33), True
+            noise = {"operand_mask": True, "zoneout": (0.0, 0.2)}
+            yield Case(cell, (2, 3, 4, 100), projected=33, **noise), True
+        noise = {"operand_mask": True, "zoneout": (0.3, 0.2)}
+        resets = {"resets": 0.3, "reset_states": True, "lengths": (2, 2, 1)}
+        yield Case(cell, (2, 3, 4, 40), 2, **resets, **noise), False
+        wide = {"sizes": (2, 40, 4, 650), "bias": False, "dtype": torch.bfloat16}
+        yield Case(cell, expects=True, **wide, **noise), True
         if CELLS[cell].states > 1:
             all_states = Case(cell, (2, 3, 4, 40), 2, all_states=True)
-            wide = {"sizes": (2, 40, 4, 650), "bias": False, "dtype": torch.bfloat16}
             yield all_states, False
             yield replace(all_states, directions=1, **wide), True
 

@@ -9,8 +9,9 @@ A row that a reset puts back before a step (`is_reset`) has other states than th
 its h, `put_back` its other states. What the step passes back
 goes to the gradients of these states.
 
-A factor of the operand would go with the pointers that `operand` returns, and would multiply `grad_recurrent` and the
-result of `_grad_operand`; the previous h of a cell's backward has no factor.
+`LayerCall.operand_mask` changes no state. `products` of kernels.py multiplies h by it where it reads the recurrent
+operand, and the kernel of the backward pass multiplies the operand's gradient by it, which then is a gradient of h. The
+previous h of a cell's backward is not masked.
 
 In all functions a program has ROWS rows of the batch, from `begin` on, which i [ROWS, 1] counts. Steps are numbered 0
 to `last` in the order of the direction's forward scan, in both passes. `offsets` [T + 1] are the rows where time steps
@@ -68,6 +69,13 @@ def put_back(states, begins, reset_states, begin, i, u, u_mask, batch, hidden):
 
 
 @triton.jit
+def of_batch(values, begin, i, batch, width):
+    """Pointers to the beginnings of the program's rows [ROWS, 1] in `values` [D, N, width]."""
+    d = tl.program_id(2).to(tl.int64)
+    return values + (d * batch + begin) * width + i * width
+
+
+@triton.jit
 def operand(step, begin, i, last, batch, offsets, initial, output, width, reset=None, reset_h=None):
     """h before a step: pointers to the beginnings of its rows [ROWS, 1], and which are there; the others are zeros.
 
@@ -80,14 +88,14 @@ def operand(step, begin, i, last, batch, offsets, initial, output, width, reset=
     h = output + (row * directions + d) * width + i * (directions * width)
     is_there = continues
     if initial is not None:
-        h = tl.where(continues, h, initial + (d * batch + begin) * width + i * width)
+        h = tl.where(continues, h, of_batch(initial, begin, i, batch, width))
         is_there = i < batch - begin
     if reset is not None:
         begins = is_reset(step, begin, i, last, batch, offsets, reset)
         if reset_h is None:
             is_there = is_there & (begins == 0)
         else:
-            h = tl.where(begins, reset_h + (d * batch + begin) * width + i * width, h)
+            h = tl.where(begins, of_batch(reset_h, begin, i, batch, width), h)
             is_there = is_there | begins
     return h, is_there
 
@@ -128,7 +136,7 @@ def grad_operand(
 ):  # fmt: skip
     """Gradients of the states after a step: `grad_state`, to whose h the gradient through the later product is added.
 
-    `grad_state` is what the later steps left. `grad_recurrent` is the gradient of the later step's operand, h. Where a
+    `grad_state` is what the later steps left. `grad_recurrent` is the gradient of h through the later product. Where a
     row begins at the later step, that is its initial h: the row is not active now and keeps the sum. `sends`: which
     rows have the later step, and so are passed a gradient back; `cut`: whether that step `cuts`; `begins`: which rows
     are put back before it, whose gradients are added to `grad_reset`; None: no rows are. Returns that, too.

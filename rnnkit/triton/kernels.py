@@ -12,7 +12,7 @@ number of steps and that of rows are not constants of the compiler; offsets of r
 import triton
 from triton import language as tl
 
-from rnnkit.triton import carry
+from rnnkit.triton import carry, zoneout
 
 #: Integer arguments that differ between calls of one model: another value must not cause a compilation.
 SIZES = ["gate_stride", "batch", "total", "last", "first", "steps"]
@@ -25,11 +25,13 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def products(
     a, a_mask, b, b_size, b_place, b_mask, b_stride, K,
     COUNT: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    factor=None,
 ):  # fmt: skip
     """sum_k a[n, k] b[g, k, u], [ROWS, UNITS] for each g of COUNT.
 
     `a` [ROWS, 1] points to the rows' first values, `b + b_place` [1, UNITS] to the columns' first values. The columns'
-    values are `b_stride` values apart, the COUNT matrices `b_size`. K is the number of products of each sum.
+    values are `b_stride` values apart, the COUNT matrices `b_size`. K is the number of products of each sum. `factor`
+    points like `a` to values that multiply those of `a`; None for ones.
     """
     sums = ()
     for _ in tl.static_range(COUNT):
@@ -39,6 +41,10 @@ def products(
     for at in range(0, K, DEPTH):
         inside = k < K - at
         left = tl.load(a + k[None, :], mask=a_mask & inside[None, :], other=0.0)
+        if factor is not None:
+            times = tl.load(factor + k[None, :], mask=a_mask & inside[None, :], other=0.0)
+            left = (left.to(SUM) * times.to(SUM)).to(left.dtype)
+            factor += DEPTH
         if INTERPRETED:
             left = left.to(SUM)
         added = ()
@@ -61,7 +67,7 @@ def aligned(size, ALIGNED: tl.constexpr):
 
 @triton.jit
 def opaque(u, step):
-    """`u` in a form that the compiler cannot fold: min(step, 0) is always 0.
+    """`u`, indices, in a form that the compiler cannot fold: min(step, 0) is always 0.
 
     Without it the compiler moves every address out of the loop over steps, and there are more of them than registers.
     """
@@ -136,15 +142,20 @@ def forward(
     reset,  # [R], see `carry.is_reset`, or None
     reset_h,  # the h that rows are put back to, [D, N, P], or None for zeros
     reset_states,  # the states that they are put back to, [S, D, N, H], or None for zeros
+    operand_mask,  # what h is multiplied with where the product reads it, [D, N, P], or None for ones
+    kept,  # where units keep a state, S of [R, D*H], see zoneout.py; None instead of one or of all: no zoneout
     output,  # h after each step, [R, D*P]; read, and written through new_h where there is no projection
     new_h,  # on return h: `output`, or before a projection [D, N, H], or None where it is not wanted
     all_states,  # on return the states other than h after each step, S - 1 tensors [R, D*H]; or None
-    reserve,  # on return [D, R, V, H], or the states other than h before each step, [D, R, S - 1, H]; or None
+    # On return [D, R, V, H], or the states other than h before each step, [D, R, S - 1, H], or the h that the cell
+    # gave, [D, R, 1, H]; or None.
+    reserve,
     gate_stride, batch, total, last,  # batch N, total R, last T - 1
     first, steps,
     hidden, projected,  # H, P
     CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, EVERYTHING: tl.constexpr,
-    PROJECTS: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    KEEPS_GIVEN: tl.constexpr, ZONEOUT: tl.constexpr, PROJECTS: tl.constexpr,
+    PRECISION: tl.constexpr, SUM: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Runs the cell over the steps `first` to `first + steps`."""
@@ -170,9 +181,12 @@ def forward(
         if reset is not None:
             begins = carry.is_reset(step, begin, i, last, batch, offsets, reset)
             state = carry.put_back(state, begins, reset_states, begin, i, u, u_mask, batch, hidden)
+        factor = None
+        if operand_mask is not None:
+            factor = carry.of_batch(operand_mask, begin, opaque(i, step), batch, projected)
         recurrent = products(
             operand, is_there & active, w, hidden.to(tl.int64) * projected,
-            (u - first_unit) * projected, u_mask, 1, projected, GATES, DEPTH, PRECISION, SUM,
+            (u - first_unit) * projected, u_mask, 1, projected, GATES, DEPTH, PRECISION, SUM, factor,
         )  # fmt: skip
         x = ()
         h = ()
@@ -180,20 +194,23 @@ def forward(
             x += (loaded[g].to(SUM) + bias(b_ih, (d * GATES + g) * hidden + u, u_mask, UNITS, SUM),)
             h += (recurrent[g] + bias(b_hh, (d * GATES + g) * hidden + u, u_mask, UNITS, SUM),)
         new, save = CELL(x, h, state)
+        given = new[0]
+        base, place = (row * directions + d) * hidden, i * (directions * hidden) + u
+        if kept is not None:
+            new = zoneout.zoned(state, new, kept, base, place, mask, ZONEOUT)
         if new_h is not None:
             h_stride = hidden if PROJECTS else directions * hidden
             h_base = new_h + (d * batch + begin if PROJECTS else row * directions + d) * hidden
             tl.store(h_base + (i * h_stride + u), new[0].to(new_h.dtype.element_ty), mask=mask)
         if all_states is not None:
             for k in tl.static_range(len(all_states)):
-                values = all_states[k] + (row * directions + d) * hidden
                 value = new[k + 1].to(all_states[k].dtype.element_ty)
-                tl.store(values + (i * (directions * hidden) + u), value, mask=mask)
+                tl.store(all_states[k] + base + place, value, mask=mask)
         if reserve is not None:
-            kept = save if EVERYTHING else state[1:]
-            for k in tl.static_range(len(kept)):
-                kept_base = reserve + ((d * total + row) * len(kept) + k) * hidden
-                tl.store(kept_base + (i * (len(kept) * hidden) + u), kept[k], mask=mask)
+            values = (given,) if KEEPS_GIVEN else save if EVERYTHING else state[1:]
+            for k in tl.static_range(len(values)):
+                reserve_base = reserve + ((d * total + row) * len(values) + k) * hidden
+                tl.store(reserve_base + (i * (len(values) * hidden) + u), values[k], mask=mask)
         state = carry.carried(active, new, state)
         tl.debug_barrier()  # the next step reads what this one wrote
     store_states(new_states, state, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
@@ -209,8 +226,10 @@ def backward(
     reset,  # [R], see `carry.is_reset`, or None
     reset_h,  # the h that rows are put back to, [D, N, P], or None for zeros
     grad_resets,  # added to: the gradients of the states that rows are put back to, [S, D, N, H]; None without `reset`
+    operand_mask,  # what h is multiplied with where the product reads it, [D, N, P], or None; read without a projection
+    kept,  # where units keep a state, S of [R, D*H], see zoneout.py; None instead of one or of all: no zoneout
     output,  # h after each step, [R, D*P]
-    reserve,  # [D, R, V, H]
+    reserve,  # [D, R, V, H]; [D, R, 1, H] if it has the h that the cell gave
     grad_output,  # [R, D*H], or None for zeros
     grad_all_states,  # of the states other than h after each step, S - 1 of [R, D*H] or None for zeros; or None
     grad_projected,  # the whole gradient of h after its projection, [D, R, P], or None without one
@@ -221,6 +240,7 @@ def backward(
     hidden, projected,  # H, P
     CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     GRAD_STATES: tl.constexpr, GRAD_COLUMNS: tl.constexpr, GRAD_CLIP: tl.constexpr, GRAD_CUT: tl.constexpr,
+    KEEPS_GIVEN: tl.constexpr, ZONEOUT: tl.constexpr,
     PRECISION: tl.constexpr, SUM: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -259,12 +279,16 @@ def backward(
             u_mask, hidden, depth, 1, DEPTH, PRECISION, SUM,
         )  # fmt: skip
         if grad_projected is None:
+            of_operand = grad_recurrent[0]
+            if operand_mask is not None:
+                factor = carry.of_batch(operand_mask, begin, i, batch, hidden) + u
+                of_operand *= tl.load(factor, mask=i_mask & u_mask, other=0.0).to(SUM)
             cut = carry.cuts(forward_step + 1, last, GRAD_CUT)
             begins = None
             if reset is not None:
                 begins = carry.is_reset(forward_step + 1, begin, i, last, batch, offsets, reset)
             grad_state, of_h = carry.grad_operand(
-                grad_state, grad_recurrent[0], sends, active, cut, GRAD_CLIP, GRAD_CUT,
+                grad_state, of_operand, sends, active, cut, GRAD_CLIP, GRAD_CUT,
                 begins, grad_reset[0],
             )  # fmt: skip
             grad_reset = (of_h,) + grad_reset[1:]
@@ -289,6 +313,8 @@ def backward(
                 reset_h,
             )
             previous_h = tl.load(operand + u, mask=is_there & mask, other=0.0).to(SUM)
+        if KEEPS_GIVEN:
+            h = load_saved(reserve, d * total + row, i, u, mask, hidden, 1)[0]
         grad_h = grad_state[0]
         if grad_output is not None:
             grad_h += tl.load(grad_output + h_base + h_place, mask=mask, other=0.0).to(SUM)
@@ -299,12 +325,20 @@ def backward(
                 given = grad_all_states[k - 1] + h_base + h_place
                 grad += tl.load(given, mask=mask, other=0.0).to(SUM)
             grad_new += (grad,)
+        grad_given = grad_new
+        of_old = grad_new
+        if kept is not None:
+            grad_given, of_old = zoneout.parted(grad_new, kept, h_base, h_place, mask, ZONEOUT)
         if flow is not None:
-            whole = grad_new if GRAD_STATES is None else GRAD_STATES(save, grad_new)
+            whole = grad_given if GRAD_STATES is None else GRAD_STATES(save, grad_given)
+            if kept is not None:
+                whole = zoneout.whole(grad_new, whole, kept, ZONEOUT)
             for k in tl.static_range(STATES):
                 if flow[k] is not None:
                     tl.store(flow[k] + h_base + h_place, whole[k], mask=mask)
-        grads_before, grads = CELL(save, h, previous_h, grad_new)
+        grads_before, grads = CELL(save, h, previous_h, grad_given)
+        if kept is not None:
+            grads_before = zoneout.added(grads_before, of_old)
         if (GRAD_CLIP is not None) | (GRAD_CUT > 0) | (reset is not None):
             _, continues = carry.active_rows(forward_step - 1, begin, i, last, batch, offsets)
             cut = carry.cuts(forward_step, last, GRAD_CUT)

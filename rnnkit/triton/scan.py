@@ -25,6 +25,8 @@ from rnnkit.specs import CELLS
 from rnnkit.triton import kernels
 from rnnkit.triton.cells import TRITON_CELLS
 
+NOISE = True  #: see `rnnkit.gpu.Scans`
+
 #: Time several plans for each size, once on each kind of GPU, and keep the fastest.
 AUTOTUNE = os.environ.get("RNNKIT_TRITON_AUTOTUNE", "0") not in ("", "0")
 
@@ -239,6 +241,15 @@ def _of_width_h(call: GpuCall, states: Sequence[Tensor | None]) -> list[Tensor |
     return [None if call.projects and k == 0 else state for k, state in enumerate(states)]
 
 
+def _zoneout(call: GpuCall) -> tuple[tuple[Tensor | None, ...] | None, tuple[float, ...] | None]:
+    """The kernels' `kept` and `ZONEOUT`, see zoneout.py; both None if no state has zoneout."""
+    if not any(p > 0 for p in call.zoneout):
+        return None, None
+    # With masks the probabilities do not count: another one compiles nothing.
+    probabilities = [p if call.kept is None else 0.0 for p in call.zoneout]
+    return tuple(map(call.kept_of, range(call.spec.states))), tuple(probabilities)
+
+
 def forward(
     call: GpuCall,
     gates: Tensor,
@@ -260,6 +271,7 @@ def forward(
     reset_states = None
     if call.reset_states:
         reset_states = _states(call, _of_width_h(call, call.reset_states))
+    kept, zoneout = _zoneout(call)
     projects = call.projects and output is not None
     new_h = call.input.new_empty(call.state_shape(1)) if projects else output
     history = gates if output is None else output  # where a single step reads nothing
@@ -267,13 +279,15 @@ def forward(
     def step(states: Tensor, new_states: Tensor, first: int, steps: int) -> None:
         launch(
             *(gates, b_ih, b_hh, w_hh, initial, states, new_states, offsets),
-            *(call.reset, reset_h, reset_states, history, new_h),
+            *(call.reset, reset_h, reset_states, call.operand_mask, kept, history, new_h),
             tuple(all_states) or None,
             reserve if keep else None,
             *(gates.stride(0), call.batch, call.rows, call.steps - 1, first, steps),
             *(call.hidden, call.projected),
             CELL=TRITON_CELLS[call.cell].forward,
             EVERYTHING=keep == Keep.EVERYTHING,
+            KEEPS_GIVEN=call.keeps_given,
+            ZONEOUT=zoneout,
             PROJECTS=projects,
         )
         for d in range(call.directions if projects else 0):
@@ -306,6 +320,7 @@ def backward(
     assert w_hh is not None
     offsets, initial = call.offsets(), call.states[0] if call.states else None
     reset_h = call.reset_states[0] if call.reset_states else None
+    kept, zoneout = _zoneout(call)
     grad_resets = None if call.reset is None else _states(call, [None] * call.spec.states)
     grad_recurrent = grad_projected = grad_reset_h = None
     if call.projects:
@@ -326,6 +341,8 @@ def backward(
                 call.reset,
                 reset_h,
                 grad_resets,
+                call.operand_mask,
+                kept,
                 back.output,
                 back.reserve,
                 None if w_hr is not None else grad_output,
@@ -339,6 +356,8 @@ def backward(
             GRAD_COLUMNS=back.grad_columns,
             GRAD_CLIP=call.grad_clip or None,
             GRAD_CUT=call.grad_cut,
+            KEEPS_GIVEN=call.keeps_given,
+            ZONEOUT=zoneout,
         )
 
     # One step more takes the gradients to the initial states.
@@ -374,6 +393,8 @@ def _grad_operand(
         columns, count = slice(first, first + width), rows.stop - rows.start
         passed = grad_recurrent[d, :count]
         torch.mm(back.grad_gates[rows, columns], w_hh[d], out=passed)
+        if call.operand_mask is not None:
+            passed.mul_(call.operand_mask[d, :count])
         if call.grad_clip > 0:
             passed.clamp_(-call.grad_clip, call.grad_clip)
         begins = call.resets(d, call.steps - step)
