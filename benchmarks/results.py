@@ -79,7 +79,7 @@ def newest_of_each(folder: Path) -> list[Path]:
 
 
 def newest_with_features(folder: Path) -> list[Path]:
-    """The same of those that tell what rnnkit's features cost; a part of a run will do."""
+    """The latest results, complete or not, that tell what rnnkit's features cost, in the same order; maybe none."""
     return _latest(folder, lambda document: "readout" in document)
 
 

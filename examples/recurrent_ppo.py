@@ -58,7 +58,7 @@ def in_one_call(
 def step_by_step(
     layer: nn.Module, x: Tensor, states: States, begins: Tensor
 ) -> tuple[Tensor, States]:
-    """The same by a loop over single steps."""
+    """Output and states by a loop over single steps."""
     goes_on = (~begins).to(x.dtype).unsqueeze(-1)  # [T, N, 1]
     outputs = []
     for x_t, kept in zip(x.split(1), goes_on, strict=True):

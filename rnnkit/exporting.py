@@ -41,11 +41,6 @@ def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
     beyond = call.projects or call.outputs > 1 or call.reset is not None
     beyond |= call.operand_mask is not None or len(call.zoneout) > 0
     if call.cell not in OPERATORS or beyond:
-        if call.batch_sizes is not None:
-            raise RuntimeError(
-                "expected a call without projection, all_states, reset, recurrent dropout and zoneout, got one of them "
-                "with lengths or a packed input: ONNX's operators have none of these, and steps have no lengths"
-            )
         return reference.run(call)
     name, order, attributes = OPERATORS[call.cell]
     input, hidden, directions, states = call.input, call.hidden, call.directions, call.spec.states

@@ -109,7 +109,8 @@ def from_haste(module: Module, weights: Mapping[str, Any]) -> Module:
     """Load the weights of a haste_pytorch LSTM or GRU into a layer or cell, in place.
 
     haste's layers have one layer and one direction, and biases. Its LayerNorm and IndRNN layers compute something else,
-    and so do zoneout and DropConnect (`dropout`), of which the weights do not tell.
+    and the weights do not tell of zoneout and DropConnect: haste's `zoneout=p, dropout=q` are `zoneout=(p, 0)` of an
+    LSTM or `zoneout=p` of a GRU, and `weight_dropout=q`.
 
     With FSDP2 every process has to call this, after `reshard()` of the model if a forward pass has run, as with
     `from_keras`.

@@ -560,7 +560,7 @@ class RNN(_LayersOfOneState):
         device, dtype: device and dtype of the parameters.
 
     Shape:
-        input [T, N, I], [T, I] or a PackedSequence; `hx` [L*D, N, H] or [L*D, H], zeros if None.
+        input [T, N, I], [T, I] or a PackedSequence; `hx` [L*D, N, H] or [L*D, H], zeros or the learned states if None.
         Returns the output [T, N, D*H] (or [T, D*H], or a PackedSequence) and `h_n`, shaped like `hx`.
         `lengths`, an int Tensor on any device or a list, [N]: of each sequence of a padded input, in any order. The
         output is zero behind a sequence's end, where its final states are and the reverse direction begins.
@@ -571,6 +571,7 @@ class RNN(_LayersOfOneState):
         output itself.
 
     Raises:
+        TypeError: an argument is of the wrong type.
         ValueError: the input's rank or dtype does not fit; in the constructor, an option has no such value or is not
             for this cell.
         RuntimeError: a size does not fit, or there is no time step.
@@ -668,8 +669,8 @@ class LSTM(_Layers):
 
     Shape:
         input [T, N, I], [T, I] or a PackedSequence; `hx` a pair h_0 [L*D, N, P or H], c_0 [L*D, N, H]
-        (without N for an unbatched input), zeros if None. Returns the output [T, N, D*(P or H)] (or
-        [T, ·], or a PackedSequence) and `(h_n, c_n)`, shaped like `hx`. Gate order i, f, g, o.
+        (without N for an unbatched input), zeros or the learned states if None. Returns the output [T, N, D*(P or H)]
+        (or [T, ·], or a PackedSequence) and `(h_n, c_n)`, shaped like `hx`. Gate order i, f, g, o.
         `lengths`, an int Tensor on any device or a list, [N]: of each sequence of a padded input, in any order. The
         output is zero behind a sequence's end, where its final states are and the reverse direction begins.
         `reset`, bool or 0/1, [T, N] ([N, T] if `batch_first`), [T] or the rows of a PackedSequence: where it is not 0,
@@ -679,6 +680,7 @@ class LSTM(_Layers):
         the output and c [T, N, D*H], laid out like it.
 
     Raises:
+        TypeError: an argument is of the wrong type.
         ValueError: the input's rank or dtype does not fit; in the constructor, an option has no such value or is not
             for this cell.
         RuntimeError: a size does not fit, or there is no time step.
@@ -834,7 +836,7 @@ class GRU(UpdateGate, _LayersOfOneState):
         device, dtype: device and dtype of the parameters.
 
     Shape:
-        input [T, N, I], [T, I] or a PackedSequence; `hx` [L*D, N, H] or [L*D, H], zeros if None.
+        input [T, N, I], [T, I] or a PackedSequence; `hx` [L*D, N, H] or [L*D, H], zeros or the learned states if None.
         Returns the output [T, N, D*H] (or [T, D*H], or a PackedSequence) and `h_n`, shaped like `hx`.
         Gate order r, z, n.
         `lengths`, an int Tensor on any device or a list, [N]: of each sequence of a padded input, in any order. The
@@ -846,6 +848,7 @@ class GRU(UpdateGate, _LayersOfOneState):
         output itself.
 
     Raises:
+        TypeError: an argument is of the wrong type.
         ValueError: the input's rank or dtype does not fit; in the constructor, an option has no such value or is not
             for this cell.
         RuntimeError: a size does not fit, or there is no time step.

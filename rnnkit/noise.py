@@ -37,10 +37,17 @@ def drawn(
 
 def _coins(some: Sequence[float], shape: Sequence[int], like: Tensor) -> Tensor:
     """Bool [K, *shape] on the device of `like`, True with the K probabilities `some`."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap draws out of place only
+    if _under_vmap():  # which draws different numbers only out of place
         each = torch.tensor(some, device=like.device).view(-1, *[1] * len(shape))
         return torch.bernoulli(each.expand(-1, *shape)).bool()
     coins = torch.empty(len(some), *shape, dtype=torch.bool, device=like.device)
     for of_state, p in zip(coins, some, strict=True):
         of_state.bernoulli_(p)
     return coins
+
+
+def _under_vmap() -> bool:
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    levels = torch._C._functorch.get_interpreter_stack()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)

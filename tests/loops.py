@@ -140,8 +140,8 @@ def step(
 ) -> list[Tensor]:
     """One step, where the recurrent product sees `h` in place of states[0].
 
-    By torch's functions for cells where it is the same, and by the equations elsewhere: of a projection, which these
-    lack, and of a GRU, in which z keeps a part of states[0].
+    It calls torch's functions for cells. They have no projection, and take one h for all parts of a GRU: there it is
+    written as equations.
     """
     w_ih, w_hh, b_ih, b_hh = weights
     if layer.mode == "LSTM" and w_hr is not None:

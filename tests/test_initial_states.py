@@ -138,7 +138,7 @@ def test_copies_conversions_and_hooks() -> None:
     torch.testing.assert_close(layer(x)[0], layer(x, initial(layer)[0])[0])
     layer.reset_parameters()
     assert not layer.h_0.any()
-    usual = learned("gru")
+    usual = learned("gru").requires_grad_(False)
     with pytest.raises(RuntimeError, match="has learn_initial_state"):
         torch.jit.trace(lambda x: usual(x)[0], x)
     h = random_states(usual)[0]

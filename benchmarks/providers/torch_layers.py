@@ -148,7 +148,7 @@ class Loop(nn.Module):
 
 
 class Split(nn.Module):
-    """The same by one call: sequences are split at resets, padded, packed, and put together again."""
+    """A layer of torch.nn with resets by one call: sequences are split, padded, packed, and put together again."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()

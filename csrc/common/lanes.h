@@ -125,7 +125,7 @@ RNNKIT_INLINE void store(T* to, Vector<T> value, AllLanes) {
   store(to, value);
 }
 
-// Of each lane whether it is true, as all its bits.
+// A truth value in each lane: all bits are set, or none.
 template <class T>
 using Truth = decltype(Vector<T>{} < Vector<T>{});
 

@@ -60,9 +60,8 @@ class SegmentValues {
   E* values_;
 };
 
-// h before each step of a segment's rows, which is their recurrent operand if there is no mask. row(r): pointer to that
-// of row r of the segment. stride(r, n): the distance between those of rows r to r + n - 1, or 0 if it is not the same
-// for all.
+// h before each step of a segment's rows, which is their recurrent operand if there is no mask. row(r): the address of
+// h of row r of the segment. stride(r, n): the distance from row to row among rows r to r + n - 1, or 0 if it varies.
 template <class S>
 class RecurrentOperands {
  public:
