@@ -96,6 +96,10 @@ class LayerCall:
     zoneout: Sequence[float] = ()
     kept: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if self.zoneout is None:  # as the ops have it for none
+            object.__setattr__(self, "zoneout", ())
+
     @property
     def arguments(self) -> tuple[Any, ...]:
         """The call as an op's flat arguments, see `ARGUMENTS`."""
@@ -530,10 +534,8 @@ def _check_memory(tensor: Tensor, name: str) -> None:
 
 def from_arguments(arguments: Sequence[object]) -> tuple[LayerCall, Sequence[object]]:
     """Splits an op's flat arguments into the call and the other arguments."""
-    names = [field.name for field in fields(LayerCall)]
-    given: dict[str, Any] = dict(zip(names, arguments, strict=False))
-    given["zoneout"] = given["zoneout"] or ()
-    return LayerCall(**given), arguments[len(names) :]
+    count = len(fields(LayerCall))
+    return LayerCall(*arguments[:count]), arguments[count:]  # type: ignore[arg-type]
 
 
 def refuse(op: str, *arguments: object) -> NoReturn:

@@ -8,7 +8,7 @@ import importlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, cast, overload
 
@@ -182,7 +182,7 @@ class GpuCall(LayerCall):
     @classmethod
     def of(cls, call: LayerCall) -> "GpuCall":
         """Checks the call and makes its tensors `plain`."""
-        checked = cls(*(getattr(call, field.name) for field in fields(LayerCall)))
+        checked = cls(*call.arguments)
         checked.check()
         if checked.reset is not None:
             checked = replace(checked, reset=checked.reset.contiguous())

@@ -105,6 +105,7 @@ class _Layers(Initialized, Interop, InitialStates):
         if device is not None:  # None: `device` may still be one of the positional args
             kwargs["device"] = device
         super().__init__(*args, **kwargs)
+        self.recompute = False
         for name, value in own.items():
             if value != getattr(self, name):
                 setattr(self, name, tuple(value) if isinstance(value, list) else value)
