@@ -60,6 +60,7 @@ _NOTHING = _Asked()  # the arguments of an ordinary call, by which `_forward` kn
 
 
 def _asked(lengths: Any, reset: Any, reset_to: Any, all_states: Any) -> _Asked:
+    """The arguments of a call that has some; raises a TypeError if `all_states` is no bool."""
     if not isinstance(all_states, bool):
         raise TypeError(f"expected all_states to be a bool, got {all_states!r}")
     return _Asked(lengths, reset, reset_to, all_states or None)
@@ -661,8 +662,8 @@ class LSTM(_Layers):
             p; or (p_h, p_c). In evaluation a step gives the expectation, p h_{t-1} + (1 - p) h_t, and so for c. h_t is
             computed of the c_t that zoneout has not touched. Krueger et al. 2017. Default 0.
         learn_initial_state: whether the states before the first step are parameters, `h_0` [L*D, P or H] and
-            `c_0` [L*D, H], zeros at first. A
-            call without `hx` begins with them, and `reset` without `reset_to` puts back to them. Default False.
+            `c_0` [L*D, H], zeros at first. A call without `hx` begins with them, and `reset` without `reset_to` puts
+            back to them. Default False.
         init: what initializes the parameters after torch.nn's own initialization, also in `reset_parameters()`: an
             initializer of `rnnkit.init` by its name (`"orthogonal"`, `"xavier"`, `"keras"` or `"forget_bias"`), or a
             callable that takes the module. Default None.

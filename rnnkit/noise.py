@@ -47,6 +47,7 @@ def _coins(some: Sequence[float], shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def _under_vmap() -> bool:
+    """Whether `torch.func.vmap` is among the transforms of the call."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
         return False
     levels = torch._C._functorch.get_interpreter_stack()

@@ -65,7 +65,6 @@ OPTIONS = {
     "zoneout": Option(0.0, _probabilities),
 }
 
-
 #: The options with which a layer computes something else than torch.nn's.
 CHANGING = frozenset(name for name, option in OPTIONS.items() if not option.like_torchs)
 
