@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rnnkit.specs import CELLS, WEIGHTS, CellSpec
+from rnnkit.specs import CELLS, NORMS, WEIGHTS, CellSpec
 
 #: The first arguments in the ops' schemas: the fields of `LayerCall`.
 ARGUMENTS = (
@@ -49,13 +49,17 @@ class Keep(IntEnum):
 
 
 class DirectionWeights(NamedTuple):
-    """The weights of one direction, see `specs.WEIGHTS`."""
+    """The weights of one direction, see `specs.WEIGHTS` and `specs.NORMS`."""
 
     w_ih: Tensor
     w_hh: Tensor
     b_ih: Tensor | None
     b_hh: Tensor | None
     w_hr: Tensor | None
+    norm_ih: Tensor | None = None
+    norm_hh: Tensor | None = None
+    norm_c: Tensor | None = None
+    norm_c_bias: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +71,8 @@ class LayerCall:
         input: [T, N, I], or the data [rows, I] of a PackedSequence with its `batch_sizes`.
         states: the initial states, h [D, N, P] and the others [D, N, H]; empty for zeros. After them may stand as many
             again: the states that `reset` puts back to, in place of zeros.
-        weights: for each direction the five of `specs.WEIGHTS`, None for those that the layer does not have.
+        weights: for each direction the five of `specs.WEIGHTS`, None for those that the layer does not have; with
+            layer normalization followed by the four of `specs.NORMS`, None for those that the cell does not have.
         batch_sizes: int64 [T] on the CPU, not increasing.
         all_states: whether the outputs are all states after each step, instead of h only.
         grad_clip: the largest absolute value of a gradient that a step passes back: an element of the gradient of a
@@ -148,18 +153,29 @@ class LayerCall:
         return CELLS[self.cell]
 
     @property
+    def kinds(self) -> Sequence[str]:
+        """The names of a direction's weights."""
+        return DirectionWeights._fields if self.normalizes else WEIGHTS
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the layer has layer normalization."""
+        return len(self.weights) % len(DirectionWeights._fields) == 0
+
+    @property
     def directions(self) -> int:
         """D."""
-        return len(self.weights) // len(WEIGHTS)
+        return len(self.weights) // len(self.kinds)
 
     def direction(self, d: int) -> DirectionWeights:
         """The weights of direction d."""
-        of_direction = self.weights[d * len(WEIGHTS) : (d + 1) * len(WEIGHTS)]
+        count = len(self.kinds)
+        of_direction = self.weights[d * count : (d + 1) * count]
         return DirectionWeights(*of_direction)  # type: ignore[arg-type]
 
     def of_kind(self, name: str) -> list[Tensor | None]:
-        """The weight `name`, one of `specs.WEIGHTS`, of each direction."""
-        return list(self.weights[WEIGHTS.index(name) :: len(WEIGHTS)])
+        """The weight `name`, one of `kinds`, of each direction."""
+        return list(self.weights[self.kinds.index(name) :: len(self.kinds)])
 
     @property
     def hidden(self) -> int:
@@ -244,12 +260,15 @@ class LayerCall:
     def reserve_shape(self, keep: int) -> list[int]:
         """The reserve's shape: [D, rows, V, H], V values for each row and hidden unit, or [0] if nothing is kept.
 
-        The last value is the h that the cell gave, if the reserve `keeps_given`.
+        After the cell's own values stands the h that it gave, if the reserve `keeps_given`; last, with layer
+        normalization and `Keep.EVERYTHING`, the products x W_ih^T and h W_hh^T of all gates.
         """
         if keep == Keep.NOTHING:
             return [0]
-        values = self.spec.saved if keep == Keep.EVERYTHING else self.spec.states - 1
-        return [self.directions, self.rows, values + self.keeps_given, self.hidden]
+        everything = keep == Keep.EVERYTHING
+        values = self.spec.saved if everything else self.spec.states - 1
+        values += self.keeps_given + 2 * self.spec.gates * (everything and self.normalizes)
+        return [self.directions, self.rows, values, self.hidden]
 
     @property
     def keeps_given(self) -> bool:
@@ -291,10 +310,11 @@ class LayerCall:
             raise RuntimeError(f"expected grad_clip to be at least 0, got {self.grad_clip}")
         if self.grad_cut < 0:
             raise RuntimeError(f"expected grad_cut to be at least 0, got {self.grad_cut}")
-        if len(self.weights) not in (len(WEIGHTS), 2 * len(WEIGHTS)):
+        least, most = len(WEIGHTS), len(WEIGHTS) + len(NORMS)
+        if len(self.weights) not in (least, 2 * least, most, 2 * most):
             raise RuntimeError(
-                f"expected weights to hold {len(WEIGHTS)} tensors for each of 1 or 2 directions, got "
-                f"{len(self.weights)}"
+                f"expected weights to hold {least} tensors, or {most} with layer normalization, for each of 1 or 2 "
+                f"directions, got {len(self.weights)}"
             )
         input = self.input
         if not input.is_floating_point():
@@ -377,7 +397,7 @@ class LayerCall:
                     raise RuntimeError(
                         f"expected {name} of direction {d} to have 2 dimensions, got {weight.dim()}"
                     )
-        _, w_hh, _, _, w_hr = self.direction(0)
+        w_hh, w_hr = self.direction(0).w_hh, self.direction(0).w_hr
         width = self.spec.gates * self.hidden
         if w_hh.size(0) != width:
             raise RuntimeError(
@@ -387,13 +407,15 @@ class LayerCall:
             raise RuntimeError(
                 f"expected w_hr to be None for {self.cell}, got shape {list(w_hr.shape)}"
             )
-        shapes = (
+        shapes: list[tuple[int, ...]] = [
             (width, self.input.size(-1)),
             (width, self.projected if self.projects else self.hidden),
             (width,),
             (width,),
             (self.projected, self.hidden),
-        )
+            *[(width,)] * 2,
+            *[(self.hidden,)] * 2,
+        ]
         for d in range(self.directions):
             of_direction = self.direction(d)
             if (of_direction.w_hr is not None) != self.projects:
@@ -401,9 +423,22 @@ class LayerCall:
                 raise RuntimeError(
                     f"expected w_hr in all directions or in none, got it in direction {alone} alone"
                 )
-            for name, weight, shape in zip(WEIGHTS, of_direction, shapes, strict=True):
+            for name, weight, shape in zip(of_direction._fields, of_direction, shapes, strict=True):
                 if weight is not None:
                     self.check_like_input(weight, f"{name} of direction {d}", shape)
+            if self.normalizes:
+                self._check_norms(d)
+
+    def _check_norms(self, d: int) -> None:
+        """Checks that direction d has the weights of layer normalization that its cell needs, and no others."""
+        needed = NORMS if self.spec.states > 1 else NORMS[:2]
+        for name in NORMS:
+            there = getattr(self.direction(d), name) is not None
+            if there != (name in needed):
+                expected, got = ("a tensor", "None") if name in needed else ("None", "a tensor")
+                raise RuntimeError(
+                    f"expected {name} of direction {d} to be {expected} for {self.cell}, got {got}"
+                )
 
     def check_like_input(self, tensor: Tensor, name: str, shape: tuple[int, ...]) -> None:
         """Checks that a tensor has this shape, and the input's dtype and device."""

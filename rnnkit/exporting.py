@@ -31,17 +31,17 @@ def of_torchs_cell(call: LayerCall) -> LayerCall:
 def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
     """The results of `reference.run`, as one node of an ONNX graph.
 
-    ONNX's operators take padded sequences with their lengths. They have no projection, resets, recurrent dropout or
-    zoneout, and of the states after each step they return only h. A call that needs more is exported as the reference's
+    ONNX's operators take padded sequences with their lengths. They have no projection, resets, recurrent dropout,
+    zoneout or layer normalization, and of the states after each step they return only h. A call that needs more is exported as the reference's
     steps, for the T of the export.
 
     Source: https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and onnx__RNN.html.
     """
-    call = of_torchs_cell(call)
-    beyond = call.projects or call.outputs > 1 or call.reset is not None
+    beyond = call.normalizes or call.projects or call.outputs > 1 or call.reset is not None
     beyond |= call.operand_mask is not None or len(call.zoneout) > 0
-    if call.cell not in OPERATORS or beyond:
+    if beyond:
         return reference.run(call)
+    call = of_torchs_cell(call)
     name, order, attributes = OPERATORS[call.cell]
     input, hidden, directions, states = call.input, call.hidden, call.directions, call.spec.states
     there = lengths = None

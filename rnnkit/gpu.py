@@ -302,6 +302,8 @@ def knows_noise(device: torch.device) -> bool:
 
 def _knows(run: Scans, call: LayerCall) -> bool:
     """Whether the kernels have what the call asks for. If not, the reference computes it."""
+    if call.normalizes:
+        return False
     return run.NOISE or (call.operand_mask is None and len(call.zoneout) == 0)
 
 
@@ -401,7 +403,8 @@ class Backward:
 
     def _need(self, name: str) -> Sequence[bool]:
         """For each direction, whether the gradient of its weight `name` is needed."""
-        return self.needs[1 + len(self.call.states) + WEIGHTS.index(name) :: len(WEIGHTS)]
+        kinds = self.call.kinds
+        return self.needs[1 + len(self.call.states) + kinds.index(name) :: len(kinds)]
 
     def _previous(self, d: int) -> list[tuple[slice, Tensor | None]]:
         """h_{t-1} of all rows, as a list of (range of rows, matrix); None instead of a matrix means zeros."""

@@ -127,6 +127,8 @@ def unlike_torchs(module: Any, of_call: tuple[Any] | None = None) -> str:
     """
     if update_gate.writes(module):
         return "has update_gate='writes': call convert_update_gate('keeps') first"
+    if getattr(module, "layer_norm", False):
+        return "has layer_norm, which torch.nn's have not"
     now = options.CHANGING
     if of_call is not None and not module.training:
         now = now - {"weight_dropout", "recurrent_dropout"}
@@ -153,7 +155,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
 
     Returns:
         For each of rnnkit's ops, a function that does the same in ATen's ops. It raises RuntimeError for the backward
-        pass, and for calls with `all_states` of an LSTM, `reset`, recurrent dropout or zoneout.
+        pass, and for calls with `all_states` of an LSTM, `reset`, recurrent dropout, zoneout or layer normalization.
     """
     return {
         torch.ops.rnnkit.layer_forward.default: of_call(_forward_as_aten),
@@ -176,6 +178,8 @@ def _forward_as_aten(call: LayerCall, packed: Tensor | None, keep: int) -> Resul
         raise RuntimeError(
             "expected a call without recurrent dropout and zoneout: ATen has neither"
         )
+    if call.normalizes:
+        raise RuntimeError("expected a layer without layer_norm: ATen's operators have none")
     call = exporting.of_torchs_cell(call)
     states, batch_sizes = call.states, call.batch_sizes
     if not states:

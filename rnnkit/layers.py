@@ -18,6 +18,7 @@ from rnnkit.call import Keep
 from rnnkit.init import Initialized, Initializer
 from rnnkit.initial_states import InitialStates
 from rnnkit.interop import Interop
+from rnnkit.layer_norm import LayerNorms
 from rnnkit.update_gate import UpdateGate
 
 Device = torch.device | str | int | None
@@ -86,7 +87,7 @@ def _implemented_by(implementation: Callable[..., None]) -> Callable[[Init], Ini
     return decorate
 
 
-class _Layers(Initialized, Interop, InitialStates):
+class _Layers(Initialized, Interop, InitialStates, LayerNorms):
     """The base of RNN, LSTM and GRU: turns torch.nn's arguments into a call of `stack.run`, and its results back."""
 
     # `options.OPTIONS` has their meaning; these are the defaults, also for modules pickled by a version without them.
@@ -150,7 +151,7 @@ class _Layers(Initialized, Interop, InitialStates):
         return Keep.STATES if self.recompute else Keep.EVERYTHING
 
     def _weights(self) -> Weights:
-        """The five tensors of `specs.WEIGHTS` for each layer and direction."""
+        """The tensors of `specs.WEIGHTS` and, with `layer_norm`, of `specs.NORMS` for each layer and direction."""
         if len(self._all_weights) != self.num_layers * self._directions:
             raise RuntimeError(
                 f"expected num_layers={self.num_layers} and bidirectional={self.bidirectional} to be unchanged since "
@@ -166,7 +167,8 @@ class _Layers(Initialized, Interop, InitialStates):
                 )
             weights = stack.parameters(self, names)
             biases = weights[2:4] if self.bias else [None, None]
-            found.append([*weights[:2], *biases, weights[-1] if self.proj_size > 0 else None])
+            projection = weights[-1] if self.proj_size > 0 else None
+            found.append([*weights[:2], *biases, projection, *self._norms(names)])
         return found
 
     def _run(
@@ -281,7 +283,7 @@ class _Layers(Initialized, Interop, InitialStates):
 
     def _forward(self, input: Any, hx: Any, asked: _Asked) -> Any:
         weights = self._weights()
-        drops = self.training and self.dropout > 0
+        drops = self._normalizes or (self.training and self.dropout > 0)
         noise = self.weight_dropout, self.recurrent_dropout, self.zoneout
         if self.grad_clip is not None or self.grad_cut is not None or noise != _NO_NOISE:
             options.check(options.changed(self))  # they may have been assigned to
@@ -623,6 +625,7 @@ class RNN(_LayersOfOneState):
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
         learn_initial_state: bool = False,
+        layer_norm: bool = False,
         init: Initializer | None = None,
     ) -> None: ...
 
@@ -721,6 +724,7 @@ class LSTM(_Layers):
         recurrent_dropout: float = 0.0,
         zoneout: Zoneout = 0.0,
         learn_initial_state: bool = False,
+        layer_norm: bool = False,
         init: Initializer | None = None,
     ) -> None: ...
 
@@ -890,5 +894,6 @@ class GRU(UpdateGate, _LayersOfOneState):
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
         learn_initial_state: bool = False,
+        layer_norm: bool = False,
         init: Initializer | None = None,
     ) -> None: ...

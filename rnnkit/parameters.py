@@ -3,7 +3,11 @@
 `init`, `convert_update_gate`, `gradient_flow` and the weights of other libraries find them here.
 """
 
+from collections.abc import Mapping
+
 from torch import nn
+
+from rnnkit.specs import NORMS
 
 #: The names of a cell's parameters. A layer's have a suffix for layer and direction. Only an LSTM layer has weight_hr.
 KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
@@ -24,6 +28,14 @@ def names(module: nn.Module) -> list[dict[str, str]]:
     if isinstance(module, nn.RNNBase):
         return [{name.partition("_l")[0]: name for name in own} for own in module._all_weights]
     return [{name: name for name in KINDS[: 4 if module.bias else 2]}]
+
+
+def norms(module: nn.Module, own: Mapping[str, str]) -> list[str]:
+    """The parameters of layer normalization in the direction whose other parameters are `own`; empty for none."""
+    if not getattr(module, "layer_norm", False):
+        return []
+    suffix = own["weight_ih"].removeprefix("weight_ih")
+    return [kind + suffix for kind in NORMS[: 4 if cell_of(module) == "LSTM" else 2]]
 
 
 def held(module: nn.Module, name: str) -> nn.Parameter | None:

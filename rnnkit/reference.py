@@ -7,13 +7,15 @@ to differentiate twice, transform or trace.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import layer_norm, linear
 
-from rnnkit.call import LayerCall
+from rnnkit.call import DirectionWeights, LayerCall
+from rnnkit.specs import NORM_EPSILON
 
 
 def run(
@@ -105,6 +107,31 @@ def _zoned(old: Tensor, new: Tensor, p: float, kept: Tensor | None) -> Tensor:
     return old * p + new * (1 - p) if kept is None else torch.where(kept, old, new)
 
 
+def _normalized(values: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(values - their mean) / sqrt(their variance + epsilon) * factor + bias, over the last dimension."""
+    return layer_norm(values, factor.shape, factor, bias, NORM_EPSILON)
+
+
+def _step(call: LayerCall, of: DirectionWeights, x: Tensor, operand: Tensor, states: list[Tensor]) -> list[Tensor]:
+    """The states after one step, before a projection. `operand`: h as the recurrent product reads it.
+
+    With layer normalization its factors come before the biases, and h' is made of the normalized c'.
+    """
+    gates = call.spec.gates
+    if not call.normalizes:
+        parts = linear(x, of.w_ih, of.b_ih), linear(operand, of.w_hh, of.b_hh)
+        return list(call.spec.step(*(part.chunk(gates, -1) for part in parts), states))
+    assert of.norm_ih is not None and of.norm_hh is not None
+    parts = (
+        _normalized(linear(x, of.w_ih), of.norm_ih, of.b_ih),
+        _normalized(linear(operand, of.w_hh), of.norm_hh, of.b_hh),
+    )
+    of_state = []
+    if of.norm_c is not None:
+        of_state = [partial(_normalized, factor=of.norm_c, bias=of.norm_c_bias)]
+    return list(call.spec.step(*(part.chunk(gates, -1) for part in parts), states, *of_state))
+
+
 def _scan(
     call: LayerCall, d: int, steps: Sequence[Tensor], states: list[Tensor], count: int
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
@@ -112,8 +139,8 @@ def _scan(
 
     The first n rows of the states are active at a step of n rows; the others are carried.
     """
-    gates = call.spec.gates
-    w_ih, w_hh, b_ih, b_hh, w_hr = call.direction(d)
+    of_direction = call.direction(d)
+    w_hr = of_direction.w_hr
     after: list[list[Tensor]] = []
     times = range(len(steps))
     before = 0  # the rows of the step before
@@ -144,13 +171,7 @@ def _scan(
             active = _reset(active, begins, new_states)
         before = rows
         operand = active[0] if mask is None else active[0] * mask[:rows]
-        new = list(
-            call.spec.step(
-                linear(x, w_ih, b_ih).chunk(gates, -1),
-                linear(operand, w_hh, b_hh).chunk(gates, -1),
-                active,
-            )
-        )
+        new = _step(call, of_direction, x, operand, active)
         if w_hr is not None:
             new[0] = linear(new[0], w_hr)
         for k, p in enumerate(call.zoneout):

@@ -6,10 +6,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Step = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
+Step = Callable[..., tuple[Tensor, ...]]
 
 #: The weights of one direction: w_ih [G*H, I], w_hh [G*H, P], b_ih [G*H], b_hh [G*H], w_hr [P, H].
 WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+
+#: What follows them in a layer with layer normalization: the factors of the normalized x W_ih^T and h W_hh^T, norm_ih
+#: and norm_hh [G*H]; of an LSTM's normalized c, norm_c [H], and what is added to it, norm_c_bias [H].
+NORMS = ("norm_ih", "norm_hh", "norm_c", "norm_c_bias")
+
+#: What layer normalization adds to a variance, as torch.nn.functional.layer_norm does by default.
+NORM_EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,9 @@ class CellSpec:
         input_grads: for each gate, the gradient column of its input part. A kernel writes several gradients of each
             hidden unit, in columns: 0 to G-1 are those of the gates' recurrent parts. Where the input part of a gate
             has the same gradient, it points to that column; the GRU's n gate has a column of its own, 3.
-        step: (input part of each gate, recurrent part of each gate, states) -> new states, all [N, H].
+        step: (input part of each gate, recurrent part of each gate, states) -> new states, all [N, H]. A cell with a
+            state that layer normalization is for takes as a fourth argument what to do with the new one before h is
+            made of it.
         projects: whether the cell supports a projection of h (w_hr). `uses_h` and `uses_previous_h` of its C++ struct
             must then be false: the cell never reads h. The recurrent product reads the projected h.
     """
@@ -54,12 +63,17 @@ def _rnn(activation: Callable[[Tensor], Tensor]) -> Step:
     return step
 
 
-def _lstm(x: Sequence[Tensor], h: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _lstm(
+    x: Sequence[Tensor],
+    h: Sequence[Tensor],
+    states: Sequence[Tensor],
+    normalized: Callable[[Tensor], Tensor] = lambda c: c,
+) -> tuple[Tensor, ...]:
     """i, f, o = σ(x + h); g = tanh(x + h); c' = f⊙c + i⊙g; h' = o⊙tanh(c'); gate order i, f, g, o."""
     i, f, o = (torch.sigmoid(x[k] + h[k]) for k in (0, 1, 3))
     g = torch.tanh(x[2] + h[2])
     c = f * states[1] + i * g
-    return o * torch.tanh(c), c
+    return o * torch.tanh(normalized(c)), c
 
 
 def _gru(writes: bool) -> Step:

@@ -41,7 +41,8 @@ def run(
         cell: a name in `specs.CELLS`.
         input: [T, N, I], or the data [rows, I] of a PackedSequence with its `batch_sizes`.
         states: h [L*D, N, P] and, for the LSTM, c [L*D, N, H]; empty for zeros.
-        weights: for each layer and direction, the five of `specs.WEIGHTS`.
+        weights: for each layer and direction, the five of `specs.WEIGHTS`, and with layer normalization the four of
+            `specs.NORMS`.
         batch_sizes: int64 [T] on the CPU, not increasing.
         directions: D, 1 or 2.
         dropout: probability of zeroing an element between layers; 0 when not training.
@@ -123,7 +124,7 @@ def pack(
 ) -> tuple[Tensor, ...]:
     """For each layer, its weights in the kernels' layout, for `run`; stale once a weight has changed."""
     flat = [w for of_direction in weights for w in of_direction]
-    size = directions * len(WEIGHTS)
+    size = directions * len(weights[0])
     with torch.no_grad():
         return tuple(
             torch.ops.rnnkit.pack_weights(cell, flat[start : start + size])

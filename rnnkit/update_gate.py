@@ -1,5 +1,6 @@
 """`UpdateGate`: the base of GRU and GRUCell that knows which way their update gate z works."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -31,8 +32,9 @@ class UpdateGate(nn.Module):
     def convert_update_gate(self: Module, to: str) -> Module:
         """Changes `update_gate`, and the weights with it, so that the module computes the same as before.
 
-        z becomes 1 - z: since 1 - σ(a) = σ(-a), the rows of z in every weight and bias are negated, in place. What an
-        optimizer has gathered for these rows (momentum) is not.
+        z becomes 1 - z: since 1 - σ(a) = σ(-a), the rows of z in every weight and bias are negated, in place; with
+        `layer_norm` those in the factors of the normalized products, not in the weights. What an optimizer has
+        gathered for these rows (momentum) is not.
 
         With FSDP2 every process has to call this. After a forward pass FSDP2's root module keeps its parameters
         unsharded, as plain tensors, and what is written to these is lost when it shards them again: call `reshard()`
@@ -51,7 +53,7 @@ class UpdateGate(nn.Module):
         _check(to)
         if to == self.update_gate:
             return self
-        names = [name for of_direction in parameters.names(self) for name in of_direction.values()]
+        names = [name for own in parameters.names(self) for name in self._names_of_z(own)]
         weights = [parameters.held(self, name) for name in names]
         with torch.no_grad():
             for weight in {id(weight): weight for weight in weights}.values():  # tied ones once
@@ -61,6 +63,13 @@ class UpdateGate(nn.Module):
         self._cell = CELLS[to]
         vars(self).pop("_packed", None)  # packed weights of a frozen layer
         return self
+
+    def _names_of_z(self, own: Mapping[str, str]) -> Iterable[str]:
+        """The names of one direction's parameters of which z is a sum; `own`: see `parameters.names`."""
+        norms = parameters.norms(self, own)
+        if not norms:
+            return own.values()
+        return [name for kind, name in own.items() if kind.startswith("bias")] + norms
 
     def extra_repr(self) -> str:
         """The other options, followed by `update_gate` if the gate writes."""
