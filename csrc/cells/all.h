@@ -18,6 +18,15 @@
 //                          grad_state: on entry the gradients of the states of step t; on return those of step t-1
 //                          without what comes through the recurrent weights, which the caller adds. grad: on return
 //                          the gradients of the gates
+//   has_source             whether h' is made of a gate and of another new state, its source, which layer normalization
+//                          normalizes in between. If so:
+//   activate(x, h, save)   the gates, the first of the saved values
+//   source(save)           the source, which is the new state 1
+//   output_of(save, n)     h' of the source, normalized or not
+//   grad_source(save, tanh_n, grad_h)
+//                          the gradient of n
+//   backward_of(save, tanh_n, grad_state, grad)
+//                          backward() where grad_state has the whole gradient of state 1 already
 #pragma once
 
 #include "cells/gru.h"

@@ -12,7 +12,7 @@ struct GruOf {
   static constexpr int saved = 4;  // r, z, n, the recurrent part of n
   static constexpr int grads = 4;  // of r, z, the recurrent part of n, the input's part of n
   static constexpr int input_grad[] = {0, 1, 3};
-  static constexpr bool uses_h = false, uses_previous_h = true;
+  static constexpr bool uses_h = false, uses_previous_h = true, has_source = false;
 
   template <class V>
   static RNNKIT_INLINE void forward(const V* x, const V* h, V* state, V* save) {

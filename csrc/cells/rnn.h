@@ -11,7 +11,7 @@ struct Rnn {
   static constexpr int saved = 0;  // backward() needs only h
   static constexpr int grads = 1;  // both parts of the gate have the same
   static constexpr int input_grad[] = {0};
-  static constexpr bool uses_h = true, uses_previous_h = false;
+  static constexpr bool uses_h = true, uses_previous_h = false, has_source = false;
 
   template <class V>
   static RNNKIT_INLINE void forward(const V* x, const V* h, V* state, V* /*save*/) {

@@ -125,6 +125,19 @@ RNNKIT_INLINE void store(T* to, Vector<T> value, AllLanes) {
   store(to, value);
 }
 
+// The first `count` lanes of a value, and zeros.
+template <class V, class T = std::remove_cvref_t<decltype(std::declval<V>()[0])> >
+RNNKIT_INLINE V first_lanes(V value, int64_t count) {
+  T lanes[kLanes<T>];
+  store(lanes, value);
+  return load(static_cast<const T*>(lanes), count);
+}
+
+template <class V>
+RNNKIT_INLINE V first_lanes(V value, AllLanes) {
+  return value;
+}
+
 // A truth value in each lane: all bits are set, or none.
 template <class T>
 using Truth = decltype(Vector<T>{} < Vector<T>{});
@@ -148,6 +161,18 @@ RNNKIT_INLINE void for_vectors(int64_t count, const Body& body) {
   int64_t i = 0;
   for (; i + kLanes<T> <= count; i += kLanes<T>) body(i, AllLanes{});
   if (i < count) body(i, count - i);
+}
+
+// As for_vectors, for sums of many values: also gives body the number of one of four sums, to be added up side by side.
+template <class T, class Body>
+RNNKIT_INLINE void for_vectors_in_four(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes<T> <= count; i += 4 * kLanes<T>) {
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; ++part) body(i + part * kLanes<T>, AllLanes{}, part);
+  }
+  for (; i + kLanes<T> <= count; i += kLanes<T>) body(i, AllLanes{}, 0);
+  if (i < count) body(i, count - i, 0);
 }
 
 #if defined(__AVX512BF16__)

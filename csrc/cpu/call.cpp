@@ -61,8 +61,10 @@ Call::Call(std::string_view name, const Tensor& x, at::TensorList initial, const
 
 bool Call::fits() {
   if (!(rule.clip >= 0) || rule.cut < 0) return false;
-  if (weights.size() != kWeights && weights.size() != 2 * kWeights) return false;
-  directions = weights.size() / kWeights;
+  const int64_t count = weights.size();
+  kinds = count > 0 && count % (kWeights + kNorms) == 0 ? kWeights + kNorms : kWeights;
+  if (count != kinds && count != 2 * kinds) return false;
+  directions = count / kinds;
   if (!input.is_floating_point() || input.dim() != (batch_sizes ? 2 : 3) || !has_memory(input)) return false;
   input_size = input.size(-1);
   if (batch_sizes) {
@@ -136,12 +138,23 @@ bool Call::weights_fit() {
   const bool projects = weight(0, 4).has_value();
   if (projects ? !cell.projects : projected != hidden) return false;
   const int64_t gates = cell.gates * hidden;
-  const int64_t shapes[][2] = {{gates, input_size}, {gates, projected}, {gates}, {gates}, {projected, hidden}};
+  const int64_t shapes[][2] = {{gates, input_size},
+                               {gates, projected},
+                               {gates},
+                               {gates},
+                               {projected, hidden},
+                               {gates},
+                               {gates},
+                               {hidden},
+                               {hidden}};
+  const int64_t norms = cell.states > 1 ? kNorms : 2;
   for (int64_t d = 0; d < directions; ++d)
-    for (int64_t k = 0; k < kWeights; ++k) {
+    for (int64_t k = 0; k < kinds; ++k) {
       const std::optional<Tensor> given = weight(d, k);
       if (k == 4 && given.has_value() != projects) return false;
-      if (given && !is_like_input(*given, {shapes[k], k == 2 || k == 3 ? size_t(1) : size_t(2)})) return false;
+      if (k >= kWeights && given.has_value() != (k < kWeights + norms)) return false;
+      const size_t dims = k < 2 || k == 4 ? 2 : 1;
+      if (given && !is_like_input(*given, {shapes[k], dims})) return false;
     }
   return true;
 }
@@ -183,7 +196,8 @@ std::vector<int64_t> Call::reserve_shape(Keep keep) const {
   if (keep == Keep::nothing) return {0};
   const bool has_expectation = !masks.zoneout.empty() && masks.zoneout[0] > 0 && !kept(0);
   const int64_t given = cell.saved == 0 && has_expectation ? 1 : 0;
-  return {directions, rows(), (keep == Keep::everything ? cell.saved : cell.states - 1) + given, hidden};
+  const int64_t products = keep == Keep::everything && normalizes() ? 2 * cell.gates : 0;
+  return {directions, rows(), (keep == Keep::everything ? cell.saved : cell.states - 1) + given + products, hidden};
 }
 
 int Call::threads() const {

@@ -14,7 +14,8 @@ namespace rnnkit {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
-constexpr int64_t kWeights = 5;  // weights of one direction, see WEIGHTS in rnnkit/specs.py
+// Weights of one direction, see WEIGHTS in rnnkit/specs.py; with layer normalization those of NORMS follow.
+constexpr int64_t kWeights = 5, kNorms = 4;
 
 // How the backward pass changes what a step passes back, see `LayerCall` of rnnkit/call.py.
 struct GradientRule {
@@ -40,6 +41,7 @@ struct Call {
   const GradientRule rule;
   const Masks masks;
   int64_t steps = 0, batch = 0, input_size = 0, hidden = 0, projected = 0, directions = 0;
+  int64_t kinds = kWeights;      // weights of one direction
   std::vector<int64_t> offsets;  // of a packed sequence: the row where each step begins, then rows(); else empty
 
   Call(std::string_view name, const at::Tensor& x, at::TensorList initial, const OptionalTensors& w,
@@ -49,7 +51,8 @@ struct Call {
   void check_backward(const OptionalTensors& grads, const at::Tensor& output, const at::Tensor& reserve, int64_t keep,
                       const c10::List<bool>& needs, bool flow) const;
 
-  std::optional<at::Tensor> weight(int64_t d, int64_t k) const { return weights.get(d * kWeights + k); }
+  std::optional<at::Tensor> weight(int64_t d, int64_t k) const { return weights.get(d * kinds + k); }
+  bool normalizes() const { return kinds > kWeights; }
   int64_t rows() const { return offsets.empty() ? steps * batch : offsets.back(); }
   bool empty() const { return rows() == 0 || hidden == 0; }
 

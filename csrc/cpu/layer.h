@@ -11,6 +11,14 @@
 
 namespace rnnkit {
 
+// Layer normalization of one direction, see rnnkit.specs.NORMS, and where the backward pass writes the gradients. ih:
+// null without it; c and c_bias: null if the cell has no source (cells/all.h). Gradients: null: not needed.
+template <class T>
+struct Norms {
+  const T *ih, *hh, *c, *c_bias;  // [G*H], [G*H], [H], [H]
+  T *grad_ih, *grad_hh, *grad_c, *grad_c_bias;
+};
+
 // One direction's weights, and where the backward pass writes their gradients; null: not needed.
 template <class S>
 struct Direction {
@@ -20,6 +28,7 @@ struct Direction {
   const Sum<S>* b_hh;  // [G*H] or null
   const S* w_hr;       // [P, H], or null: no projection, P = H
   Sum<S>*grad_w_ih, *grad_w_hh, *grad_b_ih, *grad_b_hh, *grad_w_hr;
+  Norms<Sum<S>> norms;
 };
 
 // The most gates that a cell can have. Only the length of CellKernels::input_grad depends on it.
@@ -80,6 +89,7 @@ struct Layer {
   // Whether the user wants the call to end early, asked by the thread that made the call; null: never.
   bool (*wants_to_stop)();
 
+  bool normalizes() const { return direction[0].norms.ih != nullptr; }
   int64_t begin(int64_t t) const { return offsets == nullptr ? t * batch : offsets[t]; }  // the row where step t begins
   int64_t rows() const { return begin(steps); }
   int64_t count(int64_t t) const { return begin(t + 1) - begin(t); }

@@ -84,6 +84,10 @@ Layer<S> make_layer(const Call& call, Operands& operands) {
     direction.b_ih = operands.read<T>(call.weight(d, 2));
     direction.b_hh = operands.read<T>(call.weight(d, 3));
     direction.w_hr = operands.read<S>(call.weight(d, 4));
+    if (!call.normalizes()) continue;
+    Norms<T>& norms = direction.norms;
+    const T** const places[] = {&norms.ih, &norms.hh, &norms.c, &norms.c_bias};
+    for (int64_t k = 0; k < kNorms; ++k) *places[k] = operands.read<T>(call.weight(d, kWeights + k));
   }
   layer.x = operands.read<S>(call.input);
   for (int64_t i = 0; i < int64_t(call.states.size()); ++i) {
@@ -243,11 +247,13 @@ std::vector<Tensor> layer_backward(std::string_view cell, const Tensor& input, a
       (i < call.cell.states ? state.grad_initial : state.grad_reset) = write(1 + i);
     }
     for (int64_t d = 0; d < call.directions; ++d) {
-      const size_t first = 1 + call.states.size() + d * kWeights;
+      const size_t first = 1 + call.states.size() + d * call.kinds;
       Direction<S>& direction = layer.direction[d];
-      T** places[] = {&direction.grad_w_ih, &direction.grad_w_hh, &direction.grad_b_ih, &direction.grad_b_hh,
-                      &direction.grad_w_hr};
-      for (int64_t k = 0; k < kWeights; ++k) *places[k] = write(first + k);
+      Norms<T>& norms = direction.norms;
+      T** const places[] = {&direction.grad_w_ih, &direction.grad_w_hh, &direction.grad_b_ih,
+                            &direction.grad_b_hh, &direction.grad_w_hr, &norms.grad_ih,
+                            &norms.grad_hh,       &norms.grad_c,        &norms.grad_c_bias};
+      for (int64_t k = 0; k < call.kinds; ++k) *places[k] = write(first + k);
     }
     const Kernels<S>& kernels = kernels_of<S>(call.cell);
     run(kernels.backward_scratch, kernels.backward, layer);

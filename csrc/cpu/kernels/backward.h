@@ -18,6 +18,7 @@ class Backward {
         projects_(kCanProject<Cell> && layer.direction[0].w_hr != nullptr),
         clips_(layer.grad_clip < T(__builtin_inf())),
         zones_(std::any_of(layer.states, layer.states + Cell::states, [](auto& s) { return s.zones(); })),
+        record_(Record::of<Cell>(layer)),
         segments_(segments_of(layer)),
         max_rows_(max_rows(layer, segments_)),
         arena_(scratch),
@@ -26,9 +27,10 @@ class Backward {
         grads_{{arena_, 2, layer.directions, max_rows_, Cell::grads * layer.hidden},
                {arena_, 2, layer.directions, max_rows_, projects_ ? layer.projected : 0},
                {arena_, 2, layer.directions, max_rows_, projects_ ? layer.hidden : 0}},
+        normalized_(layer, max_rows_, arena_),
         masked_(layer, max_rows_, beginnings_, arena_),
         recompute_(layer, max_rows_, beginnings_, masked_, arena_),
-        weight_gradients_(layer, projects_, max_rows_, grads_, beginnings_, masked_, arena_),
+        weight_gradients_(layer, projects_, max_rows_, grads_, normalized_, beginnings_, masked_, arena_),
         stop_(layer.wants_to_stop, /*work=*/1e6) {
     const int64_t D = layer.directions, N = layer.batch, H = layer.hidden, P = layer.projected, I = layer.input;
     grad_h_ = arena_.take<T>(D * N * P);
@@ -55,11 +57,17 @@ class Backward {
         if (stop_.before(segment.index, thread, threads > 1)) return;
         masked_.fill(segment, thread, threads);
         if (recomputes()) recompute_.run(segment, thread, threads, all);
+        const auto row_of = [&](int64_t d, int64_t row) { return normalized_row(segment, d, row); };
+        if (normalized_.there()) {
+          normalized_.begin(segment, thread, threads, row_of);
+          all.wait();
+        }
         for_partitions_of(segment, thread, threads, [&](const Partition<S>& own) {
           for (int64_t s = segment.end - 1; s >= segment.begin; --s) step(segment, own, s, own.meets ? all : alone);
         });
         all.wait();
         weight_gradients_.pack(segment, thread, threads);
+        if (normalized_.there()) normalized_.end(segment, grads_.gates, thread, threads, row_of);
         all.wait();
         for (int64_t d = 0; d < layer_.directions; ++d) {
           if (d > 0) all.wait();  // both directions add to grad_x
@@ -129,6 +137,10 @@ class Backward {
       });
     }
     meet.wait();
+    if (!normalized_.there()) return;
+    const Range own = range_of(partition.rows.active(s), partition.member, partition.members);
+    for (int64_t n = own.begin; n < own.end; ++n) step_of_row(segment, partition.rows, s, n);
+    meet.wait();
   }
 
   // Calls body(first column, width, first column of the next panel) for each panel of a member's part of the columns.
@@ -167,6 +179,7 @@ class Backward {
     const bool cuts = rows.cuts(s + 1);
     const bool needs_product = !cuts || after.active > after.continuing || layer_.reset != nullptr;
     const Segment& of_after = s + 1 < segment.end ? segment : segments_[max_of(0, segment.index - 1)];
+    const SegmentValues<S>& grads_of_product = normalized_.there() ? normalized_.recurrent : grads_.gates;
     const S* ahead = next != first ? w_hh_[d].ahead(0, next) : nullptr;
     const int64_t touched = max_of(here.active, after.active);
     alignas(64) T grad_recurrent[kRowBlock * kPanel];
@@ -174,8 +187,8 @@ class Backward {
       const int64_t count = min_of(kRowBlock, touched - m);
       if (after.active > m && needs_product)
         w_hh_[d].multiply(min_of(count, after.active - m), round_up(width, kLanes<T>), K,
-                          rows_of(grads_.gates.at(of_after, d, rows.first(s + 1) + m), grads_.gates.width()), 0, first,
-                          grad_recurrent, kPanel, false, m == 0 ? ahead : nullptr);
+                          rows_of(grads_of_product.at(of_after, d, rows.first(s + 1) + m), grads_of_product.width()), 0,
+                          first, grad_recurrent, kPanel, false, m == 0 ? ahead : nullptr);
       if (layer_.operand_mask != nullptr)
         for (int64_t i = 0; needs_product && i < min_of(count, after.active - m); ++i)
           masked<T>(grad_recurrent + i * kPanel,
@@ -200,6 +213,7 @@ class Backward {
         S* grad_projected = projects_ ? grads_.projected.at(segment, d, row) + first : nullptr;
         const RowOfCell of = projects_ ? RowOfCell{} : row_of_cell(segment, rows, s, m + i, here);
         if (!projects_) add_grad_all(of, row, d, first, width);
+        T* given = normalized_.there() ? normalized_.given(d, n) + first : nullptr;
         const bool is_reset = before == Before::previous && rows.resets(s + 1, m + i), stops = cuts || is_reset;
         if (T* sum = at(layer_.states[0].grad_reset, state); is_reset && sum != nullptr)
           for_vectors<T>(width, [&](int64_t u, auto lanes) {
@@ -216,8 +230,10 @@ class Backward {
           if (projects_) {
             store(grad_projected + u, grad, lanes);
             store(grad_h + u, Vector<T>{}, lanes);
+          } else if (given != nullptr) {
+            store(given + u, grad, lanes);
           } else {
-            store(grad_h + u, cell(of, first + u, lanes, grad), lanes);
+            store(grad_h + u, cell<false>(of, first + u, lanes, grad), lanes);
           }
         });
       }
@@ -237,12 +253,33 @@ class Backward {
       for (int64_t i = 0; i < count; ++i) {
         const RowOfCell of = row_of_cell(segment, rows, s, m + i, here);
         add_grad_all(of, rows.first(s) + m + i, d, first, width);
-        for_vectors<T>(width, [&](int64_t u, auto lanes)
-                                  RNNKIT_INLINE_LAMBDA { cell(of, first + u, lanes, load(grads + i * kPanel + u)); });
+        if (normalized_.there())
+          copy_row(grads + i * kPanel, width, normalized_.given(d, rows.range.begin + m + i) + first);
+        else
+          for_vectors<T>(width, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
+            cell<false>(of, first + u, lanes, load(grads + i * kPanel + u));
+          });
       }
     }
     for (int64_t n = after.continuing; n < after.active; ++n)
       for_vectors<T>(width, [&](int64_t u, auto lanes) { finish_others(d, rows.range.begin + n, first + u, lanes); });
+  }
+
+  // With layer normalization: the cell's backward of row n of the range, whose gradient of h all units have.
+  void step_of_row(const Segment& segment, const ActiveRows<S>& rows, int64_t s, int64_t n) {
+    const int64_t d = rows.direction, H = layer_.hidden, row = rows.first(s) + n, in_batch = rows.range.begin + n;
+    RowOfCell of = row_of_cell(segment, rows, s, n, rows.before(s));
+    const T* given = normalized_.given(d, in_batch);
+    const auto grad_given = [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
+      return parted(layer_.states[0], of.place + u, lanes, load(given + u, lanes)).of_now;
+    };
+    if constexpr (Cell::has_source) of.source = normalized_.source(segment, d, row, of.saved, grad_given);
+    T* grad_h = projects_ ? nullptr : grad_h_ + (d * layer_.batch + in_batch) * H;
+    for_vectors<T>(H, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
+      const Vector<T> passed = cell<true>(of, u, lanes, load(given + u, lanes));
+      if (grad_h != nullptr) store(grad_h + u, passed, lanes);
+    });
+    normalized_.pass_recurrent(segment, d, row, normalized_row(segment, d, row).products, of.grads);
   }
 
   // The gradients of the initial states other than h, for some units of row n of the batch, which begins here.
@@ -265,14 +302,15 @@ class Backward {
     bool is_reset;            // whether that is because the row is put back between them
     int64_t state;            // where the row begins in State::grad_reset of states other than h
     int64_t place;            // where the row begins in State::kept, and in State::flow of states other than h
+    typename NormalizedGrads<Cell, S>::Source source;  // with layer normalization, of a cell that has one
   };
   // `n`: the row in the range.
   RowOfCell row_of_cell(const Segment& segment, const ActiveRows<S>& rows, int64_t s, int64_t n, Carry carry) const {
     const int64_t d = rows.direction, H = layer_.hidden, row = rows.first(s) + n;
     RowOfCell of{};
-    of.saved =
-        recomputes() ? recompute_.saved(segment, d, row) : layer_.reserve + (d * layer_.rows() + row) * Cell::saved * H;
-    if (keeps_given<Cell>(layer_)) of.given = layer_.reserve + (d * layer_.rows() + row) * H;
+    const T* reserve = layer_.reserve + (d * layer_.rows() + row) * record_.values * H;
+    of.saved = recomputes() ? recompute_.saved(segment, d, row) : reserve;
+    if (keeps_given<Cell>(layer_)) of.given = reserve + record_.given * H;
     if (Cell::uses_h) of.h = layer_.y + (row * layer_.directions + d) * H;
     if (Cell::uses_previous_h) of.previous_h = rows.h_before(s, n, carry, beginnings_);
     of.grad_others = at(grad_others_, (d * layer_.batch + rows.range.begin + n) * kOthers<Cell> * H);
@@ -283,6 +321,13 @@ class Backward {
     of.state = (d * layer_.batch + rows.range.begin + n) * H;
     if (projects_) of.unprojected = grads_.unprojected.at(segment, d, row);
     return of;
+  }
+
+  // What is normalized of a row.
+  typename NormalizedGrads<Cell, S>::Row normalized_row(const Segment& segment, int64_t d, int64_t row) const {
+    if (recomputes()) return {recompute_.saved(segment, d, row), recompute_.products(segment, d, row)};
+    const T* reserve = layer_.reserve + (d * layer_.rows() + row) * record_.values * layer_.hidden;
+    return {reserve, reserve + record_.products * layer_.hidden};
   }
 
   // Adds the gradients of the states other than h after this step, for units first to first + width - 1 of a row.
@@ -300,7 +345,7 @@ class Backward {
 
   // The cell's backward for some units of a row. Returns the gradient of the previous h that does not come through the
   // gates.
-  template <class Count>
+  template <bool kNormalizes, class Count>
   RNNKIT_INLINE Vector<T> cell(const RowOfCell& of, int64_t unit, Count lanes, Vector<T> grad_h) const {
     using V = Vector<T>;
     const int64_t H = layer_.hidden;
@@ -311,12 +356,17 @@ class Backward {
     if constexpr (Cell::uses_h) h = of.given != nullptr ? load(of.given + unit, lanes) : load(of.h + unit, lanes);
 #pragma GCC unroll 8
     for (int64_t k = 0; k < kOthers<Cell>; ++k) grad_state[k + 1] = load(of.grad_others + k * H + unit, lanes);
+    V of_source{};
+    if constexpr (kNormalizes && Cell::has_source) of_source = of.source.passed(Cell::source(save), unit, lanes);
     if constexpr (Cell::states > 1)
       if (layer_.states[1].flow != nullptr) {
         V whole[Cell::states];
         std::memcpy(whole, grad_state, sizeof(whole));
         whole[0] = parted(layer_.states[0], of.place + unit, lanes, whole[0]).of_now;
-        Cell::grad_states(save, whole);
+        if constexpr (kNormalizes && Cell::has_source)
+          whole[1] += of_source;
+        else
+          Cell::grad_states(save, whole);
 #pragma GCC unroll 8
         for (int64_t k = 1; k < Cell::states; ++k)
           store(layer_.states[k].flow + of.place + unit, layer_.states[k].zones() ? grad_state[k] : whole[k], lanes);
@@ -327,7 +377,12 @@ class Backward {
         const auto parts = parted(layer_.states[k], of.place + unit, lanes, grad_state[k]);
         grad_state[k] = parts.of_now, of_old[k] = parts.of_old;
       }
-    Cell::backward(save, h, previous_h, grad_state, grad);
+    if constexpr (kNormalizes && Cell::has_source) {
+      grad_state[1] += of_source;
+      Cell::backward_of(save, tanh(of.source.read(Cell::source(save), unit, lanes)), grad_state, grad);
+    } else {
+      Cell::backward(save, h, previous_h, grad_state, grad);
+    }
     if (zones_)
       for (int64_t k = 0; k < Cell::states; ++k) grad_state[k] += of_old[k];
 #pragma GCC unroll 8
@@ -340,7 +395,14 @@ class Backward {
       if (T* sum = layer_.states[k + 1].grad_reset; of.is_reset && sum != nullptr)
         add(passed, sum + of.state + unit, lanes);
     }
-    if (of.unprojected != nullptr) store(of.unprojected + unit, Cell::output(save), lanes);
+    if (of.unprojected != nullptr) {
+      V output{};
+      if constexpr (kNormalizes && Cell::has_source)
+        output = Cell::output_of(save, of.source.read(Cell::source(save), unit, lanes));
+      else
+        output = Cell::output(save);
+      store(of.unprojected + unit, output, lanes);
+    }
     return grad_state[0];
   }
 
@@ -370,6 +432,12 @@ class Backward {
       const int64_t row = segment.rows[d].begin + rows.begin;
       const int64_t first = task % panels * kPanel, next = (task + 1) % panels * kPanel;
       bool add = layer_.directions > 1;
+      if (normalized_.there()) {
+        w_ih_[d].multiply(rows.size(), min_of(kPanel, I - first), Cell::gates * H,
+                          rows_of(normalized_.input.at(segment, d, row), normalized_.input.width()), 0, first,
+                          layer_.grad_x + row * I + first, I, add, fetch ? w_ih_[d].ahead(0, next) : nullptr);
+        continue;
+      }
       for_input_gates([&](int64_t gate, int64_t gates, int64_t place) {
         const int64_t after = gate + gates < Cell::gates ? gate + gates : 0;
         w_ih_[d].multiply(rows.size(), min_of(kPanel, I - first), gates * H,
@@ -383,11 +451,13 @@ class Backward {
 
   const Layer<S>& layer_;
   const bool projects_, clips_, zones_;
+  const Record record_;
   const std::vector<Segment> segments_;
   const int64_t max_rows_;  // of a segment, in one direction
   Arena arena_;
   Beginnings<S> beginnings_;
   SegmentGrads<S> grads_;
+  NormalizedGrads<Cell, S> normalized_;
   MaskedOperands<S> masked_;
   Recompute<Cell, S> recompute_;
   WeightGradients<Cell, S> weight_gradients_;

@@ -30,6 +30,7 @@ class Forward {
     ahead_size_ = max_of(min_of(most_ahead_, layer.rows() * row_size), N * row_size);
     gathered_size_ = round_up(kRowsAhead * layer.input, 64);
     of_threads_ = arena_.take<T>(layer.threads * (ahead_size_ + gathered_size_));
+    products_ = arena_.take<T>(layer.normalizes() ? D * N * row_size : 0);
   }
 
   int64_t scratch() const { return arena_.used(); }
@@ -59,9 +60,8 @@ class Forward {
       prepare(thread, threads);
       all.wait();
       Barrier alone(1);
-      for_partitions(layer_, Cell::gates, Cell::units, 0, layer_.steps, thread, threads, [&](const Partition<S>& own) {
-        scan(own, thread, of_threads_ + thread * (ahead_size_ + gathered_size_), own.meets ? all : alone);
-      });
+      for_partitions(layer_, Cell::gates, Cell::units, 0, layer_.steps, thread, threads,
+                     [&](const Partition<S>& own) { scan(own, thread, own.meets ? all : alone); });
     });
   }
 
@@ -113,28 +113,40 @@ class Forward {
     masked<T>(h(d, buffer) + place, mask, count, operand(d, buffer) + place);
   }
 
-  void scan(const Partition<S>& partition, int thread, T* ahead, Barrier& meet) {
+  void scan(const Partition<S>& partition, int thread, Barrier& meet) {
     const ActiveRows<S>& rows = partition.rows;
     const int64_t d = rows.direction;
+    const bool normalizes = layer_.normalizes();
     const Range own = range_of(gates_.panels(), partition.member, partition.members);
+    // Members that normalize rows read all panels of these, and have one memory, that of the thread with the direction's
+    // number: it is the first member.
+    const int64_t first_panel = normalizes ? 0 : own.begin;
+    T* const ahead = of_threads_ + (normalizes && partition.meets ? d : thread) * (ahead_size_ + gathered_size_);
+    T* const gathered = of_threads_ + thread * (ahead_size_ + gathered_size_) + ahead_size_;
     // The same for all members, so that they meet after the same steps without waiting for each other.
-    const int64_t max_panels = (gates_.panels() + partition.members - 1) / partition.members;
+    const int64_t max_panels =
+        normalizes ? gates_.panels() : (gates_.panels() + partition.members - 1) / partition.members;
     const int64_t max_rows = min_of(kRowsAhead, most_ahead_ / (max_panels * kWidth));
     const bool fetch = outgrow_cache<S>(own.size() * kWidth * layer_.projected);
     const bool fetch_input = outgrow_cache<S>(own.size() * kWidth * layer_.input);
     for (int64_t s = 0; s < layer_.steps;) {
       int64_t end = s, count = 0;
       while (end < layer_.steps && (end == s || count + rows.active(end) <= max_rows)) count += rows.active(end++);
-      const S* x = gather_input(rows, s, end, reinterpret_cast<S*>(ahead + ahead_size_));
+      const S* x = gather_input(rows, s, end, reinterpret_cast<S*>(gathered));
       for (int64_t p = own.begin; count > 0 && p < own.end; ++p)
         gates_.w_ih[d].multiply(count, x, p, fetch_input && p + 1 < own.end ? p + 1 : p,
-                                ahead + (p - own.begin) * count * kWidth);
+                                ahead + (p - first_panel) * count * kWidth);
       for (int64_t done = 0; s < end; ++s) {
         if (stop_.before(s, thread, partition.meets)) return;
         const Sweep sweep(own, s);
         for (int64_t i = 0; i < sweep.size(); ++i)
           step(rows, s, sweep[i], fetch ? sweep.next(i) : sweep[i],
-               ahead + ((sweep[i] - own.begin) * count + done) * kWidth);
+               ahead + ((sweep[i] - first_panel) * count + done) * kWidth);
+        if (normalizes) {
+          meet.wait();
+          normalized_step(rows, s, range_of(rows.active(s), partition.member, partition.members), ahead + done * kWidth,
+                          count);
+        }
         done += rows.active(s);
         meet.wait();
         if (!projects(layer_)) continue;
@@ -159,27 +171,128 @@ class Forward {
     return gathered;
   }
 
-  // One step of panel p's units, for all active rows. `input`: the rows' panel of x W_ihᵀ.
+  // One step of panel p's units, for all active rows. `input`: the rows' panel of x W_ihᵀ. With layer normalization only
+  // the product, which normalized_step goes on with.
   void step(const ActiveRows<S>& rows, int64_t s, int64_t p, int64_t next, const T* input) {
     const int64_t d = rows.direction, P = layer_.projected, active = rows.active(s);
     const S* operands = operand(d, s % 2) + rows.range.begin * P;
     const bool zeros = s == 0 && layer_.states[0].initial == nullptr && active > 0 && gates_.w_hh[d].is_finite(p);
-    alignas(64) T recurrent[kRowBlock * kWidth];
+    const bool normalizes = layer_.normalizes();
+    const T* bias = gates_.bias(d, p);
+    alignas(64) T block[kRowBlock * kWidth];
     for (int64_t m = 0; m < active; m += kRowBlock) {
       const int64_t count = min_of(kRowBlock, active - m);
+      T* recurrent = normalizes ? products(rows, p, m) : block;
       if (zeros)
         std::memset(recurrent, 0, count * kWidth * sizeof(T));
       else
         gates_.w_hh[d].multiply(count, operands + m * P, p, m == 0 ? next : p, recurrent);
-      cell(rows, s, p, m, count, input + m * kWidth, recurrent);
+      if (!normalizes)
+        cell(rows, s, p, m, count, input + m * kWidth, recurrent,
+             [&](int64_t, const T* x, const T* h, int64_t u, auto lanes, Vector<T>* state, Vector<T>* save)
+                 RNNKIT_INLINE_LAMBDA { GatesOf::cell(x, h, bias, u, lanes, state, save); });
     }
+  }
+
+  // With layer normalization: panel p of h W_hhᵀ, from row m of the range on.
+  T* products(const ActiveRows<S>& rows, int64_t p, int64_t m) const {
+    return products_ + ((rows.direction * gates_.panels() + p) * layer_.batch + rows.range.begin + m) * kWidth;
+  }
+
+  // With layer normalization: a step of the active rows `own` of the range, from their products. `input`: the first
+  // panel of x W_ihᵀ at the range's first row; from panel to panel it is `input_rows` rows.
+  void normalized_step(const ActiveRows<S>& rows, int64_t s, Range own, T* input, int64_t input_rows) {
+    using V = Vector<T>;
+    constexpr int64_t block = 8;  // rows whose products are in cache from their moments to their cells
+    const int64_t d = rows.direction, H = layer_.hidden, panels = gates_.panels();
+    const Record record = Record::of<Cell>(layer_);
+    Moments<T> of_x[block], of_h[block], of_source[block];
+    for (int64_t m = own.begin; m < own.end; m += block) {
+      const int64_t count = min_of(block, own.end - m);
+      const auto x_of = [&](int64_t p, int64_t i) { return input + (p * input_rows + m + i) * kWidth; };
+      const auto h_of = [&](int64_t p, int64_t i) { return products(rows, p, m + i); };
+      for (int64_t i = 0; i < count; ++i) {
+        of_x[i] = moments_of_gates([&](int64_t p) { return x_of(p, i); });
+        of_h[i] = moments_of_gates([&](int64_t p) { return h_of(p, i); });
+      }
+      if (layer_.keep == Keep::everything)
+        for (int64_t i = 0; i < count; ++i) {
+          T* to =
+              layer_.reserve + (d * layer_.rows() + rows.first(s) + m + i) * record.values * H + record.products * H;
+          for (int64_t p = 0; p < panels; ++p)
+            for (int64_t g = 0; g < Cell::gates; ++g) {
+              copy_row(x_of(p, i) + g * kUnits, gates_.units_in(p), to + g * H + p * kUnits);
+              copy_row(h_of(p, i) + g * kUnits, gates_.units_in(p), to + (Cell::gates + g) * H + p * kUnits);
+            }
+        }
+      if constexpr (Cell::has_source) {
+        // The gates take the place of the recurrent products, and the source that of the first gate's input.
+        for (int64_t p = 0; p < panels; ++p)
+          for (int64_t i = 0; i < count; ++i) {
+            T *x = x_of(p, i), *h = h_of(p, i);
+            const T* c = others_ + (d * layer_.batch + rows.range.begin + m + i) * kOthers<Cell> * H + p * kUnits;
+            for_vectors<T>(gates_.units_in(p), [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
+              V of_input[Cell::gates], of_recurrent[Cell::gates], save[Cell::saved];
+              GatesOf::normalized_parts(x, h, of_x[i], of_h[i], gates_.factor(d, p), gates_.bias(d, p), u, lanes,
+                                        of_input, of_recurrent);
+              Cell::activate(of_input, of_recurrent, save);
+              save[Cell::gates] = load(c + u, lanes);
+              store(x + u, Cell::source(save), lanes);
+#pragma GCC unroll 4
+              for (int64_t g = 0; g < Cell::gates; ++g) store(h + g * kUnits + u, save[g], lanes);
+            });
+          }
+        for (int64_t i = 0; i < count; ++i)
+          of_source[i] = moments<T>(H, [&](const auto& body) {
+            for (int64_t p = 0; p < panels; ++p) body(x_of(p, i), gates_.units_in(p));
+          });
+      }
+      const Norms<T>& norms = layer_.direction[d].norms;
+      for (int64_t p = 0; p < panels; ++p) {
+        const T *factor = gates_.factor(d, p), *bias = gates_.bias(d, p);
+        cell(rows, s, p, m, count, x_of(p, 0), h_of(p, 0),
+             [&](int64_t i, const T* x, const T* h, int64_t u, auto lanes, V* state, V* save) RNNKIT_INLINE_LAMBDA {
+               if constexpr (Cell::has_source) {
+#pragma GCC unroll 4
+                 for (int64_t g = 0; g < Cell::gates; ++g) save[g] = load(h + g * kUnits + u, lanes);
+                 save[Cell::gates] = state[1];
+                 state[1] = load(x + u, lanes);
+                 const int64_t unit = p * kUnits + u;
+                 state[0] = Cell::output_of(save, of_source[i].normalized(state[1]) * load(norms.c + unit, lanes) +
+                                                      load(norms.c_bias + unit, lanes));
+               } else {
+                 V of_input[Cell::gates], of_recurrent[Cell::gates];
+                 GatesOf::normalized_parts(x, h, of_x[i], of_h[i], factor, bias, u, lanes, of_input, of_recurrent);
+                 Cell::forward(of_input, of_recurrent, state, save);
+               }
+             });
+      }
+    }
+  }
+
+  // The moments of a row of all gates. panel(p): its panel p [G, kUnits].
+  template <class Panel>
+  Moments<T> moments_of_gates(const Panel& panel) const {
+    return moments<T>(Cell::gates * layer_.hidden, [&](const auto& body) {
+      for (int64_t p = 0; p < gates_.panels(); ++p) {
+        const T* from = panel(p);
+        const int64_t units = gates_.units_in(p);
+        if (units == kUnits)
+          body(from, kWidth);
+        else
+          for (int64_t g = 0; g < Cell::gates; ++g) body(from + g * kUnits, units);
+      }
+    });
   }
 
   // The cell, for rows m to m + count - 1 of the range and panel p's units. Without a projection its h is the operand
   // of the next step's product, and is written there; a row that is put back before the next step gets its new states
   // instead. A row that begins at the next step finds its initial h there, which both buffers held from the start.
+  // give(i, input, recurrent, u, lanes, state, save): the states after the step and what the cell saves, of the units
+  // from u on of row m + i.
+  template <class Give>
   void cell(const ActiveRows<S>& rows, int64_t s, int64_t p, int64_t m, int64_t count, const T* input,
-            const T* recurrent) {
+            const T* recurrent, const Give& give) {
     using V = Vector<T>;
     const int64_t d = rows.direction, H = layer_.hidden, P = layer_.projected, width = layer_.directions * P;
     const int64_t units = gates_.units_in(p), unit = p * kUnits;
@@ -189,9 +302,8 @@ class Forward {
     const bool keeps_all = Cell::saved > 0 && layer_.keep == Keep::everything;
     const bool zones = std::any_of(layer_.states, layer_.states + Cell::states, [](auto& s) { return s.zones(); });
     const bool keeps_h = layer_.keep != Keep::nothing && keeps_given<Cell>(layer_);
-    const int64_t reserve_row = (keeps_h ? 1 : keeps_states ? kOthers<Cell> : Cell::saved) * H;
+    const int64_t reserve_row = Record::of<Cell>(layer_).values * H;
     // Each of these goes on by a row at the end of the loop.
-    const T* bias = gates_.bias(d, p);
     const S* h_before = h(d, s % 2) + n * P + unit;
     S* h_after = h(d, (s + 1) % 2) + n * P + unit;
     S* y = layer_.y + row * width + d * P + unit;
@@ -210,7 +322,7 @@ class Forward {
 #pragma GCC unroll 8
           for (int64_t k = 0; k < kOthers<Cell>; ++k) store(reserve + k * H + u, state[k + 1], lanes);
         }
-        GatesOf::cell(input, recurrent, bias, u, lanes, state, save);
+        give(i, input, recurrent, u, lanes, state, save);
         if (keeps_h) store(reserve + u, state[0], lanes);
         if (zones) zone(h_before + u, others + u, ((row + i) * layer_.directions + d) * H + unit + u, lanes, state);
         if (keeps_all) GatesOf::store_saved(save, H, lanes, reserve + u);
@@ -289,6 +401,7 @@ class Forward {
   T* others_;       // [D, N, kOthers, H]: the states other than h
   S* unprojected_;  // [D, N, H], null without a projection
   T* of_threads_;   // for each thread: x W_ihᵀ of the steps ahead, and behind it the gathered rows of x
+  T* products_;     // [D, panels, N, G*units]: h W_hhᵀ of a step; null without layer normalization
   int64_t ahead_size_, gathered_size_;
 };
 

@@ -20,9 +20,13 @@ class Recompute {
         masked_(masked),
         gates_(layer, needed(layer), needed(layer), false, arena),
         saved_(arena, 1, needed(layer) ? layer.directions : 0, max_rows, Cell::saved * layer.hidden),
+        products_(arena, 1, needed(layer) && layer.normalizes() ? layer.directions : 0, max_rows,
+                  2 * Cell::gates * layer.hidden),
         h_(arena, 1, needed(layer) ? layer.directions : 0, max_rows, layer.projected) {}
 
-  static bool needed(const Layer<S>& layer) { return layer.keep == Keep::states && Cell::saved > 0; }
+  static bool needed(const Layer<S>& layer) {
+    return layer.keep == Keep::states && (Cell::saved > 0 || layer.normalizes());
+  }
 
   // This thread's part of the weights.
   void pack(int thread, int threads) const {
@@ -45,10 +49,17 @@ class Recompute {
       for (int64_t m = 0; m < count; m += kRowBlock) step(segment, d, p, m, min_of(kRowBlock, count - m));
     }
     all.wait();
+    if (!layer_.normalizes()) return;
+    for (int64_t d = 0; d < layer_.directions; ++d) {
+      const Range own = range_of(segment.rows[d].size(), thread, threads);
+      for (int64_t r = own.begin; r < own.end; ++r) normalized_row(segment, d, segment.rows[d].begin + r);
+    }
+    all.wait();
   }
 
-  // Of one row [Cell::saved, H].
+  // Of one row [Cell::saved, H], and with layer normalization the products of all gates with x and with h [2, G, H].
   const T* saved(const Segment& segment, int64_t d, int64_t row) const { return saved_.at(segment, d, row); }
+  const T* products(const Segment& segment, int64_t d, int64_t row) const { return products_.at(segment, d, row); }
 
  private:
   void step(const Segment& segment, int64_t d, int64_t p, int64_t first, int64_t count) const {
@@ -60,10 +71,17 @@ class Recompute {
     const T* others =
         kOthers<Cell> > 0 ? layer_.reserve + (d * layer_.rows() + row) * kOthers<Cell> * H + unit : nullptr;
     T* saved = saved_.at(segment, d, row) + unit;
+    T* products = layer_.normalizes() ? products_.at(segment, d, row) + unit : nullptr;
     alignas(64) T input[kRowBlock * width], recurrent[kRowBlock * width];
     gates_.w_ih[d].multiply(count, layer_.x + row * layer_.input, p, p, input);
     gates_.w_hh[d].multiply(count, operand, p, p, recurrent);
-    for (int64_t i = 0; i < count; ++i)
+    for (int64_t i = 0; products != nullptr && i < count; ++i)
+      for (int64_t g = 0; g < Cell::gates; ++g) {
+        T* to = products + (i * 2 * Cell::gates + g) * H;
+        copy_row(input + i * width + g * GatesOf::kUnits, gates_.units_in(p), to);
+        copy_row(recurrent + i * width + g * GatesOf::kUnits, gates_.units_in(p), to + Cell::gates * H);
+      }
+    for (int64_t i = 0; products == nullptr && i < count; ++i)
       for_vectors<T>(gates_.units_in(p), [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
         Vector<T> state[Cell::states], save[Cell::saved + 1];
         GatesOf::load_states(h + i * P + unit, others + i * kOthers<Cell> * H, H, u, lanes, state);
@@ -72,12 +90,40 @@ class Recompute {
       });
   }
 
+  // The cell of a row, from its products.
+  void normalized_row(const Segment& segment, int64_t d, int64_t row) const {
+    using V = Vector<T>;
+    if (Cell::saved == 0) return;
+    const int64_t H = layer_.hidden, K = Cell::gates * H;
+    const T* products = products_.at(segment, d, row);
+    const Moments<T> of_x = moments(K, products), of_h = moments(K, products + K);
+    const Direction<S>& weights = layer_.direction[d];
+    const T* others = kOthers<Cell> > 0 ? layer_.reserve + (d * layer_.rows() + row) * kOthers<Cell> * H : nullptr;
+    const auto part = [&](const T* from, Moments<T> of, const T* factor, const T* bias, int64_t i, auto lanes)
+                          RNNKIT_INLINE_LAMBDA {
+                            const V scaled = of.normalized(load(from + i, lanes)) * load(factor + i, lanes);
+                            return bias == nullptr ? scaled : scaled + load(bias + i, lanes);
+                          };
+    for_vectors<T>(H, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
+      V x[Cell::gates], h[Cell::gates], state[Cell::states], save[Cell::saved + 1];
+      GatesOf::load_states(h_.at(segment, d, row), others, H, u, lanes, state);
+#pragma GCC unroll 4
+      for (int64_t g = 0; g < Cell::gates; ++g) {
+        x[g] = part(products, of_x, weights.norms.ih, weights.b_ih, g * H + u, lanes);
+        h[g] = part(products + K, of_h, weights.norms.hh, weights.b_hh, g * H + u, lanes);
+      }
+      Cell::forward(x, h, state, save);
+      GatesOf::store_saved(save, H, lanes, saved_.at(segment, d, row) + u);
+    });
+  }
+
   const Layer<S>& layer_;
   const Beginnings<S> beginnings_;
   const MaskedOperands<S>& masked_;
   GatesOf gates_;
-  SegmentValues<T> saved_;  // [D, rows, Cell::saved, H]
-  SegmentValues<S> h_;      // [D, rows, P]: h before each row's step
+  SegmentValues<T> saved_;     // [D, rows, Cell::saved, H]
+  SegmentValues<T> products_;  // [D, rows, 2, G, H]
+  SegmentValues<S> h_;         // [D, rows, P]: h before each row's step
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <initializer_list>
 
-#include "cpu/kernels/segment.h"
+#include "cpu/kernels/layer_norm.h"
 
 namespace rnnkit::RNNKIT_CAPABILITY {
 
@@ -23,8 +23,14 @@ class WeightGradients {
 
  public:
   WeightGradients(const Layer<S>& layer, bool projects, int64_t max_rows, const SegmentGrads<S>& grads,
-                  const Beginnings<S>& beginnings, const MaskedOperands<S>& masked, Arena& arena)
-      : layer_(layer), projects_(projects), grads_(grads), beginnings_(beginnings), masked_(masked) {
+                  const NormalizedGrads<Cell, S>& normalized, const Beginnings<S>& beginnings,
+                  const MaskedOperands<S>& masked, Arena& arena)
+      : layer_(layer),
+        projects_(projects),
+        grads_(grads),
+        normalized_(normalized),
+        beginnings_(beginnings),
+        masked_(masked) {
     for (int64_t d = 0; d < layer.directions; ++d) {
       packed_x_[d] = arena.take<S>(max_rows * round_up(layer.input, kPanel));
       packed_h_[d] = arena.take<S>(max_rows * round_up(layer.projected, kPanel));
@@ -62,8 +68,17 @@ class WeightGradients {
       const auto with_h = [&](int64_t gate) {
         return Product{operands, packed_h_[d], P, at(weights.grad_w_hh, gate * H * P), at(weights.grad_b_hh, gate * H)};
       };
+      if (normalized_.there()) {  // which sums the biases' gradients itself
+        const auto alone = [](auto product) {
+          product.sums = nullptr;
+          return product;
+        };
+        const Sums of_products{of.add, of.rows, Cell::gates * H, thread, threads};
+        products(of_products, normalized_.input.begin(segment, d), Cell::gates * H, alone(with_x(0)));
+        products(of_products, normalized_.recurrent.begin(segment, d), Cell::gates * H, alone(with_h(0)));
+      }
       // Gates whose two parts have the same gradient go together: it is then copied and summed once.
-      for (int64_t g = 0; g < Cell::gates;) {
+      for (int64_t g = 0; g < Cell::gates && !normalized_.there();) {
         int64_t end = g;
         while (end < Cell::gates && Cell::input_grad[end] == end) ++end;
         if (end > g) {
@@ -203,6 +218,7 @@ class WeightGradients {
   const Layer<S>& layer_;
   const bool projects_;
   const SegmentGrads<S>& grads_;
+  const NormalizedGrads<Cell, S>& normalized_;
   const Beginnings<S> beginnings_;
   const MaskedOperands<S>& masked_;
   S *packed_x_[2], *packed_h_[2],
