@@ -11,7 +11,10 @@ MODES = (
     *("cell", "cell recording", "cell training"),
 )
 #: What lines are for, see `lines`.
-GROUPS = ("cases", "streaming", "features", "resets", "lengths", "memory", "compiled", "T", "H")
+GROUPS = (
+    *("cases", "streaming", "features", "resets", "lengths", "layer_norm"),
+    *("memory", "compiled", "T", "H"),
+)
 PEERS = ("torch", "jax", "onnxruntime", "openvino")
 ONE_THREAD = "rnnkit 1 thread"
 FROZEN = "rnnkit frozen"
@@ -47,6 +50,7 @@ class Case:
     frozen: weights packed ahead by rnnkit.freeze.
     feature: one of FEATURES, SPLIT or LENGTHS, which leave inputs and results as they are; empty for none.
     resets: states are put back to zeros before 3 % of the steps.
+    norm: with layer normalization.
     """
 
     cell: str
@@ -65,6 +69,7 @@ class Case:
     frozen: bool = False
     feature: str = ""
     resets: bool = False
+    norm: bool = False
 
     @property
     def plain(self) -> "Case":
@@ -132,6 +137,7 @@ class Case:
         parts += [self.dtype] if self.dtype != "float32" else []
         parts += ["ragged"] if self.ragged else []
         parts += ["resets"] if self.resets else []
+        parts += ["layer norm"] if self.norm else []
         return ", ".join(parts)
 
     def __str__(self) -> str:
@@ -183,6 +189,7 @@ TIME_STEPS = (100, 1000, 10_000)  # at N 4, H 128
 MEMORY_SHAPES = ((100, 64, 512, 512), (200, 32, 256, 256))
 COMPILED_SHAPES = (SHAPES[7], SHAPES[1], SHAPES[5])
 RESET_SHAPE = (128, 32, 256, 256)
+NORM_SHAPES = ((100, 32, 256, 256), (100, 16, 512, 512), (200, 8, 64, 64))
 FEATURE_SHAPES = (SHAPES[1], SHAPES[3], SHAPES[4])
 QUICK_SHAPES = (SHAPES[7], SHAPES[1], SHAPES[3])
 
@@ -285,6 +292,17 @@ def with_lengths(case: Case) -> Line:
     return Line("lengths", padded.plain, entries)
 
 
+def normalizing(case: Case) -> Line:
+    """Layer normalization beside the call without, and beside a loop over torch's functions."""
+    norm = dataclasses.replace(case, norm=True)
+    entries = {
+        "rnnkit": Entry("rnnkit", norm),
+        "rnnkit without": Entry("rnnkit", case),
+        "torch loop": Entry("torch", norm),
+    }
+    return Line("layer_norm", norm, entries)
+
+
 def single_steps() -> Iterator[Line]:
     """Of every layer and cell, without gradients and with them; layers' training is among the cases."""
     for cell in GATES:
@@ -307,6 +325,9 @@ def lines(quick: bool = False, lower: bool = False) -> Iterator[Line]:
         yield resetting(Case(cell, "training", *RESET_SHAPE))
         for shape in RAGGED[:1] if quick else RAGGED:
             yield with_lengths(Case(cell, "training", *shape))
+    for shape in NORM_SHAPES[:1] if quick else NORM_SHAPES:
+        for cell in ("GRU",) if quick else GATES:
+            yield normalizing(Case(cell, "training", *shape))
     if lower:
         return
     for cell in ("GRU",) if quick else GATES:

@@ -169,10 +169,12 @@ def ragged(group: str) -> Callable[[Document], Figures]:
     return figures
 
 
-def resets_over_none(document: Document) -> Figures:
-    """Time with resets over that without."""
-    without = ratios("rnnkit without", "resets")(document)
-    return {case: figure and figure.inverse() for case, figure in without.items()}
+def over_none(group: str) -> Callable[[Document], Figures]:
+    """Time with what the group is about over that without."""
+    without = ratios("rnnkit without", group)
+    return lambda document: {
+        case: figure and figure.inverse() for case, figure in without(document).items()
+    }
 
 
 def linearity(document: Document) -> Figures:
@@ -264,9 +266,11 @@ OF_FEATURES = (
         )
         for name in ("weight_dropout", "recurrent_dropout", "zoneout")
     ),
-    Goal("training with 3 % resets over without", resets_over_none, 1.05, at_most=True),
+    Goal("training with 3 % resets over without", over_none("resets"), 1.05, at_most=True),
     Goal("a loop over torch.nn's cells over resets", ratios("torch loop", "resets"), 3.0),
     Goal("torch.nn on split segments over resets", ratios("torch split", "resets"), 1.5),
+    Goal("training with layer_norm over without", over_none("layer_norm"), 1.6, at_most=True),
+    Goal("a loop of torch's functions over layer_norm", ratios("torch loop", "layer_norm"), 4.0),
     Goal("`lengths` over its part of the dense time", ragged("lengths"), 1.15, at_most=True),
     Goal("Readout.loss over all logits, time", of_readout("ms"), 1.1, at_most=True),
     Goal("Readout.loss over all logits, memory", of_readout("MiB"), 0.125, at_most=True),

@@ -151,15 +151,18 @@ def feature_table(document: Document) -> list[str]:
     return markdown(lines, left=2)
 
 
-def reset_table(document: Document) -> list[str]:
-    """Training steps with resets and with lengths, each beside the other ways to compute the same."""
+#: Groups whose lines are beside other ways to compute the same, and the argument or option that each is about.
+OTHER_WAYS = {"resets": "`reset`", "lengths": "`lengths`", "layer_norm": "`layer_norm`"}
+
+
+def other_ways_table(document: Document) -> list[str]:
+    """Training steps of `OTHER_WAYS`, each beside the other ways to compute the same."""
     lines = [["T, N, I, H", "cell", "ms", "beside it"]]
     for row in document["lines"]:
-        if row["group"] in ("resets", "lengths"):
+        if row["group"] in OTHER_WAYS:
             case = Case(**row["case"])
-            what = "`reset`" if row["group"] == "resets" else "`lengths`"
             told = [f"{name} {ratio(row, name)}" for name in row["entries"] if name != "rnnkit"]
-            shape = f"{sizes(case)}, {what}"
+            shape = f"{sizes(case)}, {OTHER_WAYS[row['group']]}"
             lines.append([shape, case.cell, milliseconds(row), ", ".join(told)])
     return markdown(lines, left=2)
 
@@ -213,9 +216,10 @@ def feature_section(document: Document, link: str) -> list[str]:
     lines = [title, "", f"{where(document)}, [{name}]({link}).", ""]
     lines += [*goal_table(judged), "", "Times over those of a plain training step:", ""]
     lines += [*feature_table(document), ""]
-    if any(row["group"] in ("resets", "lengths") for row in document["lines"]):
-        lines += ["Times of other ways over rnnkit's with 3 % resets, and with `lengths`:", ""]
-        lines += [*reset_table(document), ""]
+    if any(row["group"] in OTHER_WAYS for row in document["lines"]):
+        about = "with 3 % resets, with `lengths` and with `layer_norm`"
+        lines += [f"Times of other ways over rnnkit's {about}:", ""]
+        lines += [*other_ways_table(document), ""]
     lines += [readout_line(document), ""]
     missed = misses(judged)
     return [*lines, *folded("Every miss", missed), ""] if missed else lines

@@ -31,6 +31,10 @@ def shapes(case: Case) -> dict[str, tuple[int, ...]]:
         shapes[f"weight_ih{suffix}"] = (rows, inputs)
         shapes[f"weight_hh{suffix}"] = (rows, size)
         shapes[f"bias_ih{suffix}"] = shapes[f"bias_hh{suffix}"] = (rows,)
+        if case.norm:
+            shapes[f"norm_ih{suffix}"] = shapes[f"norm_hh{suffix}"] = (rows,)
+            if case.cell == "LSTM":
+                shapes[f"norm_c{suffix}"] = shapes[f"norm_c_bias{suffix}"] = (case.H,)
         if case.projection:
             shapes[f"weight_hr{suffix}"] = (case.projection, case.H)
     return shapes
@@ -45,10 +49,13 @@ def representable(array: Any, dtype: str) -> Any:
 
 
 def inputs(case: Case) -> Arrays:
-    """Weights as torch.nn initialises them, a normal input and gradient of the output."""
+    """Weights as torch.nn initialises them, factors around 1, a normal input and gradient of the output."""
     numbers = np.random.default_rng(zlib.crc32(case.sizes().encode()))
     bound = case.H**-0.5
     arrays = {name: numbers.uniform(-bound, bound, shape) for name, shape in shapes(case).items()}
+    for name in arrays:
+        if name.startswith("norm") and "bias" not in name:
+            arrays[name] += 1
     outer = (case.rows,) if case.ragged else (case.T, case.N)
     arrays["x"] = numbers.standard_normal((*outer, case.I))
     if case.trains:

@@ -32,8 +32,8 @@ def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
     """The results of `reference.run`, as one node of an ONNX graph.
 
     ONNX's operators take padded sequences with their lengths. They have no projection, resets, recurrent dropout,
-    zoneout or layer normalization, and of the states after each step they return only h. A call that needs more is exported as the reference's
-    steps, for the T of the export.
+    zoneout or layer normalization, and of the states after each step they return only h. A call that needs more is
+    exported as the reference's steps, for the T of the export.
 
     Source: https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and onnx__RNN.html.
     """

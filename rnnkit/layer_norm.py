@@ -29,7 +29,11 @@ class LayerNorms(nn.RNNBase):
             assert like is not None
             for names in self._all_weights:
                 for name in self._norm_names(names):
-                    width = like.size(0) if name.startswith(("norm_ih", "norm_hh")) else self.hidden_size
+                    width = (
+                        like.size(0)
+                        if name.startswith(("norm_ih", "norm_hh"))
+                        else self.hidden_size
+                    )
                     self.register_parameter(name, nn.Parameter(like.new_empty(width)))
             self._reset_norms()
 
@@ -39,7 +43,7 @@ class LayerNorms(nn.RNNBase):
         return self._normalizes
 
     def _norm_names(self, names: list[str]) -> list[str]:
-        """The parameters' names of the layer and direction whose weights have these names; empty without `layer_norm`."""
+        """The parameters' names of the layer and direction whose weights have these names; empty for none."""
         return parameters.norms(self, {"weight_ih": names[0]})
 
     def _norms(self, names: list[str]) -> list[Tensor | None]:

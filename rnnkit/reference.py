@@ -112,7 +112,9 @@ def _normalized(values: Tensor, factor: Tensor, bias: Tensor | None = None) -> T
     return layer_norm(values, factor.shape, factor, bias, NORM_EPSILON)
 
 
-def _step(call: LayerCall, of: DirectionWeights, x: Tensor, operand: Tensor, states: list[Tensor]) -> list[Tensor]:
+def _step(
+    call: LayerCall, of: DirectionWeights, x: Tensor, operand: Tensor, states: list[Tensor]
+) -> list[Tensor]:
     """The states after one step, before a projection. `operand`: h as the recurrent product reads it.
 
     With layer normalization its factors come before the biases, and h' is made of the normalized c'.

@@ -1,6 +1,7 @@
 """Layers as plain loops over steps, one sequence at a time: the truth for what torch.nn's layers do not have.
 
-A loop knows of resets, lengths, dropout of the recurrent operand and zoneout, and shares no code with rnnkit.
+A loop knows of resets, lengths, dropout of the recurrent operand, zoneout and layer normalization, and shares no code
+with rnnkit.
 """
 
 from collections.abc import Sequence
@@ -89,6 +90,7 @@ class Loop:
         """Layer k's direction d: every state [T, N, width], and the final states [N, width]."""
         place = k * (2 if layer.bidirectional else 1) + d
         weights, w_hr = weights_of(layer, k, d)
+        norms = norms_of(layer, k, d)
         rows, ends = [], []
         for n, length in enumerate(self.lengths):
             now = [state[place, n : n + 1] for state in states]
@@ -100,7 +102,7 @@ class Loop:
                 if cut and (t < length - 1 or not d):
                     now = [state[place, n : n + 1] for state in self.put_back]
                 h = now[0] * self.operand[place][n] if self.operand else now[0]
-                new = step(layer, x[t, n : n + 1], h, now, weights, w_hr)
+                new = step(layer, x[t, n : n + 1], h, now, weights, w_hr, norms)
                 now = [self.zoned(place, index, t, n, now, new) for index in range(len(new))]
                 after[t] = [state[0] for state in now]
             rows.append([torch.stack(of_state) for of_state in zip(*after, strict=True)])
@@ -135,14 +137,55 @@ def weights_of(layer: Any, k: int, d: int) -> tuple[list[Tensor | None], Tensor 
     return weights, getattr(layer, "weight_hr" + end) if layer.proj_size else None
 
 
+def norms_of(layer: Any, k: int, d: int) -> list[Tensor]:
+    """The parameters of layer normalization of layer k's direction d; empty for none."""
+    if not layer.layer_norm:
+        return []
+    end = f"_l{k}" + "_reverse" * d
+    names = ("norm_ih", "norm_hh", "norm_c", "norm_c_bias")[: 4 if layer.mode == "LSTM" else 2]
+    found = [getattr(layer, name + end) for name in names]
+    if getattr(layer, "update_gate", "keeps") == "writes":
+        return [with_other_gate(factor) for factor in found]
+    return found
+
+
+def normalized(values: Tensor) -> Tensor:
+    """The values minus their mean, over their standard deviation."""
+    centred = values - values.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def normalized_step(
+    layer: Any, x: Tensor, h: Tensor, states: list[Tensor], weights: list, w_hr: Any, norms: list
+) -> list[Tensor]:
+    """`step` with layer normalization."""
+    w_ih, w_hh, b_ih, b_hh = weights
+    if getattr(layer, "update_gate", "keeps") == "writes":  # the sign is in the factors
+        w_ih, w_hh = with_other_gate(w_ih), with_other_gate(w_hh)
+    of_x = normalized(x @ w_ih.t()) * norms[0] + (0 if b_ih is None else b_ih)
+    of_h = normalized(h @ w_hh.t()) * norms[1] + (0 if b_hh is None else b_hh)
+    if layer.mode == "LSTM":
+        i, f, g, o = (of_x + of_h).chunk(4, -1)
+        c = f.sigmoid() * states[1] + i.sigmoid() * g.tanh()
+        new = o.sigmoid() * (normalized(c) * norms[2] + norms[3]).tanh()
+        return [new if w_hr is None else new @ w_hr.t(), c]
+    if layer.mode == "GRU":
+        (x_r, x_z, x_n), (h_r, h_z, h_n) = of_x.chunk(3, -1), of_h.chunk(3, -1)
+        n = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
+        return [n + (x_z + h_z).sigmoid() * (states[0] - n)]
+    return [(of_x + of_h).tanh() if layer.mode == "RNN_TANH" else (of_x + of_h).relu()]
+
+
 def step(
-    layer: Any, x: Tensor, h: Tensor, states: list[Tensor], weights: list, w_hr: Any
+    layer: Any, x: Tensor, h: Tensor, states: list[Tensor], weights: list, w_hr: Any, norms: list
 ) -> list[Tensor]:
     """One step, where the recurrent product sees `h` in place of states[0].
 
     It calls torch's functions for cells. They have no projection, and take one h for all parts of a GRU: there it is
     written as equations.
     """
+    if norms:
+        return normalized_step(layer, x, h, states, weights, w_hr, norms)
     w_ih, w_hh, b_ih, b_hh = weights
     if layer.mode == "LSTM" and w_hr is not None:
         parts = nn.functional.linear(x, w_ih, b_ih) + nn.functional.linear(h, w_hh, b_hh)

@@ -160,7 +160,7 @@ def test_only_needed_gradients(case: Case) -> None:
 def test_one_bias_missing(case: Case, missing: str) -> None:
     it = call(replace(case, bias=True))
     weights = [
-        None if place % len(WEIGHTS) == WEIGHTS.index(missing) else weight
+        None if place % len(it.kinds) == WEIGHTS.index(missing) else weight
         for place, weight in enumerate(it.weights)
     ]
     assert_matches_reference(replace(it, weights=weights))

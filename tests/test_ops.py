@@ -16,7 +16,7 @@ from torch.library import opcheck
 import rnnkit
 from rnnkit import ops
 from rnnkit.call import Keep
-from rnnkit.specs import CELLS, WEIGHTS
+from rnnkit.specs import CELLS, NORMS, WEIGHTS
 
 on_small_cases = pytest.mark.parametrize(
     "case",
@@ -112,7 +112,8 @@ def test_reserve(case: Case) -> None:
     """[D, rows, values of each unit, H] in the type accumulated in, or nothing."""
     it, spec = call(case), CELLS[case.cell]
     rows = it.input.shape[:-1].numel()
-    for keep, values in ((Keep.EVERYTHING, spec.saved), (Keep.STATES, spec.states - 1)):
+    everything = spec.saved + 2 * spec.gates * case.norm  # all products, which are normalized
+    for keep, values in ((Keep.EVERYTHING, everything), (Keep.STATES, spec.states - 1)):
         reserve = it.forward(keep)[2]
         assert reserve.shape == (case.directions, rows, values, case.sizes[3])
         low = case.dtype in (torch.bfloat16, torch.float16)
@@ -138,6 +139,9 @@ def test_reserve_with_zoneout(device: str, cell: str) -> None:
 
 def test_weights_of_a_direction() -> None:
     """The order the ops are documented to take weights in is the one the tests build them in."""
+    norms = call(Case("lstm", (3, 2, 5, 4), norm=True)).weights[len(WEIGHTS) :]
+    assert NORMS == ("norm_ih", "norm_hh", "norm_c", "norm_c_bias")
+    assert [tuple(w.shape) for w in norms if w is not None] == [(16,), (16,), (4,), (4,)]
     it = call(Case("lstm", (3, 2, 5, 4), projected=3))
     assert WEIGHTS == ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
     assert [tuple(w.shape) for w in it.weights if w is not None] == [

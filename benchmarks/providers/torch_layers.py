@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear
 from torch.nn.utils import rnn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -82,7 +83,8 @@ class TorchLayers:
     def module(self, case: Case, tensors: Tensors) -> nn.Module:
         """The layer or cell of `case` with the weights among `tensors`."""
         options: dict[str, Any] = {"device": self.device, "dtype": dtype_of(case)}
-        weights = {name: t for name, t in tensors.items() if name.startswith(("weight", "bias"))}
+        kinds = ("weight", "bias", "norm")
+        weights = {name: t for name, t in tensors.items() if name.startswith(kinds)}
         if case.of_cell:
             weights = {name.removesuffix("_l0"): tensor for name, tensor in weights.items()}
             module: nn.Module = getattr(self.package, f"{case.cell}Cell")(case.I, case.H, **options)
@@ -91,7 +93,11 @@ class TorchLayers:
             options |= {"proj_size": case.projection} if case.projection else {}
             options |= {"recompute": True} if case.recompute else {}
             options |= OPTIONS.get(case.feature, {})
+            options |= {"layer_norm": True} if case.norm and self.package is not nn else {}
             module = self._layer(case, options)
+            if case.norm and self.package is nn:
+                module = NormLoop(module)
+                weights = {w if "norm" in w else f"layer.{w}": t for w, t in weights.items()}
         module.load_state_dict(weights, strict=case.feature != "learn_initial_state")
         if case.feature == "update_gate":
             module.convert_update_gate("writes")
@@ -145,6 +151,42 @@ class Loop(nn.Module):
                 outputs.append(states)
         last = tuple(s[None] for s in states) if isinstance(states, tuple) else states[None]
         return torch.stack(outputs), last
+
+
+class NormLoop(nn.Module):
+    """A layer of torch.nn with layer normalization as users have it: a loop over steps of torch's functions."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        factor = layer.bias_ih_l0.detach()
+        self.norm_ih_l0, self.norm_hh_l0 = (nn.Parameter(factor.clone()) for _ in range(2))
+        if layer.mode == "LSTM":
+            of_c = factor[: layer.hidden_size]
+            self.norm_c_l0, self.norm_c_bias_l0 = (nn.Parameter(of_c.clone()) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        layer, mode = self.layer, self.layer.mode
+        size, gates = layer.hidden_size, self.norm_ih_l0.shape
+        every = layer_norm(linear(x, layer.weight_ih_l0), gates, self.norm_ih_l0, layer.bias_ih_l0)
+        h = c = x.new_zeros(x.size(1), size)
+        outputs = []
+        for of_x in every.unbind(0):
+            product = linear(h, layer.weight_hh_l0)
+            of_h = layer_norm(product, gates, self.norm_hh_l0, layer.bias_hh_l0)
+            if mode == "LSTM":
+                i, f, g, o = (of_x + of_h).chunk(4, -1)
+                c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+                read = layer_norm(c, (size,), self.norm_c_l0, self.norm_c_bias_l0)
+                h = o.sigmoid() * read.tanh()
+            elif mode == "GRU":
+                (x_r, x_z, x_n), (h_r, h_z, h_n) = of_x.chunk(3, -1), of_h.chunk(3, -1)
+                n = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
+                h = n + (x_z + h_z).sigmoid() * (h - n)
+            else:
+                h = (of_x + of_h).tanh()
+            outputs.append(h)
+        return torch.stack(outputs), (h[None], c[None]) if mode == "LSTM" else h[None]
 
 
 class Split(nn.Module):

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/kernels/gates.h"
+#include "cpu/kernels/layer_norm.h"
 #include "cpu/kernels/packed.h"
 #include "cpu/kernels/zoneout.h"
 
@@ -29,7 +30,10 @@ class Forward {
     const int64_t row_size = gates_.panels() * kWidth;
     ahead_size_ = max_of(min_of(most_ahead_, layer.rows() * row_size), N * row_size);
     gathered_size_ = round_up(kRowsAhead * layer.input, 64);
-    of_threads_ = arena_.take<T>(layer.threads * (ahead_size_ + gathered_size_));
+    // The products and, of a cell with a source, what is made of them, of the rows that a thread normalizes.
+    const int64_t values = 2 * Cell::gates + (Cell::has_source ? Cell::gates + 1 : 0);
+    normalized_size_ = layer.normalizes() ? round_up(kRowsNormalized * values * layer.hidden, 64) : 0;
+    of_threads_ = arena_.take<T>(layer.threads * (ahead_size_ + gathered_size_ + normalized_size_));
     products_ = arena_.take<T>(layer.normalizes() ? D * N * row_size : 0);
   }
 
@@ -69,6 +73,8 @@ class Forward {
   static constexpr int64_t kUnits = GatesOf::kUnits, kWidth = GatesOf::kWidth;
   static constexpr int64_t kRowsAhead =
       256;  // rows whose input a thread multiplies ahead, at most; one step in any case
+
+  static constexpr int64_t kRowsNormalized = 4;  // rows that normalized_step takes from their products to their states
 
   static Arena behind_header(std::byte* packed) {
     Arena arena(packed);
@@ -121,8 +127,11 @@ class Forward {
     // Members that normalize rows read all panels of these, and have one memory, that of the thread with the direction's
     // number: it is the first member.
     const int64_t first_panel = normalizes ? 0 : own.begin;
-    T* const ahead = of_threads_ + (normalizes && partition.meets ? d : thread) * (ahead_size_ + gathered_size_);
-    T* const gathered = of_threads_ + thread * (ahead_size_ + gathered_size_) + ahead_size_;
+    const auto of_thread = [&](int64_t i) {
+      return of_threads_ + i * (ahead_size_ + gathered_size_ + normalized_size_);
+    };
+    T* const ahead = of_thread(normalizes && partition.meets ? d : thread);
+    T* const gathered = of_thread(thread) + ahead_size_;
     // The same for all members, so that they meet after the same steps without waiting for each other.
     const int64_t max_panels =
         normalizes ? gates_.panels() : (gates_.panels() + partition.members - 1) / partition.members;
@@ -145,7 +154,7 @@ class Forward {
         if (normalizes) {
           meet.wait();
           normalized_step(rows, s, range_of(rows.active(s), partition.member, partition.members), ahead + done * kWidth,
-                          count);
+                          count, gathered + gathered_size_);
         }
         done += rows.active(s);
         meet.wait();
@@ -200,89 +209,65 @@ class Forward {
   }
 
   // With layer normalization: a step of the active rows `own` of the range, from their products. `input`: the first
-  // panel of x W_ihᵀ at the range's first row; from panel to panel it is `input_rows` rows.
-  void normalized_step(const ActiveRows<S>& rows, int64_t s, Range own, T* input, int64_t input_rows) {
+  // panel of x W_ihᵀ at the range's first row; from panel to panel it is `input_rows` rows. `scratch`: the thread's.
+  void normalized_step(const ActiveRows<S>& rows, int64_t s, Range own, const T* input, int64_t input_rows,
+                       T* scratch) {
     using V = Vector<T>;
-    constexpr int64_t block = 8;  // rows whose products are in cache from their moments to their cells
-    const int64_t d = rows.direction, H = layer_.hidden, panels = gates_.panels();
+    const int64_t d = rows.direction, H = layer_.hidden;
     const Record record = Record::of<Cell>(layer_);
-    Moments<T> of_x[block], of_h[block], of_source[block];
-    for (int64_t m = own.begin; m < own.end; m += block) {
-      const int64_t count = min_of(block, own.end - m);
-      const auto x_of = [&](int64_t p, int64_t i) { return input + (p * input_rows + m + i) * kWidth; };
-      const auto h_of = [&](int64_t p, int64_t i) { return products(rows, p, m + i); };
+    for (int64_t m = own.begin; m < own.end; m += kRowsNormalized) {
+      const int64_t count = min_of(kRowsNormalized, own.end - m);
+      NormalizedRow<Cell, S> of[kRowsNormalized];
       for (int64_t i = 0; i < count; ++i) {
-        of_x[i] = moments_of_gates([&](int64_t p) { return x_of(p, i); });
-        of_h[i] = moments_of_gates([&](int64_t p) { return h_of(p, i); });
-      }
-      if (layer_.keep == Keep::everything)
-        for (int64_t i = 0; i < count; ++i) {
-          T* to =
-              layer_.reserve + (d * layer_.rows() + rows.first(s) + m + i) * record.values * H + record.products * H;
-          for (int64_t p = 0; p < panels; ++p)
-            for (int64_t g = 0; g < Cell::gates; ++g) {
-              copy_row(x_of(p, i) + g * kUnits, gates_.units_in(p), to + g * H + p * kUnits);
-              copy_row(h_of(p, i) + g * kUnits, gates_.units_in(p), to + (Cell::gates + g) * H + p * kUnits);
-            }
+        T* to = scratch + i * 2 * Cell::gates * H;
+        if (layer_.keep == Keep::everything)
+          to = layer_.reserve + ((d * layer_.rows() + rows.first(s) + m + i) * record.values + record.products) * H;
+        for (int64_t p = 0; p < gates_.panels(); ++p) {
+          gates_.unpack(input + (p * input_rows + m + i) * kWidth, p, to);
+          gates_.unpack(products(rows, p, m + i), p, to + Cell::gates * H);
         }
-      if constexpr (Cell::has_source) {
-        // The gates take the place of the recurrent products, and the source that of the first gate's input.
-        for (int64_t p = 0; p < panels; ++p)
-          for (int64_t i = 0; i < count; ++i) {
-            T *x = x_of(p, i), *h = h_of(p, i);
-            const T* c = others_ + (d * layer_.batch + rows.range.begin + m + i) * kOthers<Cell> * H + p * kUnits;
-            for_vectors<T>(gates_.units_in(p), [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
-              V of_input[Cell::gates], of_recurrent[Cell::gates], save[Cell::saved];
-              GatesOf::normalized_parts(x, h, of_x[i], of_h[i], gates_.factor(d, p), gates_.bias(d, p), u, lanes,
-                                        of_input, of_recurrent);
-              Cell::activate(of_input, of_recurrent, save);
-              save[Cell::gates] = load(c + u, lanes);
-              store(x + u, Cell::source(save), lanes);
-#pragma GCC unroll 4
-              for (int64_t g = 0; g < Cell::gates; ++g) store(h + g * kUnits + u, save[g], lanes);
-            });
-          }
-        for (int64_t i = 0; i < count; ++i)
-          of_source[i] = moments<T>(H, [&](const auto& body) {
-            for (int64_t p = 0; p < panels; ++p) body(x_of(p, i), gates_.units_in(p));
-          });
+        of[i] = {layer_, d, to};
       }
-      const Norms<T>& norms = layer_.direction[d].norms;
-      for (int64_t p = 0; p < panels; ++p) {
-        const T *factor = gates_.factor(d, p), *bias = gates_.bias(d, p);
-        cell(rows, s, p, m, count, x_of(p, 0), h_of(p, 0),
-             [&](int64_t i, const T* x, const T* h, int64_t u, auto lanes, V* state, V* save) RNNKIT_INLINE_LAMBDA {
-               if constexpr (Cell::has_source) {
+      // Of a cell with a source, its gates and the source [gates + 1, H], and the source's moments.
+      const auto activated = [&](int64_t i) {
+        return scratch + (2 * kRowsNormalized * Cell::gates + i * (Cell::gates + 1)) * H;
+      };
+      Moments<T> of_source[kRowsNormalized];
+      if constexpr (Cell::has_source)
+        for (int64_t i = 0; i < count; ++i) {
+          const T* c = others_ + (d * layer_.batch + rows.range.begin + m + i) * kOthers<Cell> * H;
+          T* to = activated(i);
+          for_vectors<T>(H, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
+            V x[Cell::gates], h[Cell::gates], save[Cell::saved];
+            of[i].parts(u, lanes, x, h);
+            Cell::activate(x, h, save);
+            save[Cell::gates] = load(c + u, lanes);
 #pragma GCC unroll 4
-                 for (int64_t g = 0; g < Cell::gates; ++g) save[g] = load(h + g * kUnits + u, lanes);
+            for (int64_t g = 0; g < Cell::gates; ++g) store(to + g * H + u, save[g], lanes);
+            store(to + Cell::gates * H + u, Cell::source(save), lanes);
+          });
+          of_source[i] = moments(H, static_cast<const T*>(to + Cell::gates * H));
+        }
+      const Norms<T>& norms = layer_.direction[d].norms;
+      for (int64_t p = 0; p < gates_.panels(); ++p)
+        cell(rows, s, p, m, count, input, input,
+             [&](int64_t i, const T*, const T*, int64_t u, auto lanes, V* state, V* save) RNNKIT_INLINE_LAMBDA {
+               const int64_t unit = p * kUnits + u;
+               if constexpr (Cell::has_source) {
+                 const T* from = activated(i) + unit;
+#pragma GCC unroll 4
+                 for (int64_t g = 0; g < Cell::gates; ++g) save[g] = load(from + g * H, lanes);
                  save[Cell::gates] = state[1];
-                 state[1] = load(x + u, lanes);
-                 const int64_t unit = p * kUnits + u;
+                 state[1] = load(from + Cell::gates * H, lanes);
                  state[0] = Cell::output_of(save, of_source[i].normalized(state[1]) * load(norms.c + unit, lanes) +
                                                       load(norms.c_bias + unit, lanes));
                } else {
-                 V of_input[Cell::gates], of_recurrent[Cell::gates];
-                 GatesOf::normalized_parts(x, h, of_x[i], of_h[i], factor, bias, u, lanes, of_input, of_recurrent);
-                 Cell::forward(of_input, of_recurrent, state, save);
+                 V x[Cell::gates], h[Cell::gates];
+                 of[i].parts(unit, lanes, x, h);
+                 Cell::forward(x, h, state, save);
                }
              });
-      }
     }
-  }
-
-  // The moments of a row of all gates. panel(p): its panel p [G, kUnits].
-  template <class Panel>
-  Moments<T> moments_of_gates(const Panel& panel) const {
-    return moments<T>(Cell::gates * layer_.hidden, [&](const auto& body) {
-      for (int64_t p = 0; p < gates_.panels(); ++p) {
-        const T* from = panel(p);
-        const int64_t units = gates_.units_in(p);
-        if (units == kUnits)
-          body(from, kWidth);
-        else
-          for (int64_t g = 0; g < Cell::gates; ++g) body(from + g * kUnits, units);
-      }
-    });
   }
 
   // The cell, for rows m to m + count - 1 of the range and panel p's units. Without a projection its h is the operand
@@ -400,9 +385,9 @@ class Forward {
   S *h_, *masked_;  // [D, 2, N, P]: read from one, written to the other. masked_: null without a mask
   T* others_;       // [D, N, kOthers, H]: the states other than h
   S* unprojected_;  // [D, N, H], null without a projection
-  T* of_threads_;   // for each thread: x W_ihᵀ of the steps ahead, and behind it the gathered rows of x
-  T* products_;     // [D, panels, N, G*units]: h W_hhᵀ of a step; null without layer normalization
-  int64_t ahead_size_, gathered_size_;
+  T* of_threads_;  // for each thread: x W_ihᵀ of the steps ahead, the gathered rows of x, and normalized_step's scratch
+  T* products_;    // [D, panels, N, G*units]: h W_hhᵀ of a step; null without layer normalization
+  int64_t ahead_size_, gathered_size_, normalized_size_;
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

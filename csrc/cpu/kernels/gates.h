@@ -3,7 +3,6 @@
 #pragma once
 
 #include "cells/all.h"
-#include "cpu/kernels/layer_norm.h"
 #include "cpu/kernels/matrix.h"
 #include "cpu/kernels/scan.h"
 
@@ -31,7 +30,6 @@ class Gates {
       w_hh[d] = {weights.w_hh, H, P, arena.take<S>(pack_recurrent ? OfGates::packed_size(H, P) : 0)};
       w_hr[d] = {weights.w_hr, P, H, arena.take<S>(pack_projection ? OfProjection::packed_size(P, H) : 0)};
       bias_[d] = arena.take<T>(panels() * 2 * kWidth);
-      factor_[d] = arena.take<T>(layer.normalizes() ? panels() * 2 * kWidth : 0);
     }
   }
 
@@ -46,8 +44,13 @@ class Gates {
       const Direction<S>& weights = layer_.direction[d];
       w_ih[d].pack(p);
       w_hh[d].pack(p);
-      pack_pair(weights.b_ih, weights.b_hh, p, bias_[d]);
-      if (layer_.normalizes()) pack_pair(weights.norms.ih, weights.norms.hh, p, factor_[d]);
+      T* bias = bias_[d] + p * 2 * kWidth;
+      std::memset(bias, 0, 2 * kWidth * sizeof(T));
+      for (int64_t g = 0; g < Cell::gates; ++g) {
+        const int64_t from = g * layer_.hidden + p * kUnits;
+        if (weights.b_ih != nullptr) copy_row(weights.b_ih + from, units_in(p), bias + g * kUnits);
+        if (weights.b_hh != nullptr) copy_row(weights.b_hh + from, units_in(p), bias + kWidth + g * kUnits);
+      }
     }
     const int64_t projection_panels = OfProjection::panels(layer_.projected);
     const Range of_projection = range_of(layer_.directions * projection_panels, thread, threads);
@@ -58,8 +61,12 @@ class Gates {
   // The biases of panel p [2, G*units]: of the input's and of the recurrent parts.
   const T* bias(int64_t d, int64_t p) const { return bias_[d] + p * 2 * kWidth; }
 
-  // What multiplies the normalized parts, alike.
-  const T* factor(int64_t d, int64_t p) const { return factor_[d] + p * 2 * kWidth; }
+  // Writes a row of panel p of a product to its row of all gates, [G, H].
+  void unpack(const T* panel, int64_t p, T* row) const {
+#pragma GCC unroll 4
+    for (int64_t g = 0; g < Cell::gates; ++g)
+      copy_row(panel + g * kUnits, units_in(p), row + g * layer_.hidden + p * kUnits);
+  }
 
   // The states of the units from u on before a step: from h, which is read only if the cell reads it, and from the other
   // states [kOthers, H].
@@ -84,18 +91,6 @@ class Gates {
     Cell::forward(x, h, state, save);
   }
 
-  // The same with layer normalization, up to the gates, for a row of products with these moments.
-  template <class Count>
-  static RNNKIT_INLINE void normalized_parts(const T* input, const T* recurrent, Moments<T> of_x, Moments<T> of_h,
-                                             const T* factor, const T* bias, int64_t u, Count lanes, V* x, V* h) {
-#pragma GCC unroll 4
-    for (int64_t g = 0; g < Cell::gates; ++g) {
-      const int64_t i = g * kUnits + u, j = kWidth + i;
-      x[g] = of_x.normalized(load(input + i, lanes)) * load(factor + i) + load(bias + i);
-      h[g] = of_h.normalized(load(recurrent + i, lanes)) * load(factor + j) + load(bias + j);
-    }
-  }
-
   // Stores what a cell saves of some units to [Cell::saved, H].
   template <class Count>
   static RNNKIT_INLINE void store_saved(const V* save, int64_t H, Count lanes, T* to) {
@@ -104,19 +99,8 @@ class Gates {
   }
 
  private:
-  // Lays out two rows [G*H] for panel p, zeros for null.
-  void pack_pair(const T* of_input, const T* of_recurrent, int64_t p, T* panels) const {
-    T* panel = panels + p * 2 * kWidth;
-    std::memset(panel, 0, 2 * kWidth * sizeof(T));
-    for (int64_t g = 0; g < Cell::gates; ++g) {
-      const int64_t from = g * layer_.hidden + p * kUnits;
-      if (of_input != nullptr) copy_row(of_input + from, units_in(p), panel + g * kUnits);
-      if (of_recurrent != nullptr) copy_row(of_recurrent + from, units_in(p), panel + kWidth + g * kUnits);
-    }
-  }
-
   const Layer<S>& layer_;
-  T *bias_[2], *factor_[2];  // [panels, 2, G*units]; factor_: null without layer normalization
+  T* bias_[2];  // [panels, 2, G*units]
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

@@ -1,6 +1,6 @@
 // Layer normalization (Ba, Kiros and Hinton 2016) of a row's values: n = (value - mean) / sqrt(variance + epsilon),
-// which a factor multiplies. Forward.h and recompute.h normalize the products x W_ihᵀ and h W_hhᵀ over all gates, and a
-// cell's source (cells/all.h); the backward pass is here.
+// which a factor multiplies. The products x W_ihᵀ and h W_hhᵀ of a row are normalized over all gates, and a cell's source
+// (cells/all.h). Forward.h and recompute.h take from here what a step makes of products; the backward pass is here.
 //
 // A row is normalized by one thread, so that its sums do not depend on the number of threads: where threads divide the
 // units of a product, they meet and then divide the rows.
@@ -46,15 +46,12 @@ struct Moments {
   RNNKIT_INLINE Vector<T> normalized(Vector<T> value) const { return (value - mean) * rstd; }
 };
 
-// Of `size` values, which for_parts(body) gives to body(first value, count) in parts.
-template <class T, class ForParts>
-Moments<T> moments(int64_t size, const ForParts& for_parts) {
-  const auto mean_of = [&](const auto& value) {
+template <class T>
+Moments<T> moments(int64_t size, const T* values) {
+  const auto mean_of = [&](const auto& of_value) {
     Vector<T> sums[4] = {};
-    for_parts([&](const T* from, int64_t count) {
-      for_vectors_in_four<T>(count, [&](int64_t i, auto lanes, int part) RNNKIT_INLINE_LAMBDA {
-        sums[part] += first_lanes(value(load(from + i, lanes)), lanes);
-      });
+    for_vectors_in_four<T>(size, [&](int64_t i, auto lanes, int part) RNNKIT_INLINE_LAMBDA {
+      sums[part] += first_lanes(of_value(load(values + i, lanes)), lanes);
     });
     return total((sums[0] + sums[1]) + (sums[2] + sums[3])) / size;
   };
@@ -63,10 +60,37 @@ Moments<T> moments(int64_t size, const ForParts& for_parts) {
   return {mean, 1 / std::sqrt(variance + T(1e-5))};
 }
 
-template <class T>
-Moments<T> moments(int64_t size, const T* values) {
-  return moments<T>(size, [&](const auto& body) { body(values, size); });
-}
+// A row whose products with x and with h, [2, G, H], are normalized.
+template <class Cell, class S>
+struct NormalizedRow {
+  using T = Sum<S>;
+
+  const T* products;
+  const Direction<S>* weights;
+  int64_t hidden;
+  Moments<T> of_x, of_h;
+
+  NormalizedRow() = default;
+  NormalizedRow(const Layer<S>& layer, int64_t d, const T* row)
+      : products(row),
+        weights(&layer.direction[d]),
+        hidden(layer.hidden),
+        of_x(moments(Cell::gates * hidden, row)),
+        of_h(moments(Cell::gates * hidden, row + Cell::gates * hidden)) {}
+
+  // The input's and the recurrent part of each gate for some units, with factors and biases.
+  template <class Count>
+  RNNKIT_INLINE void parts(int64_t u, Count lanes, Vector<T>* x, Vector<T>* h) const {
+#pragma GCC unroll 4
+    for (int64_t g = 0; g < Cell::gates; ++g) {
+      const int64_t i = g * hidden + u;
+      x[g] = of_x.normalized(load(products + i, lanes)) * load(weights->norms.ih + i, lanes);
+      h[g] = of_h.normalized(load(products + Cell::gates * hidden + i, lanes)) * load(weights->norms.hh + i, lanes);
+      if (weights->b_ih != nullptr) x[g] += load(weights->b_ih + i, lanes);
+      if (weights->b_hh != nullptr) h[g] += load(weights->b_hh + i, lanes);
+    }
+  }
+};
 
 // The gradient of a row's values [parts, size] from that of n times the factor: rstd (g - mean(g) - n mean(g n)), where
 // g is the gradient of n. grad(part): where a part's gradient begins.

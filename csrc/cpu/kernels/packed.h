@@ -22,7 +22,7 @@ RNNKIT_CELLS(X)
 struct alignas(64) PackedHeader {
   char magic[8] = "rnnkit1", isa[16] = RNNKIT_STRING(RNNKIT_CAPABILITY), cell[16] = {};
   PanelFormat format;
-  int64_t input, hidden, projected, directions, normalizes;
+  int64_t input, hidden, projected, directions;
 
   template <class S>
   PackedHeader(const char* name, const Layer<S>& layer)
@@ -30,8 +30,7 @@ struct alignas(64) PackedHeader {
         input(layer.input),
         hidden(layer.hidden),
         projected(layer.projected),
-        directions(layer.directions),
-        normalizes(layer.normalizes()) {
+        directions(layer.directions) {
     for (size_t i = 0; i + 1 < sizeof cell && name[i] != 0; ++i) cell[i] = name[i];
   }
   bool operator==(const PackedHeader&) const = default;

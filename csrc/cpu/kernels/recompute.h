@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/kernels/gates.h"
+#include "cpu/kernels/layer_norm.h"
 #include "cpu/kernels/segment.h"
 
 namespace rnnkit::RNNKIT_CAPABILITY {
@@ -71,16 +72,14 @@ class Recompute {
     const T* others =
         kOthers<Cell> > 0 ? layer_.reserve + (d * layer_.rows() + row) * kOthers<Cell> * H + unit : nullptr;
     T* saved = saved_.at(segment, d, row) + unit;
-    T* products = layer_.normalizes() ? products_.at(segment, d, row) + unit : nullptr;
+    T* products = layer_.normalizes() ? products_.at(segment, d, row) : nullptr;
     alignas(64) T input[kRowBlock * width], recurrent[kRowBlock * width];
     gates_.w_ih[d].multiply(count, layer_.x + row * layer_.input, p, p, input);
     gates_.w_hh[d].multiply(count, operand, p, p, recurrent);
-    for (int64_t i = 0; products != nullptr && i < count; ++i)
-      for (int64_t g = 0; g < Cell::gates; ++g) {
-        T* to = products + (i * 2 * Cell::gates + g) * H;
-        copy_row(input + i * width + g * GatesOf::kUnits, gates_.units_in(p), to);
-        copy_row(recurrent + i * width + g * GatesOf::kUnits, gates_.units_in(p), to + Cell::gates * H);
-      }
+    for (int64_t i = 0; products != nullptr && i < count; ++i) {
+      gates_.unpack(input + i * width, p, products + i * 2 * Cell::gates * H);
+      gates_.unpack(recurrent + i * width, p, products + (2 * i + 1) * Cell::gates * H);
+    }
     for (int64_t i = 0; products == nullptr && i < count; ++i)
       for_vectors<T>(gates_.units_in(p), [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
         Vector<T> state[Cell::states], save[Cell::saved + 1];
@@ -94,24 +93,13 @@ class Recompute {
   void normalized_row(const Segment& segment, int64_t d, int64_t row) const {
     using V = Vector<T>;
     if (Cell::saved == 0) return;
-    const int64_t H = layer_.hidden, K = Cell::gates * H;
-    const T* products = products_.at(segment, d, row);
-    const Moments<T> of_x = moments(K, products), of_h = moments(K, products + K);
-    const Direction<S>& weights = layer_.direction[d];
+    const int64_t H = layer_.hidden;
+    const NormalizedRow<Cell, S> of(layer_, d, products_.at(segment, d, row));
     const T* others = kOthers<Cell> > 0 ? layer_.reserve + (d * layer_.rows() + row) * kOthers<Cell> * H : nullptr;
-    const auto part = [&](const T* from, Moments<T> of, const T* factor, const T* bias, int64_t i, auto lanes)
-                          RNNKIT_INLINE_LAMBDA {
-                            const V scaled = of.normalized(load(from + i, lanes)) * load(factor + i, lanes);
-                            return bias == nullptr ? scaled : scaled + load(bias + i, lanes);
-                          };
     for_vectors<T>(H, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
       V x[Cell::gates], h[Cell::gates], state[Cell::states], save[Cell::saved + 1];
       GatesOf::load_states(h_.at(segment, d, row), others, H, u, lanes, state);
-#pragma GCC unroll 4
-      for (int64_t g = 0; g < Cell::gates; ++g) {
-        x[g] = part(products, of_x, weights.norms.ih, weights.b_ih, g * H + u, lanes);
-        h[g] = part(products + K, of_h, weights.norms.hh, weights.b_hh, g * H + u, lanes);
-      }
+      of.parts(u, lanes, x, h);
       Cell::forward(x, h, state, save);
       GatesOf::store_saved(save, H, lanes, saved_.at(segment, d, row) + u);
     });
