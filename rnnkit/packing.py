@@ -1,12 +1,103 @@
-"""torch.nn.utils.rnn's packing and padding for the graphs of torch.compile, torch.export and ONNX."""
+"""Packing and padding: by one gather each for a layer's `lengths`, and torch.nn.utils.rnn's functions for graphs.
 
-from collections.abc import Sequence
+The graphs are those of torch.compile, torch.export and ONNX.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import rnn
 from torch.nn.utils.rnn import PackedSequence
+
+from rnnkit import gpu
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where each row of a padded batch stands in its PackedSequence, and the other way round.
+
+    Attributes:
+        batch_sizes: int64, active rows of each step up to the end of the longest sequence; on the CPU.
+        sorted_indices, unsorted_indices: as of a PackedSequence, [N] on the batch's device; None if the lengths are
+            sorted already.
+        sources: int64 [rows], for each packed row its place among the T*N rows of the padded batch; on its device.
+        targets: int64 [T*N], for each row of the padded batch its place among the packed rows, `rows` if it is padding.
+        shape: (T, N), or (N, T) of a batch that has N first.
+    """
+
+    batch_sizes: Tensor
+    sorted_indices: Tensor | None
+    unsorted_indices: Tensor | None
+    sources: Tensor
+    targets: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, lengths: Tensor, steps: int, batch_first: bool, device: torch.device) -> "Packing":
+        """The packing of sequences of these lengths, int64 [N] on the CPU, in batches of T = `steps` on `device`.
+
+        Of sequences that are equally long, the first stays first.
+        """
+        batch = lengths.numel()
+        in_order, order = torch.sort(lengths, descending=True, stable=True)
+        active = torch.arange(steps).unsqueeze(1) < in_order  # [T, N]
+        sizes = active.sum(1)[: int(in_order[0])]
+        shape, of_step, of_sequence = (steps, batch), batch, 1
+        if batch_first:
+            shape, of_step, of_sequence = (batch, steps), 1, steps
+        places = torch.arange(steps).mul_(of_step).unsqueeze(1) + order * of_sequence  # [T, N]
+        sources = places.masked_select(active)
+        rows = sources.numel()
+        targets = torch.full((steps * batch,), rows).scatter_(0, sources, torch.arange(rows))
+        if torch.equal(in_order, lengths):
+            orders: tuple[Tensor | None, Tensor | None] = None, None
+        else:
+            orders = gpu.sent(order, device), gpu.sent(torch.argsort(order), device)
+        return cls(sizes, *orders, gpu.sent(sources, device), gpu.sent(targets, device), shape)
+
+    def packed(self, padded: Tensor) -> PackedSequence:
+        """Packs a batch of this `shape`, [T, N, ...] or [N, T, ...]."""
+        data = _Gather.apply(padded.flatten(0, 1), self.sources, self.targets)
+        return PackedSequence(data, self.batch_sizes, self.sorted_indices, self.unsorted_indices)
+
+    def padded(self, sequence: PackedSequence) -> Tensor:
+        """Pads a PackedSequence of these lengths with zeros, to a batch of this `shape`."""
+        rows: Tensor = _Gather.apply(sequence.data, self.targets, self.sources)
+        return rows.unflatten(0, self.shape)
+
+
+class _Gather(torch.autograd.Function):
+    """`rows[index]`, zeros where the index is `len(rows)`; `inverse` is the index with which the result gives `rows`.
+
+    No row is taken twice, so the gradient is the gather with the two indices exchanged, where autograd would add up
+    the rows one by one.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        if index.numel() > rows.size(0):
+            rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        _, index, inverse = inputs
+        ctx.save_for_backward(index, inverse)
+        ctx.save_for_forward(index, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        index, inverse = ctx.saved_tensors
+        return _Gather.apply(grad, inverse, index), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _Gather.apply(tangent, *ctx.saved_tensors)
 
 
 def pack_padded_sequence(
@@ -89,6 +180,27 @@ def pad_packed_sequence(
     if unsorted_indices is not None:
         padded, lengths = padded.index_select(1, unsorted_indices), lengths[unsorted_indices]
     return padded.transpose(0, 1) if batch_first else padded, lengths
+
+
+def ways(
+    lengths: Tensor, steps: int, batch_first: bool, device: torch.device
+) -> tuple[Callable[[Tensor], PackedSequence], Callable[[PackedSequence], Tensor]]:
+    """How to pack a batch of sequences of these lengths, and how to pad it again with zeros, to T = `steps`.
+
+    Args:
+        lengths: see `as_lengths`.
+        steps: T of the batch.
+        batch_first: whether the batch is [N, T, ...] instead of [T, N, ...].
+        device: the batch's.
+    """
+    if not torch.compiler.is_compiling():
+        found = Packing.of(lengths, steps, batch_first, device)
+        return found.packed, found.padded
+    # A graph knows the number of rows only at run time, and ONNX no gather of autograd's.
+    return (
+        lambda batch: pack_padded_sequence(batch, lengths, batch_first, enforce_sorted=False),
+        lambda packed: pad_packed_sequence(packed, batch_first, total_length=steps)[0],
+    )
 
 
 def as_lengths(lengths: Any, batch: Any, steps: Any) -> Tensor:
