@@ -5,7 +5,7 @@ The graphs are those of torch.compile, torch.export and ONNX.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -60,12 +60,12 @@ class Packing:
 
     def packed(self, padded: Tensor) -> PackedSequence:
         """Packs a batch of this `shape`, [T, N, ...] or [N, T, ...]."""
-        data = _Gather.apply(padded.flatten(0, 1), self.sources, self.targets)
+        data = _gather(padded.flatten(0, 1), self.sources, self.targets)
         return PackedSequence(data, self.batch_sizes, self.sorted_indices, self.unsorted_indices)
 
     def padded(self, sequence: PackedSequence) -> Tensor:
         """Pads a PackedSequence of these lengths with zeros, to a batch of this `shape`."""
-        rows: Tensor = _Gather.apply(sequence.data, self.targets, self.sources)
+        rows = _gather(sequence.data, self.targets, self.sources)
         return rows.unflatten(0, self.shape)
 
 
@@ -93,11 +93,15 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         index, inverse = ctx.saved_tensors
-        return _Gather.apply(grad, inverse, index), None, None
+        return _gather(grad, inverse, index), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _Gather.apply(tangent, *ctx.saved_tensors)
+        return _gather(tangent, *ctx.saved_tensors)
+
+
+def _gather(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return cast(Tensor, _Gather.apply(rows, index, inverse))
 
 
 def pack_padded_sequence(
