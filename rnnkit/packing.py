@@ -43,12 +43,13 @@ class Packing:
         """
         batch = lengths.numel()
         in_order, order = torch.sort(lengths, descending=True, stable=True)
-        active = torch.arange(steps).unsqueeze(1) < in_order  # [T, N]
+        times = torch.arange(steps).unsqueeze(1)
+        active = times < in_order  # [T, N]
         sizes = active.sum(1)[: int(in_order[0])]
-        shape, of_step, of_sequence = (steps, batch), batch, 1
         if batch_first:
-            shape, of_step, of_sequence = (batch, steps), 1, steps
-        places = torch.arange(steps).mul_(of_step).unsqueeze(1) + order * of_sequence  # [T, N]
+            shape, places = (batch, steps), torch.add(times, order, alpha=steps)
+        else:
+            shape, places = (steps, batch), torch.add(order, times, alpha=batch)
         sources = places.masked_select(active)
         rows = sources.numel()
         targets = torch.full((steps * batch,), rows).scatter_(0, sources, torch.arange(rows))
@@ -66,7 +67,7 @@ class Packing:
     def padded(self, sequence: PackedSequence) -> Tensor:
         """Pads a PackedSequence of these lengths with zeros, to a batch of this `shape`."""
         rows = _gather(sequence.data, self.targets, self.sources)
-        return rows.unflatten(0, self.shape)
+        return rows.view(*self.shape, *rows.shape[1:])
 
 
 class _Gather(torch.autograd.Function):
