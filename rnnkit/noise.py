@@ -47,20 +47,18 @@ def coins(p: float, rows: int, width: int, device: torch.device) -> Tensor:
     """Bool [rows, width], True with probability p.
 
     An element is True if a random byte is below the limit 256 p. So eight elements share a random word of 64 bits,
-    where `bernoulli_` takes one for each. Since 256 p need not be whole, limits are rounded up or down at random, for
-    each column and 32 rows at a time. With the two draws the probability of an element is p to 2^-32. Elements of one
-    column within the 32 rows share a limit, which correlates them by 2^-18 / (p (1 - p)) at most, 4e-5 for p = 0.1,
-    and always by less than 1/256; all others are independent.
+    where `bernoulli_` takes one for each. Since 256 p need not be whole, limits are rounded up or down at random, each
+    limit for 32 elements of a column. With the two draws the probability of an element is p to 2^-32. The 32 elements
+    are correlated through their limit, by 2^-18 / (p (1 - p)) at most, 4e-5 for p = 0.1, and always by less than
+    1/256; all others are independent.
     """
     # Limits from 0 to 128 fit into a byte. Above 1/2, an element is False with the rest of the probability.
     below, rare = (torch.lt, p) if p <= 0.5 else (torch.ge, 1 - p)
     whole = int(rare * 256)
-    blocks = -(-rows // 32)
-    limits: Tensor | int = whole
-    if rare * 256 > whole:
-        up = torch.rand(blocks, 1, width, device=device) < rare * 256 - whole
-        limits = up.to(torch.uint8).add_(whole)
+    apart = -(-rows // 32)  # rows from one element to the next one of the same limit
+    rounded_up = torch.rand(apart, width, device=device) < rare * 256 - whole
+    limits = rounded_up.to(torch.uint8).add_(whole)
     # All 64 bits. Compilers and vmap know `randint`, but not `random_`.
-    words = torch.randint(-(2**63), 2**63 - 1, (blocks, 32, -(-width // 8)), device=device)
+    words = torch.randint(-(2**63), 2**63 - 1, (32, apart, -(-width // 8)), device=device)
     values = words.view(torch.uint8)[..., :width]
     return below(values, limits).flatten(0, 1)[:rows]
