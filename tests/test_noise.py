@@ -220,7 +220,8 @@ def test_frequency_of_coins(p: float) -> None:
 def test_coins_are_independent(p: float) -> None:
     """Of the other bytes of a word, of the next words, of other rows, and almost of those with the same limit."""
     found = many_coins(p).double() - p
-    for across in [(0, k) for k in range(1, 17)] + [(k, 0) for k in (1, 2, 32, 125)] + [(1, 1)]:
+    columns_apart, rows_apart = [*range(1, 17), 256], (1, 2, 32, 125)
+    for across in [(0, k) for k in columns_apart] + [(k, 0) for k in rows_apart] + [(1, 1)]:
         rows, columns = across
         one = found[: len(found) - rows, : found.size(1) - columns]
         correlation = (one * found[rows:, columns:]).mean() / (p * (1 - p))
