@@ -150,7 +150,7 @@ def _products_like_scans(input: Tensor) -> Iterator[None]:
             yield
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """Copies a CPU tensor to the device without waiting for it."""
     if device.type != "cuda":
         return tensor.to(device)
@@ -220,7 +220,7 @@ class GpuCall(LayerCall):
 
     def offsets(self) -> Tensor | None:
         """`starts` on the device; None if all steps have the same number of rows."""
-        return _sent(torch.tensor(self.starts), self.input.device) if self.ragged else None
+        return sent(torch.tensor(self.starts), self.input.device) if self.ragged else None
 
     @property
     def precise(self) -> bool:
@@ -269,7 +269,7 @@ class GpuCall(LayerCall):
             # The last step of each sequence.
             last = (counts[:, None] > torch.arange(self.batch)).sum(0) - 1
             places = torch.tensor(self.starts)[last] + torch.arange(self.batch)
-            out[d].copy_(columns.index_select(0, _sent(places, output.device)))
+            out[d].copy_(columns.index_select(0, sent(places, output.device)))
 
     def matrix(self) -> Tensor:
         """The input as [rows, I]."""
@@ -439,13 +439,13 @@ class Backward:
         n = torch.arange(call.rows) - starts[step]
         row = (starts + counts if d else starts - active)[step] + n
         continues = n < active[step]
-        index = _sent(torch.where(continues, row, call.rows + n), output.device)
+        index = sent(torch.where(continues, row, call.rows + n), output.device)
         h = torch.cat([output, initial]).index_select(0, index)
         if call.reset is not None:
             # The boundary has the later row's place: here the row itself or, in the reverse direction, the one before.
-            later = _sent(torch.where(continues, row, 0), output.device) if d else slice(None)
-            mask = call.reset[later] & _sent(continues, output.device)
-            new = self._reset_h(d).index_select(0, _sent(n, output.device))
+            later = sent(torch.where(continues, row, 0), output.device) if d else slice(None)
+            mask = call.reset[later] & sent(continues, output.device)
+            new = self._reset_h(d).index_select(0, sent(n, output.device))
             h = torch.where(mask.unsqueeze(-1), new, h)
         return [(slice(0, call.rows), h)]
 
@@ -466,7 +466,7 @@ class Backward:
             return mask.repeat(call.steps, 1)
         counts = torch.tensor(call.counts)
         places = torch.arange(call.rows) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        return mask.index_select(0, _sent(places, mask.device))
+        return mask.index_select(0, sent(places, mask.device))
 
     def _runs(self) -> list[tuple[int, int, int]]:
         """Runs of gates whose input parts have adjacent gradient columns: (first gate, last gate + 1, first column)."""

@@ -384,11 +384,12 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
             raise ValueError(f"expected a batched input, 3D, with lengths, got {input.dim()}D")
         batch = input.size(0 if self.batch_first else 1)
         steps = input.size(1 if self.batch_first else 0)
-        given, reset = packing.as_lengths(asked.lengths, batch, steps), asked.reset
+        lengths = packing.as_lengths(asked.lengths, batch, steps)
+        pack, pad = packing.ways(lengths, steps, self.batch_first, input.device)
+        packed, reset = pack(input), asked.reset
         if reset is not None:
-            rows = resets.as_rows(reset, input, self.batch_first).unsqueeze(-1)
-            reset = packing.pack_padded_sequence(rows, given, enforce_sorted=False).data
-        packed = packing.pack_padded_sequence(input, given, self.batch_first, enforce_sorted=False)
+            reset = resets.as_rows(reset, input, self.batch_first)
+            reset = pack(reset.t() if self.batch_first else reset).data
 
         done: dict[int, Tensor] = {}  # h is the output, and among the states
 
@@ -396,8 +397,7 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
             if not isinstance(output, PackedSequence):
                 return tuple(map(padded, output))
             if id(output) not in done:
-                total = packing.pad_packed_sequence(output, self.batch_first, total_length=steps)
-                done[id(output)] = total[0]
+                done[id(output)] = pad(output)
             return done[id(output)]
 
         output, finals, *states = self._forward(

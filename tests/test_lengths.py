@@ -8,9 +8,12 @@ from configurations import LAYERS
 from torch import Tensor, nn
 
 import rnnkit
+from rnnkit.packing import Packing
 
 T, N, I, H = 7, 5, 3, 4  # noqa: E741
 LENGTHS = [2, 7, 5, 1, 3]
+#: Of each kind: in any order, sorted, equal, and shorter than T, some of them equal.
+KINDS = {"any": LENGTHS, "sorted": [7, 6, 3, 3, 1], "all": [T] * N, "short": [2, 4, 4, 1, 1]}
 
 
 def made(name: str, **options: Any) -> Any:
@@ -61,6 +64,100 @@ def test_each_sequence_alone(
     torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-11)
     for n, length in enumerate(LENGTHS):
         assert not mine[0][length:, n].any()
+
+
+@pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch_first"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_the_bits_of_torchs_packing(name: str, kind: str, batch_first: bool) -> None:
+    """Outputs, all states, final states and gradients."""
+    layer = made(name, batch_first=batch_first).float()
+    x = torch.randn(*((N, T) if batch_first else (T, N)), I, requires_grad=True)
+    states = [torch.randn(2, N, H, requires_grad=True) for _ in range(1 + (name == "lstm"))]
+    hx = tuple(states) if len(states) > 1 else states[0]
+    found = layer(x, hx, lengths=KINDS[kind], all_states=True)
+    packed = nn.utils.rnn.pack_padded_sequence(x, KINDS[kind], batch_first, enforce_sorted=False)
+    output, finals, every = layer(packed, hx, all_states=True)
+
+    def padded(rows: Any) -> Tensor:
+        return nn.utils.rnn.pad_packed_sequence(rows, batch_first, total_length=T)[0]
+
+    def listed(given: Any) -> list:
+        return list(given) if isinstance(given, tuple) and not hasattr(given, "data") else [given]
+
+    mine = [found[0], *listed(found[1]), *listed(found[2])]
+    right = [padded(output), *listed(finals), *map(padded, listed(every))]
+    torch.testing.assert_close(mine, right, rtol=0, atol=0)
+    grads = [torch.randn_like(result) for result in right]
+    wanted = [x, *states, *layer.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(mine, wanted, grads),
+        torch.autograd.grad(right, wanted, grads),
+        rtol=0,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch_first"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packing_and_its_derivatives(kind: str, batch_first: bool) -> None:
+    lengths = torch.tensor(KINDS[kind])
+    packing = Packing.of(lengths, T, batch_first, lengths.device)
+    shape = (N, T) if batch_first else (T, N)
+    places = torch.arange(T * N).view(shape)
+    expected = nn.utils.rnn.pack_padded_sequence(places, lengths, batch_first, enforce_sorted=False)
+    packed = packing.packed(places)
+    assert torch.equal(packed.data, expected.data)
+    assert torch.equal(packed.batch_sizes, expected.batch_sizes)
+    assert (packed.sorted_indices is None) == (kind in ("sorted", "all"))
+    if packed.sorted_indices is not None:
+        assert torch.equal(packed.sorted_indices, expected.sorted_indices)
+        assert torch.equal(packed.unsorted_indices, expected.unsorted_indices)
+
+    def pack(x: Tensor) -> Tensor:
+        return packing.packed(x).data
+
+    def pad(rows: Tensor) -> Tensor:
+        return packing.padded(nn.utils.rnn.PackedSequence(rows, packed.batch_sizes))
+
+    padded = torch.randn(*shape, 2, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(len(packed.data), 2, dtype=torch.float64, requires_grad=True)
+    ended = torch.arange(T) >= lengths.unsqueeze(1)  # [N, T]
+    ended = ended if batch_first else ended.t()
+    assert torch.equal(pad(pack(padded)), padded.masked_fill(ended.unsqueeze(-1), 0))
+    assert torch.equal(pack(pad(rows)), rows)
+    for run, given in ((pack, padded), (pad, rows)):
+        assert torch.autograd.gradcheck(
+            run, (given,), check_forward_ad=True, check_batched_grad=True
+        )
+        assert torch.autograd.gradgradcheck(run, (given,), check_fwd_over_rev=True)
+        two = torch.stack([given, -given])
+        assert torch.equal(torch.func.vmap(run)(two), torch.stack([run(given), run(-given)]))
+
+
+def test_transforms() -> None:
+    """Double backward, forward mode and vmap of a whole call."""
+    layer = made("gru", bidirectional=True)
+    x = torch.randn(T, N, I, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor) -> Tensor:
+        return layer(x, lengths=LENGTHS)[0]
+
+    direction = torch.randn_like(x)
+    found, tangent = torch.func.jvp(run, (x,), (direction,))
+    torch.testing.assert_close(found, run(x))
+    step = 1e-6 * direction
+    torch.testing.assert_close(
+        tangent, (run(x + step) - run(x - step)) / 2e-6, rtol=1e-5, atol=1e-8
+    )
+    two = torch.stack([x, -x])
+    torch.testing.assert_close(torch.func.vmap(run)(two), torch.stack([run(x), run(-x)]))
+    slope = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)[0]
+    curved = torch.autograd.grad((slope * direction).sum(), x)[0]
+    expected = torch.func.jvp(torch.func.grad(lambda x: run(x).square().sum()), (x,), (direction,))[
+        1
+    ]
+    torch.testing.assert_close(curved, expected)
 
 
 def test_padding_may_be_anything() -> None:

@@ -27,7 +27,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnkit
-from rnnkit import gpu
+from rnnkit import gpu, noise
 
 SEED = 7
 LENGTHS = [5, 7, 1, 5, 2]
@@ -90,9 +90,7 @@ def drawn(layer: Any, lengths: list[int], reset: Tensor | None = None) -> tuple[
                 of_states.append(None)
                 continue
             mask = torch.zeros(T, len(lengths), directions * width, dtype=torch.bool)
-            shape = (rows,) if rows < there.numel() else (T, len(lengths))
-            of_rows = torch.empty(*shape, directions * width, dtype=torch.bool).bernoulli_(p)
-            mask[there] = of_rows.reshape(-1, directions * width)
+            mask[there] = noise.coins(p, rows, directions * width, mask.device)
             of_states.append(mask[:, place])
         if layer.zoneout != 0:
             for d in range(directions):
@@ -189,6 +187,75 @@ def test_what_is_dropped() -> None:
     ].any()  # nor NaN of the RNN's 1 / (1 - p)
     layer = made("rnn_tanh", zoneout=1.0).eval()
     assert not torch.autograd.grad(layer(x, h)[0].sum(), x)[0].any()
+
+
+#: With limits of bytes that are whole (0.5, 0.25), almost (0.1, 0.7), and 0 or 1 (1 / 512 and its complement).
+PROBABILITIES = [0.5, 0.25, 0.1, 0.7, 1 / 512, 511 / 512]
+
+
+def many_coins(p: float) -> Tensor:
+    """[4000, 504] after a seed: 2e6 coins. Those of a column that are 125 rows apart share a limit."""
+    torch.manual_seed(SEED)
+    return noise.coins(p, 4000, 504, torch.device("cpu"))
+
+
+def assert_within(found: Tensor, p: float, count: int) -> None:
+    """Frequencies in `count` coins each are p, up to five standard deviations."""
+    assert ((found - p).abs() < 5 * (p * (1 - p) / count) ** 0.5).all()
+
+
+@pytest.mark.parametrize("p", PROBABILITIES)
+def test_frequency_of_coins(p: float) -> None:
+    """Of all, which is told to a few percent of the rarer side, of each byte of a word, and of each row of a limit."""
+    found = many_coins(p)
+    assert found.dtype == torch.bool and found.shape == (4000, 504)
+    found = found.double()
+    assert_within(found.mean(), p, found.numel())
+    assert_within(found.view(-1, 8).mean(0), p, found.numel() // 8)
+    assert_within(found.view(32, -1).mean(1), p, found.numel() // 32)
+    assert 5 * (p * (1 - p) / found.numel()) ** 0.5 < 0.1 * min(p, 1 - p)
+
+
+@pytest.mark.parametrize("p", PROBABILITIES)
+def test_coins_are_independent(p: float) -> None:
+    """Of the other bytes of a word, of the next words, of other rows, and almost of those with the same limit."""
+    found = many_coins(p).double() - p
+    columns_apart, rows_apart = [*range(1, 17), 256], (1, 2, 32, 125)
+    for across in [(0, k) for k in columns_apart] + [(k, 0) for k in rows_apart] + [(1, 1)]:
+        rows, columns = across
+        one = found[: len(found) - rows, : found.size(1) - columns]
+        correlation = (one * found[rows:, columns:]).mean() / (p * (1 - p))
+        shared = 2**-18 / (p * (1 - p)) if rows == 125 else 0
+        assert abs(correlation) < 5 / one.numel() ** 0.5 + shared, across
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (31, 7), (32, 8), (33, 9), (70, 100)])
+def test_coins_of_any_number(shape: tuple[int, int]) -> None:
+    device = torch.device("cpu")
+    assert not noise.coins(0.0, *shape, device).any()
+    assert noise.coins(1.0, *shape, device).all()
+    assert not noise.coins(1e-9, *shape, device).any()
+    assert noise.coins(1 - 1e-9, *shape, device).all()
+    many = torch.stack([noise.coins(0.5, *shape, device) for _ in range(64)])
+    assert many.any(0).all() and not many.all(0).any()
+
+
+def test_masks_of_states_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    kept = noise._kept
+
+    def recorded(*args: Any) -> Tensor:
+        drawn.append(kept(*args))
+        return drawn[-1]
+
+    monkeypatch.setattr(noise, "_kept", recorded)
+    layer = made("lstm", zoneout=(0.5, 0.5))
+    layer(torch.randn(T, N, I).double())
+    masks = [mask for of_layer in drawn for mask in of_layer]
+    assert len(masks) == 4
+    for index, mask in enumerate(masks):
+        for other in masks[:index]:
+            assert 0.2 < (mask == other).double().mean() < 0.8
 
 
 def test_packed_sequences_without_states() -> None:
