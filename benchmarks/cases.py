@@ -15,6 +15,8 @@ GROUPS = (
     *("cases", "streaming", "features", "resets", "lengths", "layer_norm"),
     *("memory", "compiled", "T", "H"),
 )
+#: The groups whose peak memory is measured, too.
+WITH_MEMORY = ("memory", "features", "layer_norm")
 PEERS = ("torch", "jax", "onnxruntime", "openvino")
 ONE_THREAD = "rnnkit 1 thread"
 FROZEN = "rnnkit frozen"

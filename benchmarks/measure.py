@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import roofline
-from benchmarks.cases import FROZEN, PACKING, Case, Entry, Line
+from benchmarks.cases import FROZEN, PACKING, WITH_MEMORY, Case, Entry, Line
 from benchmarks.figures import TRUSTED_ROUNDS, Figure, significant
 from benchmarks.pool import Pool
 
@@ -97,7 +97,7 @@ class Meter:
         if seconds:
             ready = {name: entries[name] for name in seconds}
             row |= self._timed(line, ready, sum(seconds.values()), row["entries"])
-        if line.group == "memory":
+        if line.group in WITH_MEMORY:
             row["memory"] = self._memory(line, folders)
         return row
 
@@ -185,14 +185,14 @@ class Meter:
     def _memory(self, line: Line, folders: dict[Case, Path]) -> Row:
         """Peak bytes beside inputs, outputs and parameters, in processes of their own."""
         found: Row = {}
-        given = {"folder": str(folders[line.case]), "calls": self.protocol.memory_calls}
-        asked = [("torch", "torch", line.case)]
+        # torch.nn's layers have no layer normalization: the loop that stands for them is among the entries.
+        asked = [] if line.case.norm else [("torch", "torch", line.case)]
         asked += [(name, entry.worker, entry.case) for name, entry in line.entries.items()]
         for name, worker, case in asked:
             if worker not in MEMORY or not self.pool.has(f"memory {worker}"):
                 continue
-            document = case.document()
-            answer = self.pool.ask(f"memory {worker}", "memory", case=document, **given)
+            given = {"folder": str(folders[case.plain]), "calls": self.protocol.memory_calls}
+            answer = self.pool.ask(f"memory {worker}", "memory", case=case.document(), **given)
             refused = refusal(answer)
             found[name] = refused or {"bytes": Figure.of(answer["bytes"]).document()}
         return found

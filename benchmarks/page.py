@@ -151,6 +151,21 @@ def feature_table(document: Document) -> list[str]:
     return markdown(lines, left=2)
 
 
+def feature_memory_table(document: Document) -> list[str]:
+    """Peak memory of training steps with each feature, over that without; empty if it was not measured."""
+    lines = []
+    for row in document["lines"]:
+        told = row.get("memory", {}) if row["group"] == "features" else {}
+        bytes_of = {name: each["bytes"]["median"] for name, each in told.items() if "bytes" in each}
+        if "rnnkit" not in bytes_of:
+            continue
+        case, plain = Case(**row["case"]), bytes_of["rnnkit"]
+        names = [f"rnnkit {feature}" for feature in FEATURES]
+        ratios = [f"{bytes_of[n] / plain:.2f}×" if n in bytes_of else "–" for n in names]
+        lines.append([sizes(case), case.cell, f"{plain / 2**20:.1f}", *ratios])
+    return markdown([["T, N, I, H", "cell", "MiB", *FEATURES], *lines], left=2) if lines else []
+
+
 #: Groups whose lines are beside other ways to compute the same, and the argument or option that each is about.
 OTHER_WAYS = {"resets": "`reset`", "lengths": "`lengths`", "layer_norm": "`layer_norm`"}
 
@@ -216,6 +231,11 @@ def feature_section(document: Document, link: str) -> list[str]:
     lines = [title, "", f"{where(document)}, [{name}]({link}).", ""]
     lines += [*goal_table(judged), "", "Times over those of a plain training step:", ""]
     lines += [*feature_table(document), ""]
+    if memory := feature_memory_table(document):
+        about = (
+            "Their peak memory over a plain training step's, beside inputs, outputs and parameters:"
+        )
+        lines += [about, "", *memory, ""]
     if any(row["group"] in OTHER_WAYS for row in document["lines"]):
         about = "with 3 % resets, with `lengths` and with `layer_norm`"
         lines += [f"Times of other ways over rnnkit's {about}:", ""]

@@ -32,6 +32,7 @@ from benchmarks.cases import (
     MODES,
     ONE_THREAD,
     PEERS,
+    WITH_MEMORY,
     Entry,
     Line,
     lines,
@@ -58,7 +59,7 @@ def jobs(todo: Sequence[Line], threads: int, device: str, base: str | None) -> d
     if device != "cpu" or threads == 1:
         needed.discard(ONE_THREAD)
     found = {name: job for name, job in found.items() if name in needed}
-    if device == "cpu" and any(line.group == "memory" for line in todo):
+    if device == "cpu" and any(line.group in WITH_MEMORY for line in todo):
         found |= {f"memory {n}": Job(n, threads, device, package, ENVIRONMENT) for n in MEMORY}
     return found | {TRUTH: Job("torch", threads, "cpu", package)}
 
