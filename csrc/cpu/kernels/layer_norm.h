@@ -38,6 +38,8 @@ RNNKIT_INLINE Element<V> total(V value) {
   return sum;
 }
 
+constexpr double kNormEpsilon = 1e-5;  // NORM_EPSILON in rnnkit/specs.py
+
 // A row's mean and 1 / sqrt(variance + epsilon).
 template <class T>
 struct Moments {
@@ -57,7 +59,7 @@ Moments<T> moments(int64_t size, const T* values) {
   };
   const T mean = mean_of([](Vector<T> value) RNNKIT_INLINE_LAMBDA { return value; });
   const T variance = mean_of([mean](Vector<T> value) RNNKIT_INLINE_LAMBDA { return (value - mean) * (value - mean); });
-  return {mean, 1 / std::sqrt(variance + T(1e-5))};
+  return {mean, 1 / std::sqrt(variance + T(kNormEpsilon))};
 }
 
 // A row whose products with x and with h, [2, G, H], are normalized.
