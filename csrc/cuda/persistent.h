@@ -739,7 +739,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
       const bool last_group = group + 1 == groups;
       if (s > 0 && group == 0) exchange_.wait();
       if (s > 0) block_.warps([&](const auto& warp) { exchange_.product(warp, uint32_t(s - 1), group); });
-      if (scan_.noisy) load_masks(group, exchange_.slice_rows_);
+      if (kEarly && scan_.noisy) load_masks(group, exchange_.slice_rows_);
       block_.sync();
       if (scan_.reset && s > 0) sum_reset_h(place(s - 1), group);
       if (!kEarly) prefetch(now_, next_, group);
@@ -799,6 +799,13 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
     return scan_.operand_mask ? product * widened(mask_of(items, n)) : product;
   }
 
+  // Whether an item keeps its state k at this step.
+  RNNKIT_DEVICE bool keeps_of(const Registers& r, int k, int group, int item) const {
+    if (kEarly) return r.noise.keeps[item][k];
+    const int64_t wide = scan_.directions * scan_.hidden, row = now_.row + group * kGroup;
+    return keeps(scan_.states[k], row * wide + r.output + item * kStep * wide);
+  }
+
   // Runs the cell backward on the sums of a product, and writes the block's part of the next exchange. cuts: whether
   // nothing passes back to this step; stops_next: of the states other than h, to the step processed next.
   template <bool kNoisy>
@@ -809,7 +816,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
 #pragma unroll
         for (int k = 0; k < kStates; ++k) grad_state[k] = state(k, r.items, n);
         float product = exchange_.product_of(r.items, 0, item);
-        if (kNoisy && scan_.operand_mask) product *= widened(r.noise.mask[item]);
+        if (kNoisy && scan_.operand_mask) product *= widened(kEarly ? r.noise.mask[item] : mask_of(r.items, n));
         grad_state[0] += product;
         if (n < last_active_) grad_state[0] = scan_.rule.passed_back(grad_state[0], cuts && n < now_.active);
         if (n < now_.active) {
@@ -840,7 +847,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
     for (int k = 0; k < kStates; ++k) {
       given[k] = grad_state[k];
       if (const State& of = scan_.states[k]; kNoisy && of.zones())
-        given[k] = part_of_now(of, r.noise.keeps[item][k], grad_state[k]);
+        given[k] = part_of_now(of, keeps_of(r, k, group, item), grad_state[k]);
     }
     if (scan_.states[0].flow) {
       float whole[kStates];
@@ -863,7 +870,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
 #pragma unroll
     for (int k = 0; k < kStates; ++k) {
       if (const State& of = scan_.states[k]; kNoisy && of.zones())
-        given[k] += part_of_old(of, r.noise.keeps[item][k], grad_state[k]);
+        given[k] += part_of_old(of, keeps_of(r, k, group, item), grad_state[k]);
       grad_state[k] = given[k];
     }
   }
@@ -930,7 +937,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
         }
       });
     });
-    if (scan_.noisy) load_keeps(place, group);
+    if (kEarly && scan_.noisy) load_keeps(place, group);
     add_gradients(place, group);
   }
 
