@@ -230,6 +230,16 @@ def test_noise_that_changes_nothing_changes_no_bit(case: Case, kernel: str) -> N
 
 @on_host
 @each_kernel
+@pytest.mark.parametrize("expects", (False, True), ids=("masks", "expectation"))
+@each_cell
+def test_what_is_kept_of_noise_changes_no_bit(cell: str, expects: bool, kernel: str) -> None:
+    case = Case(cell, (4, 6, 3, 33), operand_mask=True, zoneout=(0.3, 0.2), expects=expects)
+    with plan.forced(kernel):
+        test_kernels.test_what_is_kept_changes_no_bit(case)
+
+
+@on_host
+@each_kernel
 def test_zoneout_selects(kernel: str) -> None:
     with plan.forced(kernel):
         test_kernels.test_zoneout_selects("cpu")
