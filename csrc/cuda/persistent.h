@@ -608,7 +608,7 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
           if (keeps_given<Cell>(scan_.states[0])) r.save[item][Cell::saved] = state_of[0];
 #pragma unroll
           for (int k = 0; k < kStates; ++k)
-            if (const State& of = scan_.states[k]; of.zones())
+            if (const State& of = scan_.states[k]; of.zones)
               state_of[k] = zoned(of, r.noise.keeps[item][k], state(k, r.items, n), state_of[k]);
         }
 #pragma unroll
@@ -846,7 +846,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
 #pragma unroll
     for (int k = 0; k < kStates; ++k) {
       given[k] = grad_state[k];
-      if (const State& of = scan_.states[k]; kNoisy && of.zones())
+      if (const State& of = scan_.states[k]; kNoisy && of.zones)
         given[k] = part_of_now(of, keeps_of(r, k, group, item), grad_state[k]);
     }
     if (scan_.states[0].flow) {
@@ -859,7 +859,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
       for (int k = 0; k < kStates; ++k) {
         const State& of = scan_.states[k];
         static_cast<float*>(of.flow)[row * wide + r.output + item * kStep * wide] =
-            kNoisy && of.zones() ? grad_state[k] : whole[k];
+            kNoisy && of.zones ? grad_state[k] : whole[k];
       }
     }
     float h = widened(r.h[item]), grads[Cell::grads];
@@ -869,7 +869,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
     for (int k = 0; k < Cell::grads; ++k) r.values[item][k] = grads[k];
 #pragma unroll
     for (int k = 0; k < kStates; ++k) {
-      if (const State& of = scan_.states[k]; kNoisy && of.zones())
+      if (const State& of = scan_.states[k]; kNoisy && of.zones)
         given[k] += part_of_old(of, keeps_of(r, k, group, item), grad_state[k]);
       grad_state[k] = given[k];
     }

@@ -116,7 +116,8 @@ void set_noise(Scan& scan, const CellSizes& sizes, const Optional& operand_mask,
   for (size_t k = 0; k < zoneout.size(); ++k) {
     State& state = scan.states[k];
     state.zoneout = zoneout[k];
-    if (!state.zones()) continue;
+    state.zones = zoneout[k] > 0;
+    if (!state.zones) continue;
     scan.noisy = true;
     state.kept = of_state;
     if (of_state) of_state += scan.rows * scan.directions * scan.hidden;

@@ -49,11 +49,10 @@ struct State {
   void* grad_reset;        // of Sum<S>, [D, N, H]: the gradient of reset is added to it
   void* flow;              // of Sum<S>, like all: the gradient of the state after each step
 
-  double zoneout;    // the probability that a unit keeps its old value in a step; 0 for no zoneout
+  bool zones;        // whether units keep their old value in some steps
+  double zoneout;    // the probability of it
   const bool* kept;  // like all: the units that do; null for the expectation
-
-  RNNKIT_ANYWHERE bool zones() const { return zoneout > 0; }
-  RNNKIT_ANYWHERE bool expects() const { return zones() && kept == nullptr; }
+  RNNKIT_ANYWHERE bool expects() const { return zones && kept == nullptr; }
 };
 
 // What every kernel for a scan gets.

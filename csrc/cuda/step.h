@@ -46,7 +46,7 @@ RNNKIT_DEVICE void forward_element(const Step& step, int64_t n, int64_t unit) {
   if (keeps_given<Cell>(step.states[0]) && step.keep != Keep::nothing) reserve[at] = state[0];
 #pragma unroll
   for (int k = 0; k < Cell::states; ++k)
-    if (const State& of = step.states[k]; of.zones()) state[k] = zoned(of, keeps(of, beside), old[k], state[k]);
+    if (const State& of = step.states[k]; of.zones) state[k] = zoned(of, keeps(of, beside), old[k], state[k]);
   const bool goes_back = !ends && is_reset(step.resets_after, n);
 #pragma unroll
   for (int k = 0; k < Cell::states; ++k) {
@@ -99,7 +99,7 @@ RNNKIT_DEVICE void backward_element(const Step& step, int64_t n, int64_t unit) {
 #pragma unroll
     for (int k = 0; k < Cell::states; ++k) {
       const State& of = step.states[k];
-      given[k] = of.zones() ? part_of_now(of, keeps(of, beside), grad_state[k]) : grad_state[k];
+      given[k] = of.zones ? part_of_now(of, keeps(of, beside), grad_state[k]) : grad_state[k];
     }
     if (step.states[Cell::states - 1].flow) {
       T whole[Cell::states];
@@ -109,7 +109,7 @@ RNNKIT_DEVICE void backward_element(const Step& step, int64_t n, int64_t unit) {
 #pragma unroll
       for (int k = 0; k < Cell::states; ++k)
         if (const State& of = step.states[k]; of.flow)
-          static_cast<T*>(of.flow)[beside] = of.zones() ? grad_state[k] : whole[k];
+          static_cast<T*>(of.flow)[beside] = of.zones ? grad_state[k] : whole[k];
     }
     if constexpr (Cell::uses_h)
       h = keeps_given<Cell>(step.states[0]) ? static_cast<const T*>(step.reserve)[at]
@@ -122,7 +122,7 @@ RNNKIT_DEVICE void backward_element(const Step& step, int64_t n, int64_t unit) {
     Cell::backward(save, h, previous_h, given, grads);
 #pragma unroll
     for (int k = 0; k < Cell::states; ++k) {
-      if (const State& of = step.states[k]; of.zones()) given[k] += part_of_old(of, keeps(of, beside), grad_state[k]);
+      if (const State& of = step.states[k]; of.zones) given[k] += part_of_old(of, keeps(of, beside), grad_state[k]);
       grad_state[k] = given[k];
     }
 #pragma unroll

@@ -197,6 +197,7 @@ class Stepwise {
         const State& from = scan_.states[k];
         step.states[k].value = moved(scan_.between, (k * scan_.directions + d) * size * sum_bytes());
         if (k == 0 && scan_.w_hr) continue;
+        step.states[k].zones = from.zones;
         step.states[k].zoneout = from.zoneout;
         step.states[k].initial = moved(from.initial, d * size * (from.initial_is_wide ? sum_bytes() : bytes()));
         step.states[k].initial_is_wide = from.initial_is_wide;
