@@ -239,6 +239,17 @@ def test_what_is_kept_of_noise_changes_no_bit(cell: str, expects: bool, kernel: 
 
 
 @on_host
+@each_cell
+def test_masks_of_sequences_that_begin_late_in_a_second_group(cell: str) -> None:
+    """A thread has the masks of one group at a time, and an initial h is masked after its sequence's last step."""
+    lengths = (4,) * 3 + (2,) * 3 + (1,) * 9
+    case = Case(cell, (4, 15, 5, 37), 2, lengths, operand_mask=True, off_kink=True)
+    with plan.forced("cluster", units=16, batch_tile=16):
+        assert [(p.tiles, p.batch_tile) for p in kernels_of(case)] == [(1, 16)] * 2
+        assert_case_matches_reference(case)
+
+
+@on_host
 @each_kernel
 def test_zoneout_selects(kernel: str) -> None:
     with plan.forced(kernel):
