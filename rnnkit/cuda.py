@@ -14,8 +14,6 @@ from torch import Tensor
 from rnnkit import backends, plan
 from rnnkit.gpu import Backward, GpuCall, stacked
 
-NOISE = False  #: see `rnnkit.gpu.Scans`
-
 
 @lru_cache
 def device_of(index: int) -> plan.Gpu:
@@ -72,6 +70,7 @@ def forward(
         call.b_ih,
         call.b_hh,
         *_before(call),
+        *_noise(call),
         call.offsets(),
         call.steps,
         call.batch,
@@ -87,6 +86,11 @@ def forward(
 def _before(call: GpuCall) -> tuple[Sequence[Tensor], Tensor | None, Sequence[Tensor]]:
     """What sequences begin with, where they are put back, and to which states."""
     return call.initial_states, call.reset, call.reset_states
+
+
+def _noise(call: GpuCall) -> tuple[Tensor | None, Sequence[float], Tensor | None]:
+    """Recurrent dropout and zoneout."""
+    return call.operand_mask, call.zoneout, call.kept
 
 
 def _between(call: GpuCall) -> Tensor:
@@ -111,11 +115,13 @@ def _stepwise_forward(
         call.b_hh,
         stacked(call.w_hr),
         *_before(call),
+        *_noise(call),
         call.counts,
         keep,
         call.precise,
         _between(call) if call.steps > 1 else None,
         new(call.directions, call.batch, call.spec.gates * call.hidden),
+        None if call.operand_mask is None else new(call.state_shape(0)),
         new(call.state_shape(1)) if call.projects and outputs[0] is not None else None,
         outputs,
         finals,
@@ -167,6 +173,7 @@ def _persistent_backward(
         *chosen.arguments,
         [w.t().contiguous() for w in call.w_hh if w is not None],
         *_before(call),
+        *_noise(call),
         call.offsets(),
         call.steps,
         call.batch,
@@ -199,6 +206,7 @@ def _stepwise_backward(
         stacked(call.w_hh),
         stacked(call.w_hr),
         *_before(call),
+        *_noise(call),
         call.counts,
         call.precise,
         back.output,

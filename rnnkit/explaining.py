@@ -59,8 +59,6 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
     device, dtype = data.device, data.dtype
     serving = backends.serving(device)
     layer = isinstance(module, RNN | LSTM | GRU)
-    if isinstance(module, RNN | LSTM | GRU) and module._is_noisy() and not gpu.knows_noise(device):
-        serving = "reference"
     if serving == "reference" or device.type != "cuda":
         return Explanation(serving, device.type, serving)
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:

@@ -35,8 +35,6 @@ class Design(Protocol):
 class Scans(Protocol):
     """The functions of a backend's module: the scans of one layer. The products over all rows are made here."""
 
-    NOISE: bool  #: Whether they know `operand_mask` and `zoneout` of a call. If not, the reference computes it.
-
     def choose(self, scan: plan.Scan, device: torch.device) -> Design:
         """Plans a scan for a device."""
 
@@ -294,23 +292,10 @@ def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
 
 
-def knows_noise(device: torch.device) -> bool:
-    """Whether the device's kernels have recurrent dropout and zoneout."""
-    run = scans(device) if device.type == "cuda" else None
-    return device.type == "cpu" or (run is not None and run.NOISE)
-
-
-def _knows(run: Scans, call: LayerCall) -> bool:
-    """Whether the kernels have what the call asks for. If not, the reference computes it."""
-    if call.normalizes:
-        return False
-    return run.NOISE or (call.operand_mask is None and len(call.zoneout) == 0)
-
-
 def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
     """`rnnkit::layer_forward` on CUDA tensors."""
     run = scans(call.input.device)
-    if run is None or not _knows(run, call):
+    if run is None or call.normalizes:
         return ops.forward_composite(call, packed, keep)
     call.check_keep(keep)
     call = GpuCall.of(call)
@@ -329,7 +314,7 @@ def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
 def layer_backward(back: BackwardCall) -> list[Tensor]:
     """`rnnkit::layer_backward` on CUDA tensors."""
     run = scans(back.call.input.device)
-    if run is None or not _knows(run, back.call):
+    if run is None or back.call.normalizes:
         return ops.backward_composite(back)
     call = GpuCall.of(back.call)
     back = replace(back, call=call)

@@ -233,10 +233,6 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
             raise ValueError(f"expected zoneout to be (0, p) with proj_size, got {given}")
         return found if any(found) else ()
 
-    def _is_noisy(self) -> bool:
-        """Whether a call masks the recurrent operand or has zoneout, which not all kernels know."""
-        return bool(self._zoneouts()) or (self.training and self.recurrent_dropout > 0)
-
     def _check_projected(self, weights: Weights) -> None:
         """Checks the weights against hidden_size and proj_size; torch.nn's own check covers input_size."""
         expected, w_hh = self.proj_size or self.hidden_size, weights[0][1]

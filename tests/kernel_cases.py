@@ -369,7 +369,7 @@ RESETS: tuple[dict, ...] = (
     {"resets": 0.02, "reset_states": True, "lengths": tuple(range(45, 0, -1))},
 )
 
-#: Recurrent dropout and zoneout. CUDA's kernels have neither: there the reference runs.
+#: Recurrent dropout and zoneout.
 NOISE: tuple[dict, ...] = (
     {"operand_mask": True, "lengths": (9,) * 8 + (4,) * 9 + (1,) * 16},
     {"zoneout": (0.3, 0.2), "lengths": (5, 3, 3, 1)},
@@ -377,6 +377,17 @@ NOISE: tuple[dict, ...] = (
     {"operand_mask": True, "zoneout": (0.1, 0.4), "expects": True, "states": False},
     {"zoneout": (0.2, 0.4), "expects": True, "grad_clip": 0.1, "grad_cut": 2},
     {"operand_mask": True, "zoneout": (0.0, 0.4), "lengths": tuple(range(45, 0, -1))},
+)
+
+#: Noise of few sequences, with resets and cuts in ragged batches, and with a state that has no zoneout.
+NOISE_OF_FEW: tuple[dict, ...] = (
+    *({**noise, "lengths": (4, 3, 3, 1)} if "lengths" in noise else noise for noise in NOISE),
+    {
+        **{"operand_mask": True, "zoneout": (0.4, 0.3), "lengths": (4, 3, 3, 1)},
+        **{"resets": 0.4, "reset_states": True, "grad_clip": 0.1, "grad_cut": 2},
+    },
+    {"zoneout": (0.4, 0.0), "grad_cut": 2},
+    {"zoneout": (0.4, 0.0), "expects": True, "resets": 0.4, "lengths": (5, 4, 2, 1)},
 )
 
 #: All of it at once. `cases` has it with more rows than a block of products, in one thread, and wider than a panel.

@@ -12,7 +12,14 @@ import torch
 from configurations import CELLS as CELL_MODULES
 from configurations import LAYERS, MODULES, STACKED, backward, compare, named_results, run
 from configurations import Case as ModuleCase
-from kernel_cases import Call, Case, assert_case_matches_reference, assert_same_bits, call
+from kernel_cases import (
+    RESETS_AND_NOISE,
+    Call,
+    Case,
+    assert_case_matches_reference,
+    assert_same_bits,
+    call,
+)
 from test_kernels import LAYOUTS
 from tolerances import FORWARD, GRADIENT, assert_close_to_truth, relative_error
 from torch import Tensor, nn
@@ -61,7 +68,7 @@ INPUTS = (7, 64, 33, 130, 1)
 
 
 def _sweep() -> Iterator[Case]:
-    """Every hidden size with one or two batches, drawn along diagonals; a third also ragged, a third with resets."""
+    """Every hidden size with one or two batches, drawn along diagonals; a third each also ragged, reset, noisy."""
     pairs = [(h, BATCHES[(3 * i + 3) % 8]) for i, h in enumerate(HIDDEN)]
     pairs += [(h, BATCHES[(3 * i + 7) % 8]) for i, h in enumerate(HIDDEN) if i % 2]
     for index, (hidden, batch) in enumerate(pairs):
@@ -71,6 +78,8 @@ def _sweep() -> Iterator[Case]:
             yield replace(case, lengths=tuple(6 - 6 * n // batch for n in range(batch)))
         if index % 3 == 1:
             yield replace(case, resets=0.2, reset_states=index % 2 == 0)
+        if index % 3 == 2:
+            yield replace(case, operand_mask=True, zoneout=(0.2, 0.3), expects=index % 2 == 0)
 
 
 SWEEP = [
@@ -97,6 +106,9 @@ SMALL = [
         ((9, 5, 33, 100), {"grad_clip": 0.05, "grad_cut": 2, "lengths": (9, 9, 4, 2, 1)}),
         ((9, 5, 33, 100), {"resets": 0.3, "reset_states": True, "lengths": (9, 9, 4, 2, 1)}),
         ((7, 40, 64, 256), {"resets": 0.1, "reset_states": True, "grad_clip": 0.05, "grad_cut": 2}),
+        ((9, 5, 33, 100), {**RESETS_AND_NOISE, "grad_clip": 0.05, "grad_cut": 2}),
+        ((9, 5, 33, 100), {"operand_mask": True, "zoneout": (0.3, 0.2), "expects": True}),
+        ((7, 40, 64, 256), {"operand_mask": True, "zoneout": (0.3, 0.2)}),
         ((7, 40, 64, 256), {}),
         ((7, 40, 64, 256), {"grad_clip": 0.05}),
         ((7, 8, 64, 650), {}),
@@ -244,9 +256,7 @@ REPEATED = [
 ]
 
 
-REPEATED += [
-    replace(case, resets=0.3, reset_states=True) for case in REPEATED if case.directions == 2
-]
+REPEATED += [replace(case, **RESETS_AND_NOISE) for case in REPEATED if case.directions == 2]
 
 
 @pytest.mark.parametrize("case", REPEATED, ids=str)
@@ -639,14 +649,14 @@ def test_more_elements_than_32_bits_count(cell: str, hidden: int) -> None:
 # For compute-sanitizer, under which all else takes long: pytest -k sanitize
 
 
-@pytest.mark.parametrize("resets", (0, 0.4))
+@pytest.mark.parametrize("options", ({}, RESETS_AND_NOISE), ids=("plain", "noisy"))
 @pytest.mark.parametrize("hidden", (20, 33))
 @each_dtype
 @each_cell
-def test_sanitize(cell: str, dtype: torch.dtype, hidden: int, resets: float, kernel: str) -> None:
+def test_sanitize(cell: str, dtype: torch.dtype, hidden: int, options: dict, kernel: str) -> None:
     """Both passes, ragged, in both directions; what is compared is compared on the CPU."""
     case = Case(cell, (3, 5, 7, hidden), 2, (3, 3, 2, 1, 1), dtype=dtype, off_kink=True)
-    it = call(replace(case, resets=resets, reset_states=resets > 0))
+    it = call(replace(case, **options))
     results = {name: result.cpu() for name, result in it.on("cuda").run().items()}
     truth = it.to(torch.float64).reference()
     for name, share in errors(results, truth).items():

@@ -9,7 +9,10 @@ import pytest
 import test_kernels
 import torch
 from kernel_cases import (
+    NOISE,
+    NOISE_OF_FEW,
     RESETS,
+    RESETS_AND_NOISE,
     Case,
     assert_case_matches_reference,
     assert_matches_reference,
@@ -81,6 +84,7 @@ VARIANTS: tuple[dict, ...] = (
     {"grad_clip": 0.05, "grad_cut": 3, "lengths": (7,) * 7 + (3,) * 9 + (2,) * 12},
     {"grad_clip": 0.05},
     *RESETS,
+    *NOISE,
 )
 
 
@@ -126,8 +130,16 @@ def test_against_reference(case: Case, kernel: str, keep: Keep) -> None:
         {"resets": 0.4, "directions": 1, "reset_states": True},
         {"resets": 0.4, "directions": 1, "grad_clip": 0.05, "grad_cut": 2, "states": False},
         {"resets": 0.4, "reset_states": True, "lengths": (5, 4, 2, 1), "grad_clip": 0.05},
+        {"operand_mask": True},
+        {"operand_mask": True, "directions": 1, "zoneout": (0, 0.3)},
+        {"operand_mask": True, "lengths": (5, 4, 2, 1), "grad_clip": 0.05, "grad_cut": 2},
+        {**RESETS_AND_NOISE, "zoneout": (0, 0.3), "lengths": (5, 4, 2, 1), "all_states": True},
+        {"zoneout": (0, 0.3), "expects": True, "states": False},
     ),
-    ids=("dense", "ragged", "gradient rule", "reset", "to states", "with a rule", "ragged, reset"),
+    ids=(
+        *("dense", "ragged", "gradient rule", "reset", "to states", "with a rule", "ragged, reset"),
+        *("masked", "direct, masked", "masked with a rule", "all of it", "expectation"),
+    ),
 )
 def test_projection(variant: dict, dtype: torch.dtype, kernel: str) -> None:
     """Runs step by step, whatever is forced."""
@@ -189,6 +201,63 @@ def test_a_mask_without_resets_changes_no_bit(case: Case, kernel: str) -> None:
 
 @on_host
 @each_kernel
+@pytest.mark.parametrize("keep", (Keep.STATES, Keep.EVERYTHING))
+@pytest.mark.parametrize("directions", (1, 2))
+@pytest.mark.parametrize("variant", NOISE_OF_FEW, ids=lambda variant: "-".join(variant))
+@each_cell
+def test_noise(cell: str, variant: dict, directions: int, keep: Keep, kernel: str) -> None:
+    """Of rows that begin late and end early, with cuts, clips and resets."""
+    all_states = directions == 2 and CELLS[cell].states > 1
+    case = Case(cell, (4, 6, 3, 33), directions, off_kink=True, all_states=all_states, **variant)
+    with plan.forced(kernel):
+        assert_case_matches_reference(case, keep)
+
+
+@on_host
+@each_kernel
+@pytest.mark.parametrize("case", small_cases(), ids=str)
+def test_noise_that_changes_nothing_changes_no_bit(case: Case, kernel: str) -> None:
+    it = call(case)
+    zoneout = (0.0 if case.projected else 0.5, 0.5)[-it.spec.states :]
+    count = sum(p > 0 for p in zoneout)
+    kept = torch.zeros(count, *it.output_shape(it.spec.states - 1), dtype=torch.bool)
+    with plan.forced(kernel):
+        expected = it.run()
+        assert_same_bits(replace(it, zoneout=zoneout, kept=kept).run(), expected)
+        ones = torch.ones(it.state_shape(0))
+        assert_same_bits(replace(it, operand_mask=ones).run(), expected)
+
+
+@on_host
+@each_kernel
+@pytest.mark.parametrize("expects", (False, True), ids=("masks", "expectation"))
+@each_cell
+def test_what_is_kept_of_noise_changes_no_bit(cell: str, expects: bool, kernel: str) -> None:
+    case = Case(cell, (4, 6, 3, 33), operand_mask=True, zoneout=(0.3, 0.2), expects=expects)
+    with plan.forced(kernel):
+        test_kernels.test_what_is_kept_changes_no_bit(case)
+
+
+@on_host
+@each_cell
+def test_masks_of_sequences_that_begin_late_in_a_second_group(cell: str) -> None:
+    """A thread has the masks of one group at a time, and an initial h is masked after its sequence's last step."""
+    lengths = (4,) * 3 + (2,) * 3 + (1,) * 9
+    case = Case(cell, (4, 15, 5, 37), 2, lengths, operand_mask=True, off_kink=True)
+    with plan.forced("cluster", units=16, batch_tile=16):
+        assert [(p.tiles, p.batch_tile) for p in kernels_of(case)] == [(1, 16)] * 2
+        assert_case_matches_reference(case)
+
+
+@on_host
+@each_kernel
+def test_zoneout_selects(kernel: str) -> None:
+    with plan.forced(kernel):
+        test_kernels.test_zoneout_selects("cpu")
+
+
+@on_host
+@each_kernel
 @pytest.mark.parametrize("projected", (0, 11))
 @each_cell
 def test_nan_does_not_pass_a_reset(cell: str, projected: int, kernel: str) -> None:
@@ -227,12 +296,14 @@ def test_every_kernel_that_is_built(cell: str, dtype: torch.dtype) -> None:
             for tiles in sorted({*built[0], *built[1]}):
                 batch_tile = 8 * tiles
                 batches = [(batch_tile - 3, batch_tile), (2 * batch_tile - 3, batch_tile)]
+                batches.append(batches[0])
                 if tiles == max(*built[0], *built[1]):
                     batches.append((2 * batch_tile - 3, 2 * batch_tile))
                 for index, (batch, batch_tile) in enumerate(batches):
                     case = Case(cell, (3, batch, 5, 37), 1 + index % 2, dtype=dtype, off_kink=True)
                     if index != 1:  # also in several groups and in the first slice alone
-                        case = replace(case, resets=0.3, reset_states=True)
+                        noise = {"operand_mask": True, "zoneout": (0.3, 0.2)} if index > 1 else {}
+                        case = replace(case, resets=0.3, reset_states=True, **noise)
                     with plan.forced(kernel, units=units, batch_tile=batch_tile):
                         for chosen, tiles_of in zip(kernels_of(case), built, strict=True):
                             found = (chosen.kernel, chosen.units, chosen.tiles)

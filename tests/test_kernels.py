@@ -131,6 +131,21 @@ def test_one_reset_in_a_long_batch(device: str, t: int) -> None:
         assert_matches_reference(replace(it, reset=reset.to(device)))
 
 
+def test_zoneout_selects(device: str) -> None:
+    """What is kept comes through beside NaN, and an infinite gradient goes to one of its two parts."""
+    it = call(Case("lstm", (1, 3, 4, 17), 2, zoneout=(0.5, 0.5), device=device))
+    assert it.kept is not None
+    every, nothing = torch.ones_like(it.kept), torch.zeros_like(it.kept)
+    infinite = [torch.full_like(grad, torch.inf) for grad in it.grads if grad is not None]
+    _, finals, _ = replace(it, input=it.input * torch.nan, kept=every).forward()
+    all_kept = replace(it, grads=infinite, kept=every).run()
+    none_kept = replace(it, grads=[*it.grads[:2], infinite[2]], kept=nothing).run()
+    assert_same_bits(finals, [*it.states])
+    assert not all_kept["grad w_hh"].any() and not all_kept["grad input"].any()
+    assert all_kept["grad h_0"].isposinf().all() and all_kept["grad c_0"].isposinf().all()
+    assert none_kept["grad c_0"].isposinf().all()
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_gates_computed_again_are_the_same_to_the_last_bit(cell: str) -> None:
     it = call(Case(cell, (300, 3, 33, 40), directions=2))

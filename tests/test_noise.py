@@ -27,7 +27,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnkit
-from rnnkit import gpu, noise
+from rnnkit import noise
 
 SEED = 7
 LENGTHS = [5, 7, 1, 5, 2]
@@ -453,15 +453,6 @@ def test_a_trace_of_what_drops_nothing() -> None:
     layer.train()
     with pytest.raises(RuntimeError, match="has weight_dropout"):
         torch.jit.trace(lambda x: layer(x)[0], x)
-
-
-@pytest.mark.parametrize("option", ["recurrent_dropout", "zoneout"])
-def test_explain_says_where_noise_is_computed(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = made("lstm", **{option: 0.3}), torch.randn(T, N, I)
-    monkeypatch.setattr(gpu, "knows_noise", lambda device: False)
-    assert rnnkit.explain(layer, x).backend == "reference"
-    layer.eval()
-    assert (rnnkit.explain(layer, x).backend == "reference") == (option == "zoneout")
 
 
 def test_errors() -> None:

@@ -17,7 +17,7 @@ from configurations import Case as ModuleCase
 from devices import on_gpu
 from kernel_cases import (
     DTYPES,
-    NOISE,
+    NOISE_OF_FEW,
     TWINS,
     Case,
     assert_case_matches_reference,
@@ -99,16 +99,6 @@ VARIANTS: tuple[dict, ...] = (
     {"resets": 0.4, "reset_states": True, "grad_clip": 0.1, "grad_cut": 2, "lengths": (4, 3, 3, 1)},
     {"resets": 0.4, "reset_states": True},
 )
-#: Noise: of few sequences, with resets and cuts in ragged batches, and with a state that has no zoneout.
-NOISES: tuple[dict, ...] = (
-    *({**noise, "lengths": (4, 3, 3, 1)} if "lengths" in noise else noise for noise in NOISE),
-    {
-        **{"operand_mask": True, "zoneout": (0.4, 0.3), "lengths": (4, 3, 3, 1)},
-        **{"resets": 0.4, "reset_states": True, "grad_clip": 0.1, "grad_cut": 2},
-    },
-    {"zoneout": (0.4, 0.0), "grad_cut": 2},
-    {"zoneout": (0.4, 0.0), "expects": True, "resets": 0.4, "lengths": (5, 4, 2, 1)},
-)
 
 
 def cases() -> Iterator[tuple[Case, str, Keep]]:
@@ -121,7 +111,7 @@ def cases() -> Iterator[tuple[Case, str, Keep]]:
             for row, (kernel, sizes) in enumerate(product(plan.TRITON_KERNELS, several))
         ]
         runs += [
-            (kernel, SIZES[1 + (at + row) % 3], NOISES[(2 * at + row) % len(NOISES)])
+            (kernel, SIZES[1 + (at + row) % 3], NOISE_OF_FEW[(2 * at + row) % len(NOISE_OF_FEW)])
             for row, kernel in enumerate(plan.TRITON_KERNELS)
         ]
         for row, (kernel, sizes, variant) in enumerate(runs):
@@ -157,7 +147,7 @@ def test_against_reference(case: Case, kernel: str, keep: Keep) -> None:
             Case(cell, (3, 4, 2, 20), directions, off_kink=True, **variant)
             for cell in CELLS
             for directions in (1, 2)
-            for variant in VARIANTS + (NOISES if directions == 2 else ())
+            for variant in VARIANTS + (NOISE_OF_FEW if directions == 2 else ())
         ]
     ),
     ids=str,
@@ -275,30 +265,8 @@ def test_tf32_is_as_torch_s_switch_says(
 
 @each_kernel
 def test_zoneout_selects(device: str, kernel: str) -> None:
-    """What is kept comes through beside NaN, and an infinite gradient goes to one of its two parts."""
-    case = Case("lstm", (1, 3, 4, 17), 2, zoneout=(0.5, 0.5), device=device)
-    it = call(case)
-    assert it.kept is not None
-    every, nothing = torch.ones_like(it.kept), torch.zeros_like(it.kept)
-    infinite = [torch.full_like(grad, torch.inf) for grad in it.grads if grad is not None]
     with plan.forced(kernel):
-        _, finals, _ = replace(it, input=it.input * torch.nan, kept=every).forward()
-        all_kept = replace(it, grads=infinite, kept=every).run()
-        none_kept = replace(it, grads=[*it.grads[:2], infinite[2]], kept=nothing).run()
-    assert_same_bits(finals, [*it.states])
-    assert not all_kept["grad w_hh"].any() and not all_kept["grad input"].any()
-    assert all_kept["grad h_0"].isposinf().all() and all_kept["grad c_0"].isposinf().all()
-    assert none_kept["grad c_0"].isposinf().all()
-
-
-def test_scans_without_noise_leave_it_to_the_reference(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scan = importlib.import_module("rnnkit.triton.scan")
-    monkeypatch.setattr(scan, "NOISE", False)
-    monkeypatch.setattr(scan, "_launch", lambda *_, **__: pytest.fail("a kernel ran"))
-    for noise in ({"operand_mask": True}, {"zoneout": (0.3, 0.2)}):
-        assert_case_matches_reference(Case("lstm", device=device, **noise))
+        test_kernels.test_zoneout_selects(device)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of numpy, in the interpreter

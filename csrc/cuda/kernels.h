@@ -23,14 +23,19 @@ enum class Type { bfloat16, half, float32, float64 };
 // What is known of a cell by its name; see cells/all.h.
 struct CellSizes {
   int gates, states, saved, grads;
+  bool uses_h;
 
   // V, the values of each row and unit in the reserve.
-  int kept(Keep keep) const { return keep == Keep::everything ? saved : keep == Keep::states ? states - 1 : 0; }
+  int kept(const Scan& scan) const {
+    if (scan.keep == Keep::nothing) return 0;
+    const int given = uses_h && scan.states[0].expects();  // see keeps_given
+    return (scan.keep == Keep::everything ? saved : states - 1) + given;
+  }
 };
 inline CellSizes sizes_of(std::string_view cell) {
 #define RNNKIT_SIZES(Cell, name)             \
   static_assert(Cell::states <= kMaxStates); \
-  if (cell == name) return {Cell::gates, Cell::states, Cell::saved, Cell::grads};
+  if (cell == name) return {Cell::gates, Cell::states, Cell::saved, Cell::grads, Cell::uses_h};
   RNNKIT_CELLS(RNNKIT_SIZES)
 #undef RNNKIT_SIZES
   throw std::runtime_error("rnnkit: no such cell: " + std::string(cell));
@@ -81,6 +86,8 @@ struct Step {
   const void* recurrent;    // of S, [active, G*H]: w_hh h; null for zeros
   const void *b_ih, *b_hh;  // of S, [G*H] or null
   void* h;                  // of S, [N, H] or null: the operand of the next product
+  // Of S, [N, H] or null: what h is multiplied with in the operand. With a projection, whose result is masked: null.
+  const void* operand_mask;
 
   // Of rows that have this step and its neighbour: whether they are put back between them, see is_reset.
   const bool *resets_before, *resets_after;
@@ -128,11 +135,14 @@ struct Product {
 // blas: torch's handle of cuBLAS for the current stream.
 std::string multiply(const Product& product, void* blas);
 
-// sum [rows, width] = a + b, a matrix without data is zeros; of S. The first `passed_back` rows of a are what a step
-// passes back, and the rule holds for them; the boundary is cut for the first `stopped` rows.
+// sum [rows, width] = a + b, a matrix without data is zeros; of S. The first `masked` rows of a are multiplied with `mask`
+// first. The first `passed_back` rows of a are what a step passes back, and the rule holds for them; the boundary is cut
+// for the first `stopped` rows.
 struct Addition {
   Matrices a, b, sum;
   int64_t rows, width;
+  const void* mask;  // of S, [masked, width], or null
+  int64_t masked;
   GradientRule rule;
   int64_t passed_back, stopped;
   const bool* resets;  // [passed_back], see is_reset, or null

@@ -19,6 +19,7 @@
 #include <type_traits>
 
 #include "cuda/carry.h"
+#include "cuda/noise.h"
 #include "cuda/scan.h"
 
 namespace rnnkit::cuda {
@@ -344,6 +345,12 @@ class Recurrence {
   float* sums_;
 };
 
+// In a noisy scan, of a step: where units keep each state, if a mask tells; and what h is multiplied with as an operand.
+template <class Cell, class S, int kItems>
+struct Noise {
+  bool keeps[kItems][Cell::states];
+  S mask[kItems];
+};
 // What a thread holds from step to step. gates, output, reserve: from a step's first row to the thread's first item.
 template <class Cell, class S, class Items, int kItems>
 struct ForwardRegisters {
@@ -354,6 +361,7 @@ struct ForwardRegisters {
   float save[kItems][Cell::saved + 1], before[kItems][Cell::states];
   S h[kItems];
   bool resets[kItems];  // in a scan with resets: whether the row is put back after the step
+  Noise<Cell, S, kItems> noise;
 };
 template <class Cell, class S, class Items, int kItems>
 struct BackwardRegisters {
@@ -361,6 +369,7 @@ struct BackwardRegisters {
   int64_t gates, output, reserve;
   float values[kItems][Cell::saved > Cell::grads ? Cell::saved : Cell::grads];  // what was saved, then the gradients
   S h[kItems], previous_h[kItems], grad_y[kItems];
+  Noise<Cell, S, kItems> noise;
 };
 
 // What both passes have: the order of time, each thread's states and registers.
@@ -434,6 +443,28 @@ class Pass {
     return n < first.active && n < second.active && scan_.reset[later + n];
   }
 
+  // In a scan with an operand_mask: what an item's h is multiplied with.
+  RNNKIT_DEVICE S mask_of(const Items& items, int n) const { return *at<S>(scan_.operand_mask, state_at(items, n)); }
+  // In a noisy scan. load_keeps() asks where units keep their states at a step, long before it is needed; load_masks()
+  // loads the operands' masks, which are the same at all steps, while the block waits for the products' ends.
+  RNNKIT_DEVICE void load_keeps(const Place& place, int group) {
+    const int64_t wide = scan_.directions * scan_.hidden, row = place.row + group * kGroup;
+#pragma unroll
+    for (int k = 0; k < kStates; ++k)
+      if (scan_.states[k].kept)
+        block_.threads(registers_, [&](int, Registers& r) {
+          const bool* const from = scan_.states[k].kept + (row * wide + r.output);
+          exchange_.each_item(r.items, group, place.active,
+                              [&](int item, int) { r.noise.keeps[item][k] = from[item * kStep * wide]; });
+        });
+  }
+  RNNKIT_DEVICE void load_masks(int group, int active) {
+    if (!scan_.operand_mask) return;
+    block_.threads(registers_, [&](int, Registers& r) {
+      exchange_.each_item(r.items, group, active, [&](int item, int n) { r.noise.mask[item] = mask_of(r.items, n); });
+    });
+  }
+
   const Block block_;
   const PersistentScan& scan_;
   const Exchange exchange_;
@@ -449,6 +480,7 @@ template <class Block, class Cell_, class S_, int kUnits_, int kTiles_, bool kCl
 class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, false> {
   using Base = Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, false>;
   using Base::block_, Base::scan_, Base::exchange_, Base::direction_, Base::registers_, Base::now_, Base::next_;
+  using Base::mask_of, Base::load_keeps, Base::load_masks;
   using Base::state, Base::state_at, Base::place, Base::reset_of, Base::is_put_back;
 
  public:
@@ -475,8 +507,7 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
       const int64_t wide = scan_.directions * hidden;
       r.gates = r.items.n * wide * kGates + direction_ * kGates * hidden + unit;
       r.output = r.items.n * wide + direction_ * hidden + unit;
-      const int values = scan_.keep == Keep::everything ? Cell::saved : kStates - 1;
-      r.reserve = ((direction_ * scan_.rows + r.items.n) * values) * hidden + unit;
+      r.reserve = ((direction_ * scan_.rows + r.items.n) * values()) * hidden + unit;
       for (int group = 0; group < exchange_.groups(); ++group)
         exchange_.each_item(r.items, group, exchange_.slice_rows_, [&](int item, int n) {
 #pragma unroll
@@ -484,8 +515,9 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
             state(k, r.items, n) =
                 scan_.states[k].initial ? widened(*at<S>(scan_.states[k].initial, state_at(r.items, n))) : 0;
           if (scan_.states[0].initial) {  // in both buffers: a row may begin at any step
-            exchange_.stage(0, r.items, 0, item, group, narrowed<S>(state(0, r.items, n)));
-            exchange_.stage(1, r.items, 0, item, group, narrowed<S>(state(0, r.items, n)));
+            const S h = operand_of(narrowed<S>(state(0, r.items, n)), r.items, n);
+            exchange_.stage(0, r.items, 0, item, group, h);
+            exchange_.stage(1, r.items, 0, item, group, h);
           }
         });
     });
@@ -511,26 +543,12 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
       if (scan_.reset) load_resets(group);
       if (!first && group == 0) exchange_.wait();
       if (!first) block_.warps([&](const auto& warp) { exchange_.product(warp, uint32_t(s), group); });
+      if (scan_.noisy) load_masks(group, now_.active);
       block_.sync();
-      block_.threads(registers_, [&](int, Registers& r) {
-        exchange_.each_item(r.items, group, now_.active, [&](int item, int n) {
-          float x[kGates], h[kGates], state_of[kStates];
-#pragma unroll
-          for (int g = 0; g < kGates; ++g) {
-            x[g] = widened(r.x[item][g]) + r.b_ih[g];
-            h[g] = exchange_.product_of(r.items, g, item) + r.b_hh[g];
-          }
-#pragma unroll
-          for (int k = 0; k < kStates; ++k) state_of[k] = state(k, r.items, n);
-#pragma unroll
-          for (int k = 1; k < kStates; ++k) r.before[item][k - 1] = state_of[k];
-          Cell::forward(x, h, state_of, r.save[item]);
-#pragma unroll
-          for (int k = 0; k < kStates; ++k) state(k, r.items, n) = state_of[k];
-          r.h[item] = narrowed<S>(state_of[0]);
-          if (!last) exchange_.stage(uint32_t(s + 1), r.items, 0, item, group, r.h[item]);
-        });
-      });
+      if (scan_.noisy)
+        run_cell<true>(s, group, last);
+      else
+        run_cell<false>(s, group, last);
       if (scan_.reset) put_back_h(s, group);
       block_.sync();
       if (last_group && !last) {
@@ -560,6 +578,48 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
   }
 
  private:
+  // V, the values of each row and unit in the reserve. Of a cell that saves nothing, see keeps_given, h as the cell gave it
+  // takes the place behind what is saved.
+  RNNKIT_DEVICE int values() const {
+    return (scan_.keep == Keep::everything ? Cell::saved : kStates - 1) + keeps_given<Cell>(scan_.states[0]);
+  }
+  // An item's h as the product reads it.
+  RNNKIT_DEVICE S operand_of(S h, const Items& items, int n) const {
+    return scan_.operand_mask ? masked(h, mask_of(items, n)) : h;
+  }
+
+  // Runs the cell on the sums of a product, and writes the block's part of the next exchange.
+  template <bool kNoisy>
+  RNNKIT_DEVICE void run_cell(int64_t s, int group, bool last) {
+    block_.threads(registers_, [&](int, Registers& r) {
+      exchange_.each_item(r.items, group, now_.active, [&](int item, int n) {
+        float x[kGates], h[kGates], state_of[kStates];
+#pragma unroll
+        for (int g = 0; g < kGates; ++g) {
+          x[g] = widened(r.x[item][g]) + r.b_ih[g];
+          h[g] = exchange_.product_of(r.items, g, item) + r.b_hh[g];
+        }
+#pragma unroll
+        for (int k = 0; k < kStates; ++k) state_of[k] = state(k, r.items, n);
+#pragma unroll
+        for (int k = 1; k < kStates; ++k) r.before[item][k - 1] = state_of[k];
+        Cell::forward(x, h, state_of, r.save[item]);
+        if constexpr (kNoisy) {
+          if (keeps_given<Cell>(scan_.states[0])) r.save[item][Cell::saved] = state_of[0];
+#pragma unroll
+          for (int k = 0; k < kStates; ++k)
+            if (const State& of = scan_.states[k]; of.zones)
+              state_of[k] = zoned(of, r.noise.keeps[item][k], state(k, r.items, n), state_of[k]);
+        }
+#pragma unroll
+        for (int k = 0; k < kStates; ++k) state(k, r.items, n) = state_of[k];
+        S operand = r.h[item] = narrowed<S>(state_of[0]);
+        if (kNoisy && scan_.operand_mask) operand = masked(operand, r.noise.mask[item]);
+        if (!last) exchange_.stage(uint32_t(s + 1), r.items, 0, item, group, operand);
+      });
+    });
+  }
+
   // Loads the input's part of the gates long before it is needed.
   RNNKIT_DEVICE void prefetch(const Place& place, int group) {
     const int64_t hidden = scan_.hidden, wide = scan_.directions * kGates * hidden;
@@ -571,6 +631,7 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
         for (int g = 0; g < kGates; ++g) r.x[item][g] = from[g * hidden];
       });
     });
+    if (scan_.noisy) load_keeps(place, group);
   }
 
   // In a scan with resets: load_resets() asks which rows are put back after this step, before the product, which takes
@@ -585,7 +646,8 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
   RNNKIT_DEVICE void put_back_h(int64_t s, int group) {
     block_.threads(registers_, [&](int, Registers& r) {
       exchange_.each_item(r.items, group, now_.active, [&](int item, int n) {
-        if (r.resets[item]) exchange_.stage(uint32_t(s + 1), r.items, 0, item, group, reset_of(0, r.items, n));
+        if (r.resets[item])
+          exchange_.stage(uint32_t(s + 1), r.items, 0, item, group, operand_of(reset_of(0, r.items, n), r.items, n));
       });
     });
   }
@@ -602,7 +664,7 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
   // Writes the output, other states' values if they are asked for, and what the backward pass is to find.
   RNNKIT_DEVICE void write_step(int group) {
     const int64_t hidden = scan_.hidden, row = now_.row + group * kGroup, wide = scan_.directions * hidden;
-    const int values = scan_.keep == Keep::everything ? Cell::saved : kStates - 1;
+    const int values = this->values();
     S* const output = static_cast<S*>(scan_.states[0].all) + row * wide;
     float* const reserve = static_cast<float*>(scan_.reserve) + row * values * hidden;
     block_.threads(registers_, [&](int, Registers& r) {
@@ -621,6 +683,7 @@ class ForwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, f
 #pragma unroll
           for (int k = 0; k < kStates - 1; ++k) to[k * hidden] = r.before[item][k];
         }
+        if (keeps_given<Cell>(scan_.states[0]) && scan_.keep != Keep::nothing) to[0] = r.save[item][Cell::saved];
       });
     });
   }
@@ -632,6 +695,7 @@ template <class Block, class Cell_, class S_, int kUnits_, int kTiles_, bool kCl
 class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, true> {
   using Base = Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, true>;
   using Base::block_, Base::scan_, Base::exchange_, Base::direction_, Base::registers_, Base::now_, Base::next_;
+  using Base::mask_of, Base::load_keeps, Base::load_masks;
   using Base::state, Base::state_at, Base::place, Base::reset_of, Base::is_put_back;
 
  public:
@@ -651,7 +715,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
                     wide = scan_.directions * hidden;
       r.gates = r.items.n * wide * Cell::grads + direction_ * Cell::grads * hidden + unit;
       r.output = r.items.n * wide + direction_ * hidden + unit;
-      r.reserve = ((direction_ * scan_.rows + r.items.n) * Cell::saved) * hidden + unit;
+      r.reserve = ((direction_ * scan_.rows + r.items.n) * values()) * hidden + unit;
       for (int group = 0; group < exchange_.groups(); ++group)
         exchange_.each_item(r.items, group, exchange_.slice_rows_, [&](int, int n) {
 #pragma unroll
@@ -675,46 +739,14 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
       const bool last_group = group + 1 == groups;
       if (s > 0 && group == 0) exchange_.wait();
       if (s > 0) block_.warps([&](const auto& warp) { exchange_.product(warp, uint32_t(s - 1), group); });
+      if (kEarly && scan_.noisy) load_masks(group, exchange_.slice_rows_);
       block_.sync();
       if (scan_.reset && s > 0) sum_reset_h(place(s - 1), group);
       if (!kEarly) prefetch(now_, next_, group);
-      block_.threads(registers_, [&](int, Registers& r) {
-        exchange_.each_item(r.items, group, exchange_.slice_rows_, [&](int item, int n) {
-          float grad_state[kStates];
-#pragma unroll
-          for (int k = 0; k < kStates; ++k) grad_state[k] = state(k, r.items, n);
-          grad_state[0] += exchange_.product_of(r.items, 0, item);
-          if (n < last_active_) grad_state[0] = scan_.rule.passed_back(grad_state[0], cuts && n < now_.active);
-          if (n < now_.active) {
-            grad_state[0] += widened(r.grad_y[item]);
-            if (scan_.states[0].flow) {
-              float whole[kStates];
-#pragma unroll
-              for (int k = 0; k < kStates; ++k) whole[k] = grad_state[k];
-              if constexpr (kStates > 1) Cell::grad_states(r.values[item], whole);
-              const int64_t wide = scan_.directions * scan_.hidden, row = now_.row + group * kGroup;
-#pragma unroll
-              for (int k = 0; k < kStates; ++k)
-                static_cast<float*>(scan_.states[k].flow)[row * wide + r.output + item * kStep * wide] = whole[k];
-            }
-            float grads[Cell::grads];
-            Cell::backward(r.values[item], widened(r.h[item]), widened(r.previous_h[item]), grad_state, grads);
-#pragma unroll
-            for (int k = 0; k < Cell::grads; ++k) r.values[item][k] = grads[k];
-#pragma unroll
-            for (int k = 1; k < kStates; ++k)
-              grad_state[k] = scan_.rule.passed_back(grad_state[k], stops_next && n < next_.active);
-          } else {
-#pragma unroll
-            for (int k = 0; k < Cell::grads; ++k) r.values[item][k] = 0;
-          }
-#pragma unroll
-          for (int k = 0; k < kStates; ++k) state(k, r.items, n) = grad_state[k];
-#pragma unroll
-          for (int k = 0; k < kGates; ++k)
-            exchange_.stage(uint32_t(s), r.items, k, item, group, narrowed<S>(r.values[item][k]));
-        });
-      });
+      if (scan_.noisy)
+        run_cell<true>(s, group, cuts, stops_next);
+      else
+        run_cell<false>(s, group, cuts, stops_next);
       block_.sync();
       if (last_group) {
         block_.threads(registers_, [&](int thread, Registers&) { exchange_.multicast(thread, uint32_t(s)); });
@@ -746,7 +778,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
             if (scan_.states[k].grad_initial)
               static_cast<S*>(scan_.states[k].grad_initial)[state_at(r.items, n)] = narrowed<S>(
                   k > 0 ? state(k, r.items, n)
-                        : scan_.rule.passed_back(state(k, r.items, n) + exchange_.product_of(r.items, 0, item), false));
+                        : scan_.rule.passed_back(state(k, r.items, n) + grad_operand(r.items, item, n), false));
         });
       });
       block_.sync();
@@ -758,6 +790,91 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   // registers for that, and loads between product and cell.
   static constexpr bool kEarly = kItems < 4;
 
+  // V, the values of each row and unit in the reserve.
+  RNNKIT_DEVICE int values() const { return Cell::saved + keeps_given<Cell>(scan_.states[0]); }
+
+  // An item's gradient of h that came through the operand of the product.
+  RNNKIT_DEVICE float grad_operand(const Items& items, int item, int n) const {
+    const float product = exchange_.product_of(items, 0, item);
+    return scan_.operand_mask ? product * widened(mask_of(items, n)) : product;
+  }
+
+  // Whether an item keeps its state k at this step.
+  RNNKIT_DEVICE bool keeps_of(const Registers& r, int k, int group, int item) const {
+    if (kEarly) return r.noise.keeps[item][k];
+    const int64_t wide = scan_.directions * scan_.hidden, row = now_.row + group * kGroup;
+    return keeps(scan_.states[k], row * wide + r.output + item * kStep * wide);
+  }
+
+  // Runs the cell backward on the sums of a product, and writes the block's part of the next exchange. cuts: whether
+  // nothing passes back to this step; stops_next: of the states other than h, to the step processed next.
+  template <bool kNoisy>
+  RNNKIT_DEVICE void run_cell(int64_t s, int group, bool cuts, bool stops_next) {
+    block_.threads(registers_, [&](int, Registers& r) {
+      exchange_.each_item(r.items, group, exchange_.slice_rows_, [&](int item, int n) {
+        float grad_state[kStates];
+#pragma unroll
+        for (int k = 0; k < kStates; ++k) grad_state[k] = state(k, r.items, n);
+        float product = exchange_.product_of(r.items, 0, item);
+        if (kNoisy && scan_.operand_mask) product *= widened(kEarly ? r.noise.mask[item] : mask_of(r.items, n));
+        grad_state[0] += product;
+        if (n < last_active_) grad_state[0] = scan_.rule.passed_back(grad_state[0], cuts && n < now_.active);
+        if (n < now_.active) {
+          grad_state[0] += widened(r.grad_y[item]);
+          run_active<kNoisy>(r, group, item, grad_state);
+#pragma unroll
+          for (int k = 1; k < kStates; ++k)
+            grad_state[k] = scan_.rule.passed_back(grad_state[k], stops_next && n < next_.active);
+        } else {
+#pragma unroll
+          for (int k = 0; k < Cell::grads; ++k) r.values[item][k] = 0;
+        }
+#pragma unroll
+        for (int k = 0; k < kStates; ++k) state(k, r.items, n) = grad_state[k];
+#pragma unroll
+        for (int k = 0; k < kGates; ++k)
+          exchange_.stage(uint32_t(s), r.items, k, item, group, narrowed<S>(r.values[item][k]));
+      });
+    });
+  }
+
+  // Of an active item. grad_state: on entry the gradients of the states after the step, on return of those before it,
+  // without what comes through the recurrent weights. r.values: on return the gradients of the gates.
+  template <bool kNoisy>
+  RNNKIT_DEVICE void run_active(Registers& r, int group, int item, float* grad_state) {
+    float given[kStates];  // the gradients of what the cell gave
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) {
+      given[k] = grad_state[k];
+      if (const State& of = scan_.states[k]; kNoisy && of.zones)
+        given[k] = part_of_now(of, keeps_of(r, k, group, item), grad_state[k]);
+    }
+    if (scan_.states[0].flow) {
+      float whole[kStates];
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) whole[k] = given[k];
+      if constexpr (kStates > 1) Cell::grad_states(r.values[item], whole);
+      const int64_t wide = scan_.directions * scan_.hidden, row = now_.row + group * kGroup;
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) {
+        const State& of = scan_.states[k];
+        static_cast<float*>(of.flow)[row * wide + r.output + item * kStep * wide] =
+            kNoisy && of.zones ? grad_state[k] : whole[k];
+      }
+    }
+    float h = widened(r.h[item]), grads[Cell::grads];
+    if (kNoisy && keeps_given<Cell>(scan_.states[0])) h = r.values[item][0];
+    Cell::backward(r.values[item], h, widened(r.previous_h[item]), given, grads);
+#pragma unroll
+    for (int k = 0; k < Cell::grads; ++k) r.values[item][k] = grads[k];
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) {
+      if (const State& of = scan_.states[k]; kNoisy && of.zones)
+        given[k] += part_of_old(of, keeps_of(r, k, group, item), grad_state[k]);
+      grad_state[k] = given[k];
+    }
+  }
+
   // In a scan with resets: where a row is put back, what would pass back is added to the gradients of the states that it
   // is put back to, and zero is left. sum_reset_h() does so for h after this step, whose gradient the product has
   // completed; sum_reset_others() for the other states before this step, and for cuts. step() does the rest as if there
@@ -767,7 +884,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
       exchange_.each_item_in_turn(r.items, group, now_.active, [&](int item, int n) {
         if (!is_put_back(last, now_, n)) return;
         float& grad = state(0, r.items, n);
-        grad = passed_back(0, grad + exchange_.product_of(r.items, 0, item), false, true, r.items, n);
+        grad = passed_back(0, grad + grad_operand(r.items, item, n), false, true, r.items, n);
         exchange_.clear_product(r.items, 0, item);
       });
     });
@@ -794,16 +911,18 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
   // adds the incoming gradients of the states other than h to `state`. before: the step before `place`.
   RNNKIT_DEVICE void prefetch(const Place& place, const Place& before, int group) {
     const int64_t hidden = scan_.hidden, wide = scan_.directions * hidden, row = place.row + group * kGroup;
-    const float* const saved = static_cast<const float*>(scan_.reserve) + row * Cell::saved * hidden;
+    const int values = this->values();
+    const float* const saved = static_cast<const float*>(scan_.reserve) + row * values * hidden;
     const S* const output = at<S>(scan_.states[0].all, row * wide);
     const S* const previous = at<S>(scan_.states[0].all, (before.row + group * kGroup) * wide);
     const S* const grad_output = scan_.states[0].grad_all ? at<S>(scan_.states[0].grad_all, row * wide) : nullptr;
     const Carry<int> carry{place.active, before.active, 0};  // `after` is not asked for
     block_.threads(registers_, [&](int, Registers& r) {
       exchange_.each_item(r.items, group, place.active, [&](int item, int n) {
-        const float* from = saved + r.reserve + item * kStep * Cell::saved * hidden;
+        const float* from = saved + r.reserve + item * kStep * values * hidden;
 #pragma unroll
         for (int k = 0; k < Cell::saved; ++k) r.values[item][k] = from[k * hidden];
+        if (keeps_given<Cell>(scan_.states[0])) r.values[item][0] = from[0];
         const int64_t output_at = r.output + item * kStep * wide;
         r.grad_y[item] = grad_output ? grad_output[output_at] : S{};
         r.h[item] = Cell::uses_h ? output[output_at] : S{};
@@ -818,6 +937,7 @@ class BackwardScan : public Pass<Block, Cell_, S_, kUnits_, kTiles_, kCluster_, 
         }
       });
     });
+    if (kEarly && scan_.noisy) load_keeps(place, group);
     add_gradients(place, group);
   }
 

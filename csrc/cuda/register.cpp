@@ -105,6 +105,25 @@ void set_before(Scan& scan, const CellSizes& sizes, const Tensors& initial, cons
   set_states(scan, sizes, "reset_states", reset_states, &State::reset);
 }
 
+// Sets recurrent dropout and zoneout. kept: one after the other of the states whose zoneout is not 0.
+void set_noise(Scan& scan, const CellSizes& sizes, const Optional& operand_mask, const std::vector<double>& zoneout,
+               const Optional& kept) {
+  STD_TORCH_CHECK(zoneout.empty() || zoneout.size() == size_t(sizes.states), "expected zoneout of ", sizes.states,
+                  " states or none, got ", zoneout.size());
+  scan.operand_mask = data(operand_mask);
+  scan.noisy = scan.operand_mask != nullptr;
+  const bool* of_state = static_cast<const bool*>(data(kept));
+  for (size_t k = 0; k < zoneout.size(); ++k) {
+    State& state = scan.states[k];
+    state.zoneout = zoneout[k];
+    state.zones = zoneout[k] > 0;
+    if (!state.zones) continue;
+    scan.noisy = true;
+    state.kept = of_state;
+    if (of_state) of_state += scan.rows * scan.directions * scan.hidden;
+  }
+}
+
 // Sets what both kinds of scan read and write in the forward pass.
 void set_forward(Scan& scan, const CellSizes& sizes, const Tensor& gates, const Optionals& b_ih, const Optionals& b_hh,
                  const Tensors& initial, const Optional& reset, const Tensors& reset_states, int64_t keep,
@@ -193,24 +212,25 @@ void launch(const std::string& cell, Type type, bool backward, const Plan& plan,
 
 void persistent_forward(std::string cell, int64_t units, int64_t tiles, int64_t batch_tile, int64_t shared_bytes,
                         bool cluster, Tensor gates, Tensors w_hh, Optionals b_ih, Optionals b_hh, Tensors initial,
-                        Optional reset, Tensors reset_states, Optional offsets, int64_t steps, int64_t batch,
-                        int64_t keep, bool precise, Tensor workspace, Optionals outputs, Tensors finals,
-                        Tensor reserve) {
+                        Optional reset, Tensors reset_states, Optional operand_mask, std::vector<double> zoneout,
+                        Optional kept, Optional offsets, int64_t steps, int64_t batch, int64_t keep, bool precise,
+                        Tensor workspace, Optionals outputs, Tensors finals, Tensor reserve) {
   const Type type = type_of(gates);
   const Plan plan{units, tiles, batch_tile, shared_bytes, cluster};
   PersistentScan scan = persistent_scan(plan, gates.element_size(), w_hh, offsets, steps, batch, w_hh[0].size(1),
                                         gates.size(0), workspace, precise, 1);
   set_forward(scan, sizes_of(cell), gates, b_ih, b_hh, initial, reset, reset_states, keep, outputs, finals, reserve);
+  set_noise(scan, sizes_of(cell), operand_mask, zoneout, kept);
   launch(cell, type, false, plan, scan, gates);
 }
 
 // weights: w_hh of each direction, transposed.
 void persistent_backward(std::string cell, int64_t units, int64_t tiles, int64_t batch_tile, int64_t shared_bytes,
                          bool cluster, Tensors weights, Tensors initial, Optional reset, Tensors reset_states,
-                         Optional offsets, int64_t steps, int64_t batch, Tensor output, Tensor reserve,
-                         Optionals grad_outputs, Optionals grad_finals, double grad_clip, int64_t grad_cut,
-                         bool precise, Tensor workspace, Tensor grad_gates, Optionals grad_initial, Tensors grad_resets,
-                         Optionals flow) {
+                         Optional operand_mask, std::vector<double> zoneout, Optional kept, Optional offsets,
+                         int64_t steps, int64_t batch, Tensor output, Tensor reserve, Optionals grad_outputs,
+                         Optionals grad_finals, double grad_clip, int64_t grad_cut, bool precise, Tensor workspace,
+                         Tensor grad_gates, Optionals grad_initial, Tensors grad_resets, Optionals flow) {
   const Type type = type_of(output);
   const Plan plan{units, tiles, batch_tile, shared_bytes, cluster};
   const CellSizes sizes = sizes_of(cell);
@@ -218,6 +238,7 @@ void persistent_backward(std::string cell, int64_t units, int64_t tiles, int64_t
                                         output.size(0), workspace, precise, sizes.gates);
   set_backward(scan, sizes, initial, reset, reset_states, output, reserve, grad_outputs, grad_finals, grad_clip,
                grad_cut, grad_gates, grad_initial, grad_resets, flow);
+  set_noise(scan, sizes, operand_mask, zoneout, kept);
   launch(cell, type, true, plan, scan, output);
 }
 
@@ -242,17 +263,21 @@ StepwiseScan stepwise_scan(const Tensor& w_hh, const Optional& w_hr, std::vector
 }
 
 void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, Optionals b_ih, Optionals b_hh, Optional w_hr,
-                      Tensors initial, Optional reset, Tensors reset_states, std::vector<int64_t> counts, int64_t keep,
-                      bool precise, Optional between, Tensor recurrent, Optional unprojected, Optionals outputs,
-                      Tensors finals, Tensor reserve) {
+                      Tensors initial, Optional reset, Tensors reset_states, Optional operand_mask,
+                      std::vector<double> zoneout, Optional kept, std::vector<int64_t> counts, int64_t keep,
+                      bool precise, Optional between, Tensor recurrent, Optional masked, Optional unprojected,
+                      Optionals outputs, Tensors finals, Tensor reserve) {
   const Type type = type_of(gates);
   STD_TORCH_CHECK(counts.size() == 1 || between, "expected between for more than one step, got none");
   const bool asked = !outputs.empty() && outputs[0];
   STD_TORCH_CHECK(asked == !finals.empty() && (asked || counts.size() == 1),
                   "expected an output and finals, or neither of a single step");
+  STD_TORCH_CHECK(bool(operand_mask) == bool(masked), "expected operand_mask and masked, or neither");
   StepwiseScan scan =
       stepwise_scan(w_hh, w_hr, std::move(counts), gates.size(0), precise, between, recurrent, unprojected);
   set_forward(scan, sizes_of(cell), gates, b_ih, b_hh, initial, reset, reset_states, keep, outputs, finals, reserve);
+  set_noise(scan, sizes_of(cell), operand_mask, zoneout, kept);
+  scan.masked = mutable_data(masked);
   for (size_t k = 0; k < initial.size(); ++k) scan.states[k].initial_is_wide = type_of(initial[k]) != type;
   scan.gate_stride = gates.stride(0);
   const Guard guard(gates);
@@ -260,14 +285,16 @@ void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, Optionals b_i
 }
 
 void stepwise_backward(std::string cell, Tensor w_hh, Optional w_hr, Tensors initial, Optional reset,
-                       Tensors reset_states, std::vector<int64_t> counts, bool precise, Tensor output, Tensor reserve,
-                       Optionals grad_outputs, Optionals grad_finals, double grad_clip, int64_t grad_cut,
-                       Tensor between, Tensor grad_recurrent, Optional grad_unprojected, Optional grad_projected,
-                       Tensor grad_gates, Optionals grad_initial, Tensors grad_resets, Optionals flow) {
+                       Tensors reset_states, Optional operand_mask, std::vector<double> zoneout, Optional kept,
+                       std::vector<int64_t> counts, bool precise, Tensor output, Tensor reserve, Optionals grad_outputs,
+                       Optionals grad_finals, double grad_clip, int64_t grad_cut, Tensor between, Tensor grad_recurrent,
+                       Optional grad_unprojected, Optional grad_projected, Tensor grad_gates, Optionals grad_initial,
+                       Tensors grad_resets, Optionals flow) {
   StepwiseScan scan =
       stepwise_scan(w_hh, w_hr, std::move(counts), output.size(0), precise, between, grad_recurrent, grad_unprojected);
   set_backward(scan, sizes_of(cell), initial, reset, reset_states, output, reserve, grad_outputs, grad_finals,
                grad_clip, grad_cut, grad_gates, grad_initial, grad_resets, flow);
+  set_noise(scan, sizes_of(cell), operand_mask, zoneout, kept);
   scan.grad_projected = mutable_data(grad_projected);
   const Guard guard(output);
   run_stepwise(cell, type_of(output), true, scan, stream_of(output), blas_handle());
@@ -289,25 +316,26 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
       "persistent_forward(str cell, int units, int tiles, int batch_tile, int shared_bytes, bool cluster, Tensor "
       "gates, "
       "Tensor[] w_hh,"
-      " Tensor?[] b_ih, Tensor?[] b_hh, Tensor[] initial, Tensor? reset, Tensor[] reset_states, Tensor? offsets,"
+      " Tensor?[] b_ih, Tensor?[] b_hh, Tensor[] initial, Tensor? reset, Tensor[] reset_states,"
+      " Tensor? operand_mask, float[] zoneout, Tensor? kept, Tensor? offsets,"
       " int steps, int batch, int keep, bool precise,"
       " Tensor(a!) workspace, Tensor(b!)?[] outputs, Tensor(c!)[] finals, Tensor(d!) reserve) -> ()");
   m.def(
       "persistent_backward(str cell, int units, int tiles, int batch_tile, int shared_bytes, bool cluster, Tensor[] "
       "weights,"
-      " Tensor[] initial, Tensor? reset, Tensor[] reset_states, Tensor? offsets, int steps, int batch, Tensor output,"
-      " Tensor reserve,"
+      " Tensor[] initial, Tensor? reset, Tensor[] reset_states, Tensor? operand_mask, float[] zoneout, Tensor? kept,"
+      " Tensor? offsets, int steps, int batch, Tensor output, Tensor reserve,"
       " Tensor?[] grad_outputs, Tensor?[] grad_finals, float grad_clip, int grad_cut, bool precise, Tensor(a!) "
       "workspace, Tensor(b!) grad_gates,"
       " Tensor(c!)?[] grad_initial, Tensor(d!)[] grad_resets, Tensor(e!)?[] flow) -> ()");
   m.def(
       "stepwise_forward(str cell, Tensor gates, Tensor w_hh, Tensor?[] b_ih, Tensor?[] b_hh, Tensor? w_hr,"
-      " Tensor[] initial, Tensor? reset, Tensor[] reset_states, int[] counts, int keep, bool precise,"
-      " Tensor(a!)? between, Tensor(b!) recurrent,"
-      " Tensor(c!)? unprojected, Tensor(d!)?[] outputs, Tensor(e!)[] finals, Tensor(f!) reserve) -> ()");
+      " Tensor[] initial, Tensor? reset, Tensor[] reset_states, Tensor? operand_mask, float[] zoneout, Tensor? kept,"
+      " int[] counts, int keep, bool precise, Tensor(a!)? between, Tensor(b!) recurrent, Tensor(c!)? masked,"
+      " Tensor(d!)? unprojected, Tensor(e!)?[] outputs, Tensor(f!)[] finals, Tensor(g!) reserve) -> ()");
   m.def(
       "stepwise_backward(str cell, Tensor w_hh, Tensor? w_hr, Tensor[] initial, Tensor? reset, Tensor[] reset_states,"
-      " int[] counts, bool precise,"
+      " Tensor? operand_mask, float[] zoneout, Tensor? kept, int[] counts, bool precise,"
       " Tensor output, Tensor reserve, Tensor?[] grad_outputs, Tensor?[] grad_finals, float grad_clip, int grad_cut, "
       "Tensor(a!) between,"
       " Tensor(b!) grad_recurrent, Tensor(c!)? grad_unprojected, Tensor(d!)? grad_projected, Tensor(e!) grad_gates,"

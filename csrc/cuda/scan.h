@@ -48,6 +48,11 @@ struct State {
   void* grad_initial;      // [D, N, H]
   void* grad_reset;        // of Sum<S>, [D, N, H]: the gradient of reset is added to it
   void* flow;              // of Sum<S>, like all: the gradient of the state after each step
+
+  bool zones;        // whether units keep their old value in some steps
+  double zoneout;    // the probability of it
+  const bool* kept;  // like all: the units that do; null for the expectation
+  RNNKIT_ANYWHERE bool expects() const { return zones && kept == nullptr; }
 };
 
 // What every kernel for a scan gets.
@@ -60,8 +65,10 @@ struct Scan {
   const void *b_ih[2], *b_hh[2];  // of S, [G*H] or null
   const void* gates;              // of S, [rows, D*G*H]: w_ih x
   State states[kMaxStates];
-  const bool* reset;  // [rows] or null: whether a row is put back between the step before, in time, and its own
-  void* reserve;      // of Sum<S>, [D, rows, V, H]
+  const bool* reset;         // [rows] or null: whether a row is put back between the step before, in time, and its own
+  bool noisy;                // whether h has an operand_mask, or a state zoneout
+  const void* operand_mask;  // of S, [D, N, P] or null: what h is multiplied with where the recurrent product reads it
+  void* reserve;             // of Sum<S>, [D, rows, V, H]
   Keep keep;
   void* grad_gates;  // of S, [rows, D*W*H]
   GradientRule rule;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/kernels.h"
+#include "cuda/noise.h"
 
 namespace rnnkit::cuda {
 
@@ -25,8 +26,8 @@ RNNKIT_DEVICE Sum<S> initial_of(const State& state, int64_t at) {
 template <class Cell, class S>
 RNNKIT_DEVICE void forward_element(const Step& step, int64_t n, int64_t unit) {
   using T = Sum<S>;
-  const int64_t hidden = step.hidden, at = n * hidden + unit;
-  T x[Cell::gates], h[Cell::gates], state[Cell::states], save[Cell::saved + 1];
+  const int64_t hidden = step.hidden, at = n * hidden + unit, beside = n * step.stride + unit;
+  T x[Cell::gates], h[Cell::gates], old[Cell::states], state[Cell::states], save[Cell::saved + 1];
 #pragma unroll
   for (int g = 0; g < Cell::gates; ++g) {
     const int64_t row = g * hidden + unit;
@@ -36,24 +37,30 @@ RNNKIT_DEVICE void forward_element(const Step& step, int64_t n, int64_t unit) {
   const bool begins = step.carry.begins(n), ends = step.carry.ends(n);
 #pragma unroll
   for (int k = 0; k < Cell::states; ++k)
-    state[k] = begins ? initial_of<S>(step.states[k], at) : static_cast<const T*>(step.states[k].value)[at];
+    old[k] = state[k] = begins ? initial_of<S>(step.states[k], at) : static_cast<const T*>(step.states[k].value)[at];
   T* const reserve = static_cast<T*>(step.reserve);
   if (step.keep == Keep::states)
 #pragma unroll
     for (int k = 1; k < Cell::states; ++k) reserve[(n * (Cell::states - 1) + k - 1) * hidden + unit] = state[k];
   Cell::forward(x, h, state, save);
+  if (keeps_given<Cell>(step.states[0]) && step.keep != Keep::nothing) reserve[at] = state[0];
+#pragma unroll
+  for (int k = 0; k < Cell::states; ++k)
+    if (const State& of = step.states[k]; of.zones) state[k] = zoned(of, keeps(of, beside), old[k], state[k]);
   const bool goes_back = !ends && is_reset(step.resets_after, n);
 #pragma unroll
   for (int k = 0; k < Cell::states; ++k) {
     const StepState& of = step.states[k];
-    write<S>(of.all, n * step.stride + unit, state[k]);
+    write<S>(of.all, beside, state[k]);
     if (goes_back && !(k == 0 && step.projects)) state[k] = read<S>(of.reset, at);
     if (!ends)
       static_cast<T*>(of.value)[at] = state[k];
     else
       write<S>(of.final, at, state[k]);
   }
-  write<S>(step.h, at, state[0]);
+  S operand = narrowed<S>(state[0]);
+  if (step.operand_mask) operand = masked(operand, static_cast<const S*>(step.operand_mask)[at]);
+  if (step.h) static_cast<S*>(step.h)[at] = operand;
   if (step.keep == Keep::everything)
 #pragma unroll
     for (int k = 0; k < Cell::saved; ++k) reserve[(n * Cell::saved + k) * hidden + unit] = save[k];
@@ -68,7 +75,11 @@ RNNKIT_DEVICE void backward_element(const Step& step, int64_t n, int64_t unit) {
   for (int k = 0; k < Cell::states; ++k)
     grad_state[k] =
         step.carry.ends(n) ? read<S>(step.states[k].grad_final, at) : static_cast<const T*>(step.states[k].value)[at];
-  if (n < step.grad_recurrent_rows) grad_state[0] += read<S>(step.grad_recurrent, at);
+  if (n < step.grad_recurrent_rows) {
+    T product = read<S>(step.grad_recurrent, at);
+    if (step.operand_mask) product *= read<S>(step.operand_mask, at);
+    grad_state[0] += product;
+  }
   const auto grad_reset = [&](int k) {
     T* const grad = static_cast<T*>(step.states[k].grad_reset);
     return grad ? grad + at : nullptr;
@@ -77,7 +88,7 @@ RNNKIT_DEVICE void backward_element(const Step& step, int64_t n, int64_t unit) {
     grad_state[0] = step.rule.passed_back(grad_state[0], step.cuts_after && step.carry.is_active(n),
                                           step.carry.is_active(n) && is_reset(step.resets_after, n), grad_reset(0));
   if (step.carry.is_active(n)) {
-    T save[Cell::saved + 1], grads[Cell::grads], h = 0, previous_h = 0;
+    T save[Cell::saved + 1], grads[Cell::grads], given[Cell::states], h = 0, previous_h = 0;
 #pragma unroll
     for (int k = 0; k < Cell::saved; ++k)
       save[k] = static_cast<const T*>(step.reserve)[(n * Cell::saved + k) * hidden + unit];
@@ -85,22 +96,35 @@ RNNKIT_DEVICE void backward_element(const Step& step, int64_t n, int64_t unit) {
 #pragma unroll
     for (int k = 1; k < Cell::states; ++k)
       if (step.states[k].grad_all) grad_state[k] += read<S>(step.states[k].grad_all, beside);
+#pragma unroll
+    for (int k = 0; k < Cell::states; ++k) {
+      const State& of = step.states[k];
+      given[k] = of.zones ? part_of_now(of, keeps(of, beside), grad_state[k]) : grad_state[k];
+    }
     if (step.states[Cell::states - 1].flow) {
       T whole[Cell::states];
 #pragma unroll
-      for (int k = 0; k < Cell::states; ++k) whole[k] = grad_state[k];
+      for (int k = 0; k < Cell::states; ++k) whole[k] = given[k];
       if constexpr (Cell::states > 1) Cell::grad_states(save, whole);
 #pragma unroll
       for (int k = 0; k < Cell::states; ++k)
-        if (step.states[k].flow) static_cast<T*>(step.states[k].flow)[beside] = whole[k];
+        if (const State& of = step.states[k]; of.flow)
+          static_cast<T*>(of.flow)[beside] = of.zones ? grad_state[k] : whole[k];
     }
-    if constexpr (Cell::uses_h) h = read<S>(step.states[0].all, beside);
+    if constexpr (Cell::uses_h)
+      h = keeps_given<Cell>(step.states[0]) ? static_cast<const T*>(step.reserve)[at]
+                                            : read<S>(step.states[0].all, beside);
     const bool continues = !step.carry.begins(n), was_put_back = continues && is_reset(step.resets_before, n);
     if constexpr (Cell::uses_previous_h)
       previous_h = was_put_back ? read<S>(step.states[0].reset, at)
                    : continues  ? read<S>(step.previous_output, beside)
                                 : read<S>(step.states[0].initial, at);
-    Cell::backward(save, h, previous_h, grad_state, grads);
+    Cell::backward(save, h, previous_h, given, grads);
+#pragma unroll
+    for (int k = 0; k < Cell::states; ++k) {
+      if (const State& of = step.states[k]; of.zones) given[k] += part_of_old(of, keeps(of, beside), grad_state[k]);
+      grad_state[k] = given[k];
+    }
 #pragma unroll
     for (int k = 1; k < Cell::states; ++k)
       grad_state[k] = step.rule.passed_back(grad_state[k], step.cuts_before && continues, was_put_back, grad_reset(k));
@@ -127,6 +151,7 @@ RNNKIT_DEVICE void unprojected_element(const Sum<S>* reserve, S* h, int64_t row,
 template <class S>
 RNNKIT_DEVICE void add_element(const Addition& addition, int64_t n, int64_t column) {
   Sum<S> a = read<S>(addition.a.data, n * addition.a.stride + column);
+  if (n < addition.masked && addition.mask) a *= read<S>(addition.mask, n * addition.width + column);
   if (n < addition.passed_back) {
     Sum<S>* const grad_reset = static_cast<Sum<S>*>(addition.grad_reset);
     a = addition.rule.passed_back(a, n < addition.stopped, is_reset(addition.resets, n),

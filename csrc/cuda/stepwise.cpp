@@ -44,21 +44,23 @@ class Stepwise {
     const Matrices initial = of_directions(h.initial, first, scan_.batch, scan_.projected);
     const Matrices operand = of_directions(h.final, first, scan_.batch, scan_.projected);
     const Matrices recurrent = of_directions(scan_.recurrent, first, scan_.batch, w_hh_.height);
+    const Matrices masked = of_directions(scan_.masked, first, scan_.batch, scan_.projected);
     const Matrices unprojected = of_directions(scan_.unprojected, first, scan_.batch, scan_.hidden);
     Steps steps = begin(first, directions);
     for (int j = 0; j < directions; ++j) {
-      steps.of[j].h = nth(scan_.w_hr ? unprojected : operand, j).data;
-      steps.of[j].states[0].final = nullptr;  // it is the operand
+      steps.of[j].h = nth(scan_.w_hr ? unprojected : scan_.operand_mask ? masked : operand, j).data;
+      if (!scan_.operand_mask) steps.of[j].states[0].final = nullptr;  // it is the operand
     }
     if (!dense_ && first == 1) add(initial, {}, operand, scan_.batch, scan_.projected);  // for rows that begin later
     // Where every row has every step and none is put back, a projection's product is written to the output, and read
     // from there.
     const bool direct = scan_.w_hr && dense_ && directions == 1 && !scan_.reset;
+    if (scan_.operand_mask) mask(initial, first, directions, scan_.batch);
     Matrices last = initial;
     for (int64_t s = 0; s < scan_.steps; ++s) {
       const bool zeros = s == 0 && initial.data == nullptr;
       const int64_t active = scan_.counts[time(first, s)];
-      if (!zeros) multiply(last, w_hh_, first, directions, true, recurrent, active);
+      if (!zeros) multiply(scan_.operand_mask ? masked : last, w_hh_, first, directions, true, recurrent, active);
       for (int j = 0; j < directions; ++j) {
         const int d = first + j;
         Step& step = steps.of[j];
@@ -82,6 +84,7 @@ class Stepwise {
                                resets(d, s + 1), steps.of[j].carry.continuing(), scan_.projected},
                               stream_));
       }
+      if (scan_.operand_mask && s + 1 < scan_.steps) mask(last, first, directions, active);
     }
     if (direct && operand.data) add(last, {}, operand, scan_.batch, scan_.projected);
   }
@@ -114,11 +117,11 @@ class Stepwise {
                                   scan_.projected, 0};
           const Carry<int64_t>& carry = step.carry;
           void* const grad_reset = moved(h.grad_reset, d * scan_.batch * scan_.projected * sum_bytes());
-          check(launch_add(
-              type_,
-              {nth(recurrent, j), side_by_side(h.grad_all, row, d, scan_.projected), whole, active, scan_.projected,
-               scan_.rule, carry.after, cuts(d, s + 1) ? carry.active : 0, step.resets_after, grad_reset},
-              stream_));
+          check(launch_add(type_,
+                           {nth(recurrent, j), side_by_side(h.grad_all, row, d, scan_.projected), whole, active,
+                            scan_.projected, mask_of(d), carry.after, scan_.rule, carry.after,
+                            cuts(d, s + 1) ? carry.active : 0, step.resets_after, grad_reset},
+                           stream_));
           multiply(whole, w_hr_, d, 1, false, nth(unprojected, j), active);
           step.grad_recurrent = nth(unprojected, j).data;
           step.grad_recurrent_rows = active;
@@ -170,6 +173,7 @@ class Stepwise {
     const int64_t stride = scan_.directions * width;
     return {moved(data, (row * stride + d * width) * bytes()), stride, 0};
   }
+  const void* mask_of(int d) const { return of_directions(scan_.operand_mask, d, scan_.batch, scan_.projected).data; }
 
   // What stays the same from step to step. With a projection products stand between h's arrays and the cell.
   Steps begin(int first, int directions) const {
@@ -187,11 +191,14 @@ class Stepwise {
       step.grad_gate_stride = scan_.directions * sizes_.grads * scan_.hidden;
       step.b_ih = scan_.b_ih[d];
       step.b_hh = scan_.b_hh[d];
+      step.operand_mask = scan_.w_hr ? nullptr : mask_of(d);
       const int64_t size = scan_.batch * scan_.hidden;
       for (int k = 0; k < sizes_.states; ++k) {
         const State& from = scan_.states[k];
         step.states[k].value = moved(scan_.between, (k * scan_.directions + d) * size * sum_bytes());
         if (k == 0 && scan_.w_hr) continue;
+        step.states[k].zones = from.zones;
+        step.states[k].zoneout = from.zoneout;
         step.states[k].initial = moved(from.initial, d * size * (from.initial_is_wide ? sum_bytes() : bytes()));
         step.states[k].initial_is_wide = from.initial_is_wide;
         step.states[k].reset = moved(from.reset, d * size * bytes());
@@ -208,9 +215,11 @@ class Stepwise {
     step.carry = {count(t), count(d == 0 ? t - 1 : t + 1), count(d == 0 ? t + 1 : t - 1)};
     step.resets_before = resets(d, s);
     step.resets_after = resets(d, s + 1);
-    step.reserve = moved(scan_.reserve, (d * scan_.rows + row) * sizes_.kept(scan_.keep) * scan_.hidden * sum_bytes());
+    step.reserve = moved(scan_.reserve, (d * scan_.rows + row) * sizes_.kept(scan_) * scan_.hidden * sum_bytes());
     for (int k = scan_.w_hr ? 1 : 0; k < sizes_.states; ++k) {
       step.states[k].all = side_by_side(scan_.states[k].all, row, d, scan_.hidden).data;
+      step.states[k].kept =
+          static_cast<const bool*>(moved(scan_.states[k].kept, (row * scan_.directions + d) * scan_.hidden));
       step.states[k].grad_all = side_by_side(scan_.states[k].grad_all, row, d, scan_.hidden).data;
       step.states[k].flow = moved(scan_.states[k].flow, (row * scan_.directions + d) * scan_.hidden * sum_bytes());
     }
@@ -232,7 +241,7 @@ class Stepwise {
         if (k == 0 && scan_.w_hr) {
           if (grad)
             add(nth(recurrent, j), {}, of_directions(grad, d, scan_.batch, scan_.projected), scan_.batch,
-                scan_.projected, scan_.batch);
+                scan_.projected, mask_of(d), scan_.batch);
         } else {
           step.states[k].grad_initial = of_directions(grad, d, scan_.batch, scan_.hidden).data;
           any = any || grad;
@@ -251,8 +260,15 @@ class Stepwise {
     check(cuda::multiply({type_, transposed, scan_.precise, rows, columns, depth, a, b, c, count}, blas_));
   }
   void add(const Matrices& a, const Matrices& b, const Matrices& sum, int64_t rows, int64_t width,
-           int64_t passed_back = 0) const {
-    check(launch_add(type_, {a, b, sum, rows, width, scan_.rule, passed_back, 0, nullptr, nullptr}, stream_));
+           const void* mask = nullptr, int64_t passed_back = 0) const {
+    check(
+        launch_add(type_, {a, b, sum, rows, width, mask, rows, scan_.rule, passed_back, 0, nullptr, nullptr}, stream_));
+  }
+  // Writes the first rows of h, masked, of `directions` directions from `first` on.
+  void mask(const Matrices& h, int first, int directions, int64_t rows) const {
+    for (int d = first; d < first + directions; ++d)
+      add(nth(h, d - first), {}, of_directions(scan_.masked, d, scan_.batch, scan_.projected), rows, scan_.projected,
+          mask_of(d));
   }
 
   std::string_view cell_;

@@ -21,12 +21,13 @@ struct StepwiseScan : Scan {
   // begins as the gradient of the final h. A step writes its active rows only: rows that the reverse scan has not
   // reached hold the gradient of their final h, and rows whose first step it has passed hold that of their initial h.
   void* recurrent;
+  void* masked;          // of S, [D, N, P], with an operand_mask: h as the next product reads it
   void* unprojected;     // of S, [D, N, H], with a projection: h before it, or its gradient
   void* grad_projected;  // of S, [D, rows, P], with a projection; on return the whole gradient of each projected h
 };
 
-// states[0].final is also the operand of the next product, so that each row leaves its last h there. blas: torch's handle
-// of cuBLAS for the stream.
+// states[0].final is also the operand of the next product, so that each row leaves its last h there; with an operand_mask
+// only a projection's h is. blas: torch's handle of cuBLAS for the stream.
 void run_stepwise(std::string_view cell, Type type, bool backward, const StepwiseScan& scan, Stream stream, void* blas);
 
 }  // namespace rnnkit::cuda

@@ -25,8 +25,6 @@ from rnnkit.specs import CELLS
 from rnnkit.triton import kernels
 from rnnkit.triton.cells import TRITON_CELLS
 
-NOISE = True  #: see `rnnkit.gpu.Scans`
-
 #: Time several plans for each size, once on each kind of GPU, and keep the fastest.
 AUTOTUNE = os.environ.get("RNNKIT_TRITON_AUTOTUNE", "0") not in ("", "0")
 
