@@ -388,9 +388,7 @@ def backward(
             factors = layer_norm.of_units(
                 norm_hh, d * GATES * hidden + u, u_mask, GATES, hidden, SUM
             )
-            grads = (
-                layer_norm.passed(grads, factors, of_products, u_mask, GATES * hidden) + grads
-            )
+            grads = layer_norm.passed(grads, factors, of_products, u_mask, GATES * hidden) + grads
         if kept is not None:
             grads_before = zoneout.added(grads_before, of_old)
         if (GRAD_CLIP is not None) | (GRAD_CUT > 0) | (reset is not None):
