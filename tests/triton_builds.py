@@ -181,7 +181,8 @@ def builds(case: Case, target: GPUTarget) -> Iterator[Build]:
 def cases() -> Iterator[tuple[Case, bool]]:
     """Every cell and dtype with either plan, dense and ragged, projected, with all states, and without this and that.
 
-    Also with noise, with resets and, where one program has all units, with layer normalization. With each whether float32 is multiplied as TF32.
+    Also with noise, with resets and, where one program has all units, with layer normalization. With each whether
+    float32 is multiplied as TF32.
     """
     for cell in CELLS:
         for at, (hidden, batch, dtype, tf32) in enumerate(SIZES):
