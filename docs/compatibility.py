@@ -827,6 +827,18 @@ def _(package: ModuleType, device: str) -> None:
     noisy_in_one_graph(package, device, zoneout=(0.5, 0.3))
 
 
+@probe(BEYOND, "`layer_norm`: trained in one graph, exported, also to ONNX for one T")
+def _(package: ModuleType, device: str) -> None:
+    layer, i = package.LSTM(3, 4, bidirectional=True, layer_norm=True, device=device), x(device)
+    gradients = [
+        torch.autograd.grad(call(i)[0].sum(), (layer.norm_hh_l0, layer.norm_c_l0))
+        for call in (one_graph(layer), layer)
+    ]
+    assert_close(*gradients)
+    assert_close(torch.export.export(layer, (i,)).module()(i)[0], layer(i)[0])
+    torch.onnx.export(layer, (i,), dynamo=True, verbose=False)
+
+
 @probe(BEYOND, "`lengths` in one graph")
 def _(package: ModuleType, device: str) -> None:
     lengths_in_one_graph(package, device)

@@ -108,9 +108,9 @@ def to_keras(module: nn.Module) -> list[Any]:
 def from_haste(module: Module, weights: Mapping[str, Any]) -> Module:
     """Load the weights of a haste_pytorch LSTM or GRU into a layer or cell, in place.
 
-    haste's layers have one layer and one direction, and biases. Its LayerNorm and IndRNN layers compute something else,
-    and the weights do not tell of zoneout and DropConnect: haste's `zoneout=p, dropout=q` are `zoneout=(p, 0)` of an
-    LSTM or `zoneout=p` of a GRU, and `weight_dropout=q`.
+    haste's layers have one layer and one direction, and biases. Those of its LayerNormLSTM and LayerNormGRU fit a layer
+    with `layer_norm=True`. Its IndRNN computes something else, and the weights do not tell of zoneout and DropConnect:
+    haste's `zoneout=p, dropout=q` are `zoneout=(p, 0)` of an LSTM or `zoneout=p` of a GRU, and `weight_dropout=q`.
 
     With FSDP2 every process has to call this, after `reshard()` of the model if a forward pass has run, as with
     `from_keras`.
@@ -119,7 +119,8 @@ def from_haste(module: Module, weights: Mapping[str, Any]) -> Module:
         module: an LSTM, GRU or cell of rnnkit or torch.nn. Its parameters stay the same objects, with their dtype and
             device.
         weights: `state_dict()` of the haste layer: kernel [I, G*H], recurrent_kernel [H, G*H], bias [G*H] and, in a
-            GRU, recurrent_bias [3*H]. Gate order i, g, f, o (LSTM) or z, r, g (GRU).
+            GRU, recurrent_bias [3*H]; with layer normalization gamma [2, G*H] and, in an LSTM, gamma_h and beta_h [H].
+            Gate order i, g, f, o (LSTM) or z, r, g (GRU).
 
     Returns:
         `module`. In an LSTM, haste's bias is now `bias_ih`, and `bias_hh` is zero.
@@ -146,7 +147,11 @@ def from_haste(module: Module, weights: Mapping[str, Any]) -> Module:
     for name, like in expected.items():
         _check_shape(f"weights[{name!r}]", given[name], like)
     given.setdefault("recurrent_bias", torch.zeros_like(given["bias"]))
-    return _load(module, _HASTE[kind], [[*given.values()]])
+    in_order = [given[name] for name in ("kernel", "recurrent_kernel", "bias", "recurrent_bias")]
+    if "gamma" in given:
+        of_c = [given[name] for name in ("gamma_h", "beta_h") if name in given]
+        in_order += [*given["gamma"], *of_c]
+    return _load(module, _HASTE[kind], [in_order])
 
 
 def to_haste(module: nn.Module) -> dict[str, Tensor]:
@@ -172,10 +177,16 @@ def to_haste(module: nn.Module) -> dict[str, Tensor]:
             f"expected module to have biases, one layer and one direction, as haste's layers do, got {module}"
         )
     ((kernel, recurrent_kernel, *biases),) = _written(module, _HASTE[kind])
+    biases, norms = biases[:2], biases[2:]
     written = {"kernel": kernel, "recurrent_kernel": recurrent_kernel}
     if kind == "GRU":
-        return written | {"bias": biases[0], "recurrent_bias": biases[1]}
-    return written | {"bias": biases[0] + biases[1]}
+        written |= {"bias": biases[0], "recurrent_bias": biases[1]}
+    else:
+        written |= {"bias": biases[0] + biases[1]}
+    if norms:
+        written |= {"gamma": torch.stack(norms[:2])}
+        written |= dict(zip(("gamma_h", "beta_h"), norms[2:], strict=False))
+    return written
 
 
 def _checked_kind(module: nn.Module, library: str, orders: Mapping[str, Sequence[int]]) -> str:
@@ -193,6 +204,10 @@ def _checked_kind(module: nn.Module, library: str, orders: Mapping[str, Sequence
         raise ValueError(
             f"expected module to have no projection, as {library}'s layers, got proj_size={module.proj_size}"
         )
+    if library == "Keras" and getattr(module, "layer_norm", False):
+        raise ValueError(
+            "expected module to have no layer_norm, as Keras's layers, got one with it"
+        )
     if any(parameter.is_meta for parameter in module.parameters()):
         raise ValueError(
             "expected module to have values, got one on the meta device: call module.to_empty(device=...) first"
@@ -200,28 +215,39 @@ def _checked_kind(module: nn.Module, library: str, orders: Mapping[str, Sequence
     return kind
 
 
-def _reordered(weight: Tensor, order: Sequence[int]) -> Tensor:
-    """The gates' blocks of rows in another order."""
+def _reordered(name: str, weight: Tensor, order: Sequence[int]) -> Tensor:
+    """The gates' blocks of rows of the parameter `name` in another order."""
+    if name.startswith("norm_c"):  # it has one row for each unit
+        return weight
     blocks = weight.chunk(len(order))
     return torch.cat([blocks[k] for k in order])
 
 
-def _as_keeping(module: nn.Module, weight: Tensor) -> Tensor:
-    """The module's weight for an update gate that keeps, as theirs does; or theirs for the module's."""
-    return update_gate.with_other_gate(weight) if update_gate.writes(module) else weight
+def _names(module: nn.Module) -> list[list[str]]:
+    """The names of the parameters of each layer and direction, those of layer normalization last."""
+    return [[*own.values(), *parameters.norms(module, own)] for own in parameters.names(module)]
+
+
+def _as_keeping(module: nn.Module, name: str, weight: Tensor) -> Tensor:
+    """The module's parameter for an update gate that keeps, as theirs does; or theirs for the module's."""
+    if update_gate.writes(module) and name in update_gate.names_of_z(module):
+        return update_gate.with_other_gate(weight)
+    return weight
 
 
 def _written(module: nn.Module, order: Sequence[int]) -> list[list[Tensor]]:
-    """Copies in a library's order: kernel, recurrent_kernel and the biases of each layer and direction."""
+    """Copies in a library's order of each layer and direction: kernel, recurrent_kernel, biases, norms."""
     written = []
-    for names in parameters.names(module):
+    for names in _names(module):
         arrays = []
-        for name in names.values():
+        for name in names:
             weight = getattr(module, name)
             if weight is None:
                 raise ValueError(f"expected {name} to be a tensor, got None")
-            weight = _as_keeping(module, sharding.whole(weight.detach()))
-            arrays.append(_reordered(weight, order).t().contiguous())
+            weight = _as_keeping(module, name, sharding.whole(weight.detach()))
+            arrays.append(
+                _reordered(name, weight, order).t().clone(memory_format=torch.contiguous_format)
+            )
         written.append(arrays)
     return written
 
@@ -259,12 +285,12 @@ def _check_shape(name: str, value: Tensor, like: Tensor) -> None:
 
 
 def _load(module: Module, order: Sequence[int], given: Sequence[Sequence[Tensor]]) -> Module:
-    """Writes kernel, recurrent_kernel and the biases of each layer and direction into the module's parameters."""
+    """Writes kernel, recurrent_kernel, biases and norms of each layer and direction into the module's parameters."""
     state = {}
-    for names, weights in zip(parameters.names(module), given, strict=True):
-        for name, weight in zip(names.values(), weights, strict=True):
+    for names, weights in zip(_names(module), given, strict=True):
+        for name, weight in zip(names, weights, strict=True):
             held = parameters.held(module, name)
-            values = _as_keeping(module, _reordered(weight.t(), order))
+            values = _as_keeping(module, name, _reordered(name, weight.t(), order))
             state[name] = sharding.sharded_like(held, values)
     # Not all that a subclass may add is given. A frozen layer packs its weights again.
     module.load_state_dict(state, strict=False)

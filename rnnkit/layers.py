@@ -385,6 +385,8 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
         batch = input.size(0 if self.batch_first else 1)
         steps = input.size(1 if self.batch_first else 0)
         lengths = packing.as_lengths(asked.lengths, batch, steps)
+        if batch == 0 and not torch.compiler.is_compiling():  # nothing to pack
+            return self._forward(input, hx, asked._replace(lengths=None))
         pack, pad = packing.ways(lengths, steps, self.batch_first, input.device)
         packed, reset = pack(input), asked.reset
         if reset is not None:
@@ -558,6 +560,9 @@ class RNN(_LayersOfOneState):
             gives the expectation, p h_{t-1} + (1 - p) h_t. Krueger et al. 2017. Default 0.
         learn_initial_state: whether the states before the first step are parameters, `h_0` [L*D, H], zeros at first. A
             call without `hx` begins with them, and `reset` without `reset_to` puts back to them. Default False.
+        layer_norm: whether W_ih x_t and W_hh h_{t-1} are normalized, each over all its values, and multiplied with the
+            parameters `norm_ih_l0` and `norm_hh_l0` [H] and so on, before the biases are added. Ba, Kiros and Hinton
+            2016, as in haste. Default False.
         init: what initializes the parameters after torch.nn's own initialization, also in `reset_parameters()`: an
             initializer of `rnnkit.init` by its name (`"orthogonal"`, `"xavier"`, `"keras"` or `"identity"`), or a
             callable that takes the module. Default None.
@@ -667,6 +672,10 @@ class LSTM(_Layers):
         learn_initial_state: whether the states before the first step are parameters, `h_0` [L*D, P or H] and
             `c_0` [L*D, H], zeros at first. A call without `hx` begins with them, and `reset` without `reset_to` puts
             back to them. Default False.
+        layer_norm: whether W_ih x_t and W_hh h_{t-1} are normalized, each over all its values, and multiplied with the
+            parameters `norm_ih_l0` and `norm_hh_l0` [4*H] and so on, before the biases are added; and so is c_t over
+            its H values where h_t is made of it, h_t = o ⊙ tanh(norm(c_t) ⊙ norm_c + norm_c_bias), with `norm_c_l0` and
+            `norm_c_bias_l0` [H]. Ba, Kiros and Hinton 2016, as in haste. Default False.
         init: what initializes the parameters after torch.nn's own initialization, also in `reset_parameters()`: an
             initializer of `rnnkit.init` by its name (`"orthogonal"`, `"xavier"`, `"keras"` or `"forget_bias"`), or a
             callable that takes the module. Default None.
@@ -836,6 +845,9 @@ class GRU(UpdateGate, _LayersOfOneState):
             gives the expectation, p h_{t-1} + (1 - p) h_t. Krueger et al. 2017. Default 0.
         learn_initial_state: whether the states before the first step are parameters, `h_0` [L*D, H], zeros at first. A
             call without `hx` begins with them, and `reset` without `reset_to` puts back to them. Default False.
+        layer_norm: whether W_ih x_t and W_hh h_{t-1} are normalized, each over all its values, and multiplied with the
+            parameters `norm_ih_l0` and `norm_hh_l0` [3*H] and so on, before the biases are added. Ba, Kiros and Hinton
+            2016, as in haste. Default False.
         init: what initializes the parameters after torch.nn's own initialization, also in `reset_parameters()`: an
             initializer of `rnnkit.init` by its name (`"orthogonal"`, `"xavier"` or `"keras"`), or a
             callable that takes the module. Default None.

@@ -1,6 +1,5 @@
 """`UpdateGate`: the base of GRU and GRUCell that knows which way their update gate z works."""
 
-from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -53,8 +52,7 @@ class UpdateGate(nn.Module):
         _check(to)
         if to == self.update_gate:
             return self
-        names = [name for own in parameters.names(self) for name in self._names_of_z(own)]
-        weights = [parameters.held(self, name) for name in names]
+        weights = [parameters.held(self, name) for name in names_of_z(self)]
         with torch.no_grad():
             for weight in {id(weight): weight for weight in weights}.values():  # tied ones once
                 if weight is not None:
@@ -64,13 +62,6 @@ class UpdateGate(nn.Module):
         vars(self).pop("_packed", None)  # packed weights of a frozen layer
         return self
 
-    def _names_of_z(self, own: Mapping[str, str]) -> Iterable[str]:
-        """The names of one direction's parameters of which z is a sum; `own`: see `parameters.names`."""
-        norms = parameters.norms(self, own)
-        if not norms:
-            return own.values()
-        return [name for kind, name in own.items() if kind.startswith("bias")] + norms
-
     def extra_repr(self) -> str:
         """The other options, followed by `update_gate` if the gate writes."""
         return super().extra_repr() + ", update_gate=writes" * writes(self)
@@ -79,6 +70,16 @@ class UpdateGate(nn.Module):
 def writes(module: nn.Module) -> bool:
     """Whether it is a GRU or GRUCell with `update_gate="writes"`."""
     return isinstance(module, UpdateGate) and module.update_gate == "writes"
+
+
+def names_of_z(module: nn.Module) -> list[str]:
+    """The names of the parameters in which z has rows that decide on its sign: of normalized products the factors."""
+    found = []
+    for own in parameters.names(module):
+        norms = parameters.norms(module, own)
+        found += [name for kind, name in own.items() if not norms or kind.startswith("bias")]
+        found += norms
+    return found
 
 
 def with_other_gate(weight: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
 
 import rnnkit
+from rnnkit.noise import coins
 
 # Keras asks numpy of torch tensors in a way that numpy wants changed.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -348,7 +349,7 @@ def test_zoneout_and_dropconnect_are_those_of_haste(name: str, training: bool) -
     if training:  # haste: F.dropout(recurrent_kernel), once a call
         with torch.no_grad():
             dropped.weight_hh_l0.copy_(functional.dropout(layer.weight_hh_l0, 0.25))
-        mask = 1.0 - torch.empty(7, 4, 6, dtype=torch.bool).bernoulli_(p).double()
+        mask = 1.0 - coins(p, 7 * 4, 6, input.device).view(7, 4, 6).double()
     weights = rnnkit.to_haste(dropped)
 
     def zone(t: int, new: Tensor, old: Tensor) -> Tensor:
@@ -357,6 +358,64 @@ def test_zoneout_and_dropconnect_are_those_of_haste(name: str, training: bool) -
     expected = HASTE[name](weights, input, zone)
     torch.manual_seed(3)
     torch.testing.assert_close(layer(input)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def haste_layer_norm_lstm(weights: dict[str, Tensor], input: Tensor) -> Tensor:
+    """Gates of LN(h U) gamma_1 + LN(x W) gamma_0 + b; h' = o tanh(LN(c') gamma_h + beta_h); c is not normalized."""
+    size = weights["recurrent_kernel"].size(0)
+    h = c = input.new_zeros(input.size(1), size)
+    outputs = []
+    of_x = functional.layer_norm(input @ weights["kernel"], (4 * size,), weights["gamma"][0])
+    for x in of_x:
+        product = h @ weights["recurrent_kernel"]
+        of_h = functional.layer_norm(product, (4 * size,), weights["gamma"][1])
+        i, g, f, o = (of_h + x + weights["bias"]).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        read = functional.layer_norm(c, (size,), weights["gamma_h"], weights["beta_h"])
+        h = o.sigmoid() * read.tanh()
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+def haste_layer_norm_gru(weights: dict[str, Tensor], input: Tensor) -> Tensor:
+    """LN(x W) gamma_0 + bias and LN(h U) gamma_1 + recurrent_bias, in haste's GRU."""
+    size = weights["recurrent_kernel"].size(0)
+    h = input.new_zeros(input.size(1), size)
+    outputs = []
+    of_x = functional.layer_norm(input @ weights["kernel"], (3 * size,), weights["gamma"][0])
+    for x in of_x + weights["bias"]:
+        product = h @ weights["recurrent_kernel"]
+        of_h = functional.layer_norm(product, (3 * size,), weights["gamma"][1])
+        (x_z, x_r, x_g), (h_z, h_r, h_g) = (
+            x.chunk(3, 1),
+            (of_h + weights["recurrent_bias"]).chunk(3, 1),
+        )
+        z, r = (x_z + h_z).sigmoid(), (x_r + h_r).sigmoid()
+        h = z * h + (1 - z) * (x_g + r * h_g).tanh()
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "GRU writes"])
+def test_layer_normalization_is_that_of_haste(kind: str) -> None:
+    cls, _, writes = kind.partition(" ")
+    gate = {"update_gate": "writes"} if writes else {}
+    layer, other = (getattr(rnnkit, cls)(5, 6, layer_norm=True, **gate).double() for _ in range(2))
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name.startswith("norm"):
+                parameter += torch.randn_like(parameter) / 3
+    weights, input = rnnkit.to_haste(layer), torch.randn(7, 4, 5, dtype=torch.float64)
+    assert weights["gamma"].shape == ((2, 24) if cls == "LSTM" else (2, 18))
+    reference = haste_layer_norm_lstm if cls == "LSTM" else haste_layer_norm_gru
+    expected = reference(weights, input)
+    torch.testing.assert_close(layer(input)[0], expected, rtol=1e-12, atol=1e-12)
+    rnnkit.from_haste(other, weights)
+    torch.testing.assert_close(other(input)[0], expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="expected weights of a haste"):
+        rnnkit.from_haste(getattr(rnnkit, cls)(5, 6), weights)
+    with pytest.raises(ValueError, match="expected module to have no layer_norm"):
+        rnnkit.to_keras(layer)
 
 
 # Errors

@@ -222,3 +222,10 @@ def test_errors() -> None:
     packed = nn.utils.rnn.pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
     with pytest.raises(TypeError, match="got a PackedSequence, which has its own"):
         layer(packed, lengths=LENGTHS)
+
+
+def test_no_sequences() -> None:
+    layer = made("lstm", bidirectional=True)
+    lengths = torch.tensor([], dtype=torch.int64)
+    output, (h_n, c_n) = layer(torch.randn(T, 0, I).double(), lengths=lengths)
+    assert output.shape == (T, 0, 2 * H) and h_n.shape == c_n.shape == (4, 0, H)
