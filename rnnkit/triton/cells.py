@@ -85,8 +85,7 @@ def _read(c, norm):
         return c
     else:
         factor, bias, mask, count = norm
-        n, _ = layer_norm.normalized((c,), mask, count)
-        return n[0] * factor + bias
+        return layer_norm.normalized(c, layer_norm.moments((c,), mask, count)) * factor + bias
 
 
 @triton.jit
@@ -96,7 +95,9 @@ def _of_c(grad_read, c, norm):
         return grad_read
     else:
         factor, _, mask, count = norm
-        return layer_norm.passed((grad_read,), (factor,), (c,), mask, count)[0]
+        of = layer_norm.moments((c,), mask, count)
+        means = layer_norm.means_of_grads((grad_read,), (factor,), (c,), of, mask, count)
+        return layer_norm.passed(grad_read, factor, c, of, means)
 
 
 @triton.jit
@@ -113,8 +114,8 @@ def lstm_backward(save, h, previous_h, grad_state, norm=None):
     grad_o = grad_state[0] * tanh_c * o * (1 - o)
     grads = (grad_i, grad_f, grad_g, grad_o)
     if norm is not None:
-        n, _ = layer_norm.normalized((new_c,), norm[2], norm[3])
-        grads += (grad_read, grad_read * n[0])
+        n = layer_norm.normalized(new_c, layer_norm.moments((new_c,), norm[2], norm[3]))
+        grads += (grad_read, grad_read * n)
     return (tl.zeros_like(h), grad_c * f), grads
 
 

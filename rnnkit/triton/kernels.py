@@ -209,13 +209,14 @@ def forward(
                 store_saved(
                     reserve, recurrent, d * total + row, i, u, mask, hidden, VALUES, VALUES - GATES
                 )
-            n, _ = layer_norm.normalized(recurrent, u_mask, GATES * hidden)
+            of = layer_norm.moments(recurrent, u_mask, GATES * hidden)
             factors = layer_norm.of_units(
                 norm_hh, d * GATES * hidden + u, u_mask, GATES, hidden, SUM
             )
-            recurrent = ()
+            normalized = ()
             for g in tl.static_range(GATES):
-                recurrent += (n[g] * factors[g],)
+                normalized += (layer_norm.normalized(recurrent[g], of) * factors[g],)
+            recurrent = normalized
         x = ()
         h = ()
         for g in tl.static_range(GATES):
@@ -385,10 +386,13 @@ def backward(
             of_products = load_saved(
                 reserve, d * total + row, i, u, mask, hidden, VALUES, VALUES - GATES, GATES
             )
+            of = layer_norm.moments(of_products, u_mask, GATES * hidden)
             factors = layer_norm.of_units(
                 norm_hh, d * GATES * hidden + u, u_mask, GATES, hidden, SUM
             )
-            grads = layer_norm.passed(grads, factors, of_products, u_mask, GATES * hidden) + grads
+            means = layer_norm.means_of_grads(
+                grads, factors, of_products, of, u_mask, GATES * hidden
+            )
         if kept is not None:
             grads_before = zoneout.added(grads_before, of_old)
         if (GRAD_CLIP is not None) | (GRAD_CUT > 0) | (reset is not None):
@@ -407,13 +411,20 @@ def backward(
                 sums += (sum,)
             grads_before = passed
             grad_reset = sums
-        for k in tl.static_range(GRAD_COLUMNS):
-            grad_base = grad_gates + ((row * directions + d) * GRAD_COLUMNS + k) * hidden
-            tl.store(
-                grad_base + (i * (directions * GRAD_COLUMNS * hidden) + u),
-                grads[k].to(grad_gates.dtype.element_ty),
-                mask=mask,
-            )
+        column = 0 if norm_hh is None else GATES
+        grad_place = i * (directions * GRAD_COLUMNS * hidden) + u
+        for k in tl.static_range(len(grads)):
+            grad_base = grad_gates + ((row * directions + d) * GRAD_COLUMNS + column + k) * hidden
+            tl.store(grad_base + grad_place, grads[k].to(grad_gates.dtype.element_ty), mask=mask)
+        if norm_hh is not None:
+            for g in tl.static_range(GATES):
+                # Loaded again behind the stores: all of them at once need too many registers.
+                value = load_saved(
+                    reserve, d * total + row, i, u, mask, hidden, VALUES, VALUES - GATES + g, 1
+                )[0]
+                grad = layer_norm.passed(grads[g], factors[g], value, of, means)
+                grad_base = grad_gates + ((row * directions + d) * GRAD_COLUMNS + g) * hidden
+                tl.store(grad_base + grad_place, grad.to(grad_gates.dtype.element_ty), mask=mask)
         grad_state = carry.carried(active, grads_before, grad_state)
         tl.debug_barrier()  # the next step reads what this one wrote
     store_states(new_grad_states, grad_state, begin, i, u, i_mask & u_mask, batch, hidden, STATES)

@@ -46,31 +46,33 @@ def mean(values, mask, count):
 
 
 @triton.jit
-def normalized(values, mask, count):
-    """The tuple of n, and 1 / sqrt(variance + epsilon) of each row [ROWS, 1]."""
+def moments(values, mask, count):
+    """Of each row the mean and 1 / sqrt(variance + epsilon), [ROWS, 1]."""
     center = mean(values, mask, count)
     squares = ()
     for k in tl.static_range(len(values)):
         squares += ((values[k] - center) * (values[k] - center),)
-    rstd = 1 / tl.sqrt(mean(squares, mask, count) + EPSILON)
-    found = ()
-    for k in tl.static_range(len(values)):
-        found += ((values[k] - center) * rstd,)
-    return found, rstd
+    return center, 1 / tl.sqrt(mean(squares, mask, count) + EPSILON)
 
 
 @triton.jit
-def passed(grads, factors, values, mask, count):
-    """The gradients of `values` from those of n times the factor."""
-    n, rstd = normalized(values, mask, count)
+def normalized(value, of):
+    """n of a tile, from the row's moments."""
+    return (value - of[0]) * of[1]
+
+
+@triton.jit
+def means_of_grads(grads, factors, values, of, mask, count):
+    """What `passed` needs of a row: the means of the gradients of n and of their products with n, [ROWS, 1]."""
     of_n = ()
     products = ()
     for k in tl.static_range(len(values)):
         of_n += (grads[k] * factors[k],)
-        products += (of_n[k] * n[k],)
-    offset = mean(of_n, mask, count)
-    slope = mean(products, mask, count)
-    found = ()
-    for k in tl.static_range(len(values)):
-        found += (rstd * (of_n[k] - offset - n[k] * slope),)
-    return found
+        products += (of_n[k] * normalized(values[k], of),)
+    return mean(of_n, mask, count), mean(products, mask, count)
+
+
+@triton.jit
+def passed(grad, factor, value, of, means):
+    """The gradient of a tile from that of n times the factor."""
+    return of[1] * (grad * factor - means[0] - normalized(value, of) * means[1])
