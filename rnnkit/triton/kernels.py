@@ -135,6 +135,22 @@ def store_saved(
 
 
 @triton.jit
+def store_grads(
+    grad_gates, grads, row, i, u, mask, hidden, COLUMNS: tl.constexpr, FIRST: tl.constexpr
+):
+    """Writes gradients of the program's tile to their columns of `grad_gates` [R, D, COLUMNS, H], from FIRST on."""
+    directions = tl.num_programs(2)
+    d = tl.program_id(2).to(tl.int64)
+    for k in tl.static_range(len(grads)):
+        base = grad_gates + ((row * directions + d) * COLUMNS + FIRST + k) * hidden
+        tl.store(
+            base + (i * (directions * COLUMNS * hidden) + u),
+            grads[k].to(grad_gates.dtype.element_ty),
+            mask=mask,
+        )
+
+
+@triton.jit
 def bias(b, place, mask, UNITS: tl.constexpr, SUM: tl.constexpr):
     """The bias of the program's units [1, UNITS]; zeros if `b` is None."""
     if b is None:
@@ -383,16 +399,24 @@ def backward(
         else:
             grads_before, grads = CELL(save, h, previous_h, grad_given, norm)
         if norm_hh is not None:
+            store_grads(grad_gates, grads, row, i, u, mask, hidden, GRAD_COLUMNS, GATES)
+            factors = layer_norm.of_units(
+                norm_hh, d * GATES * hidden + u, u_mask, GATES, hidden, SUM
+            )
             of_products = load_saved(
                 reserve, d * total + row, i, u, mask, hidden, VALUES, VALUES - GATES, GATES
             )
             of = layer_norm.moments(of_products, u_mask, GATES * hidden)
-            factors = layer_norm.of_units(
-                norm_hh, d * GATES * hidden + u, u_mask, GATES, hidden, SUM
-            )
             means = layer_norm.means_of_grads(
                 grads, factors, of_products, of, u_mask, GATES * hidden
             )
+            for g in tl.static_range(GATES):
+                # Loaded again behind a store: all of them at once need too many registers.
+                value = load_saved(
+                    reserve, d * total + row, i, u, mask, hidden, VALUES, VALUES - GATES + g, 1
+                )[0]
+                grad = layer_norm.passed(grads[g], factors[g], value, of, means)
+                store_grads(grad_gates, (grad,), row, i, u, mask, hidden, GRAD_COLUMNS, g)
         if kept is not None:
             grads_before = zoneout.added(grads_before, of_old)
         if (GRAD_CLIP is not None) | (GRAD_CUT > 0) | (reset is not None):
@@ -411,20 +435,8 @@ def backward(
                 sums += (sum,)
             grads_before = passed
             grad_reset = sums
-        column = 0 if norm_hh is None else GATES
-        grad_place = i * (directions * GRAD_COLUMNS * hidden) + u
-        for k in tl.static_range(len(grads)):
-            grad_base = grad_gates + ((row * directions + d) * GRAD_COLUMNS + column + k) * hidden
-            tl.store(grad_base + grad_place, grads[k].to(grad_gates.dtype.element_ty), mask=mask)
-        if norm_hh is not None:
-            for g in tl.static_range(GATES):
-                # Loaded again behind the stores: all of them at once need too many registers.
-                value = load_saved(
-                    reserve, d * total + row, i, u, mask, hidden, VALUES, VALUES - GATES + g, 1
-                )[0]
-                grad = layer_norm.passed(grads[g], factors[g], value, of, means)
-                grad_base = grad_gates + ((row * directions + d) * GRAD_COLUMNS + g) * hidden
-                tl.store(grad_base + grad_place, grad.to(grad_gates.dtype.element_ty), mask=mask)
+        if norm_hh is None:
+            store_grads(grad_gates, grads, row, i, u, mask, hidden, GRAD_COLUMNS, 0)
         grad_state = carry.carried(active, grads_before, grad_state)
         tl.debug_barrier()  # the next step reads what this one wrote
     store_states(new_grad_states, grad_state, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
