@@ -18,8 +18,8 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-#: Bytes that a thread of any kernel may spill: a few in the largest tiles; twice as many where h is masked or where there
-#: is layer normalization.
+#: Bytes that a thread of any kernel may spill: a few in the largest tiles; twice as many where h is masked, and
+#: with layer normalization.
 SPILLED = 144
 
 
