@@ -98,5 +98,5 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
     ]
     if passes[0].normalizes and (reason := run.why_not(passes[0])):
         return Explanation("reference", device.type, "reference", reason=reason)
-    plans = [run.choose(scan, torch.device(device.type, index)) for scan in passes]
-    return Explanation(serving, device.type, plans[0].kernel, *plans)
+    forward, back = (run.choose(scan, torch.device(device.type, index)) for scan in passes)
+    return Explanation(serving, device.type, forward.kernel, forward, back)
