@@ -26,6 +26,11 @@ def device_of(index: int) -> plan.Gpu:
     )
 
 
+def why_not(scan: plan.Scan) -> str:
+    """See `rnnkit.gpu.Scans`."""
+    return "the CUDA kernels have no layer normalization" if scan.normalizes else ""
+
+
 def choose(scan: plan.Scan, device: torch.device) -> plan.Plan:
     """The plan that is expected to be fastest, or the one that `plan.forced` asks for."""
     return plan.choose(scan, device_of(device.index))

@@ -22,6 +22,7 @@ class Explanation:
             `"sequence"` or `"stepwise"` in Triton. Elsewhere the same as `backend`.
         forward, backward: on a GPU, the plan of each pass: units, blocks, warps or bytes, and the reason for it.
             Elsewhere None.
+        reason: why the reference computes the layer normalization of a call on a GPU that has kernels; else empty.
     """
 
     backend: str
@@ -29,10 +30,11 @@ class Explanation:
     kernel: str
     forward: gpu.Design | None = None
     backward: gpu.Design | None = None
+    reason: str = ""
 
     def __str__(self) -> str:
         if self.forward is None:
-            return f"{self.backend} on {self.device}"
+            return f"{self.backend} on {self.device}" + f": {self.reason}" * bool(self.reason)
         return f"{self.backend} on {self.device}\n  forward   {self.forward}\n  backward  {self.backward}"
 
 
@@ -44,7 +46,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
         input: the input of the call; only its shape, dtype and device matter.
 
     Returns:
-        The backend and, on a GPU, the plan of each pass; `print` shows them.
+        The backend and, on a GPU, the plan of each pass, or why the reference computes it; `print` shows them.
 
     Raises:
         TypeError: `module` is no layer or cell of rnnkit.
@@ -78,20 +80,21 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
     index = torch.cuda.current_device() if device.index is None else device.index
     run = gpu.scans(device)
     assert run is not None
-    plans = [
-        run.choose(
-            plan.Scan(
-                cell,
-                dtype.itemsize,
-                backward,
-                hidden,
-                projected,
-                batch,
-                directions,
-                gpu.is_precise(dtype),
-            ),
-            torch.device(device.type, index),
+    passes = [
+        plan.Scan(
+            cell,
+            dtype.itemsize,
+            backward,
+            hidden,
+            projected,
+            batch,
+            directions,
+            gpu.is_precise(dtype),
+            isinstance(module, RNN | LSTM | GRU) and module.layer_norm,
         )
         for backward in (False, True)
     ]
-    return Explanation(serving, device.type, plans[0].kernel, *plans)
+    if passes[0].normalizes and (reason := run.why_not(passes[0])):
+        return Explanation("reference", device.type, "reference", reason=reason)
+    forward, back = (run.choose(scan, torch.device(device.type, index)) for scan in passes)
+    return Explanation(serving, device.type, forward.kernel, forward, back)

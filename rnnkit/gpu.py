@@ -14,10 +14,11 @@ from typing import Protocol, cast, overload
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
 from rnnkit import backends, ops, plan
 from rnnkit.call import BackwardCall, Keep, LayerCall, Results
-from rnnkit.specs import WEIGHTS
+from rnnkit.specs import NORM_EPSILON, WEIGHTS
 
 
 class Design(Protocol):
@@ -34,6 +35,9 @@ class Design(Protocol):
 
 class Scans(Protocol):
     """The functions of a backend's module: the scans of one layer. The products over all rows are made here."""
+
+    def why_not(self, scan: plan.Scan) -> str:
+        """Why the reference computes a scan that has layer normalization; empty if the kernels do."""
 
     def choose(self, scan: plan.Scan, device: torch.device) -> Design:
         """Plans a scan for a device."""
@@ -52,12 +56,14 @@ class Scans(Protocol):
 
         Args:
             call: the call; its initial states are never absent.
-            gates: [rows, D*G*H], on entry the input parts of the gates, without biases.
+            gates: [rows, D*G*H], on entry the input parts of the gates, normalized if the call normalizes, without
+                biases.
             keep: what to write into the reserve.
             output: [rows, D*P], on return h after each step. None, with empty `finals`, in a call of one step that
                 only fills the reserve; the initial states other than h may then have the dtype of sums.
             finals: on return, the final states.
-            reserve: [D, rows, V, H], on return what `keep` says; see `LayerCall.reserve_shape`.
+            reserve: [D, rows, V, H], on return what `keep` says; see `LayerCall.reserve_shape`. The products with x
+                are there on entry.
             all_states: [rows, D*H] each, on return the states other than h after each step; empty to skip them.
         """
 
@@ -236,6 +242,7 @@ class GpuCall(LayerCall):
             self.batch,
             self.directions,
             self.precise,
+            self.normalizes,
         )
 
     def rows_of(self, d: int, step: int) -> slice:
@@ -273,9 +280,26 @@ class GpuCall(LayerCall):
         """The input as [rows, I]."""
         return self.input.view(self.rows, self.input.size(-1))
 
-    def gates(self) -> Tensor:
-        """The input parts of all gates, without biases, [rows, D*G*H]."""
-        return self.matrix() @ _joined(self.w_ih).t()
+    def gates(self, keep: int, reserve: Tensor) -> Tensor:
+        """The input parts of all gates, without biases, [rows, D*G*H].
+
+        With layer normalization they are normalized; their products go to `reserve` if it keeps everything.
+        """
+        found = self.matrix() @ _joined(self.w_ih).t()
+        if not self.normalizes:
+            return found
+        of_directions = found.view(self.rows, self.directions, -1)
+        if keep == Keep.EVERYTHING:
+            products = of_directions.unflatten(-1, (self.spec.gates, -1))
+            reserve[:, :, -2 * self.spec.gates : -self.spec.gates] = products.transpose(0, 1)
+        factors = [factor for factor in self.of_kind("norm_ih") if factor is not None]
+        return torch.cat(
+            [
+                layer_norm(products, factor.shape, factor, None, NORM_EPSILON)
+                for products, factor in zip(of_directions.unbind(1), factors, strict=True)
+            ],
+            1,
+        )
 
 
 def _joined(weights: Sequence[Tensor | None]) -> Tensor:
@@ -292,10 +316,18 @@ def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
 
 
+def _knows(run: Scans, call: LayerCall) -> bool:
+    """Whether the kernels have what the call asks for. If not, the reference computes it."""
+    if not call.normalizes:
+        return True
+    call.check()
+    return not run.why_not(GpuCall(*call.arguments).scan(backward=False))
+
+
 def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
     """`rnnkit::layer_forward` on CUDA tensors."""
     run = scans(call.input.device)
-    if run is None or call.normalizes:
+    if run is None or not _knows(run, call):
         return ops.forward_composite(call, packed, keep)
     call.check_keep(keep)
     call = GpuCall.of(call)
@@ -307,14 +339,15 @@ def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
         call = replace(call, states=call.zero_states(call.batch))
     with _products_like_scans(call.input):
         output, *all_states = (o.view(call.rows, -1) for o in outputs)
-        run.forward(call, call.gates(), keep, output, finals, reserve, all_states)
+        gates = call.gates(keep, reserve)
+        run.forward(call, gates, keep, output, finals, reserve, all_states)
     return outputs, finals, reserve
 
 
 def layer_backward(back: BackwardCall) -> list[Tensor]:
     """`rnnkit::layer_backward` on CUDA tensors."""
     run = scans(back.call.input.device)
-    if run is None or back.call.normalizes:
+    if run is None or not _knows(run, back.call):
         return ops.backward_composite(back)
     call = GpuCall.of(back.call)
     back = replace(back, call=call)
@@ -336,7 +369,10 @@ class Backward:
         grad_all_states: the gradients of the other outputs.
         output: [rows, D*P], h after each step.
         reserve: [D, rows, V, H], the V values that the cell saves; recomputed if the forward pass kept only states.
-        grad_columns: W, the number of gradient columns of a hidden unit, see `CellSpec.input_grads`.
+        grad_columns: W, the number of gradient columns of a hidden unit.
+        gate_column: the first of those of the gates, whose order `CellSpec.input_grads` tells. With layer normalization
+            those of the products with h stand before them and, for a cell whose state is normalized, those of its bias
+            and its factor after them.
         grad_gates: [rows, D*W*H], on return from the scan the gates' gradients.
         flow: on return from the scan the gradient of each state after each step, [rows, D*H] in the dtype of sums; None
             for a projected h, and an empty list if they are not asked for.
@@ -351,9 +387,12 @@ class Backward:
         ]
         self.output = plain(back.output).view(call.rows, -1)
         self.reserve = back.reserve.contiguous()
-        if back.keep != Keep.EVERYTHING and call.spec.saved > 0:
+        if back.keep != Keep.EVERYTHING and (call.spec.saved > 0 or call.normalizes):
             self._compute_reserve()
-        self.grad_columns = call.spec.grad_columns
+        self.gate_column = call.spec.gates if call.normalizes else 0
+        self.grad_columns = self.gate_column + call.spec.grad_columns
+        if call.normalizes and call.spec.states > 1:
+            self.grad_columns += 2
         width = self.grad_columns * call.hidden
         self.grad_gates = call.input.new_empty(call.rows, call.directions * width)
         self._new_flow = back.new_flow()
@@ -454,7 +493,10 @@ class Backward:
         return mask.index_select(0, sent(places, mask.device))
 
     def _runs(self) -> list[tuple[int, int, int]]:
-        """Runs of gates whose input parts have adjacent gradient columns: (first gate, last gate + 1, first column)."""
+        """Runs of gates whose input parts have adjacent gradient columns: (first gate, last gate + 1, first column).
+
+        Columns are counted from `gate_column` on.
+        """
         runs: list[tuple[int, int, int]] = []
         for gate, place in enumerate(self.call.spec.input_grads):
             if runs and place == runs[-1][2] + gate - runs[-1][0]:
@@ -463,20 +505,67 @@ class Backward:
                 runs.append((gate, gate + 1, place))
         return runs
 
+    def _columns(self, d: int, first: int, count: int) -> Tensor:
+        """The gradient columns `first` to `first + count` of direction d, [rows, count*H]."""
+        begin = (d * self.grad_columns + first) * self.call.hidden
+        return self.grad_gates[:, begin : begin + count * self.call.hidden]
+
+    def _of_inputs(self, d: int) -> list[tuple[int, Tensor]]:
+        """The gradients of direction d's products with x: (first row of w_ih, gradients of that and further rows)."""
+        if self.call.normalizes:
+            return [(0, self._through_norm_ih[d][0])]
+        H = self.call.hidden
+        return [(first * H, self._columns(d, at, end - first)) for first, end, at in self._runs()]
+
+    @cached_property
+    def _through_norm_ih(self) -> list[tuple[Tensor, Tensor]]:
+        """For each direction the gradients of its products with x, [rows, G*H], and of norm_ih."""
+        call, found = self.call, []
+        for d, factor in enumerate(call.of_kind("norm_ih")):
+            assert factor is not None
+            parts = [
+                self._columns(d, self.gate_column + at, end - first)
+                for first, end, at in self._runs()
+            ]
+            grads = torch.cat(parts, 1).to(call.sum_dtype)
+            products, factor, shape = self._products(d, -2), factor.to(call.sum_dtype), factor.shape
+            _, mean, rstd = torch.native_layer_norm(products, shape, factor, None, NORM_EPSILON)
+            of_products, of_factor, _ = torch.ops.aten.native_layer_norm_backward(
+                grads, products, shape, mean, rstd, factor, None, [True, True, False]
+            )
+            found.append((of_products.to(call.input.dtype), of_factor.to(call.input.dtype)))
+        return found
+
+    def _products(self, d: int, place: int) -> Tensor:
+        """What the reserve has of direction d's products with x, place -2, or with h, place -1: [rows, G*H]."""
+        gates = self.call.spec.gates
+        first = self.reserve.size(2) + place * gates
+        return self.reserve[d, :, first : first + gates].flatten(1)
+
+    def _norms(self, d: int) -> list[Tensor | None]:
+        """The gradients of direction d's weights of layer normalization, see `specs.NORMS`; none without it."""
+        call = self.call
+        if not call.normalizes:
+            return []
+        gates, dtype = call.spec.gates, call.input.dtype
+        of_gates = self._columns(d, self.gate_column, gates)
+        products = self._products(d, -1)
+        normalized = layer_norm(products, products.shape[1:], eps=NORM_EPSILON)
+        norm_hh = (of_gates * normalized).sum(0).to(dtype)
+        norm_c = norm_c_bias = None
+        if call.spec.states > 1:
+            norm_c_bias = self._columns(d, self.grad_columns - 2, 1).sum(0)
+            norm_c = self._columns(d, self.grad_columns - 1, 1).sum(0)
+        return [self._through_norm_ih[d][1], norm_hh, norm_c, norm_c_bias]
+
     def _weights(self, d: int) -> list[Tensor | None]:
-        """The gradients of direction d's weights, see `specs.WEIGHTS`; None instead of that of w_hr."""
+        """The gradients of direction d's weights, see `LayerCall.kinds`; None instead of that of w_hr."""
         call, H = self.call, self.call.hidden
-        width = self.grad_columns * H
-        of_gates = self.grad_gates[:, d * width : (d + 1) * width]
-        recurrent = of_gates[:, : call.spec.gates * H]
-        runs = self._runs()
+        recurrent = self._columns(d, 0, call.spec.gates)
         w_ih = w_hh = b_ih = b_hh = None
         if self._need("w_ih")[d]:
             x = call.matrix()
-            parts = [
-                of_gates[:, at * H : (at + end - first) * H].t() @ x for first, end, at in runs
-            ]
-            w_ih = _joined(parts)
+            w_ih = _joined([part.t() @ x for _, part in self._of_inputs(d)])
         if self._need("w_hh")[d]:
             masks = self._masks(d)
             for rows, h in self._previous(d):
@@ -489,23 +578,21 @@ class Backward:
             if w_hh is None:
                 w_hh = call.input.new_zeros(call.spec.gates * H, call.projected)
         if self._need("b_ih")[d] or self._need("b_hh")[d]:
-            sums = of_gates.sum(0)
-            inputs = [sums[at * H : (at + end - first) * H] for first, end, at in runs]
+            sums = self._columns(d, self.gate_column, call.spec.grad_columns).sum(0)
+            inputs = [sums[at * H : (at + end - first) * H] for first, end, at in self._runs()]
             b_ih, b_hh = _joined(inputs), sums[: call.spec.gates * H].clone()
-        return [w_ih, w_hh, b_ih, b_hh, None]
+        return [w_ih, w_hh, b_ih, b_hh, None, *self._norms(d)]
 
     def _input(self) -> Tensor:
-        call, H = self.call, self.call.hidden
+        call = self.call
         grad = None
         if self.grad_columns == call.spec.gates:
             grad = self.grad_gates @ _joined(call.w_ih)
         else:
             for d, w_ih in enumerate(call.w_ih):
                 assert w_ih is not None
-                for first, end, at in self._runs():
-                    start = (d * self.grad_columns + at) * H
-                    part = self.grad_gates[:, start : start + (end - first) * H]
-                    weight = w_ih[first * H : end * H]
+                for first, part in self._of_inputs(d):
+                    weight = w_ih[first : first + part.size(1)]
                     grad = part @ weight if grad is None else torch.addmm(grad, part, weight)
         assert grad is not None
         return grad.view(call.input.shape)
@@ -513,16 +600,21 @@ class Backward:
     def _compute_reserve(self) -> None:
         """Recomputes the reserve in one step over all rows at once, which works because h is known at every step."""
         call = self.call
-        states, gates = self.reserve, call.gates()
+        states = self.reserve
         self.reserve = states.new_empty(call.reserve_shape(Keep.EVERYTHING))
+        gates = call.gates(Keep.EVERYTHING, self.reserve)
         width = call.spec.gates * call.hidden
         for d in range(call.directions):
             h = call.input.new_zeros(1, call.rows, call.projected)
             for rows, part in self._previous(d):
                 if part is not None:
                     h[0, rows] = part
-            others = [state.contiguous().unsqueeze(0) for state in states[d].unbind(1)]
-            step = GpuCall(call.cell, call.matrix().unsqueeze(0), [h, *others], call.direction(d))
+            before = states[d].unbind(1)[: call.spec.states - 1]
+            others = [state.contiguous().unsqueeze(0) for state in before]
+            weights = call.direction(d)[: len(call.kinds)]
+            step = GpuCall(call.cell, call.matrix().unsqueeze(0), [h, *others], weights)
+            if call.keeps_given:
+                step = replace(step, zoneout=call.zoneout)
             if (masks := self._masks(d)) is not None:
                 step = replace(step, operand_mask=masks.unsqueeze(0))
             of_direction = gates[:, d * width : (d + 1) * width]

@@ -64,6 +64,7 @@ class Scan:
         backward: whether this is the backward pass.
         precise: whether float32 is multiplied as such, not as TF32.
         hidden, projected, batch, directions: H, P, N, D.
+        normalizes: whether there is layer normalization.
     """
 
     cell: str
@@ -74,6 +75,7 @@ class Scan:
     batch: int
     directions: int
     precise: bool = False
+    normalizes: bool = False
 
 
 @dataclass(frozen=True)

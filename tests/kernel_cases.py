@@ -77,6 +77,7 @@ class Case:
             len(self.lengths) or self.sizes[1],
             self.directions,
             precise and self.dtype == torch.float32,
+            self.norm,
         )
 
     @property
@@ -398,7 +399,7 @@ RESETS_AND_NOISE: dict[str, Any] = {
     "zoneout": (0.3, 0.2),
 }
 
-#: Layer normalization. GPUs' kernels have none: there the reference runs.
+#: Layer normalization. CUDA's kernels have none: there the reference runs.
 NORMS: tuple[dict, ...] = (
     {"norm": True},
     {"norm": True, "lengths": (5, 3, 3, 1), "states": False},

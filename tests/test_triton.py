@@ -18,6 +18,7 @@ from devices import on_gpu
 from kernel_cases import (
     DTYPES,
     NOISE_OF_FEW,
+    NORMS,
     TWINS,
     Case,
     assert_case_matches_reference,
@@ -29,7 +30,7 @@ from kernel_cases import (
 from tolerances import FORWARD, GRADIENT, assert_close_to_truth, relative_error
 
 import rnnkit
-from rnnkit import backends, gpu, ops, plan
+from rnnkit import backends, gpu, ops, plan, reference
 from rnnkit.call import Keep, LayerCall
 from rnnkit.specs import CELLS
 
@@ -99,10 +100,19 @@ VARIANTS: tuple[dict, ...] = (
     {"resets": 0.4, "reset_states": True, "grad_clip": 0.1, "grad_cut": 2, "lengths": (4, 3, 3, 1)},
     {"resets": 0.4, "reset_states": True},
 )
+#: Layer normalization: of few sequences, and of all that may vary at once.
+NORMALIZED: tuple[dict, ...] = (
+    *({**norm, "lengths": (4, 3, 3, 1)} if "lengths" in norm else norm for norm in NORMS),
+    {"norm": True, "operand_mask": True, "resets": 0.4, "grad_clip": 0.1, "lengths": (5, 4, 2, 1)},
+    {"norm": True, "bias": False, "states": False},
+)
 
 
 def cases() -> Iterator[tuple[Case, str, Keep]]:
-    """Every cell in every dtype at every size on either kernel, and with noise; all else is drawn along diagonals."""
+    """Every cell in every dtype at every size on either kernel, and with noise and layer normalization.
+
+    All else is drawn along diagonals.
+    """
     for at, (cell, dtype) in enumerate(product(CELLS, DTYPES)):
         # Of a twin, a single value would be compared, whose relative error is chance.
         several = SIZES[1:] if cell in TWINS else SIZES
@@ -112,6 +122,11 @@ def cases() -> Iterator[tuple[Case, str, Keep]]:
         ]
         runs += [
             (kernel, SIZES[1 + (at + row) % 3], NOISE_OF_FEW[(2 * at + row) % len(NOISE_OF_FEW)])
+            for row, kernel in enumerate(plan.TRITON_KERNELS)
+        ]
+        runs += [
+            # Few values of an LSTM's c can be nearly equal, and are then divided by a small deviation.
+            (kernel, (3, 3, 4, 17 + 8 * row), NORMALIZED[(2 * at + row) % len(NORMALIZED)])
             for row, kernel in enumerate(plan.TRITON_KERNELS)
         ]
         for row, (kernel, sizes, variant) in enumerate(runs):
@@ -147,7 +162,7 @@ def test_against_reference(case: Case, kernel: str, keep: Keep) -> None:
             Case(cell, (3, 4, 2, 20), directions, off_kink=True, **variant)
             for cell in CELLS
             for directions in (1, 2)
-            for variant in VARIANTS + (NOISE_OF_FEW if directions == 2 else ())
+            for variant in VARIANTS + (NOISE_OF_FEW + NORMALIZED if directions == 2 else ())
         ]
     ),
     ids=str,
@@ -167,8 +182,19 @@ def test_every_variant(case: Case, kernel: str) -> None:
         {"grad_cut": 2},  # of which the number of steps is a multiple
         {"operand_mask": True, "zoneout": (0.0, 0.3), "lengths": (4, 3, 3, 1)},
         {"operand_mask": True, "zoneout": (0.0, 0.3), "resets": 0.5, "grad_clip": 0.1},
+        {"norm": True},
+        {"norm": True, "operand_mask": True, "resets": 0.5, "lengths": (4, 3, 3, 1)},
     ),
-    ids=("dense", "ragged", "gradient rule", "cut", "noise", "noise and resets"),
+    ids=(
+        "dense",
+        "ragged",
+        "gradient rule",
+        "cut",
+        "noise",
+        "noise and resets",
+        "norm",
+        "norm and resets",
+    ),
 )
 @pytest.mark.parametrize("states", (True, False), ids=("states", "nostates"))
 @each_dtype
@@ -201,6 +227,35 @@ def test_recomputed_reserve_has_the_same_bits(
         _, _, states = it.forward(Keep.STATES)
         given = it.backward_call([output], states, keep=Keep.STATES)
         back = gpu.Backward(given, gpu.GpuCall.of(it), scan)
+    assert_same_bits([back.reserve], [expected])
+
+
+@each_kernel
+@pytest.mark.parametrize("lengths", ((), (4, 3, 3, 1)), ids=("dense", "ragged"))
+@pytest.mark.parametrize(
+    ("cell", "options"),
+    (
+        ("lstm", {"operand_mask": True, "resets": 0.4, "reset_states": True}),
+        ("lstm", {"projected": 5}),
+        ("gru", {}),
+        ("rnn_tanh", {}),
+        ("rnn_tanh", {"zoneout": (0.3, 0.0), "expects": True}),
+    ),
+    ids=("lstm", "projected", "gru", "rnn", "given"),
+)
+def test_recomputed_products_have_the_same_bits(
+    device: str, cell: str, options: dict[str, Any], lengths: tuple[int, ...], kernel: str
+) -> None:
+    """With layer normalization; also of a cell whose reserve has nothing else, or the h that it gave."""
+    scan = importlib.import_module("rnnkit.triton.scan")
+    case = Case(cell, (3, 4, 5, 20), 2, lengths, dtype=torch.float64, device=device, norm=True)
+    it = call(replace(case, **options))
+    with plan.forced(kernel):
+        (output,), _, expected = it.forward(Keep.EVERYTHING)
+        states = it.forward(Keep.STATES)[2]
+        given = it.backward_call([output], states, keep=Keep.STATES)
+        back = gpu.Backward(given, gpu.GpuCall.of(it), scan)
+    assert expected.any(dim=-1).all()
     assert_same_bits([back.reserve], [expected])
 
 
@@ -269,6 +324,38 @@ def test_zoneout_selects(device: str, kernel: str) -> None:
         test_kernels.test_zoneout_selects(device)
 
 
+@each_kernel
+def test_layer_normalization_runs_on_the_kernels(
+    device: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program has all units of its rows; where there is no room for them, the reference computes the call."""
+    scan = importlib.import_module("rnnkit.triton.scan")
+    for cell in CELLS:
+        it = call(Case(cell, (2, 3, 4, 40), 2, device=device, norm=True, off_kink=True))
+        with plan.forced(kernel), monkeypatch.context() as without:
+            without.setattr(ops, "forward_composite", lambda *_: pytest.fail("the reference ran"))
+            without.setattr(ops, "backward_composite", lambda *_: pytest.fail("the reference ran"))
+            it.run()
+    monkeypatch.setattr(scan, "_launch", lambda *_, **__: pytest.fail("a kernel ran"))
+    monkeypatch.setitem(scan._MOST_UNITS, 4, 32)
+    with plan.forced(kernel):
+        assert_case_matches_reference(Case("gru", (2, 3, 4, 40), device=device, norm=True))
+
+
+@each_kernel
+def test_normalized_values_of_any_mean_and_size(device: str, kernel: str) -> None:
+    """The variance is that of what is left of a large mean, and 0 of equal values."""
+    it = call(Case("lstm", (2, 3, 4, 17), 2, device=device, norm=True))
+    large = [w + 100 if w is not None and w.dim() == 2 else w for w in it.weights]
+    equal = [torch.ones_like(w) if w is not None and w.dim() == 2 else w for w in it.weights]
+    for weights in (large, equal):
+        changed = replace(it, weights=weights)
+        with plan.forced(kernel):
+            (output,), _, _ = changed.forward()
+        (truth,), _ = reference.run(changed.to(torch.float64).on("cpu"))
+        torch.testing.assert_close(output.cpu().double(), truth, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of numpy, in the interpreter
 @each_kernel
 @each_cell
@@ -333,6 +420,7 @@ def test_same_bits_again(device: str, cell: str, kernel: str) -> None:
         [
             *(c for c in small_cases() if c.lengths and (c.projected or c.cell == "gru")),
             Case("lstm", directions=2, operand_mask=True, zoneout=(0.3, 0.2)),
+            Case("lstm", (3, 4, 5, 20), directions=2, norm=True),
         ]
     ),
     ids=str,
@@ -444,6 +532,7 @@ def test_autocast(device: str, dtype: torch.dtype, module: str) -> None:
         {"grad_clip": 0.05},
         {"grad_cut": 2},
         {"recurrent_dropout": 0.4, "zoneout": 0.3},
+        {"layer_norm": True, "zoneout": 0.3},
     ),
     ids=str,
 )
@@ -462,7 +551,7 @@ def test_options_and_gradient_flow(
             output = layer(x)[0]
             output = output.data if lengths else output
             grads = torch.autograd.grad(output.square().sum(), list(layer.parameters()))
-        return [output, *grads, flow[""].h]
+        return [output, *grads, flow[""].h.to(output.dtype)]
 
     found = results()
     with mock.patch.object(backends, "serving", lambda _: "reference"):
@@ -588,14 +677,21 @@ def test_more_than_2_31_values() -> None:
 def test_tiles(cell: str, dtype: torch.dtype, backward: bool) -> None:
     """What is loaded ahead fits in every GPU's shared memory; one program has all units, or a step is a launch."""
     scan = importlib.import_module("rnnkit.triton.scan")
-    for hidden, batch in product((1, 16, 33, 64, 128, 200, 256, 512, 1500, 4096), (1, 17, 64, 500)):
-        sizes = Case(cell, (1, batch, 1, hidden), dtype=dtype).scan(backward)
+    hiddens, batches = (1, 16, 33, 64, 128, 200, 256, 512, 1500, 4096), (1, 17, 64, 500)
+    for hidden, batch, norm in product(hiddens, batches, (False, True)):
+        sizes = Case(cell, (1, batch, 1, hidden), dtype=dtype, norm=norm).scan(backward)
+        if scan.why_not(sizes):
+            assert norm and scan.choose(replace(sizes, normalizes=False)).kernel == "stepwise"
+            continue
         chosen = scan.choose(sizes)
         gates, of_rows = (1, 1) if backward else (CELLS[cell].gates, 2)  # h, and its mask
         ahead = chosen.depth * (gates * chosen.units + of_rows * chosen.rows) * dtype.itemsize
         assert (chosen.stages - 1) * ahead <= 99 * 1024, (sizes, chosen)
         for tried in [chosen, *scan._alternatives(chosen)]:
-            assert tried.units >= hidden or tried.kernel == "stepwise", (sizes, tried)
+            assert tried.units >= hidden or (tried.kernel == "stepwise" and not norm), (
+                sizes,
+                tried,
+            )
             assert min(tried.rows, tried.units, tried.depth) >= 16
             assert {n.bit_count() for n in (tried.rows, tried.units, tried.depth)} == {1}
 
@@ -613,6 +709,32 @@ def test_kernels_and_reasons() -> None:
         assert scan.choose(small).kernel == "stepwise"
     with plan.forced("sequence"):
         assert scan.choose(large).kernel == "stepwise"
+    normalized = [replace(sizes, normalizes=True) for sizes in (small, large, projected)]
+    assert [bool(scan.why_not(sizes)) for sizes in normalized] == [False, True, False]
+    assert "no room for more than 128 of 32 bits" in scan.why_not(normalized[1])
+    with plan.forced("stepwise"):
+        assert scan.choose(normalized[0]).units == 64
+
+
+@interpreted
+@pytest.mark.parametrize("backend", ("triton", "cpp"))
+def test_explain_says_where_layer_normalization_is_computed(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module(gpu._MODULES[backend])
+    monkeypatch.setattr(gpu, "scans", lambda device: module)
+    monkeypatch.setattr(backends, "serving", lambda device: backend)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    x = mock.Mock(device=torch.device("cuda"), dtype=torch.float32)
+    x.configure_mock(**{"dim.return_value": 3, "size.return_value": 4})
+    for hidden in (64, 512):
+        found = rnnkit.explain(rnnkit.LSTM(4, hidden, layer_norm=True), x)
+        if backend == "triton" and hidden == 64:
+            assert found.kernel == "sequence" and found.forward.whole and not found.reason
+            continue
+        expected = "needs all units" if backend == "triton" else "have no layer normalization"
+        assert found.backend == found.kernel == "reference" and found.forward is None
+        assert expected in found.reason and str(found) == f"reference on cuda: {found.reason}"
 
 
 def test_cells_are_the_reference_s() -> None:

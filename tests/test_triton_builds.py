@@ -18,7 +18,8 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-#: Bytes that a thread of any kernel may spill: a few in the largest tiles; twice as many where h is masked.
+#: Bytes that a thread of any kernel may spill: a few in the largest tiles; twice as many where h is masked, and
+#: with layer normalization.
 SPILLED = 144
 
 
@@ -52,6 +53,10 @@ def test_every_kernel_compiles(target: tuple[str, ...]) -> None:
     cuda = target[0] == "cuda"
     assert not cuda or len(scans) < len(built), "no case has a projection"
     most = SPILLED if cuda else 4 * SPILLED
-    assert not [b for b in built if b["spilled"] > most * (1 + ("masked" in b["case"]))]
+    assert not [
+        b
+        for b in built
+        if b["spilled"] > most * (1 + ("masked" in b["case"] or "norm" in b["case"]))
+    ]
     # An RTX's programs have 99 KB, an MI300's 64.
     assert not [b for b in built if b["shared"] > (99 if cuda else 64) * 1024]

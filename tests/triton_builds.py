@@ -181,7 +181,8 @@ def builds(case: Case, target: GPUTarget) -> Iterator[Build]:
 def cases() -> Iterator[tuple[Case, bool]]:
     """Every cell and dtype with either plan, dense and ragged, projected, with all states, and without this and that.
 
-    Also with noise, and with resets. With each whether float32 is multiplied as TF32.
+    Also with noise, with resets and, where one program has all units, with layer normalization. With each whether
+    float32 is multiplied as TF32.
     """
     for cell in CELLS:
         for at, (hidden, batch, dtype, tf32) in enumerate(SIZES):
@@ -189,10 +190,14 @@ def cases() -> Iterator[tuple[Case, bool]]:
             if at % 2:
                 case = replace(case, lengths=tuple(2 if n < 2 else 1 for n in range(batch)))
             yield replace(case, states=at % 3 != 0, bias=at % 3 != 1), tf32
+            normalized = replace(case, states=at % 3 == 0, norm=True)
+            if not scan.why_not(normalized.scan(backward=False)):
+                yield normalized, tf32
         if CELLS[cell].projects:
             yield Case(cell, (2, 3, 4, 100), projected=33), True
             noise = {"operand_mask": True, "zoneout": (0.0, 0.2)}
             yield Case(cell, (2, 3, 4, 100), projected=33, **noise), True
+            yield Case(cell, (2, 3, 4, 100), projected=33, norm=True), True
         noise = {"operand_mask": True, "zoneout": (0.3, 0.2)}
         resets = {"resets": 0.3, "reset_states": True, "lengths": (2, 2, 1)}
         yield Case(cell, (2, 3, 4, 40), 2, **resets, **noise), False

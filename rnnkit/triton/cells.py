@@ -10,6 +10,9 @@ All arguments and results are tiles [ROWS, UNITS] in the type of sums, or tuples
 - `output(save)`: h after the step, for a cell whose h may be projected.
 - `grad_states(save, grad_state)`: the whole gradients of the states after the step: what `backward` gets, and what
   passes from one state of the step to another.
+
+The LSTM's take a last argument `norm`, the normalization of c that h is made of, see layer_norm.py; None for none.
+With it `backward` returns two columns more: the gradients of what is added to the normalized c, and of its factor.
 """
 
 from typing import NamedTuple
@@ -17,6 +20,8 @@ from typing import NamedTuple
 import triton
 from triton import JITFunction
 from triton import language as tl
+
+from rnnkit.triton import layer_norm
 
 
 @triton.jit
@@ -63,42 +68,72 @@ def rnn_relu_backward(save, h, previous_h, grad_state):
 
 
 @triton.jit
-def lstm_forward(x, h, state):
+def lstm_forward(x, h, state, norm=None):
     """i, f, o = sigmoid(x + h); g = tanh(x + h); c' = f c + i g; h' = o tanh(c'); gate order i, f, g, o."""
     i = sigmoid(x[0] + h[0])
     f = sigmoid(x[1] + h[1])
     g = tanh(x[2] + h[2])
     o = sigmoid(x[3] + h[3])
     c = f * state[1] + i * g
-    return (o * tanh(c), c), (i, f, g, o, state[1])
+    return (o * tanh(_read(c, norm)), c), (i, f, g, o, state[1])
 
 
 @triton.jit
-def lstm_backward(save, h, previous_h, grad_state):
+def _read(c, norm):
+    """What h is made of: c, or c normalized, times the factor, plus the bias."""
+    if norm is None:
+        return c
+    else:
+        factor, bias, mask, count = norm
+        return layer_norm.normalized(c, layer_norm.moments((c,), mask, count)) * factor + bias
+
+
+@triton.jit
+def _of_c(grad_read, c, norm):
+    """The gradient of c from that of `_read`."""
+    if norm is None:
+        return grad_read
+    else:
+        factor, _, mask, count = norm
+        of = layer_norm.moments((c,), mask, count)
+        means = layer_norm.means_of_grads((grad_read,), (factor,), (c,), of, mask, count)
+        return layer_norm.passed(grad_read, factor, c, of, means)
+
+
+@triton.jit
+def lstm_backward(save, h, previous_h, grad_state, norm=None):
     """Saved: the gates, and c before the step."""
     i, f, g, o, c = save
-    tanh_c = tanh(f * c + i * g)
-    grad_c = grad_state[1] + grad_state[0] * o * (1 - tanh_c * tanh_c)
+    new_c = f * c + i * g
+    tanh_c = tanh(_read(new_c, norm))
+    grad_read = grad_state[0] * o * (1 - tanh_c * tanh_c)
+    grad_c = grad_state[1] + _of_c(grad_read, new_c, norm)
     grad_i = grad_c * g * i * (1 - i)
     grad_f = grad_c * c * f * (1 - f)
     grad_g = grad_c * i * (1 - g * g)
     grad_o = grad_state[0] * tanh_c * o * (1 - o)
-    return (tl.zeros_like(h), grad_c * f), (grad_i, grad_f, grad_g, grad_o)
+    grads = (grad_i, grad_f, grad_g, grad_o)
+    if norm is not None:
+        n = layer_norm.normalized(new_c, layer_norm.moments((new_c,), norm[2], norm[3]))
+        grads += (grad_read, grad_read * n)
+    return (tl.zeros_like(h), grad_c * f), grads
 
 
 @triton.jit
-def lstm_grad_states(save, grad_state):
+def lstm_grad_states(save, grad_state, norm=None):
     """The gradient of h, and of c what comes through h as well."""
     i, f, g, o, c = save
-    tanh_c = tanh(f * c + i * g)
-    return grad_state[0], grad_state[1] + grad_state[0] * o * (1 - tanh_c * tanh_c)
+    new_c = f * c + i * g
+    tanh_c = tanh(_read(new_c, norm))
+    grad_read = grad_state[0] * o * (1 - tanh_c * tanh_c)
+    return grad_state[0], grad_state[1] + _of_c(grad_read, new_c, norm)
 
 
 @triton.jit
-def lstm_output(save):
+def lstm_output(save, norm=None):
     """h' = o tanh(f c + i g)."""
     i, f, g, o, c = save
-    return o * tanh(f * c + i * g)
+    return o * tanh(_read(f * c + i * g, norm))
 
 
 @triton.jit

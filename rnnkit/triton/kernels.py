@@ -12,7 +12,7 @@ number of steps and that of rows are not constants of the compiler; offsets of r
 import triton
 from triton import language as tl
 
-from rnnkit.triton import carry, zoneout
+from rnnkit.triton import carry, layer_norm, zoneout
 
 #: Integer arguments that differ between calls of one model: another value must not cause a compilation.
 SIZES = ["gate_stride", "batch", "total", "last", "first", "steps"]
@@ -112,13 +112,42 @@ def store_states(states, values, begin, i, u, mask, batch, hidden, STATES: tl.co
 
 
 @triton.jit
-def load_saved(reserve, row, i, u, mask, hidden, SAVED: tl.constexpr):
-    """The V values of the program's tile, whose first row is `row`, in `reserve` [rows, V, H]."""
+def load_saved(
+    reserve, row, i, u, mask, hidden,
+    VALUES: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """COUNT of the V = VALUES values of the program's tile, from FIRST on; its first row in [rows, V, H] is `row`."""
     save = ()
-    for k in tl.static_range(SAVED):
-        base = reserve + (row * SAVED + k) * hidden
-        save += (tl.load(base + (i * (SAVED * hidden) + u), mask=mask, other=0.0),)
+    for k in tl.static_range(COUNT):
+        base = reserve + (row * VALUES + FIRST + k) * hidden
+        save += (tl.load(base + (i * (VALUES * hidden) + u), mask=mask, other=0.0),)
     return save
+
+
+@triton.jit
+def store_saved(
+    reserve, values, row, i, u, mask, hidden, VALUES: tl.constexpr, FIRST: tl.constexpr
+):
+    """Writes values of the program's tile to `reserve`, as `load_saved` reads them."""
+    for k in tl.static_range(len(values)):
+        base = reserve + (row * VALUES + FIRST + k) * hidden
+        tl.store(base + (i * (VALUES * hidden) + u), values[k], mask=mask)
+
+
+@triton.jit
+def store_grads(
+    grad_gates, grads, row, i, u, mask, hidden, COLUMNS: tl.constexpr, FIRST: tl.constexpr
+):
+    """Writes gradients of the program's tile to their columns of `grad_gates` [R, D, COLUMNS, H], from FIRST on."""
+    directions = tl.num_programs(2)
+    d = tl.program_id(2).to(tl.int64)
+    for k in tl.static_range(len(grads)):
+        base = grad_gates + ((row * directions + d) * COLUMNS + FIRST + k) * hidden
+        tl.store(
+            base + (i * (directions * COLUMNS * hidden) + u),
+            grads[k].to(grad_gates.dtype.element_ty),
+            mask=mask,
+        )
 
 
 @triton.jit
@@ -134,6 +163,8 @@ def bias(b, place, mask, UNITS: tl.constexpr, SUM: tl.constexpr):
 def forward(
     gates,  # the input's part of all gates, [R, D, G*H], its rows gate_stride values apart
     b_ih, b_hh,  # [D, G*H], or None for zeros
+    norm_hh,  # what the normalized product with h is multiplied with, [D, G*H], or None: it is not normalized
+    norm_c, norm_c_bias,  # of the cell's state that is normalized, [D, H], or None
     w_hh,  # [D, G*H, P]
     initial,  # h before the first step, [D, N, P], or None for zeros
     states,  # before the first step of this launch, [S, D, N, H]
@@ -148,13 +179,14 @@ def forward(
     new_h,  # on return h: `output`, or before a projection [D, N, H], or None where it is not wanted
     all_states,  # on return the states other than h after each step, S - 1 tensors [R, D*H]; or None
     # On return [D, R, V, H], or the states other than h before each step, [D, R, S - 1, H], or the h that the cell
-    # gave, [D, R, 1, H]; or None.
+    # gave, [D, R, 1, H]; or None. With layer normalization V is larger by 2*G: the products of all gates with x, which
+    # are there before, and with h.
     reserve,
     gate_stride, batch, total, last,  # batch N, total R, last T - 1
     first, steps,
     hidden, projected,  # H, P
     CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, EVERYTHING: tl.constexpr,
-    KEEPS_GIVEN: tl.constexpr, ZONEOUT: tl.constexpr, PROJECTS: tl.constexpr,
+    VALUES: tl.constexpr, KEEPS_GIVEN: tl.constexpr, ZONEOUT: tl.constexpr, PROJECTS: tl.constexpr,
     PRECISION: tl.constexpr, SUM: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -188,12 +220,29 @@ def forward(
             operand, is_there & active, w, hidden.to(tl.int64) * projected,
             (u - first_unit) * projected, u_mask, 1, projected, GATES, DEPTH, PRECISION, SUM, factor,
         )  # fmt: skip
+        if norm_hh is not None:
+            if EVERYTHING:
+                store_saved(
+                    reserve, recurrent, d * total + row, i, u, mask, hidden, VALUES, VALUES - GATES
+                )
+            of = layer_norm.moments(recurrent, u_mask, GATES * hidden)
+            factors = layer_norm.of_units(
+                norm_hh, d * GATES * hidden + u, u_mask, GATES, hidden, SUM
+            )
+            normalized = ()
+            for g in tl.static_range(GATES):
+                normalized += (layer_norm.normalized(recurrent[g], of) * factors[g],)
+            recurrent = normalized
         x = ()
         h = ()
         for g in tl.static_range(GATES):
             x += (loaded[g].to(SUM) + bias(b_ih, (d * GATES + g) * hidden + u, u_mask, UNITS, SUM),)
             h += (recurrent[g] + bias(b_hh, (d * GATES + g) * hidden + u, u_mask, UNITS, SUM),)
-        new, save = CELL(x, h, state)
+        if norm_c is None:
+            new, save = CELL(x, h, state)
+        else:
+            norm = layer_norm.of_state(norm_c, norm_c_bias, d * hidden, u, u_mask, hidden, SUM)
+            new, save = CELL(x, h, state, norm)
         given = new[0]
         base, place = (row * directions + d) * hidden, i * (directions * hidden) + u
         if kept is not None:
@@ -208,9 +257,7 @@ def forward(
                 tl.store(all_states[k] + base + place, value, mask=mask)
         if reserve is not None:
             values = (given,) if KEEPS_GIVEN else save if EVERYTHING else state[1:]
-            for k in tl.static_range(len(values)):
-                reserve_base = reserve + ((d * total + row) * len(values) + k) * hidden
-                tl.store(reserve_base + (i * (len(values) * hidden) + u), values[k], mask=mask)
+            store_saved(reserve, values, d * total + row, i, u, mask, hidden, VALUES, 0)
         state = carry.carried(active, new, state)
         tl.debug_barrier()  # the next step reads what this one wrote
     store_states(new_states, state, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
@@ -219,6 +266,8 @@ def forward(
 @triton.jit(do_not_specialize=SIZES)
 def backward(
     weights,  # w_hh [D, G*H, H], or with a projection w_hr [D, P, H]
+    norm_hh,  # what the normalized product with h is multiplied with, [D, G*H], or None: it is not normalized
+    norm_c, norm_c_bias,  # of the cell's state that is normalized, [D, H], or None
     initial,  # h before the first step, [D, N, P], or None for zeros
     grad_states,  # as the later steps left them, in the first launch of the final states, [S, D, N, H]
     new_grad_states,  # on return the gradients after the last step of this launch, [S, D, N, H]
@@ -229,16 +278,18 @@ def backward(
     operand_mask,  # what h is multiplied with where the product reads it, [D, N, P], or None; read without a projection
     kept,  # where units keep a state, S of [R, D*H], see zoneout.py; None instead of one or of all: no zoneout
     output,  # h after each step, [R, D*P]
-    reserve,  # [D, R, V, H]; [D, R, 1, H] if it has the h that the cell gave
+    reserve,  # [D, R, V, H], see `forward`: SAVED values of the cell or the h that it gave, and products of all gates
     grad_output,  # [R, D*H], or None for zeros
     grad_all_states,  # of the states other than h after each step, S - 1 of [R, D*H] or None for zeros; or None
     grad_projected,  # the whole gradient of h after its projection, [D, R, P], or None without one
-    grad_gates,  # on return [R, D*W*H]
+    # On return [R, D*W*H]. With layer normalization the gradients of the products with h stand before those of the
+    # gates, and after them those of a state's normalization.
+    grad_gates,
     flow,  # on return the gradient of each state after each step, S of [R, D*H]; None instead of one or of all
     batch, total, last,  # batch N, total R, last T - 1
     first, steps,
     hidden, projected,  # H, P
-    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
+    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr, VALUES: tl.constexpr,
     GRAD_STATES: tl.constexpr, GRAD_COLUMNS: tl.constexpr, GRAD_CLIP: tl.constexpr, GRAD_CUT: tl.constexpr,
     KEEPS_GIVEN: tl.constexpr, ZONEOUT: tl.constexpr,
     PRECISION: tl.constexpr, SUM: tl.constexpr,
@@ -294,7 +345,7 @@ def backward(
             grad_reset = (of_h,) + grad_reset[1:]
         else:
             grad_state = (grad_state[0] + grad_recurrent[0],) + grad_state[1:]
-        save = load_saved(reserve, d * total + row, i, u, mask, hidden, SAVED)
+        save = load_saved(reserve, d * total + row, i, u, mask, hidden, VALUES, 0, SAVED)
         h = tl.zeros((ROWS, UNITS), dtype=SUM)
         previous_h = h
         if grad_projected is None:  # the compiler drops loads that the cell does not use
@@ -314,7 +365,7 @@ def backward(
             )
             previous_h = tl.load(operand + u, mask=is_there & mask, other=0.0).to(SUM)
         if KEEPS_GIVEN:
-            h = load_saved(reserve, d * total + row, i, u, mask, hidden, 1)[0]
+            h = load_saved(reserve, d * total + row, i, u, mask, hidden, VALUES, SAVED, 1)[0]
         grad_h = grad_state[0]
         if grad_output is not None:
             grad_h += tl.load(grad_output + h_base + h_place, mask=mask, other=0.0).to(SUM)
@@ -329,14 +380,43 @@ def backward(
         of_old = grad_new
         if kept is not None:
             grad_given, of_old = zoneout.parted(grad_new, kept, h_base, h_place, mask, ZONEOUT)
+        if norm_c is not None:
+            norm = layer_norm.of_state(norm_c, norm_c_bias, d * hidden, u, u_mask, hidden, SUM)
         if flow is not None:
-            whole = grad_given if GRAD_STATES is None else GRAD_STATES(save, grad_given)
+            whole = grad_given
+            if GRAD_STATES is not None:
+                if norm_c is None:
+                    whole = GRAD_STATES(save, grad_given)
+                else:
+                    whole = GRAD_STATES(save, grad_given, norm)
             if kept is not None:
                 whole = zoneout.whole(grad_new, whole, kept, ZONEOUT)
             for k in tl.static_range(STATES):
                 if flow[k] is not None:
                     tl.store(flow[k] + h_base + h_place, whole[k], mask=mask)
-        grads_before, grads = CELL(save, h, previous_h, grad_given)
+        if norm_c is None:
+            grads_before, grads = CELL(save, h, previous_h, grad_given)
+        else:
+            grads_before, grads = CELL(save, h, previous_h, grad_given, norm)
+        if norm_hh is not None:
+            store_grads(grad_gates, grads, row, i, u, mask, hidden, GRAD_COLUMNS, GATES)
+            factors = layer_norm.of_units(
+                norm_hh, d * GATES * hidden + u, u_mask, GATES, hidden, SUM
+            )
+            of_products = load_saved(
+                reserve, d * total + row, i, u, mask, hidden, VALUES, VALUES - GATES, GATES
+            )
+            of = layer_norm.moments(of_products, u_mask, GATES * hidden)
+            means = layer_norm.means_of_grads(
+                grads, factors, of_products, of, u_mask, GATES * hidden
+            )
+            for g in tl.static_range(GATES):
+                # Loaded again behind a store: all of them at once need too many registers.
+                value = load_saved(
+                    reserve, d * total + row, i, u, mask, hidden, VALUES, VALUES - GATES + g, 1
+                )[0]
+                grad = layer_norm.passed(grads[g], factors[g], value, of, means)
+                store_grads(grad_gates, (grad,), row, i, u, mask, hidden, GRAD_COLUMNS, g)
         if kept is not None:
             grads_before = zoneout.added(grads_before, of_old)
         if (GRAD_CLIP is not None) | (GRAD_CUT > 0) | (reset is not None):
@@ -355,13 +435,8 @@ def backward(
                 sums += (sum,)
             grads_before = passed
             grad_reset = sums
-        for k in tl.static_range(GRAD_COLUMNS):
-            grad_base = grad_gates + ((row * directions + d) * GRAD_COLUMNS + k) * hidden
-            tl.store(
-                grad_base + (i * (directions * GRAD_COLUMNS * hidden) + u),
-                grads[k].to(grad_gates.dtype.element_ty),
-                mask=mask,
-            )
+        if norm_hh is None:
+            store_grads(grad_gates, grads, row, i, u, mask, hidden, GRAD_COLUMNS, 0)
         grad_state = carry.carried(active, grads_before, grad_state)
         tl.debug_barrier()  # the next step reads what this one wrote
     store_states(new_grad_states, grad_state, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
@@ -372,15 +447,22 @@ def backward(
 @triton.jit(do_not_specialize=SIZES)
 def unprojected(
     reserve,  # [D, R, V, H]
+    norm_c, norm_c_bias,  # of the cell's state that is normalized, [D, H], or None
     h,  # on return h before its projection, [D, R, H]
     total, hidden,  # R, H
-    OUTPUT: tl.constexpr, SAVED: tl.constexpr,
+    OUTPUT: tl.constexpr, SAVED: tl.constexpr, VALUES: tl.constexpr, SUM: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """h before its projection at all steps. A program has a tile of the rows of all steps."""
     hidden = aligned(hidden, ALIGNED)
     begin, i, u, i_mask, u_mask = tile(total, hidden, ROWS, UNITS)
     mask = i_mask & u_mask
-    row = tl.program_id(2).to(tl.int64) * total + begin
-    found = OUTPUT(load_saved(reserve, row, i, u, mask, hidden, SAVED))
+    d = tl.program_id(2).to(tl.int64)
+    row = d * total + begin
+    save = load_saved(reserve, row, i, u, mask, hidden, VALUES, 0, SAVED)
+    if norm_c is None:
+        found = OUTPUT(save)
+    else:
+        norm = layer_norm.of_state(norm_c, norm_c_bias, d * hidden, u, u_mask, hidden, SUM)
+        found = OUTPUT(save, norm)
     tl.store(h + row * hidden + (i * hidden + u), found.to(h.dtype.element_ty), mask=mask)

@@ -40,6 +40,7 @@ class TritonPlan:
         depth: products of each sum that are loaded and added up at a time.
         warps: of a program.
         stages: of the pipeline that loads the operands of these products.
+        whole: whether a program must have all units of its rows.
     """
 
     kernel: str
@@ -49,6 +50,7 @@ class TritonPlan:
     depth: int
     warps: int
     stages: int
+    whole: bool = False
 
     def __str__(self) -> str:
         return (
@@ -69,6 +71,22 @@ TARGET = "hip" if torch.version.hip else "cuda"
 _SHARED = {"cuda": 90_000, "hip": 60_000}
 
 
+def why_not(scan: Scan) -> str:
+    """See `rnnkit.gpu.Scans`."""
+    most = _MOST_UNITS[scan.element_bytes]
+    if scan.normalizes and _all_units(scan) > most:
+        return (
+            "layer normalization needs all units in one program, which has no room for more than "
+            f"{most} of {8 * scan.element_bytes} bits"
+        )
+    return ""
+
+
+def _all_units(scan: Scan) -> int:
+    """The units of a tile that has all of them."""
+    return max(16, int(triton.next_power_of_2(scan.hidden)))
+
+
 def choose(scan: Scan, device: torch.device | None = None) -> TritonPlan:
     """The plan of a scan, with tiles that fit on every GPU. `plan.forced` may ask for its kernel."""
     return _choose(scan, forced_kernel())
@@ -76,7 +94,7 @@ def choose(scan: Scan, device: torch.device | None = None) -> TritonPlan:
 
 @lru_cache(maxsize=4096)
 def _choose(scan: Scan, forced: str) -> TritonPlan:
-    units = max(16, triton.next_power_of_2(scan.hidden))
+    units = _all_units(scan)
     most = _MOST_UNITS[scan.element_bytes]
     rows = 16
     if scan.projected != scan.hidden:
@@ -91,13 +109,13 @@ def _choose(scan: Scan, forced: str) -> TritonPlan:
     else:
         reason = "forced" if forced == "sequence" else "one program has room for all units"
         kernel = "sequence"
-    if kernel == "stepwise":
+    if kernel == "stepwise" and not scan.normalizes:
         units = min(units, _UNITS[scan.element_bytes])
         most_rows = 64 if scan.element_bytes == 2 else 16 if scan.precise else 32
         rows = min(most_rows, 16 if scan.batch <= 16 else 32 if scan.batch <= 32 else 64)
     warps = 4 if units * rows < 1024 else 8
     depth, stages = _pipeline(scan, rows, units, warps)
-    return TritonPlan(kernel, reason, rows, units, depth, warps, stages)
+    return TritonPlan(kernel, reason, rows, units, depth, warps, stages, scan.normalizes)
 
 
 def _pipeline(scan: Scan, rows: int, units: int, warps: int) -> tuple[int, int]:
@@ -120,8 +138,9 @@ def _alternatives(plan: TritonPlan) -> list[TritonPlan]:
     changes: list[dict[str, Any]] = [{"warps": 8 if plan.warps == 4 else 4}, {"stages": 3}]
     if plan.depth > 16:
         changes.append({"depth": plan.depth // 2})
-    if plan.kernel == "stepwise":
+    if plan.kernel == "stepwise" and not plan.whole:
         changes.append({"units": 16} if plan.units > 16 else {"units": 32})
+    if plan.kernel == "stepwise":
         changes.append({"depth": 2 * plan.depth, "stages": 2})
     return [*dict.fromkeys([plan, *(replace(plan, **change) for change in changes)])]
 
@@ -157,6 +176,11 @@ def _launch(
         kernel[grid](*arguments, enable_fp_fusion=True, **constants)
 
 
+def _sum(call: GpuCall) -> Any:
+    """The kernels' type of sums."""
+    return tl.float64 if call.sum_dtype == torch.float64 else tl.float32
+
+
 class _Launcher:
     """Launches one pass's kernel for a call, on its device."""
 
@@ -169,7 +193,7 @@ class _Launcher:
             "GATES": call.spec.gates,
             "STATES": call.spec.states,
             "PRECISION": self._precision(call),
-            "SUM": tl.float64 if call.sum_dtype == torch.float64 else tl.float32,
+            "SUM": _sum(call),
             "ROWS": plan.rows,
             "ALIGNED": _power_of_2_in(call.hidden, call.projected),
         }
@@ -239,6 +263,13 @@ def _of_width_h(call: GpuCall, states: Sequence[Tensor | None]) -> list[Tensor |
     return [None if call.projects and k == 0 else state for k, state in enumerate(states)]
 
 
+def _norms(call: GpuCall) -> list[Tensor | None]:
+    """The kernels' `norm_hh`, `norm_c` and `norm_c_bias`."""
+    if not call.normalizes:
+        return [None] * 3
+    return [stacked(call.of_kind(name)) for name in ("norm_hh", "norm_c", "norm_c_bias")]
+
+
 def _zoneout(call: GpuCall) -> tuple[tuple[Tensor | None, ...] | None, tuple[float, ...] | None]:
     """The kernels' `kept` and `ZONEOUT`, see zoneout.py; both None if no state has zoneout."""
     if not any(p > 0 for p in call.zoneout):
@@ -264,6 +295,7 @@ def forward(
     launch = _Launcher(kernels.forward, call, plan)
     w_hh, w_hr = stacked(call.w_hh), call.w_hr
     b_ih, b_hh = stacked(call.b_ih), stacked(call.b_hh)
+    norms = _norms(call)
     offsets, initial = call.offsets(), call.states[0] if call.states else None
     reset_h = call.reset_states[0] if call.reset_states else None
     reset_states = None
@@ -276,7 +308,7 @@ def forward(
 
     def step(states: Tensor, new_states: Tensor, first: int, steps: int) -> None:
         launch(
-            *(gates, b_ih, b_hh, w_hh, initial, states, new_states, offsets),
+            *(gates, b_ih, b_hh, *norms, w_hh, initial, states, new_states, offsets),
             *(call.reset, reset_h, reset_states, call.operand_mask, kept, history, new_h),
             tuple(all_states) or None,
             reserve if keep else None,
@@ -284,6 +316,7 @@ def forward(
             *(call.hidden, call.projected),
             CELL=TRITON_CELLS[call.cell].forward,
             EVERYTHING=keep == Keep.EVERYTHING,
+            VALUES=reserve.size(2) if keep else 0,
             KEEPS_GIVEN=call.keeps_given,
             ZONEOUT=zoneout,
             PROJECTS=projects,
@@ -316,6 +349,7 @@ def backward(
     grad_output, *grad_finals = back.grads
     w_hh, w_hr = stacked(call.w_hh), stacked(call.w_hr)
     assert w_hh is not None
+    weights, norms = w_hh if w_hr is None else w_hr, _norms(call)
     offsets, initial = call.offsets(), call.states[0] if call.states else None
     reset_h = call.reset_states[0] if call.reset_states else None
     kept, zoneout = _zoneout(call)
@@ -334,7 +368,7 @@ def backward(
         if grad_recurrent is not None and grad_projected is not None:
             _grad_projected(back, w_hh, grad_recurrent, grad_projected, grad_reset_h, first)
         launch(
-            *(w_hh if w_hr is None else w_hr, initial, grad_states, new_grad_states, offsets),
+            *(weights, *norms, initial, grad_states, new_grad_states, offsets),
             *(
                 call.reset,
                 reset_h,
@@ -350,6 +384,7 @@ def backward(
             *(call.batch, call.rows, call.steps - 1, first, steps, call.hidden, call.projected),
             CELL=TRITON_CELLS[call.cell].backward,
             SAVED=call.spec.saved,
+            VALUES=back.reserve.size(2),
             GRAD_STATES=TRITON_CELLS[call.cell].grad_states if back.flow else None,
             GRAD_COLUMNS=back.grad_columns,
             GRAD_CLIP=call.grad_clip or None,
@@ -437,14 +472,17 @@ def unprojected(call: GpuCall, reserve: Tensor) -> Tensor:
     output = TRITON_CELLS[call.cell].output
     assert output is not None, f"{call.cell} has no projection"
     h = call.input.new_empty(call.directions, call.rows, call.hidden)
-    rows, units = 16, 64
+    units = _all_units(call.scan(backward=True)) if call.normalizes else 64
+    rows, norms = 16, _norms(call)[1:]
     _launch(
         kernels.unprojected,
         (triton.cdiv(call.rows, rows), triton.cdiv(call.hidden, units), call.directions),
         call.input.device,
-        *(reserve, h, call.rows, call.hidden),
+        *(reserve, *norms, h, call.rows, call.hidden),
         OUTPUT=output,
         SAVED=call.spec.saved,
+        VALUES=reserve.size(2),
+        SUM=_sum(call),
         ROWS=rows,
         UNITS=units,
         ALIGNED=_power_of_2_in(call.hidden),
