@@ -50,7 +50,6 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
 
     Raises:
         TypeError: `module` is no layer or cell of rnnkit.
-        ValueError: `module` has an option that cannot be.
         RuntimeError: the backend that is forced has no kernels for the input's device.
     """
     if not isinstance(module, RNN | LSTM | GRU | RNNCell | LSTMCell | GRUCell):

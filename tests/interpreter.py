@@ -71,6 +71,19 @@ def _inside_tensors() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def products_in_order() -> Iterator[None]:
+    """In this block products add up their terms in one order: numpy's order depends on a row's place among the rows."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+
+    def dot(left: Any, right: Any, total: Any, *_: Any) -> Any:
+        terms = left.data[:, :, None] * right.data[None].astype(total.data.dtype)
+        return interpreter.TensorHandle(terms.sum(1) + total.data, total.dtype.scalar)
+
+    with mock.patch.object(interpreter.interpreter_builder, "create_dot", dot):
+        yield
+
+
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The addresses of its first value and after its last."""
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
