@@ -62,6 +62,11 @@ class DirectionWeights(NamedTuple):
     norm_c_bias: Tensor | None = None
 
 
+#: Weights of a direction without and with layer normalization, and of one and of two directions with it.
+_PLAIN, _ALL = len(WEIGHTS), len(WEIGHTS) + len(NORMS)
+_WITH_NORMS = (_ALL, 2 * _ALL)
+
+
 @dataclass(frozen=True, eq=False)
 class LayerCall:
     """One layer over a sequence, in one or both directions.
@@ -160,16 +165,16 @@ class LayerCall:
     @property
     def normalizes(self) -> bool:
         """Whether the layer has layer normalization."""
-        return len(self.weights) % len(DirectionWeights._fields) == 0
+        return len(self.weights) in _WITH_NORMS
 
     @property
     def directions(self) -> int:
         """D."""
-        return len(self.weights) // len(self.kinds)
+        return len(self.weights) // (_ALL if len(self.weights) in _WITH_NORMS else _PLAIN)
 
     def direction(self, d: int) -> DirectionWeights:
         """The weights of direction d."""
-        count = len(self.kinds)
+        count = _ALL if len(self.weights) in _WITH_NORMS else _PLAIN
         of_direction = self.weights[d * count : (d + 1) * count]
         return DirectionWeights(*of_direction)  # type: ignore[arg-type]
 
@@ -310,10 +315,9 @@ class LayerCall:
             raise RuntimeError(f"expected grad_clip to be at least 0, got {self.grad_clip}")
         if self.grad_cut < 0:
             raise RuntimeError(f"expected grad_cut to be at least 0, got {self.grad_cut}")
-        least, most = len(WEIGHTS), len(WEIGHTS) + len(NORMS)
-        if len(self.weights) not in (least, 2 * least, most, 2 * most):
+        if len(self.weights) not in (_PLAIN, 2 * _PLAIN, *_WITH_NORMS):
             raise RuntimeError(
-                f"expected weights to hold {least} tensors, or {most} with layer normalization, for each of 1 or 2 "
+                f"expected weights to hold {_PLAIN} tensors, or {_ALL} with layer normalization, for each of 1 or 2 "
                 f"directions, got {len(self.weights)}"
             )
         input = self.input
@@ -431,7 +435,7 @@ class LayerCall:
 
     def _check_norms(self, d: int) -> None:
         """Checks that direction d has the weights of layer normalization that its cell needs, and no others."""
-        needed = NORMS if self.spec.states > 1 else NORMS[:2]
+        needed = self.spec.norms
         for name in NORMS:
             there = getattr(self.direction(d), name) is not None
             if there != (name in needed):

@@ -39,6 +39,10 @@ def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
     """
     beyond = call.normalizes or call.projects or call.outputs > 1 or call.reset is not None
     beyond |= call.operand_mask is not None or len(call.zoneout) > 0
+    if beyond and call.batch_sizes is not None:
+        raise RuntimeError(
+            "expected a dense input, without lengths, to export a layer to ONNX that its operators do not have"
+        )
     if beyond:
         return reference.run(call)
     call = of_torchs_cell(call)

@@ -316,18 +316,19 @@ def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
 
 
-def _knows(run: Scans, call: LayerCall) -> bool:
-    """Whether the kernels have what the call asks for. If not, the reference computes it."""
-    if not call.normalizes:
-        return True
+def serving(call: LayerCall) -> Scans | None:
+    """The scans that compute the call; None if the reference does."""
+    run = scans(call.input.device)
+    if run is None or not call.normalizes:
+        return run
     call.check()
-    return not run.why_not(GpuCall(*call.arguments).scan(backward=False))
+    return None if run.why_not(GpuCall(*call.arguments).scan(backward=False)) else run
 
 
 def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
     """`rnnkit::layer_forward` on CUDA tensors."""
-    run = scans(call.input.device)
-    if run is None or not _knows(run, call):
+    run = serving(call)
+    if run is None:
         return ops.forward_composite(call, packed, keep)
     call.check_keep(keep)
     call = GpuCall.of(call)
@@ -346,8 +347,8 @@ def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
 
 def layer_backward(back: BackwardCall) -> list[Tensor]:
     """`rnnkit::layer_backward` on CUDA tensors."""
-    run = scans(back.call.input.device)
-    if run is None or not _knows(run, back.call):
+    run = serving(back.call)
+    if run is None:
         return ops.backward_composite(back)
     call = GpuCall.of(back.call)
     back = replace(back, call=call)

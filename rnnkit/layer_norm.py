@@ -10,11 +10,11 @@ from rnnkit.specs import NORMS
 
 
 class LayerNorms(nn.RNNBase):
-    """Has, if `layer_norm`, `norm_ih` and `norm_hh` [G*H] for each layer and direction, an LSTM `norm_c` [H], too.
+    """Has the parameters of layer normalization for each layer and direction, if `layer_norm`.
 
-    `norm_ih` and `norm_hh` are the factors of the normalized products, without biases of their own: `bias_ih` and
-    `bias_hh` are added to them. An LSTM's c has the factor `norm_c` and the bias `norm_c_bias`. The names end like
-    torch.nn's: `norm_ih_l0_reverse`.
+    `norm_ih` and `norm_hh` [G*H] are the factors of the normalized products, without biases of their own: `bias_ih` and
+    `bias_hh` are added to them. An LSTM also has the factor `norm_c` and the bias `norm_c_bias` [H] of its
+    normalized c. The names end like torch.nn's: `norm_ih_l0_reverse`.
     """
 
     _normalizes = False
@@ -47,9 +47,9 @@ class LayerNorms(nn.RNNBase):
         return parameters.norms(self, {"weight_ih": names[0]})
 
     def _norms(self, names: list[str]) -> list[Tensor | None]:
-        """The tensors of `specs.NORMS` of the layer and direction whose weights have these names; empty for none."""
+        """The tensors of `specs.NORMS` of the layer and direction whose weights have these names."""
         found = stack.parameters(self, self._norm_names(names))
-        return [*found, *[None] * (len(NORMS) - len(found))] if found else []
+        return [*found, *[None] * (len(NORMS) - len(found))]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

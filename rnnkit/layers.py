@@ -167,8 +167,9 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
                 )
             weights = stack.parameters(self, names)
             biases = weights[2:4] if self.bias else [None, None]
-            projection = weights[-1] if self.proj_size > 0 else None
-            found.append([*weights[:2], *biases, projection, *self._norms(names)])
+            found.append([*weights[:2], *biases, weights[-1] if self.proj_size > 0 else None])
+            if self._normalizes:
+                found[-1] += self._norms(names)
         return found
 
     def _run(
@@ -279,11 +280,11 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
 
     def _forward(self, input: Any, hx: Any, asked: _Asked) -> Any:
         weights = self._weights()
-        drops = self._normalizes or (self.training and self.dropout > 0)
+        beyond = self._normalizes or (self.training and self.dropout > 0)  # the fast path has none
         noise = self.weight_dropout, self.recurrent_dropout, self.zoneout
         if self.grad_clip is not None or self.grad_cut is not None or noise != _NO_NOISE:
             options.check(options.changed(self))  # they may have been assigned to
-            drops = drops or bool(self._zoneouts()) or (self.training and noise[:2] != (0, 0))
+            beyond = beyond or bool(self._zoneouts()) or (self.training and noise[:2] != (0, 0))
         if asked.reset_to is not None and asked.reset is None:
             raise ValueError("expected reset to be given with reset_to, got None")
         if self._learns:
@@ -292,7 +293,7 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
             hx, asked = self._with_learned(input, hx, asked)
         plain = asked is _NOTHING
         direct = backends.fast_path("direct_layers") if plain else None
-        if direct is not None and not drops and self._has_torchs_checks():
+        if direct is not None and not beyond and self._has_torchs_checks():
             found = direct(
                 self._cell,
                 input,

@@ -56,7 +56,7 @@ def coins(p: float, rows: int, width: int, device: torch.device) -> Tensor:
     below, rare = (torch.lt, p) if p <= 0.5 else (torch.ge, 1 - p)
     whole = int(rare * 256)
     apart = -(-rows // 32)  # rows from one element to the next one of the same limit
-    rounded_up = torch.rand(apart, width, device=device) < rare * 256 - whole
+    rounded_up = torch.rand(apart, width, dtype=torch.float32, device=device) < rare * 256 - whole
     limits = rounded_up.to(torch.uint8).add_(whole)
     # All 64 bits. Compilers and vmap know `randint`, but not `random_`.
     words = torch.randint(-(2**63), 2**63 - 1, (32, apart, -(-width // 8)), device=device)

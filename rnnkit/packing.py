@@ -43,7 +43,7 @@ class Packing:
         """
         batch = lengths.numel()
         in_order, order = torch.sort(lengths, descending=True, stable=True)
-        times = torch.arange(steps).unsqueeze(1)
+        times = torch.arange(steps, device="cpu").unsqueeze(1)
         active = times < in_order  # [T, N]
         sizes = active.sum(1)[: int(in_order[0])]
         if batch_first:
@@ -52,7 +52,8 @@ class Packing:
             shape, places = (steps, batch), torch.add(order, times, alpha=batch)
         sources = places.masked_select(active)
         rows = sources.numel()
-        targets = torch.full((steps * batch,), rows).scatter_(0, sources, torch.arange(rows))
+        in_packed = torch.arange(rows, device="cpu")
+        targets = torch.full((steps * batch,), rows, device="cpu").scatter_(0, sources, in_packed)
         if torch.equal(in_order, lengths):
             orders: tuple[Tensor | None, Tensor | None] = None, None
         else:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from rnnkit.specs import NORMS
+from rnnkit.specs import CELLS
 
 #: The names of a cell's parameters. A layer's have a suffix for layer and direction. Only an LSTM layer has weight_hr.
 KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
@@ -35,7 +35,7 @@ def norms(module: nn.Module, own: Mapping[str, str]) -> list[str]:
     if not getattr(module, "layer_norm", False):
         return []
     suffix = own["weight_ih"].removeprefix("weight_ih")
-    return [kind + suffix for kind in NORMS[: 4 if cell_of(module) == "LSTM" else 2]]
+    return [kind + suffix for kind in CELLS[module._cell].norms]  # type: ignore[index]
 
 
 def held(module: nn.Module, name: str) -> nn.Parameter | None:

@@ -31,9 +31,10 @@ class CellSpec:
         input_grads: for each gate, the gradient column of its input part. A kernel writes several gradients of each
             hidden unit, in columns: 0 to G-1 are those of the gates' recurrent parts. Where the input part of a gate
             has the same gradient, it points to that column; the GRU's n gate has a column of its own, 3.
-        step: (input part of each gate, recurrent part of each gate, states) -> new states, all [N, H]. A cell with a
-            state that layer normalization is for takes as a fourth argument what to do with the new one before h is
-            made of it.
+        step: (input part of each gate, recurrent part of each gate, states) -> new states, all [N, H]. A cell that
+            `has_source` takes as a fourth argument what to do with it before h' is made of it.
+        has_source: whether h' is made of another new state, its source, which layer normalization normalizes in
+            between: the second state, c of an LSTM.
         projects: whether the cell supports a projection of h (w_hr). `uses_h` and `uses_previous_h` of its C++ struct
             must then be false: the cell never reads h. The recurrent product reads the projected h.
     """
@@ -45,6 +46,12 @@ class CellSpec:
     input_grads: tuple[int, ...]
     step: Step
     projects: bool = False
+    has_source: bool = False
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The weights of layer normalization, see `NORMS`."""
+        return NORMS if self.has_source else NORMS[:2]
 
     @property
     def grad_columns(self) -> int:
@@ -96,7 +103,14 @@ CELLS = {
         CellSpec("rnn_tanh", gates=1, states=1, saved=0, input_grads=(0,), step=_rnn(torch.tanh)),
         CellSpec("rnn_relu", gates=1, states=1, saved=0, input_grads=(0,), step=_rnn(torch.relu)),
         CellSpec(
-            "lstm", gates=4, states=2, saved=5, input_grads=(0, 1, 2, 3), step=_lstm, projects=True
+            "lstm",
+            gates=4,
+            states=2,
+            saved=5,
+            input_grads=(0, 1, 2, 3),
+            step=_lstm,
+            projects=True,
+            has_source=True,
         ),
         CellSpec("gru", gates=3, states=1, saved=4, input_grads=(0, 1, 3), step=_gru(writes=False)),
         CellSpec(

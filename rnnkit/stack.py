@@ -67,7 +67,12 @@ def run(
     """
     if _is_zero(input.size(0) if batch_sizes is None else batch_sizes.numel()):
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    plain_lstm = cell == "lstm" and not step and batch_sizes is None and weights[0][-1] is None
+    plain_lstm = (
+        cell == "lstm"
+        and not step
+        and batch_sizes is None
+        and weights[0][WEIGHTS.index("w_hr")] is None
+    )
     input, given, weights, result_dtypes = _autocast(
         cell, input, [*states, *reset_to], weights, plain_lstm
     )
@@ -296,7 +301,7 @@ def _autocast(
     low = torch.get_autocast_dtype(kind)
     carried = states[-1].dtype if states else input.dtype
     state = torch.promote_types(carried, low)
-    projected = weights[0][-1] is not None
+    projected = weights[0][WEIGHTS.index("w_hr")] is not None
     in_onednn = (
         plain_lstm
         and kind == "cpu"

@@ -599,7 +599,8 @@ def test_kernels_are_for_this_cpu() -> None:
 
 def test_cells_are_the_reference_s() -> None:
     specs = [
-        (s.name, s.gates, s.states, s.saved, [*s.input_grads], s.projects) for s in CELLS.values()
+        (s.name, s.gates, s.states, s.saved, [*s.input_grads], s.projects, s.has_source)
+        for s in CELLS.values()
     ]
     assert backends.EXTENSION.cells() == specs
 

@@ -477,3 +477,15 @@ def test_errors() -> None:
         rnnkit.LSTM(I, H, proj_size=2, zoneout=0.1)
     with pytest.raises(ValueError, match=r"expected zoneout to be a number from 0 to 1, got 1\.5"):
         rnnkit.LSTM(I, H, zoneout=(0.1, 1.5))
+
+
+def test_coins_do_not_depend_on_the_default_dtype() -> None:
+    found = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            torch.manual_seed(SEED)
+            found.append(noise.coins(0.001, 2000, 8, torch.device("cpu")))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert found[0].equal(found[1]) and found[0].equal(found[2])

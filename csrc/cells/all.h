@@ -19,8 +19,8 @@
 //                          without what comes through the recurrent weights, which the caller adds. grad: on return
 //                          the gradients of the gates
 //   has_source             whether h' is made of a gate and of another new state, its source, which layer normalization
-//                          normalizes in between. If so:
-//   activate(x, h, save)   the gates, the first of the saved values
+//                          normalizes in between. If so, what is saved is the gates and then state 1 before the step, and:
+//   activate(x, h, save)   the gates alone
 //   source(save)           the source, which is the new state 1
 //   output_of(save, n)     h' of the source, normalized or not
 //   grad_source(save, tanh_n, grad_h)

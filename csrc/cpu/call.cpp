@@ -147,7 +147,7 @@ bool Call::weights_fit() {
                                {gates},
                                {hidden},
                                {hidden}};
-  const int64_t norms = cell.states > 1 ? kNorms : 2;
+  const int64_t norms = cell.has_source ? kNorms : 2;
   for (int64_t d = 0; d < directions; ++d)
     for (int64_t k = 0; k < kinds; ++k) {
       const std::optional<Tensor> given = weight(d, k);

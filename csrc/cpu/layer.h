@@ -116,6 +116,7 @@ struct CellKernels {
   const char* name;
   int64_t gates, states, saved;
   bool projects;                  // whether h may be projected
+  bool has_source;                // see cells/all.h
   int64_t input_grad[kMaxGates];  // the gradient column of each gate's input part
   Kernels<float> f32;
   Kernels<double> f64;

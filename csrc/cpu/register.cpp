@@ -267,13 +267,14 @@ std::vector<Tensor> layer_backward(std::string_view cell, const Tensor& input, a
 
 namespace {
 
-using CellFacts = std::tuple<std::string, int64_t, int64_t, int64_t, std::vector<int64_t>, bool>;
+using CellFacts = std::tuple<std::string, int64_t, int64_t, int64_t, std::vector<int64_t>, bool, bool>;
 
 std::vector<CellFacts> list_cells() {
   std::vector<CellFacts> list;
   for (const CellKernels* cell = isa().cells.begin; cell != isa().cells.end; ++cell)
     list.emplace_back(cell->name, cell->gates, cell->states, cell->saved,
-                      std::vector<int64_t>(cell->input_grad, cell->input_grad + cell->gates), cell->projects);
+                      std::vector<int64_t>(cell->input_grad, cell->input_grad + cell->gates), cell->projects,
+                      cell->has_source);
   return list;
 }
 
@@ -307,7 +308,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "cache_sizes", [] { return std::make_tuple(cache_sizes().l1, cache_sizes().l2, cache_sizes().l3); },
       "Bytes of L1 (for data), L2 and L3; 0 if the size of L3 is unknown.");
   m.def("cells", list_cells,
-        "(name, gates, states, saved, input_grads, projects) of each cell, as in rnnkit.specs.CELLS.");
+        "(name, gates, states, saved, input_grads, projects, has_source) of each cell, as in rnnkit.specs.CELLS.");
 }
 
 }  // namespace rnnkit

@@ -18,7 +18,7 @@ class Backward {
         projects_(kCanProject<Cell> && layer.direction[0].w_hr != nullptr),
         clips_(layer.grad_clip < T(__builtin_inf())),
         zones_(std::any_of(layer.states, layer.states + Cell::states, [](auto& s) { return s.zones(); })),
-        record_(Record::of<Cell>(layer)),
+        reserve_row_(ReserveRow::of<Cell>(layer)),
         segments_(segments_of(layer)),
         max_rows_(max_rows(layer, segments_)),
         arena_(scratch),
@@ -308,9 +308,9 @@ class Backward {
   RowOfCell row_of_cell(const Segment& segment, const ActiveRows<S>& rows, int64_t s, int64_t n, Carry carry) const {
     const int64_t d = rows.direction, H = layer_.hidden, row = rows.first(s) + n;
     RowOfCell of{};
-    const T* reserve = layer_.reserve + (d * layer_.rows() + row) * record_.values * H;
+    const T* reserve = layer_.reserve + (d * layer_.rows() + row) * reserve_row_.values * H;
     of.saved = recomputes() ? recompute_.saved(segment, d, row) : reserve;
-    if (keeps_given<Cell>(layer_)) of.given = reserve + record_.given * H;
+    if (keeps_given<Cell>(layer_)) of.given = reserve + reserve_row_.given * H;
     if (Cell::uses_h) of.h = layer_.y + (row * layer_.directions + d) * H;
     if (Cell::uses_previous_h) of.previous_h = rows.h_before(s, n, carry, beginnings_);
     of.grad_others = at(grad_others_, (d * layer_.batch + rows.range.begin + n) * kOthers<Cell> * H);
@@ -326,8 +326,8 @@ class Backward {
   // What is normalized of a row.
   typename NormalizedGrads<Cell, S>::Row normalized_row(const Segment& segment, int64_t d, int64_t row) const {
     if (recomputes()) return {recompute_.saved(segment, d, row), recompute_.products(segment, d, row)};
-    const T* reserve = layer_.reserve + (d * layer_.rows() + row) * record_.values * layer_.hidden;
-    return {reserve, reserve + record_.products * layer_.hidden};
+    const T* reserve = layer_.reserve + (d * layer_.rows() + row) * reserve_row_.values * layer_.hidden;
+    return {reserve, reserve + reserve_row_.products * layer_.hidden};
   }
 
   // Adds the gradients of the states other than h after this step, for units first to first + width - 1 of a row.
@@ -451,7 +451,7 @@ class Backward {
 
   const Layer<S>& layer_;
   const bool projects_, clips_, zones_;
-  const Record record_;
+  const ReserveRow reserve_row_;
   const std::vector<Segment> segments_;
   const int64_t max_rows_;  // of a segment, in one direction
   Arena arena_;

@@ -16,6 +16,7 @@ CellKernels row(const char* name) {
                   Cell::states,
                   Cell::saved,
                   kCanProject<Cell>,
+                  Cell::has_source,
                   {},
                   Build<Cell, float>::kernels(),
                   Build<Cell, double>::kernels()};

@@ -214,14 +214,14 @@ class Forward {
                        T* scratch) {
     using V = Vector<T>;
     const int64_t d = rows.direction, H = layer_.hidden;
-    const Record record = Record::of<Cell>(layer_);
+    const ReserveRow of_row = ReserveRow::of<Cell>(layer_);
     for (int64_t m = own.begin; m < own.end; m += kRowsNormalized) {
       const int64_t count = min_of(kRowsNormalized, own.end - m);
       NormalizedRow<Cell, S> of[kRowsNormalized];
       for (int64_t i = 0; i < count; ++i) {
         T* to = scratch + i * 2 * Cell::gates * H;
         if (layer_.keep == Keep::everything)
-          to = layer_.reserve + ((d * layer_.rows() + rows.first(s) + m + i) * record.values + record.products) * H;
+          to = layer_.reserve + ((d * layer_.rows() + rows.first(s) + m + i) * of_row.values + of_row.products) * H;
         for (int64_t p = 0; p < gates_.panels(); ++p) {
           gates_.unpack(input + (p * input_rows + m + i) * kWidth, p, to);
           gates_.unpack(products(rows, p, m + i), p, to + Cell::gates * H);
@@ -287,7 +287,7 @@ class Forward {
     const bool keeps_all = Cell::saved > 0 && layer_.keep == Keep::everything;
     const bool zones = std::any_of(layer_.states, layer_.states + Cell::states, [](auto& s) { return s.zones(); });
     const bool keeps_h = layer_.keep != Keep::nothing && keeps_given<Cell>(layer_);
-    const int64_t reserve_row = Record::of<Cell>(layer_).values * H;
+    const int64_t reserve_row = ReserveRow::of<Cell>(layer_).values * H;
     // Each of these goes on by a row at the end of the loop.
     const S* h_before = h(d, s % 2) + n * P + unit;
     S* h_after = h(d, (s + 1) % 2) + n * P + unit;

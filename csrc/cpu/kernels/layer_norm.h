@@ -9,27 +9,8 @@
 #include <cmath>
 
 #include "cpu/kernels/segment.h"
-#include "cpu/kernels/zoneout.h"
 
 namespace rnnkit::RNNKIT_CAPABILITY {
-
-// What the reserve has of a row with Layer::keep, [values, H], see LayerCall.reserve_shape: first what the cell saved or,
-// with Keep::states, the states other than h before the step.
-struct Record {
-  int64_t given;     // place of the h that the step gave, if keeps_given
-  int64_t products;  // place of the products of all gates with x and then with h; there if the layer normalizes
-  int64_t values;
-
-  template <class Cell, class S>
-  static Record of(const Layer<S>& layer) {
-    const bool everything = layer.keep == Keep::everything;
-    Record record{};
-    record.given = everything ? Cell::saved : kOthers<Cell>;
-    record.products = record.given + (keeps_given<Cell>(layer) ? 1 : 0);
-    record.values = record.products + (everything && layer.normalizes() ? 2 * Cell::gates : 0);
-    return record;
-  }
-};
 
 template <class V>
 RNNKIT_INLINE Element<V> total(V value) {
@@ -65,6 +46,7 @@ Moments<T> moments(int64_t size, const T* values) {
 // A row whose products with x and with h, [2, G, H], are normalized.
 template <class Cell, class S>
 struct NormalizedRow {
+  static_assert(!Cell::has_source || Cell::saved == Cell::gates + 1, "the gates and state 1 before the step");
   using T = Sum<S>;
 
   const T* products;

@@ -72,15 +72,18 @@ class Recompute {
     const T* others =
         kOthers<Cell> > 0 ? layer_.reserve + (d * layer_.rows() + row) * kOthers<Cell> * H + unit : nullptr;
     T* saved = saved_.at(segment, d, row) + unit;
-    T* products = layer_.normalizes() ? products_.at(segment, d, row) : nullptr;
     alignas(64) T input[kRowBlock * width], recurrent[kRowBlock * width];
     gates_.w_ih[d].multiply(count, layer_.x + row * layer_.input, p, p, input);
     gates_.w_hh[d].multiply(count, operand, p, p, recurrent);
-    for (int64_t i = 0; products != nullptr && i < count; ++i) {
-      gates_.unpack(input + i * width, p, products + i * 2 * Cell::gates * H);
-      gates_.unpack(recurrent + i * width, p, products + (2 * i + 1) * Cell::gates * H);
+    if (layer_.normalizes()) {
+      T* products = products_.at(segment, d, row);
+      for (int64_t i = 0; i < count; ++i) {
+        gates_.unpack(input + i * width, p, products + i * 2 * Cell::gates * H);
+        gates_.unpack(recurrent + i * width, p, products + (2 * i + 1) * Cell::gates * H);
+      }
+      return;
     }
-    for (int64_t i = 0; products == nullptr && i < count; ++i)
+    for (int64_t i = 0; i < count; ++i)
       for_vectors<T>(gates_.units_in(p), [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
         Vector<T> state[Cell::states], save[Cell::saved + 1];
         GatesOf::load_states(h + i * P + unit, others + i * kOthers<Cell> * H, H, u, lanes, state);

@@ -68,17 +68,16 @@ class WeightGradients {
       const auto with_h = [&](int64_t gate) {
         return Product{operands, packed_h_[d], P, at(weights.grad_w_hh, gate * H * P), at(weights.grad_b_hh, gate * H)};
       };
-      if (normalized_.there()) {  // which sums the biases' gradients itself
-        const auto alone = [](auto product) {
-          product.sums = nullptr;
-          return product;
-        };
-        const Sums of_products{of.add, of.rows, Cell::gates * H, thread, threads};
-        products(of_products, normalized_.input.begin(segment, d), Cell::gates * H, alone(with_x(0)));
-        products(of_products, normalized_.recurrent.begin(segment, d), Cell::gates * H, alone(with_h(0)));
+      if (normalized_.there()) {  // normalized_ sums the gradients of biases itself
+        const Sums all{of.add, of.rows, Cell::gates * H, thread, threads};
+        const auto of_x = Product{inputs(segment, d), packed_x_[d], I, weights.grad_w_ih, nullptr};
+        const auto of_h = Product{operands, packed_h_[d], P, weights.grad_w_hh, nullptr};
+        products(all, normalized_.input.begin(segment, d), Cell::gates * H, of_x);
+        products(all, normalized_.recurrent.begin(segment, d), Cell::gates * H, of_h);
+        return;
       }
       // Gates whose two parts have the same gradient go together: it is then copied and summed once.
-      for (int64_t g = 0; g < Cell::gates && !normalized_.there();) {
+      for (int64_t g = 0; g < Cell::gates;) {
         int64_t end = g;
         while (end < Cell::gates && Cell::input_grad[end] == end) ++end;
         if (end > g) {

@@ -37,4 +37,22 @@ bool keeps_given(const Layer<S>& layer) {
   return Cell::uses_h && layer.states[0].zones() && layer.states[0].kept == nullptr;
 }
 
+// What the reserve has of a row with Layer::keep, [values, H], see LayerCall.reserve_shape: first what the cell saved or,
+// with Keep::states, the states other than h before the step.
+struct ReserveRow {
+  int64_t given;     // place of the h that the step gave, if keeps_given
+  int64_t products;  // place of the products of all gates with x and then with h; there if the layer normalizes
+  int64_t values;
+
+  template <class Cell, class S>
+  static ReserveRow of(const Layer<S>& layer) {
+    const bool everything = layer.keep == Keep::everything;
+    ReserveRow row{};
+    row.given = everything ? Cell::saved : kOthers<Cell>;
+    row.products = row.given + (keeps_given<Cell>(layer) ? 1 : 0);
+    row.values = row.products + (everything && layer.normalizes() ? 2 * Cell::gates : 0);
+    return row;
+  }
+};
+
 }  // namespace rnnkit::RNNKIT_CAPABILITY
