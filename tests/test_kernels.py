@@ -355,6 +355,7 @@ def test_denormals(device: str, cell: str, place: str) -> None:
 
 
 LSTM = Case("lstm", (3, 4, 5, 6), 2, projected=2)
+NORMALIZED = Case("lstm", (3, 4, 5, 6), 2, norm=True)
 RAGGED = Case("gru", (0, 0, 5, 6), 1, (3, 2, 2, 1))
 MASKED = Case(
     "lstm",
@@ -428,11 +429,23 @@ BAD_CALLS: dict[str, tuple[Case, Change, str]] = {
     "grad_clip NaN": (LSTM, lambda _: {"grad_clip": math.nan}, "expected grad_clip to be at least 0, got nan"),
     "grad_cut negative": (LSTM, lambda _: {"grad_cut": -1}, "expected grad_cut to be at least 0, got -1"),
     "weights none": (LSTM, lambda _: {"weights": []},
-        "expected weights to hold 5 tensors for each of 1 or 2 directions, got 0"),
-    "weights missing one": (LSTM, lambda it: {"weights": it.weights[:-1]},
-        "expected weights to hold 5 tensors for each of 1 or 2 directions, got 9"),
+        "expected weights to hold 5 tensors, or 9 with layer normalization, for each of 1 or 2 directions, got 0"),
+    "weights missing two": (LSTM, lambda it: {"weights": it.weights[:-2]},
+        "expected weights to hold 5 tensors, or 9 with layer normalization, for each of 1 or 2 directions, got 8"),
+    "weights of more norms": (NORMALIZED, lambda it: {"weights": it.weights[:-1]},
+        "expected weights to hold 5 tensors, or 9 with layer normalization, for each of 1 or 2 directions, got 17"),
+    "norm_c absent": (NORMALIZED, _with("weights", 7, lambda _: None),
+        "expected norm_c of direction 0 to be a tensor for lstm, got None"),
+    "norm_hh absent": (NORMALIZED, _with("weights", 15, lambda _: None),
+        "expected norm_hh of direction 1 to be a tensor for lstm, got None"),
+    "norm_c of a GRU": (replace(NORMALIZED, cell="gru"), _with("weights", 7, lambda _: torch.ones(6)),
+        "expected norm_c of direction 0 to be None for gru, got a tensor"),
+    "norm_ih narrow": (NORMALIZED, _with("weights", 5, lambda w: w[1:]),
+        "expected norm_ih of direction 0 of shape [24], got [23]"),
+    "norm_c_bias of another dtype": (NORMALIZED, _with("weights", 17, Tensor.double),
+        "expected norm_c_bias of direction 1 to be torch.float32 like the input, got torch.float64"),
     "weights of three directions": (LSTM, lambda it: {"weights": it.weights + it.weights[:5]},
-        "expected weights to hold 5 tensors for each of 1 or 2 directions, got 15"),
+        "expected weights to hold 5 tensors, or 9 with layer normalization, for each of 1 or 2 directions, got 15"),
     "w_ih absent": (LSTM, _with("weights", 0, lambda _: None), "expected w_ih of direction 0 to be a tensor, got None"),
     "w_hh absent": (LSTM, _with("weights", 1, lambda _: None), "expected w_hh of direction 0 to be a tensor, got None"),
     "w_ih narrow": (LSTM, _with("weights", 0, _narrower), "expected w_ih of direction 0 of shape [24, 5], got [24, 4]"),

@@ -274,8 +274,16 @@ def test_pack_weights_of_no_layer(device: str) -> None:
     assert w_ih is not None and w_hh is not None
     for cell, weights, text in (
         ("nix", [], "cell to be the name of a cell, got 'nix'"),
-        ("gru", [], "weights to hold 5 tensors for each of 1 or 2 directions, got 0"),
-        ("gru", [w_ih], "weights to hold 5 tensors for each of 1 or 2 directions, got 1"),
+        (
+            "gru",
+            [],
+            "weights to hold 5 tensors, or 9 with layer normalization, for each of 1 or 2 directions, got 0",
+        ),
+        (
+            "gru",
+            [w_ih],
+            "weights to hold 5 tensors, or 9 with layer normalization, for each of 1 or 2 directions, got 1",
+        ),
         ("gru", [None, w_hh, *others], "w_ih of direction 0 to be a tensor, got None"),
         ("gru", [w_ih[0], w_hh, *others], "w_ih of direction 0 to have 2 dimensions, got 1"),
         ("gru", [w_ih[1:], w_hh, *others], "w_ih of direction 0 of shape [12, 3], got [11, 3]"),
