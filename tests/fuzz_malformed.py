@@ -263,6 +263,7 @@ def _op_case(rng: random.Random) -> kernel_cases.Case:
         operand_mask=rng.random() < 0.3,
         zoneout=(0.0 if projected else 0.2 * zones, 0.4 * zones),
         expects=rng.random() < 0.5,
+        norm=rng.random() < 0.25,
     )
 
 
