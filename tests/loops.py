@@ -48,6 +48,11 @@ def as_hx(layer: Any, states: Sequence[Tensor]) -> Any:
     return tuple(states) if layer.mode == "LSTM" else states[0]
 
 
+def as_list(states: Any) -> list[Tensor]:
+    """The states from the form of `hx`."""
+    return list(states) if isinstance(states, tuple) else [states]
+
+
 @dataclass
 class Loop:
     """What a loop is to do beside the steps; all that is not given does nothing.

@@ -5,7 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from loops import BACKENDS, LAYERS, H, I, Loop, N, T, as_hx, assert_same, made, random_states
+from loops import (
+    BACKENDS,
+    LAYERS,
+    H,
+    I,
+    Loop,
+    N,
+    T,
+    as_hx,
+    as_list,
+    assert_same,
+    made,
+    random_states,
+)
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -13,10 +26,6 @@ import rnnkit
 from rnnkit.initial_states import NAMES
 
 LENGTHS = [2, 7, 5, 1, 3]
-
-
-def as_list(states: Any) -> list[Tensor]:
-    return list(states) if isinstance(states, tuple) else [states]
 
 
 def learned(name: str, **options: Any) -> Any:

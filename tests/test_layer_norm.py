@@ -17,6 +17,7 @@ from loops import (
     N,
     T,
     as_hx,
+    as_list,
     assert_same,
     made,
     random_states,
@@ -38,10 +39,6 @@ def normalizing(name: str, **options: Any) -> Any:
             if parameter.startswith("norm"):
                 weight += torch.randn_like(weight) / 3
     return layer
-
-
-def as_list(states: Any) -> list[Tensor]:
-    return list(states) if isinstance(states, tuple) else [states]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
