@@ -43,9 +43,9 @@ def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
         raise RuntimeError(
             "expected a dense input, without lengths, to export a layer to ONNX that its operators do not have"
         )
-    if beyond:
+    call = call if beyond else of_torchs_cell(call)
+    if beyond or call.cell not in OPERATORS:
         return reference.run(call)
-    call = of_torchs_cell(call)
     name, order, attributes = OPERATORS[call.cell]
     input, hidden, directions, states = call.input, call.hidden, call.directions, call.spec.states
     there = lengths = None
