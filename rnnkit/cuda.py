@@ -28,7 +28,7 @@ def device_of(index: int) -> plan.Gpu:
 
 def why_not(scan: plan.Scan) -> str:
     """See `rnnkit.gpu.Scans`."""
-    return "the CUDA kernels have no layer normalization" if scan.normalizes else ""
+    return ""
 
 
 def choose(scan: plan.Scan, device: torch.device) -> plan.Plan:
@@ -119,6 +119,7 @@ def _stepwise_forward(
         call.b_ih,
         call.b_hh,
         stacked(call.w_hr),
+        *call.norms(),
         *_before(call),
         *_noise(call),
         call.counts,
@@ -210,6 +211,7 @@ def _stepwise_backward(
         call.cell,
         stacked(call.w_hh),
         stacked(call.w_hr),
+        *call.norms(),
         *_before(call),
         *_noise(call),
         call.counts,
@@ -235,5 +237,5 @@ def _stepwise_backward(
 def unprojected(call: GpuCall, reserve: Tensor) -> Tensor:
     """h before its projection at all steps, [D, rows, H], from a reserve that holds everything."""
     h = call.input.new_empty(call.directions, call.rows, call.hidden)
-    torch.ops.rnnkit.unprojected(call.cell, reserve, h)
+    torch.ops.rnnkit.unprojected(call.cell, *call.norms(), reserve, h)
     return h

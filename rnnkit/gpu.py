@@ -245,6 +245,12 @@ class GpuCall(LayerCall):
             self.normalizes,
         )
 
+    def norms(self) -> list[Tensor | None]:
+        """What scans need of layer normalization: norm_hh, norm_c and norm_c_bias, see `stacked`."""
+        if not self.normalizes:
+            return [None] * 3
+        return [stacked(self.of_kind(name)) for name in ("norm_hh", "norm_c", "norm_c_bias")]
+
     def rows_of(self, d: int, step: int) -> slice:
         """The rows of direction d's step number `step`, in the order in which it processes them."""
         t = self.steps - 1 - step if d else step

@@ -194,6 +194,8 @@ def _never_persistent(scan: Scan, device: Gpu) -> str:
         return "the persistent kernel has no float64"
     if scan.projected != scan.hidden:
         return "the persistent kernel has no projection"
+    if scan.normalizes:
+        return "the persistent kernel has no layer normalization"
     return ""
 
 

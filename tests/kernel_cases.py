@@ -400,7 +400,7 @@ RESETS_AND_NOISE: dict[str, Any] = {
     "zoneout": (0.3, 0.2),
 }
 
-#: Layer normalization. CUDA's kernels have none: there the reference runs.
+#: Layer normalization.
 NORMS: tuple[dict, ...] = (
     {"norm": True},
     {"norm": True, "lengths": (5, 3, 3, 1), "states": False},
@@ -415,6 +415,13 @@ NORMS_OF_LSTM: tuple[dict, ...] = (
     {"norm": True, "all_states": True, "zoneout": (0.0, 0.3), "lengths": (5, 3, 3, 1)},
     {"norm": True, "projected": 30, "lengths": (6, 5, 2)},
     {"norm": True, "projected": 15, "bias": False, "states": False},
+)
+
+#: Layer normalization of few sequences, and with all that may vary at once.
+NORMS_OF_FEW: tuple[dict, ...] = (
+    *({**norm, "lengths": (4, 3, 3, 1)} if "lengths" in norm else norm for norm in NORMS),
+    {"norm": True, "operand_mask": True, "resets": 0.4, "grad_clip": 0.1, "lengths": (5, 4, 2, 1)},
+    {"norm": True, "bias": False, "states": False},
 )
 
 #: What may vary beside the sizes.

@@ -11,6 +11,8 @@ import torch
 from kernel_cases import (
     NOISE,
     NOISE_OF_FEW,
+    NORMS_OF_FEW,
+    NORMS_OF_LSTM,
     RESETS,
     RESETS_AND_NOISE,
     Case,
@@ -24,6 +26,7 @@ from test_kernels import BAD_BACKWARDS, BAD_CALLS
 from tolerances import assert_close_to_truth
 
 from rnnkit import cuda, gpu, instances, plan
+from rnnkit import ops as rnnkit_ops
 from rnnkit.call import Keep
 from rnnkit.specs import CELLS
 
@@ -36,8 +39,7 @@ IN_ONE_LAUNCH = [name for name in plan.KERNELS if name != "stepwise"]
 
 each_cell = pytest.mark.parametrize("cell", CELLS)
 each_dtype = pytest.mark.parametrize("dtype", host_build.DTYPES, ids=str)
-#: Without layer normalization, which the reference computes.
-SMALL = [case for case in small_cases() if not case.norm]
+SMALL = small_cases()
 each_kernel = pytest.mark.parametrize("kernel", plan.KERNELS)
 
 
@@ -150,6 +152,43 @@ def test_projection(variant: dict, dtype: torch.dtype, kernel: str) -> None:
     with plan.forced(kernel):
         assert [chosen.kernel for chosen in kernels_of(case)] == ["stepwise"] * 2
         assert_case_matches_reference(case)
+
+
+def normalized_cases() -> Iterator[tuple[Case, Keep]]:
+    """Every cell in every dtype in every variant; directions and what is kept are drawn along diagonals."""
+    for at, (cell, dtype) in enumerate(product(CELLS, (*host_build.DTYPES, torch.float64))):
+        variants = NORMS_OF_FEW + (NORMS_OF_LSTM if CELLS[cell].has_source else ())
+        for row, variant in enumerate(variants):
+            case = Case(cell, (3, 4, 5, 33), 1 + (at + row) % 2, dtype=dtype, off_kink=True)
+            keep = Keep.STATES if (at + row // 2) % 2 else Keep.EVERYTHING
+            yield replace(case, **variant), keep
+
+
+@on_host
+@pytest.mark.parametrize(
+    ("case", "keep"),
+    list(normalized_cases()),
+    ids=lambda value: value.name if isinstance(value, Keep) else str(value),
+)
+def test_layer_normalization(case: Case, keep: Keep) -> None:
+    """Runs step by step, whatever is forced."""
+    with plan.forced("persistent"):
+        assert [chosen.kernel for chosen in kernels_of(case)] == ["stepwise"] * 2
+        assert_case_matches_reference(case, keep)
+
+
+@on_host
+def test_the_kernels_normalize(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call falls back to the reference."""
+    for name in ("forward_composite", "backward_composite"):
+        monkeypatch.setattr(rnnkit_ops, name, lambda *_: pytest.fail("the reference ran"))
+    for cell in CELLS:
+        call(Case(cell, (2, 3, 4, 33), 2, norm=True, off_kink=True)).run()
+
+
+@on_host
+def test_normalized_values_of_any_mean_and_size() -> None:
+    test_kernels.test_normalized_values_of_any_mean_and_size("cpu")
 
 
 @on_host

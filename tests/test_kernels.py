@@ -131,6 +131,18 @@ def test_one_reset_in_a_long_batch(device: str, t: int) -> None:
         assert_matches_reference(replace(it, reset=reset.to(device)))
 
 
+def test_normalized_values_of_any_mean_and_size(device: str) -> None:
+    """The variance is that of what is left of a large mean, and 0 of equal values."""
+    it = call(Case("lstm", (2, 3, 4, 17), 2, device=device, norm=True))
+    large = [w + 100 if w is not None and w.dim() == 2 else w for w in it.weights]
+    equal = [torch.ones_like(w) if w is not None and w.dim() == 2 else w for w in it.weights]
+    for weights in (large, equal):
+        changed = replace(it, weights=weights)
+        (output,), _, _ = changed.forward()
+        truth = changed.to(torch.float64).on("cpu").reference()["output"]
+        torch.testing.assert_close(output.cpu().double(), truth, rtol=2e-3, atol=2e-3)
+
+
 def test_zoneout_selects(device: str) -> None:
     """What is kept comes through beside NaN, and an infinite gradient goes to one of its two parts."""
     it = call(Case("lstm", (1, 3, 4, 17), 2, zoneout=(0.5, 0.5), device=device))

@@ -175,6 +175,7 @@ def test_shared_memory_holds_the_weights(cell: str) -> None:
     [
         (scan(element_bytes=8), H100, "float64"),
         (scan(projected=64), H100, "projection"),
+        (replace(scan(), normalizes=True), H100, "layer normalization"),
         (scan(), Gpu(80, 98_304, (7, 0)), "capability"),
         (scan(), Gpu(40, 65_536, (7, 5)), "capability"),
         (scan(hidden=20_000), H100, "shared memory"),

@@ -19,7 +19,7 @@ from devices import on_gpu
 from kernel_cases import (
     DTYPES,
     NOISE_OF_FEW,
-    NORMS,
+    NORMS_OF_FEW,
     TWINS,
     Case,
     assert_case_matches_reference,
@@ -31,7 +31,7 @@ from kernel_cases import (
 from tolerances import FORWARD, GRADIENT, assert_close_to_truth, relative_error
 
 import rnnkit
-from rnnkit import backends, gpu, ops, plan, reference
+from rnnkit import backends, gpu, ops, plan
 from rnnkit.call import Keep, LayerCall
 from rnnkit.specs import CELLS
 
@@ -106,12 +106,6 @@ VARIANTS: tuple[dict, ...] = (
     {"resets": 0.4, "reset_states": True, "grad_clip": 0.1, "grad_cut": 2, "lengths": (4, 3, 3, 1)},
     {"resets": 0.4, "reset_states": True},
 )
-#: Layer normalization: of few sequences, and of all that may vary at once.
-NORMALIZED: tuple[dict, ...] = (
-    *({**norm, "lengths": (4, 3, 3, 1)} if "lengths" in norm else norm for norm in NORMS),
-    {"norm": True, "operand_mask": True, "resets": 0.4, "grad_clip": 0.1, "lengths": (5, 4, 2, 1)},
-    {"norm": True, "bias": False, "states": False},
-)
 
 
 def cases() -> Iterator[tuple[Case, str, Keep]]:
@@ -132,7 +126,7 @@ def cases() -> Iterator[tuple[Case, str, Keep]]:
         ]
         runs += [
             # Few values of an LSTM's c can be nearly equal, and are then divided by a small deviation.
-            (kernel, (3, 3, 4, 17 + 8 * row), NORMALIZED[(2 * at + row) % len(NORMALIZED)])
+            (kernel, (3, 3, 4, 17 + 8 * row), NORMS_OF_FEW[(2 * at + row) % len(NORMS_OF_FEW)])
             for row, kernel in enumerate(plan.TRITON_KERNELS)
         ]
         for row, (kernel, sizes, variant) in enumerate(runs):
@@ -168,7 +162,7 @@ def test_against_reference(case: Case, kernel: str, keep: Keep) -> None:
             Case(cell, (3, 4, 2, 20), directions, off_kink=True, **variant)
             for cell in CELLS
             for directions in (1, 2)
-            for variant in VARIANTS + (NOISE_OF_FEW + NORMALIZED if directions == 2 else ())
+            for variant in VARIANTS + (NOISE_OF_FEW + NORMS_OF_FEW if directions == 2 else ())
         ]
     ),
     ids=str,
@@ -350,16 +344,8 @@ def test_layer_normalization_runs_on_the_kernels(
 
 @each_kernel
 def test_normalized_values_of_any_mean_and_size(device: str, kernel: str) -> None:
-    """The variance is that of what is left of a large mean, and 0 of equal values."""
-    it = call(Case("lstm", (2, 3, 4, 17), 2, device=device, norm=True))
-    large = [w + 100 if w is not None and w.dim() == 2 else w for w in it.weights]
-    equal = [torch.ones_like(w) if w is not None and w.dim() == 2 else w for w in it.weights]
-    for weights in (large, equal):
-        changed = replace(it, weights=weights)
-        with plan.forced(kernel):
-            (output,), _, _ = changed.forward()
-        (truth,), _ = reference.run(changed.to(torch.float64).on("cpu"))
-        torch.testing.assert_close(output.cpu().double(), truth, rtol=2e-3, atol=2e-3)
+    with plan.forced(kernel):
+        test_kernels.test_normalized_values_of_any_mean_and_size(device)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of numpy, in the interpreter
@@ -724,24 +710,24 @@ def test_kernels_and_reasons() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("backend", ("triton", "cpp"))
 def test_explain_says_where_layer_normalization_is_computed(
-    backend: str, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module = importlib.import_module(gpu._MODULES[backend])
+    module = importlib.import_module("rnnkit.triton.scan")
     monkeypatch.setattr(gpu, "scans", lambda device: module)
-    monkeypatch.setattr(backends, "serving", lambda device: backend)
+    monkeypatch.setattr(backends, "serving", lambda device: "triton")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     x = mock.Mock(device=torch.device("cuda"), dtype=torch.float32)
     x.configure_mock(**{"dim.return_value": 3, "size.return_value": 4})
     for hidden in (64, 512):
         found = rnnkit.explain(rnnkit.LSTM(4, hidden, layer_norm=True), x)
-        if backend == "triton" and hidden == 64:
+        if hidden == 64:
             assert found.kernel == "sequence" and found.forward.whole and not found.reason
             continue
-        expected = "needs all units" if backend == "triton" else "have no layer normalization"
         assert found.backend == found.kernel == "reference" and found.forward is None
-        assert expected in found.reason and str(found) == f"reference on cuda: {found.reason}"
+        assert (
+            "needs all units" in found.reason and str(found) == f"reference on cuda: {found.reason}"
+        )
 
 
 def test_cells_are_the_reference_s() -> None:

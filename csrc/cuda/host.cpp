@@ -1,7 +1,7 @@
 // The host build of the GPU's kernels, for tests: the launches of kernels.h as loops. Built with register.cpp and
 // RNNKIT_HOST into a library whose ops take CPU tensors (tests/host_build.py).
 #include "cuda/instances.h"
-#include "cuda/step.h"
+#include "cuda/layer_norm.h"
 
 namespace rnnkit::cuda {
 
@@ -17,35 +17,77 @@ std::string launch_persistent(const Persistent& kernel, const PersistentScan& sc
   return "";
 }
 
+namespace {
+
+// The host as a team that has a row, see layer_norm.h.
+struct HostTeam {
+  template <class Body>
+  void each(int64_t count, const Body& body) const {
+    for (int64_t i = 0; i < count; ++i) body(i);
+  }
+  template <class Body>
+  auto sums(int64_t count, const Body& body) const {
+    decltype(body(0)) sum{0, 0};
+    each(count, [&](int64_t i) {
+      const auto of = body(i);
+      sum = {sum.first + of.first, sum.second + of.second};
+    });
+    return sum;
+  }
+};
+
+// Calls row(step, n) for all rows if they are normalized, else element(step, n, unit).
+template <class Element, class Row>
+void each_row(const Steps& steps, const Element& element, const Row& row) {
+  for (int d = 0; d < steps.directions; ++d)
+    for (int64_t n = 0; n < steps.of[d].rows; ++n) {
+      const Step& step = steps.of[d];
+      if (step.norms.hh != nullptr)
+        row(step, n);
+      else
+        for (int64_t unit = 0; unit < step.hidden; ++unit) element(step, n, unit);
+    }
+}
+
+template <class Cell, class S>
+void run_step(bool backward, const Steps& steps) {
+  const HostTeam team;
+  each_row(
+      steps,
+      [&](const Step& step, int64_t n, int64_t unit) {
+        backward ? backward_element<Cell, S>(step, n, unit) : forward_element<Cell, S>(step, n, unit, Plain<Cell, S>());
+      },
+      [&](const Step& step, int64_t n) {
+        backward ? backward_row<Cell, S>(step, n, team) : forward_row<Cell, S>(step, n, team);
+      });
+}
+
+template <class Cell, class S>
+void run_unprojected(const Steps& steps) {
+  each_row(
+      steps,
+      [&](const Step& step, int64_t n, int64_t unit) { unprojected_element<Cell, S>(step, n, unit, Plain<Cell, S>()); },
+      [&](const Step& step, int64_t n) { unprojected_row<Cell, S>(step, n, HostTeam()); });
+}
+
+}  // namespace
+
 std::string launch_step(std::string_view cell, Type type, bool backward, const Steps& steps, Stream) {
   with_type(type, [&](auto element) {
-    using S = decltype(element);
-    for (int d = 0; d < steps.directions; ++d) {
-      const Step& step = steps.of[d];
-      for (int64_t n = 0; n < step.rows; ++n)
-        for (int64_t unit = 0; unit < step.hidden; ++unit) {
 #define RNNKIT_LAUNCH(Cell, name) \
-  if (cell == name) backward ? backward_element<Cell, S>(step, n, unit) : forward_element<Cell, S>(step, n, unit);
-          RNNKIT_CELLS(RNNKIT_LAUNCH)
+  if (cell == name) run_step<Cell, decltype(element)>(backward, steps);
+    RNNKIT_CELLS(RNNKIT_LAUNCH)
 #undef RNNKIT_LAUNCH
-        }
-    }
   });
   return "";
 }
 
-std::string launch_unprojected(std::string_view cell, Type type, const void* reserve, void* h, int64_t rows,
-                               int64_t hidden, Stream) {
+std::string launch_unprojected(std::string_view cell, Type type, const Steps& steps, Stream) {
   with_type(type, [&](auto element) {
-    using S = decltype(element);
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t unit = 0; unit < hidden; ++unit) {
 #define RNNKIT_LAUNCH(Cell, name) \
-  if (cell == name)               \
-    unprojected_element<Cell, S>(static_cast<const Sum<S>*>(reserve), static_cast<S*>(h), row, hidden, unit);
-        RNNKIT_CELLS(RNNKIT_LAUNCH)
+  if (cell == name) run_unprojected<Cell, decltype(element)>(steps);
+    RNNKIT_CELLS(RNNKIT_LAUNCH)
 #undef RNNKIT_LAUNCH
-      }
   });
   return "";
 }

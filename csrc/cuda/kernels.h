@@ -20,22 +20,30 @@ using Stream = CUstream_st*;
 
 enum class Type { bfloat16, half, float32, float64 };
 
+// Null stays null.
+inline void* moved(const void* from, int64_t bytes) {
+  return from ? static_cast<std::byte*>(const_cast<void*>(from)) + bytes : nullptr;
+}
+
 // What is known of a cell by its name; see cells/all.h.
 struct CellSizes {
   int gates, states, saved, grads;
-  bool uses_h;
+  bool uses_h, has_source;
 
   // V, the values of each row and unit in the reserve.
   int kept(const Scan& scan) const {
     if (scan.keep == Keep::nothing) return 0;
     const int given = uses_h && scan.states[0].expects();  // see keeps_given
-    return (scan.keep == Keep::everything ? saved : states - 1) + given;
+    if (scan.keep == Keep::states) return states - 1 + given;
+    return saved + given + (scan.normalizes() ? 2 * gates : 0);
   }
+  // W, the gradients of each row and unit.
+  int columns(const Scan& scan) const { return grads + (scan.normalizes() ? gates + (has_source ? 2 : 0) : 0); }
 };
 inline CellSizes sizes_of(std::string_view cell) {
 #define RNNKIT_SIZES(Cell, name)             \
   static_assert(Cell::states <= kMaxStates); \
-  if (cell == name) return {Cell::gates, Cell::states, Cell::saved, Cell::grads, Cell::uses_h};
+  if (cell == name) return {Cell::gates, Cell::states, Cell::saved, Cell::grads, Cell::uses_h, Cell::has_source};
   RNNKIT_CELLS(RNNKIT_SIZES)
 #undef RNNKIT_SIZES
   throw std::runtime_error("rnnkit: no such cell: " + std::string(cell));
@@ -79,13 +87,15 @@ struct Step {
   int64_t stride;  // between rows of arrays [rows, D*H]
   StepState states[kMaxStates];
   void* reserve;  // of Sum<S>, [active, V, H] or null
+  int values;     // V
   Keep keep;
 
   const void* gates;  // of S, [active, gate_stride]: w_ih x, from the direction's first gate on
   int64_t gate_stride;
   const void* recurrent;    // of S, [active, G*H]: w_hh h; null for zeros
   const void *b_ih, *b_hh;  // of S, [G*H] or null
-  void* h;                  // of S, [N, H] or null: the operand of the next product
+  Norms norms;
+  void* h;  // of S, [N, H] or null: the operand of the next product
   // Of S, [N, H] or null: what h is multiplied with in the operand. With a projection, whose result is masked: null.
   const void* operand_mask;
 
@@ -113,9 +123,8 @@ struct Steps {
 };
 std::string launch_step(std::string_view cell, Type type, bool backward, const Steps& steps, Stream stream);
 
-// Writes h before its projection, [rows, H] of S, from a reserve [rows, saved, H] of Sum<S>.
-std::string launch_unprojected(std::string_view cell, Type type, const void* reserve, void* h, int64_t rows,
-                               int64_t hidden, Stream stream);
+// Writes h before its projection to `h` [rows, H] of each direction, from its reserve, which has everything.
+std::string launch_unprojected(std::string_view cell, Type type, const Steps& steps, Stream stream);
 
 // Matrices of one shape and type: element (row, column) of number n is data[n * next + row * stride + column].
 struct Matrices {

@@ -124,6 +124,15 @@ void set_noise(Scan& scan, const CellSizes& sizes, const Optional& operand_mask,
   }
 }
 
+// Sets the weights of layer normalization, [D, ...] each.
+void set_norms(Scan& scan, const Optional& norm_hh, const Optional& norm_source, const Optional& norm_source_bias) {
+  const auto of_direction = [](const Optional& tensor, int d) {
+    return tensor ? moved(data(tensor), d * tensor->stride(0) * int64_t(tensor->element_size())) : nullptr;
+  };
+  for (int d = 0; norm_hh && d < norm_hh->size(0); ++d)
+    scan.norms[d] = {of_direction(norm_hh, d), of_direction(norm_source, d), of_direction(norm_source_bias, d)};
+}
+
 // Sets what both kinds of scan read and write in the forward pass.
 void set_forward(Scan& scan, const CellSizes& sizes, const Tensor& gates, const Optionals& b_ih, const Optionals& b_hh,
                  const Tensors& initial, const Optional& reset, const Tensors& reset_states, int64_t keep,
@@ -263,10 +272,11 @@ StepwiseScan stepwise_scan(const Tensor& w_hh, const Optional& w_hr, std::vector
 }
 
 void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, Optionals b_ih, Optionals b_hh, Optional w_hr,
-                      Tensors initial, Optional reset, Tensors reset_states, Optional operand_mask,
-                      std::vector<double> zoneout, Optional kept, std::vector<int64_t> counts, int64_t keep,
-                      bool precise, Optional between, Tensor recurrent, Optional masked, Optional unprojected,
-                      Optionals outputs, Tensors finals, Tensor reserve) {
+                      Optional norm_hh, Optional norm_source, Optional norm_source_bias, Tensors initial,
+                      Optional reset, Tensors reset_states, Optional operand_mask, std::vector<double> zoneout,
+                      Optional kept, std::vector<int64_t> counts, int64_t keep, bool precise, Optional between,
+                      Tensor recurrent, Optional masked, Optional unprojected, Optionals outputs, Tensors finals,
+                      Tensor reserve) {
   const Type type = type_of(gates);
   STD_TORCH_CHECK(counts.size() == 1 || between, "expected between for more than one step, got none");
   const bool asked = !outputs.empty() && outputs[0];
@@ -276,6 +286,7 @@ void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, Optionals b_i
   StepwiseScan scan =
       stepwise_scan(w_hh, w_hr, std::move(counts), gates.size(0), precise, between, recurrent, unprojected);
   set_forward(scan, sizes_of(cell), gates, b_ih, b_hh, initial, reset, reset_states, keep, outputs, finals, reserve);
+  set_norms(scan, norm_hh, norm_source, norm_source_bias);
   set_noise(scan, sizes_of(cell), operand_mask, zoneout, kept);
   scan.masked = mutable_data(masked);
   for (size_t k = 0; k < initial.size(); ++k) scan.states[k].initial_is_wide = type_of(initial[k]) != type;
@@ -284,27 +295,42 @@ void stepwise_forward(std::string cell, Tensor gates, Tensor w_hh, Optionals b_i
   run_stepwise(cell, type, false, scan, stream_of(gates), blas_handle());
 }
 
-void stepwise_backward(std::string cell, Tensor w_hh, Optional w_hr, Tensors initial, Optional reset,
-                       Tensors reset_states, Optional operand_mask, std::vector<double> zoneout, Optional kept,
-                       std::vector<int64_t> counts, bool precise, Tensor output, Tensor reserve, Optionals grad_outputs,
-                       Optionals grad_finals, double grad_clip, int64_t grad_cut, Tensor between, Tensor grad_recurrent,
+void stepwise_backward(std::string cell, Tensor w_hh, Optional w_hr, Optional norm_hh, Optional norm_source,
+                       Optional norm_source_bias, Tensors initial, Optional reset, Tensors reset_states,
+                       Optional operand_mask, std::vector<double> zoneout, Optional kept, std::vector<int64_t> counts,
+                       bool precise, Tensor output, Tensor reserve, Optionals grad_outputs, Optionals grad_finals,
+                       double grad_clip, int64_t grad_cut, Tensor between, Tensor grad_recurrent,
                        Optional grad_unprojected, Optional grad_projected, Tensor grad_gates, Optionals grad_initial,
                        Tensors grad_resets, Optionals flow) {
   StepwiseScan scan =
       stepwise_scan(w_hh, w_hr, std::move(counts), output.size(0), precise, between, grad_recurrent, grad_unprojected);
   set_backward(scan, sizes_of(cell), initial, reset, reset_states, output, reserve, grad_outputs, grad_finals,
                grad_clip, grad_cut, grad_gates, grad_initial, grad_resets, flow);
+  set_norms(scan, norm_hh, norm_source, norm_source_bias);
   set_noise(scan, sizes_of(cell), operand_mask, zoneout, kept);
   scan.grad_projected = mutable_data(grad_projected);
   const Guard guard(output);
   run_stepwise(cell, type_of(output), true, scan, stream_of(output), blas_handle());
 }
 
-// h [D, rows, H] before its projection, from a reserve [D, rows, saved, H].
-void unprojected(std::string cell, Tensor reserve, Tensor h) {
+// h [D, rows, H] before its projection, from a reserve [D, rows, V, H].
+void unprojected(std::string cell, Optional norm_hh, Optional norm_source, Optional norm_source_bias, Tensor reserve,
+                 Tensor h) {
+  Scan scan{};
+  set_norms(scan, norm_hh, norm_source, norm_source_bias);
+  Steps steps{};
+  steps.directions = static_cast<int>(h.size(0));
+  for (int d = 0; d < steps.directions; ++d) {
+    Step& step = steps.of[d];
+    step.rows = h.size(1);
+    step.hidden = h.size(2);
+    step.values = static_cast<int>(reserve.size(2));
+    step.norms = scan.norms[d];
+    step.reserve = moved(data(reserve), d * reserve.stride(0) * int64_t(reserve.element_size()));
+    step.h = moved(mutable_data(h), d * h.stride(0) * int64_t(h.element_size()));
+  }
   const Guard guard(h);
-  check(launch_unprojected(cell, type_of(h), data(reserve), mutable_data(h), h.size(0) * h.size(1), h.size(2),
-                           stream_of(h)));
+  check(launch_unprojected(cell, type_of(h), steps, stream_of(h)));
 }
 
 }  // namespace
@@ -330,17 +356,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnkit, m) {
       " Tensor(c!)?[] grad_initial, Tensor(d!)[] grad_resets, Tensor(e!)?[] flow) -> ()");
   m.def(
       "stepwise_forward(str cell, Tensor gates, Tensor w_hh, Tensor?[] b_ih, Tensor?[] b_hh, Tensor? w_hr,"
+      " Tensor? norm_hh, Tensor? norm_source, Tensor? norm_source_bias,"
       " Tensor[] initial, Tensor? reset, Tensor[] reset_states, Tensor? operand_mask, float[] zoneout, Tensor? kept,"
       " int[] counts, int keep, bool precise, Tensor(a!)? between, Tensor(b!) recurrent, Tensor(c!)? masked,"
       " Tensor(d!)? unprojected, Tensor(e!)?[] outputs, Tensor(f!)[] finals, Tensor(g!) reserve) -> ()");
   m.def(
-      "stepwise_backward(str cell, Tensor w_hh, Tensor? w_hr, Tensor[] initial, Tensor? reset, Tensor[] reset_states,"
+      "stepwise_backward(str cell, Tensor w_hh, Tensor? w_hr, Tensor? norm_hh, Tensor? norm_source,"
+      " Tensor? norm_source_bias, Tensor[] initial, Tensor? reset, Tensor[] reset_states,"
       " Tensor? operand_mask, float[] zoneout, Tensor? kept, int[] counts, bool precise,"
       " Tensor output, Tensor reserve, Tensor?[] grad_outputs, Tensor?[] grad_finals, float grad_clip, int grad_cut, "
       "Tensor(a!) between,"
       " Tensor(b!) grad_recurrent, Tensor(c!)? grad_unprojected, Tensor(d!)? grad_projected, Tensor(e!) grad_gates,"
       " Tensor(f!)?[] grad_initial, Tensor(g!)[] grad_resets, Tensor(h!)?[] flow) -> ()");
-  m.def("unprojected(str cell, Tensor reserve, Tensor(a!) h) -> ()");
+  m.def(
+      "unprojected(str cell, Tensor? norm_hh, Tensor? norm_source, Tensor? norm_source_bias, Tensor reserve,"
+      " Tensor(a!) h) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnkit, RNNKIT_KEY, m) {

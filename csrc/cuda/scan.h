@@ -6,7 +6,7 @@
 // gradients of the gates in the backward pass. S is the type of what is multiplied; all else is computed in float.
 //
 // For each row and hidden unit a reserve has V values, as `keep` says, and the backward pass writes W gradients of the
-// gates (Cell::grads: G, and 4 for a GRU).
+// gates (Cell::grads: G, and 4 for a GRU). Layer normalization adds to both, see layer_norm.h.
 #pragma once
 
 #ifndef RNNKIT_CAPABILITY
@@ -55,6 +55,12 @@ struct State {
   RNNKIT_ANYWHERE bool expects() const { return zones && kept == nullptr; }
 };
 
+// Weights of one direction's layer normalization, of S. Null: the products with h, the cell's source are not normalized.
+struct Norms {
+  const void* hh;                    // [G*H]: what the normalized products are multiplied with
+  const void *source, *source_bias;  // [H]: what the normalized source is multiplied with, and what is added to it
+};
+
 // What every kernel for a scan gets.
 struct Scan {
   int64_t steps, batch, hidden, directions;  // T, N, H, D
@@ -63,7 +69,8 @@ struct Scan {
 
   const void* weight[2];  // of S: w_hh [G*H, P]; in the persistent kernels' backward pass its transpose [H, G*H]
   const void *b_ih[2], *b_hh[2];  // of S, [G*H] or null
-  const void* gates;              // of S, [rows, D*G*H]: w_ih x
+  const void* gates;              // of S, [rows, D*G*H]: w_ih x, with layer normalization normalized
+  Norms norms[2];                 // stepwise only, see layer_norm.h
   State states[kMaxStates];
   const bool* reset;         // [rows] or null: whether a row is put back between the step before, in time, and its own
   bool noisy;                // whether h has an operand_mask, or a state zoneout
@@ -72,6 +79,8 @@ struct Scan {
   Keep keep;
   void* grad_gates;  // of S, [rows, D*W*H]
   GradientRule rule;
+
+  bool normalizes() const { return norms[0].hh != nullptr; }
 };
 
 // A scan in one launch.

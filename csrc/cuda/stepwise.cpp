@@ -6,10 +6,6 @@
 namespace rnnkit::cuda {
 namespace {
 
-void* moved(const void* from, int64_t bytes) {
-  return from ? static_cast<std::byte*>(const_cast<void*>(from)) + bytes : nullptr;
-}
-
 // Both passes of one scan.
 class Stepwise {
  public:
@@ -106,7 +102,7 @@ class Stepwise {
         begin_step(step, d, s);
         if (step.carry.before > 0)
           step.previous_output = side_by_side(h.all, offsets_[time(d, s - 1)], d, scan_.projected).data;
-        step.grad_gates = side_by_side(scan_.grad_gates, row, d, sizes_.grads * scan_.hidden).data;
+        step.grad_gates = side_by_side(scan_.grad_gates, row, d, sizes_.columns(scan_) * scan_.hidden).data;
         step.grad_recurrent = nth(recurrent, j).data;
         step.grad_recurrent_rows = step.carry.after;
         step.cuts_before = cuts(d, s);
@@ -184,13 +180,15 @@ class Stepwise {
       Step& step = steps.of[j];
       step.hidden = scan_.hidden;
       step.stride = scan_.directions * scan_.hidden;
+      step.values = sizes_.kept(scan_);
       step.keep = scan_.keep;
       step.rule = scan_.rule;
       step.projects = scan_.w_hr;
       step.gate_stride = scan_.gate_stride;
-      step.grad_gate_stride = scan_.directions * sizes_.grads * scan_.hidden;
+      step.grad_gate_stride = scan_.directions * sizes_.columns(scan_) * scan_.hidden;
       step.b_ih = scan_.b_ih[d];
       step.b_hh = scan_.b_hh[d];
+      step.norms = scan_.norms[d];
       step.operand_mask = scan_.w_hr ? nullptr : mask_of(d);
       const int64_t size = scan_.batch * scan_.hidden;
       for (int k = 0; k < sizes_.states; ++k) {

@@ -263,13 +263,6 @@ def _of_width_h(call: GpuCall, states: Sequence[Tensor | None]) -> list[Tensor |
     return [None if call.projects and k == 0 else state for k, state in enumerate(states)]
 
 
-def _norms(call: GpuCall) -> list[Tensor | None]:
-    """The kernels' `norm_hh`, `norm_c` and `norm_c_bias`."""
-    if not call.normalizes:
-        return [None] * 3
-    return [stacked(call.of_kind(name)) for name in ("norm_hh", "norm_c", "norm_c_bias")]
-
-
 def _zoneout(call: GpuCall) -> tuple[tuple[Tensor | None, ...] | None, tuple[float, ...] | None]:
     """The kernels' `kept` and `ZONEOUT`, see zoneout.py; both None if no state has zoneout."""
     if not any(p > 0 for p in call.zoneout):
@@ -295,7 +288,7 @@ def forward(
     launch = _Launcher(kernels.forward, call, plan)
     w_hh, w_hr = stacked(call.w_hh), call.w_hr
     b_ih, b_hh = stacked(call.b_ih), stacked(call.b_hh)
-    norms = _norms(call)
+    norms = call.norms()
     offsets, initial = call.offsets(), call.states[0] if call.states else None
     reset_h = call.reset_states[0] if call.reset_states else None
     reset_states = None
@@ -349,7 +342,7 @@ def backward(
     grad_output, *grad_finals = back.grads
     w_hh, w_hr = stacked(call.w_hh), stacked(call.w_hr)
     assert w_hh is not None
-    weights, norms = w_hh if w_hr is None else w_hr, _norms(call)
+    weights, norms = w_hh if w_hr is None else w_hr, call.norms()
     offsets, initial = call.offsets(), call.states[0] if call.states else None
     reset_h = call.reset_states[0] if call.reset_states else None
     kept, zoneout = _zoneout(call)
@@ -473,7 +466,7 @@ def unprojected(call: GpuCall, reserve: Tensor) -> Tensor:
     assert output is not None, f"{call.cell} has no projection"
     h = call.input.new_empty(call.directions, call.rows, call.hidden)
     units = _all_units(call.scan(backward=True)) if call.normalizes else 64
-    rows, norms = 16, _norms(call)[1:]
+    rows, norms = 16, call.norms()[1:]
     _launch(
         kernels.unprojected,
         (triton.cdiv(call.rows, rows), triton.cdiv(call.hidden, units), call.directions),
