@@ -54,9 +54,10 @@ struct VectorOf<BFloat16> {};  // in registers it is float
 template <class T>
 using Vector = typename VectorOf<T>::type;
 
-// A floating-point type's format, and constants of exp and tanh. exp_series: coefficients of (exp(r) - 1 - r) / r^2 for
-// |r| <= ln(2)/2, the constant first. Those of float are minimax, which leaves exp(r) a sixteenth of a unit in the last
-// place off; those of double are Taylor's.
+// A floating-point type's format, and constants of exp, tanh and log1p. exp_series: coefficients of
+// (exp(r) - 1 - r) / r^2 for |r| <= ln(2)/2, the constant first. Those of float are minimax, which leaves exp(r) a
+// sixteenth of a unit in the last place off; those of double are Taylor's. log_series: coefficients of
+// (log((1 + s) / (1 - s)) / s - 2) / s^2 in s^2 for |s| <= 0.172.
 template <class T>
 struct Format;
 template <>
@@ -67,6 +68,11 @@ struct Format<float> {
   static constexpr float ln2_high = 0.693145751953125f, ln2_low = 1.42860682030941723e-6f;
   static constexpr float round = 12582912.0f;                   // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float exp_limit = 88.f, tanh_limit = 9.05f;  // exp(-exp_limit) is 0
+  static constexpr float exp_least = -105.f, exp_most = 89.f;   // further out exp is 0, or infinity
+  static constexpr float log_series[] = {0.66666662693f, 0.40000972152f, 0.28498786688f, 0.24279078841f};
+  static constexpr Bits one = 0x3f800000, sqrt_half = 0x3f3504f3;  // of 1 and sqrt(1/2)
+  static constexpr float one_unit = 8388608.0f;                    // 2^23: its last bit is 1
+  static constexpr float tiny = 2.9802322e-8f, infinity = __builtin_inff();
 };
 template <>
 struct Format<double> {
@@ -78,6 +84,13 @@ struct Format<double> {
   static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
   static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double exp_limit = 709., tanh_limit = 19.1;
+  static constexpr double exp_least = -746., exp_most = 710.;
+  static constexpr double log_series[] = {6.666666666666735130e-01, 3.999999999940941908e-01, 2.857142874366239149e-01,
+                                          2.222219843214978396e-01, 1.818357216161805012e-01, 1.531383769920937332e-01,
+                                          1.479819860511658591e-01};
+  static constexpr Bits one = 0x3ff0000000000000, sqrt_half = 0x3fe6a09e667f3bcd;
+  static constexpr double one_unit = 4503599627370496.0;  // 2^52
+  static constexpr double tiny = 5.5511151231257827e-17, infinity = __builtin_inf();
 };
 
 template <class T>
@@ -308,6 +321,86 @@ RNNKIT_INLINE V relu(V x) {
 template <class V>
 RNNKIT_INLINE V relu_backward(V grad, V output) {
   return output <= Element<V>(0) ? V{} : grad;
+}
+
+// |x|.
+template <class V>
+RNNKIT_INLINE V abs(V x) {
+  return (V)((BitsOf<V>)x & ~kSign<Element<V> >);
+}
+
+// a where the condition holds, else b.
+template <class Condition, class V>
+RNNKIT_INLINE V select(Condition condition, V a, V b) {
+  return condition ? a : b;
+}
+
+// The larger of a and b; NaN where one is NaN.
+template <class V>
+RNNKIT_INLINE V maximum(V a, V b) {
+  return (a > b) | (a != a) ? a : b;
+}
+
+// The smaller of a and b; NaN where one is NaN.
+template <class V>
+RNNKIT_INLINE V minimum(V a, V b) {
+  return (a < b) | (a != a) ? a : b;
+}
+
+// 2^n for a whole n from -bias + 1 to bias.
+template <class V>
+RNNKIT_INLINE V power_of_two(V n) {
+  using F = Format<Element<V> >;
+  const V rounded = n + F::round;
+  return (V)(((BitsOf<V>)rounded << F::mantissa) + (static_cast<typename F::Bits>(F::bias) << F::mantissa));
+}
+
+// exp(x) = 2^n (1 + p), see split_exp, with 2^n as two factors, each of which is a normal number. Largest error: 1 unit
+// in the last place.
+template <class V>
+RNNKIT_INLINE V exp(V x) {
+  using T = Element<V>;
+  using F = Format<T>;
+  const V below = at_most(x, F::exp_most), bounded = below < F::exp_least ? splat(F::exp_least) : below;
+  const V n = (bounded * T(1.44269504088896340736) + F::round) - F::round;
+  const V half = (n * T(0.5) + F::round) - F::round, scale = power_of_two(half);
+  return (scale * split_exp(bounded).p + scale) * power_of_two(n - half);
+}
+
+// log(1 + x) = k ln(2) + log(m), with m next to 1: by s = f / (2 + f), f = m - 1, log(m) = 2 s + 2/3 s^3 + ..., and what
+// rounding 1 + x to u left out comes to it as a part c of u. Largest error: 0.9 units in the last place.
+template <class V>
+RNNKIT_INLINE V log1p(V x) {
+  using T = Element<V>;
+  using F = Format<T>;
+  using Bits = BitsOf<V>;
+  const V u = x + T(1);
+  const Bits moved = (Bits)u + (F::one - F::sqrt_half);  // the exponent is that of a number from sqrt(1/2) to sqrt(2)
+  const V k = (V)((moved >> F::mantissa) | (Bits)splat(F::one_unit)) - (F::one_unit + T(F::bias));
+  const V m = (V)((moved & ((typename F::Bits(1) << F::mantissa) - 1)) + F::sqrt_half);
+  const V lost = select(x > T(1), T(1) - (u - x), x - (u - T(1)));
+  const auto near = k == T(0);
+  const V f = select(near, x, m - T(1)), c = select(near, V{}, lost / u);
+  const V s = f / (f + T(2)), square = s * s, half = f * f * T(0.5);
+  constexpr int terms = sizeof(F::log_series) / sizeof(T);
+  V series = splat(F::log_series[terms - 1]);
+#pragma GCC unroll 8
+  for (int i = terms - 2; i >= 0; --i) series = series * square + F::log_series[i];
+  const V log = k * F::ln2_high + (f - (half - (s * (half + square * series) + (k * F::ln2_low + c))));
+  const V outside = select(x < T(-1), splat(T(__builtin_nan(""))), select(x == T(-1), splat(-F::infinity), x));
+  return select(abs(x) < F::tiny, x, select((x > T(-1)) & (x < F::infinity), log, outside));
+}
+
+// log(1 + exp(x)); above 20 it is x, as in torch. Largest error: 1.7 units in the last place.
+template <class V>
+RNNKIT_INLINE V softplus(V x) {
+  return select(x > Element<V>(20), x, log1p(exp(x)));
+}
+
+// log(1 / (1 + exp(-x))) = min(x, 0) - log(1 + exp(-|x|)). Largest error: 1.7 units in the last place.
+template <class V>
+RNNKIT_INLINE V logsigmoid(V x) {
+  return select(x > Element<V>(0), V{}, x) - log1p(exp(-abs(x)));
 }
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

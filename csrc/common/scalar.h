@@ -41,4 +41,46 @@ RNNKIT_INLINE V relu_backward(V grad, V output) {
   return output <= V(0) ? V(0) : grad;
 }
 
+RNNKIT_INLINE float exp(float x) { return ::expf(x); }
+RNNKIT_INLINE double exp(double x) { return ::exp(x); }
+
+RNNKIT_INLINE float log1p(float x) { return ::log1pf(x); }
+RNNKIT_INLINE double log1p(double x) { return ::log1p(x); }
+
+// |x|.
+template <class V>
+RNNKIT_INLINE V abs(V x) {
+  return x < V(0) ? -x : x + V(0);  // -0 + 0 is 0
+}
+
+// a where the condition holds, else b.
+template <class V>
+RNNKIT_INLINE V select(bool condition, V a, V b) {
+  return condition ? a : b;
+}
+
+// The larger of a and b; NaN where one is NaN.
+template <class V>
+RNNKIT_INLINE V maximum(V a, V b) {
+  return a > b || a != a ? a : b;
+}
+
+// The smaller of a and b; NaN where one is NaN.
+template <class V>
+RNNKIT_INLINE V minimum(V a, V b) {
+  return a < b || a != a ? a : b;
+}
+
+// log(1 + exp(x)); above 20 it is x, as in torch.
+template <class V>
+RNNKIT_INLINE V softplus(V x) {
+  return x > V(20) ? x : log1p(exp(x));
+}
+
+// log(1 / (1 + exp(-x))) = min(x, 0) - log(1 + exp(-|x|)).
+template <class V>
+RNNKIT_INLINE V logsigmoid(V x) {
+  return (x > V(0) ? V(0) : x) - log1p(exp(-abs(x)));
+}
+
 }  // namespace rnnkit::RNNKIT_CAPABILITY

@@ -1,0 +1,521 @@
+"""From a function of one step of a cell to its graph of scalar operations, and from the graph to results on tensors.
+
+The function is called once, with a `Value` in the place of each tensor. Values write down what is done with them.
+"""
+
+import json
+import keyword
+import linecache
+import operator
+import sys
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial, partialmethod
+from numbers import Real
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Step = Callable[..., Any]
+
+
+class Operation(NamedTuple):
+    """An operation of a graph.
+
+    Attributes:
+        takes: a letter for each operand: n for a number, t for a truth value.
+        gives: the letter of the result.
+        on_tensors: the function that computes it on tensors.
+    """
+
+    takes: str
+    gives: str
+    on_tensors: Callable[..., Any]
+
+
+OPERATIONS = {
+    "add": Operation("nn", "n", operator.add),
+    "sub": Operation("nn", "n", operator.sub),
+    "mul": Operation("nn", "n", operator.mul),
+    "div": Operation("nn", "n", operator.truediv),
+    "neg": Operation("n", "n", operator.neg),
+    "abs": Operation("n", "n", torch.abs),
+    "exp": Operation("n", "n", torch.exp),
+    "log1p": Operation("n", "n", torch.log1p),
+    "sigmoid": Operation("n", "n", torch.sigmoid),
+    "logsigmoid": Operation("n", "n", functional.logsigmoid),
+    "tanh": Operation("n", "n", torch.tanh),
+    "relu": Operation("n", "n", torch.relu),
+    "softplus": Operation("n", "n", functional.softplus),
+    "maximum": Operation("nn", "n", torch.maximum),
+    "minimum": Operation("nn", "n", torch.minimum),
+    "lt": Operation("nn", "t", operator.lt),
+    "le": Operation("nn", "t", operator.le),
+    "gt": Operation("nn", "t", operator.gt),
+    "ge": Operation("nn", "t", operator.ge),
+    "eq": Operation("nn", "t", operator.eq),
+    "ne": Operation("nn", "t", operator.ne),
+    "where": Operation("tnn", "n", torch.where),
+}
+
+#: The leaves: a gate's input part and recurrent part, a state before the step, a parameter of a unit, and the gradient
+#: of a result of the step.
+LEAVES = ("x", "r", "state", "parameter", "grad")
+
+#: torch's functions and methods by their names, where these are not the operation's.
+_OTHER_NAMES = {
+    "absolute": "abs",
+    "negative": "neg",
+    "multiply": "mul",
+    "subtract": "sub",
+    "divide": "div",
+    "true_divide": "div",
+    "max": "maximum",
+    "min": "minimum",
+    "log_sigmoid": "logsigmoid",
+}
+
+_ALLOWED = (
+    "a cell can use + - * / and comparisons, torch.abs, exp, log1p, maximum, minimum, neg, relu, sigmoid, tanh, where, "
+    "and torch.nn.functional.logsigmoid, softplus"
+)
+
+
+class Node(NamedTuple):
+    """A node of a graph.
+
+    Attributes:
+        op: a name of `OPERATIONS` or `LEAVES`, or "constant".
+        args: the numbers of the operands' nodes.
+        of: which leaf of its kind, counted from 0, or the constant as Python writes it.
+    """
+
+    op: str
+    args: tuple[int, ...] = ()
+    of: int | str = ""
+
+
+class Nodes:
+    """Nodes that are made one after the other, each once: an equal node has the number of the first."""
+
+    def __init__(self, nodes: Iterable[Node] = ()) -> None:
+        self.nodes: list[Node] = []
+        self._numbers: dict[Node, int] = {}
+        for node in nodes:
+            self.number(node)
+
+    def number(self, node: Node) -> int:
+        """The number of a node, which is added if it is new."""
+        if node not in self._numbers:
+            self._numbers[node] = len(self.nodes)
+            self.nodes.append(node)
+        return self._numbers[node]
+
+    def apply(self, op: str, *args: int) -> int:
+        """The node of an operation."""
+        return self.number(Node(op, args))
+
+    def leaf(self, kind: str, index: int) -> "Value":
+        """The value of a leaf."""
+        return Value(self, self.number(Node(kind, (), index)))
+
+    def constant(self, value: float) -> int:
+        """The node of a constant."""
+        return self.number(Node("constant", (), repr(float(value))))
+
+
+def _line() -> str:
+    """The line of the function being traced: file, number and text."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module != __name__ and module.partition(".")[0] not in ("torch", "functools"):
+            break
+        frame = frame.f_back
+    name, number = frame.f_code.co_filename, frame.f_lineno
+    return f"{name}:{number}: `{linecache.getline(name, number).strip()}`"
+
+
+def _refuse(what: str, instead: str) -> NoReturn:
+    raise TypeError(f"{_line()}: {what}: {instead}")
+
+
+class Value:
+    """A number, or a truth value, of each unit and row, in a function that is being traced.
+
+    It has the operators, and the methods, of a tensor that `OPERATIONS` lists; torch's functions take it.
+    """
+
+    __slots__ = ("node", "nodes")
+    __array_ufunc__ = None  # numpy's numbers leave operators to this class
+
+    def __init__(self, nodes: Nodes, node: int) -> None:
+        self.nodes, self.node = nodes, node
+
+    @property
+    def kind(self) -> str:
+        """n for a number, t for a truth value."""
+        op = self.nodes.nodes[self.node].op
+        return OPERATIONS[op].gives if op in OPERATIONS else "n"
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> "Value":
+        name = function.__name__.strip("_")
+        if kwargs and kwargs != {"inplace": False}:
+            _refuse(f"torch's {name} with {', '.join(kwargs)}=", "leave it out")
+        return _apply(_OTHER_NAMES.get(name, name), f"torch's {name}", *args)
+
+    def __getattr__(self, name: str) -> Any:
+        op = _OTHER_NAMES.get(name, name)
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if op not in OPERATIONS or op == "where" or not hasattr(Tensor, name):
+            _refuse(f"a cell cannot use .{name}", _ALLOWED)
+        return partial(_apply, op, f".{name}", self)
+
+    def _operator(self, op: str, *other: Any) -> "Value":
+        return _apply(op, op, self, *other)
+
+    def _reversed(self, op: str, other: Any) -> "Value":
+        return _apply(op, op, other, self)
+
+    def _refused(self, what: str, instead: str, *_: Any) -> NoReturn:
+        _refuse(what, instead)
+
+    __hash__ = object.__hash__
+    __neg__ = partialmethod(_operator, "neg")
+    __abs__ = partialmethod(_operator, "abs")
+    __add__ = partialmethod(_operator, "add")
+    __radd__ = partialmethod(_reversed, "add")
+    __sub__ = partialmethod(_operator, "sub")
+    __rsub__ = partialmethod(_reversed, "sub")
+    __mul__ = partialmethod(_operator, "mul")
+    __rmul__ = partialmethod(_reversed, "mul")
+    __truediv__ = partialmethod(_operator, "div")
+    __rtruediv__ = partialmethod(_reversed, "div")
+    __lt__ = partialmethod(_operator, "lt")
+    __le__ = partialmethod(_operator, "le")
+    __gt__ = partialmethod(_operator, "gt")
+    __ge__ = partialmethod(_operator, "ge")
+    __eq__ = partialmethod(_operator, "eq")
+    __ne__ = partialmethod(_operator, "ne")
+
+
+def _refuse_operators() -> None:
+    """Operators that Values do not have, and what to write instead."""
+    branch = "`if`, `and`, `or`, `not`, max() or min() of a value", "use torch.where"
+    number = "a value in the place of a Python number", "use torch functions of the value itself"
+    power = "the operator **", "write x * x, or torch.exp"
+    refused = dict.fromkeys(("float", "int", "complex", "index", "round", "trunc"), number)
+    refused |= {"bool": branch, "pow": power, "rpow": power}
+    refused |= dict.fromkeys(("getitem", "len", "iter"), ("a value is no sequence", "use it whole"))
+    for name, sign in {"add": "+", "sub": "-", "mul": "*", "truediv": "/"}.items():
+        refused["i" + name] = f"the operator {sign}=", f"write a = a {sign} b"
+    for name in ("mod", "floordiv", "matmul", "and", "or", "xor", "lshift", "rshift", "invert"):
+        for prefix in ("", "r", "i") if name != "invert" else ("",):
+            refused[prefix + name] = f"the operator of __{prefix}{name}__", _ALLOWED
+    for name, words in refused.items():
+        setattr(Value, f"__{name}__", partialmethod(Value._refused, *words))
+
+
+_refuse_operators()
+
+
+def _apply(op: str, written: str, *operands: Any) -> Value:
+    """The value of an operation, which the function has `written` so."""
+    if op not in OPERATIONS:
+        _refuse(f"a cell cannot use {written}", _ALLOWED)
+    takes = OPERATIONS[op].takes
+    if len(operands) != len(takes):
+        _refuse(f"{written} with {len(operands)} arguments", f"give it {len(takes)}")
+    nodes = next(a.nodes for a in operands if isinstance(a, Value))
+    args = [_operand(nodes, *pair, written) for pair in zip(operands, takes, strict=True)]
+    numbers = [not isinstance(a, Value) for a in operands]
+    if op in ("maximum", "minimum") and any(numbers):
+        _refuse(f"{written} takes no Python number", "use torch.where(a > b, a, b)")
+    if op == "where" and all(numbers[1:]):
+        _refuse(f"{written} of two Python numbers, which have no dtype", "add one to a value")
+    return Value(nodes, nodes.apply(op, *args))
+
+
+def _operand(nodes: Nodes, operand: Any, kind: str, written: str) -> int:
+    if isinstance(operand, Value):
+        if operand.nodes is not nodes:
+            _refuse("a value of another call of a cell", "compute it from the arguments")
+        if operand.kind != kind:
+            is_number = operand.kind == "n"
+            what = "a number where a comparison" if is_number else "a comparison where a number"
+            _refuse(f"{written} takes {what} is needed", "use torch.where(a > b, a, b)")
+        return operand.node
+    if isinstance(operand, Tensor):
+        _refuse("a tensor", "make it a parameter of the cell, or a Python number")
+    if not isinstance(operand, Real) or kind != "n":
+        _refuse(f"{written} of {type(operand).__name__} {operand!r}", _ALLOWED)
+    return nodes.constant(float(operand))
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A cell: the graph of its step, and names.
+
+    Attributes:
+        inputs: the names of the gates that have an input part.
+        recurrent: the names of the gates that have a recurrent part.
+        states: the names of the states; the first is h, which the recurrent parts are made of.
+        parameters: the names of the parameters that each unit has one of.
+        nodes: every node once, operands first, leaves first of all, in an order that follows from the graph alone.
+        results: the nodes of the states after the step, and last of the output if that is not the first state.
+    """
+
+    inputs: tuple[str, ...]
+    recurrent: tuple[str, ...]
+    states: tuple[str, ...]
+    parameters: tuple[str, ...]
+    nodes: tuple[Node, ...]
+    results: tuple[int, ...]
+
+    @property
+    def has_output(self) -> bool:
+        """Whether the output is another value than the first state."""
+        return len(self.results) > len(self.states)
+
+    @property
+    def leaves(self) -> dict[str, tuple[str, ...]]:
+        """The names of the leaves of each kind."""
+        kinds = LEAVES[:4]
+        return dict(
+            zip(kinds, (self.inputs, self.recurrent, self.states, self.parameters), strict=True)
+        )
+
+    def to_json(self) -> str:
+        """The graph as one line of JSON; of equal graphs it is the same."""
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        content["nodes"] = [
+            [node.op, *node.args] if node.op in OPERATIONS else [node.op, node.of]
+            for node in self.nodes
+        ]
+        return json.dumps(content, separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> "Graph":
+        """The graph that `to_json` wrote.
+
+        Raises:
+            ValueError: the text is no graph; says what is wrong.
+        """
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"expected the JSON of a graph: {error}") from None
+        names = [field.name for field in fields(Graph)]
+        if not isinstance(content, dict) or sorted(content) != sorted(names):
+            raise ValueError(f"expected the JSON of a graph, with {', '.join(names)}")
+        of_leaves = [_names(name, content[name]) for name in names[:4]]
+        nodes = Nodes()
+        counts = dict(zip(LEAVES, map(len, of_leaves), strict=False))
+        if not isinstance(content["nodes"], list):
+            raise ValueError("expected nodes to be a list")
+        for place, node in enumerate(content["nodes"]):
+            if nodes.number(_checked(node, counts, nodes.nodes)) != place:
+                raise ValueError(f"expected nodes once each, got {node!r} again")
+        results, states = content["results"], counts["state"]
+        if not isinstance(results, list) or len(results) not in (states, states + 1):
+            raise ValueError(f"expected {states} or {states + 1} results, got {results!r}")
+        for one in results:
+            if not _is_index(one, len(nodes.nodes)) or Value(nodes, one).kind != "n":
+                raise ValueError(f"expected results to be numbers of nodes, got {one!r}")
+        return _graph(of_leaves, nodes.nodes, results)
+
+
+def _is_index(number: Any, count: int) -> bool:
+    return type(number) is int and 0 <= number < count
+
+
+def _checked(node: Any, counts: Mapping[str, int], before: list[Node]) -> Node:
+    """The node that a list [op, ...] of a JSON text stands for."""
+    if not isinstance(node, list) or not node or not isinstance(node[0], str):
+        raise ValueError(f"expected a node [operation, operands...], got {node!r}")
+    op, *args = node
+    if op in OPERATIONS:
+        operands = [before[a] for a in args if _is_index(a, len(before))]
+        kinds = [OPERATIONS[of.op].gives if of.op in OPERATIONS else "n" for of in operands]
+        numbers = all(of.op == "constant" for of in operands[op == "where" :])
+        if len(kinds) == len(args) and "".join(kinds) == OPERATIONS[op].takes and not numbers:
+            return Node(op, tuple(args))
+    elif op in counts:
+        if len(args) == 1 and _is_index(args[0], counts[op]):
+            return Node(op, (), args[0])
+    elif op == "constant" and len(args) == 1 and isinstance(args[0], str):
+        try:
+            return Node(op, (), repr(float(args[0])))
+        except ValueError:
+            pass
+    raise ValueError(f"expected an operation of nodes before it, a leaf or a constant, got {node}")
+
+
+def order(nodes: Sequence[Node], roots: Iterable[int], known: Iterable[int] = ()) -> list[int]:
+    """The nodes that `roots` are made of, as an expression is evaluated: a node after its operands, the first first.
+
+    What `known` nodes are made of is left out. Compilers choose by the order which of two products to fuse with a sum.
+    """
+    done: dict[int, None] = {}
+    todo, known = [*roots][::-1], set(known)
+    while todo:
+        args = () if todo[-1] in known else nodes[todo[-1]].args
+        if missing := [a for a in reversed(args) if a not in done]:
+            todo += missing
+        else:
+            done[todo.pop()] = None
+    return list(done)
+
+
+def _graph(names: Sequence[tuple[str, ...]], nodes: list[Node], results: Sequence[int]) -> Graph:
+    """The graph with its nodes in the one order: by depth, then by their operands' places, then by name."""
+    depth: dict[int, int] = {}
+    levels: dict[int, list[int]] = {}
+    for number in order(nodes, results):
+        depth[number] = 1 + max((depth[a] for a in nodes[number].args), default=-1)
+        levels.setdefault(depth[number], []).append(number)
+    made, place = Nodes(), dict[int, int]()
+    for level in sorted(levels):
+        renumbered = {
+            n: nodes[n]._replace(args=tuple(place[a] for a in nodes[n].args)) for n in levels[level]
+        }
+        for number, node in sorted(renumbered.items(), key=lambda item: _key(item[1])):
+            place[number] = made.number(node)
+    inputs, recurrent, states, parameters = names
+    new = tuple(place[result] for result in results)
+    return Graph(inputs, recurrent, states, parameters, tuple(made.nodes), new)
+
+
+def _key(node: Node) -> tuple[Any, ...]:
+    kind = LEAVES.index(node.op) if node.op in LEAVES else len(LEAVES)
+    return kind, node.args, node.op, node.of
+
+
+def _names(argument: str, names: Any) -> tuple[str, ...]:
+    if isinstance(names, str):
+        names = names.split()
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"expected {argument} to be names, got {names!r}")
+    for name in names:
+        if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
+            raise ValueError(f"expected a name that Python can have in {argument}, got {name!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"expected different names in {argument}, got {', '.join(names)}")
+    if not names and argument in ("inputs", "states"):
+        raise ValueError(f"expected at least one name in {argument}")
+    return tuple(names)
+
+
+def trace(
+    step: Step,
+    *,
+    inputs: str | Sequence[str],
+    recurrent: str | Sequence[str],
+    states: str | Sequence[str],
+    parameters: str | Sequence[str] = (),
+) -> Graph:
+    """The graph of a step.
+
+    Args:
+        step: the function `step(x, r, s)`, or `step(x, r, s, p)` for a cell with parameters. The arguments are named
+            tuples: the gates' input parts, their recurrent parts, the states before the step, and the parameters. It
+            returns the states after the step, a tuple in the order of `states` or a dict by their names; a dict may
+            also have an "output" that is no state. It computes with torch's functions, and runs on tensors as well.
+        inputs: names of the gates with an input part; in one string, with spaces between them, or a sequence.
+        recurrent: names of the gates with a recurrent part.
+        states: names of the states. The first is h, which the recurrent parts are made of.
+        parameters: names of the parameters of each unit.
+
+    Raises:
+        TypeError: the function uses what a graph cannot have; the text names the line, and what to write instead.
+        ValueError: a name is none, or the function returns other states than it should.
+    """
+    given = {"inputs": inputs, "recurrent": recurrent, "states": states, "parameters": parameters}
+    names = [_names(argument, of) for argument, of in given.items()]
+    nodes = Nodes()
+    arguments = []
+    for title, kind, of_kind in zip("XRSP", LEAVES, names, strict=False):
+        leaves = (nodes.leaf(kind, k) for k in range(len(of_kind)))
+        arguments.append(namedtuple(title, of_kind)(*leaves))
+    returned = step(*arguments if names[3] else arguments[:3])
+    return _graph(names, nodes.nodes, _results(step, returned, names[2], nodes))
+
+
+def _results(step: Step, returned: Any, states: tuple[str, ...], nodes: Nodes) -> list[int]:
+    """The nodes of what the function returned, the states in order and then the output."""
+    code = getattr(step, "__code__", None)
+    at = f"{code.co_filename}:{code.co_firstlineno}: " if code else ""
+    where, wanted = f"{at}{getattr(step, '__name__', step)} returned", ", ".join(states)
+    if isinstance(returned, Mapping):
+        extra = ("output",) if "output" in returned and "output" not in states else ()
+        if set(returned) != {*states, *extra}:
+            got = ", ".join(map(str, returned)) or "nothing"
+            raise ValueError(f"{where} {got}: return {wanted}, and besides only an output")
+        returned = tuple(returned[name] for name in (*states, *extra))
+    elif not isinstance(returned, tuple | list):
+        raise TypeError(f"{where} {type(returned).__name__}: return a tuple or dict of {wanted}")
+    elif len(returned) != len(states):
+        raise ValueError(f"{where} {len(returned)} values: return {wanted}")
+    results = []
+    for one in returned:
+        if isinstance(one, Value) and one.nodes is nodes and one.kind == "n":
+            results.append(one.node)
+        elif isinstance(one, Real):
+            results.append(nodes.constant(float(one)))
+        else:
+            what = "a comparison" if isinstance(one, Value) else type(one).__name__
+            raise TypeError(f"{where} {what} among them: return a number for each of {wanted}")
+    return results
+
+
+def evaluate(
+    nodes: Sequence[Node],
+    roots: Sequence[int],
+    leaves: Mapping[str, Sequence[Tensor]],
+    known: Mapping[int, Tensor] | None = None,
+) -> list[Tensor]:
+    """The values of `roots` on tensors, where the leaves of each kind and `known` nodes have these values."""
+    values: dict[int, Any] = dict(known or {})
+    tensors = [*values.values(), *(tensor for of in leaves.values() for tensor in of)]
+    like = max(tensors, key=Tensor.dim)  # a constant's shape and dtype: a parameter has no rows
+    for number in order(nodes, roots, values):
+        node = nodes[number]
+        if number in values:
+            continue
+        if node.op in OPERATIONS:
+            values[number] = OPERATIONS[node.op].on_tensors(*(values[a] for a in node.args))
+        else:
+            values[number] = (
+                float(node.of) if node.op == "constant" else leaves[node.op][int(node.of)]
+            )
+    return [
+        torch.full_like(like, value) if isinstance(value, float) else value
+        for value in (values[r] for r in roots)
+    ]
+
+
+def run(
+    graph: Graph,
+    x: Sequence[Tensor],
+    r: Sequence[Tensor],
+    states: Sequence[Tensor],
+    parameters: Sequence[Tensor] = (),
+) -> tuple[Tensor, ...]:
+    """One step on tensors: the states after it, and last the output if the cell has one of its own.
+
+    Args:
+        graph: the cell.
+        x: the input part of each gate, [N, H].
+        r: the recurrent part of each gate, [N, H].
+        states: the states before the step, [N, H].
+        parameters: the parameters, [H].
+    """
+    leaves = dict(zip(LEAVES, (x, r, states, parameters), strict=False))
+    return tuple(evaluate(graph.nodes, graph.results, leaves))
