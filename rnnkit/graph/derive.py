@@ -312,6 +312,6 @@ def run_backward(
     known |= dict(zip(derived.saved, save, strict=True))
     roots = (*derived.previous_grads, *derived.columns)
     leaves = {"grad": grads, "parameter": parameters}
-    values = evaluate(derived.nodes, roots, leaves, known)
+    values = evaluate(derived.nodes, roots, leaves, grads[0], known)
     states = len(derived.previous_grads)
     return values[:states], values[states:]

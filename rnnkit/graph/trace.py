@@ -8,11 +8,13 @@ import keyword
 import linecache
 import operator
 import sys
+import traceback
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial, partialmethod
 from numbers import Real
+from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -127,20 +129,38 @@ class Nodes:
         return self.number(Node("constant", (), repr(float(value))))
 
 
-def _line() -> str:
-    """The line of the function being traced: file, number and text."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        module = str(frame.f_globals.get("__name__", ""))
-        if module != __name__ and module.partition(".")[0] not in ("torch", "functools"):
-            break
-        frame = frame.f_back
-    name, number = frame.f_code.co_filename, frame.f_lineno
+def _is_step(frame: FrameType) -> bool:
+    """Whether a frame is of the function being traced or of what it calls, not of torch or of this module."""
+    module = str(frame.f_globals.get("__name__", ""))
+    return module != __name__ and module.partition(".")[0] not in ("torch", "functools")
+
+
+def _line(frame: FrameType, number: int) -> str:
+    """A line of the function being traced: file, number and text."""
+    name = frame.f_code.co_filename
     return f"{name}:{number}: `{linecache.getline(name, number).strip()}`"
 
 
 def _refuse(what: str, instead: str) -> NoReturn:
-    raise TypeError(f"{_line()}: {what}: {instead}")
+    frame = sys._getframe(1)
+    while not _is_step(frame) and frame.f_back is not None:
+        frame = frame.f_back
+    raise _Refused(f"{_line(frame, frame.f_lineno)}: {what}: {instead}")
+
+
+class _Refused(TypeError):
+    """What a graph cannot have; the text names the line."""
+
+
+def _with_line(error: TypeError) -> TypeError:
+    """An error that torch raised, where the step's line is not in the text."""
+    lines = [
+        _line(frame, number)
+        for frame, number in traceback.walk_tb(error.__traceback__)
+        if _is_step(frame)
+    ]
+    words = str(error).partition("\n")[0]
+    return _Refused(f"{lines[-1]}: {words}: {_ALLOWED}") if lines else error
 
 
 class Value:
@@ -441,10 +461,15 @@ def trace(
     names = [_names(argument, of) for argument, of in given.items()]
     nodes = Nodes()
     arguments = []
-    for title, kind, of_kind in zip("XRSP", LEAVES, names, strict=False):
+    for title, kind, of_kind in zip(given, LEAVES, names, strict=False):
         leaves = (nodes.leaf(kind, k) for k in range(len(of_kind)))
         arguments.append(namedtuple(title, of_kind)(*leaves))
-    returned = step(*arguments if names[3] else arguments[:3])
+    try:
+        returned = step(*arguments if names[3] else arguments[:3])
+    except _Refused:
+        raise
+    except TypeError as error:
+        raise _with_line(error) from error
     return _graph(names, nodes.nodes, _results(step, returned, names[2], nodes))
 
 
@@ -479,22 +504,24 @@ def evaluate(
     nodes: Sequence[Node],
     roots: Sequence[int],
     leaves: Mapping[str, Sequence[Tensor]],
+    like: Tensor,
     known: Mapping[int, Tensor] | None = None,
 ) -> list[Tensor]:
-    """The values of `roots` on tensors, where the leaves of each kind and `known` nodes have these values."""
+    """The values of `roots` on tensors, where the leaves of each kind and `known` nodes have these values.
+
+    A root that is a constant is a tensor like `like`.
+    """
     values: dict[int, Any] = dict(known or {})
-    tensors = [*values.values(), *(tensor for of in leaves.values() for tensor in of)]
-    like = max(tensors, key=Tensor.dim)  # a constant's shape and dtype: a parameter has no rows
     for number in order(nodes, roots, values):
         node = nodes[number]
         if number in values:
             continue
         if node.op in OPERATIONS:
             values[number] = OPERATIONS[node.op].on_tensors(*(values[a] for a in node.args))
+        elif node.op == "constant":
+            values[number] = float(node.of)
         else:
-            values[number] = (
-                float(node.of) if node.op == "constant" else leaves[node.op][int(node.of)]
-            )
+            values[number] = leaves[node.op][int(node.of)]
     return [
         torch.full_like(like, value) if isinstance(value, float) else value
         for value in (values[r] for r in roots)
@@ -518,4 +545,4 @@ def run(
         parameters: the parameters, [H].
     """
     leaves = dict(zip(LEAVES, (x, r, states, parameters), strict=False))
-    return tuple(evaluate(graph.nodes, graph.results, leaves))
+    return tuple(evaluate(graph.nodes, graph.results, leaves, x[0]))

@@ -1,0 +1,145 @@
+"""Cells written for `rnnkit.graph`: rnnkit's own and others of papers, and steps that return what others do not."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, softplus
+
+from rnnkit.graph import Graph, builtin, trace
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A step, its names, and how many values it needs to save."""
+
+    step: Callable[..., Any]
+    inputs: str
+    recurrent: str
+    states: str
+    saved: int
+    parameters: str = ""
+
+    def graph(self) -> Graph:
+        return trace(
+            self.step,
+            inputs=self.inputs,
+            recurrent=self.recurrent,
+            states=self.states,
+            parameters=self.parameters,
+        )
+
+    def on_tensors(self, *leaves: list[Tensor]) -> tuple[Tensor, ...]:
+        """What the function itself returns for tensors: x, r, states, parameters."""
+        names = (self.inputs, self.recurrent, self.states, self.parameters)
+        named = [
+            Named(dict(zip(n.split(), of, strict=True)))
+            for n, of in zip(names, leaves, strict=True)
+        ]
+        returned = self.step(*named if self.parameters else named[:3])
+        if isinstance(returned, dict):
+            order = [*self.states.split(), *(["output"] if "output" in returned else [])]
+            returned = tuple(returned[name] for name in order)
+        like = leaves[0][0]
+        return tuple(t if isinstance(t, Tensor) else torch.full_like(like, t) for t in returned)
+
+
+class Named:
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        self.__dict__.update(values)
+
+
+def peephole_lstm(x, r, s, p):
+    i = torch.sigmoid(x.i + r.i + p.i * s.c)
+    f = torch.sigmoid(x.f + r.f + p.f * s.c)
+    c = f * s.c + i * torch.tanh(x.g + r.g)
+    o = torch.sigmoid(x.o + r.o + p.o * c)
+    return {"c": c, "h": o * torch.tanh(c)}
+
+
+def coupled_lstm(x, r, s):
+    f = (x.f + r.f).sigmoid()
+    c = f * s.c + (1 - f) * (x.g + r.g).tanh()
+    return torch.sigmoid(x.o + r.o) * c.tanh(), c
+
+
+def janet(x, r, s):
+    f = x.f + r.f
+    return (torch.sigmoid(f) * s.h + (1 - torch.sigmoid(f - 1)) * torch.tanh(x.g + r.g),)
+
+
+def mgu(x, r, s):
+    f = torch.sigmoid(x.f + r.f)
+    return ((1 - f) * s.h + f * torch.tanh(x.n + r.n),)
+
+
+def light_gru(x, r, s):
+    z = torch.sigmoid(x.z + r.z)
+    return (z * s.h + (1 - z) * torch.relu(x.n + r.n),)
+
+
+def ind_rnn(x, r, s, p):
+    return (torch.relu(x.h + p.u * s.h),)
+
+
+def slstm(x, r, s):
+    i, f = x.i + r.i, logsigmoid(x.f + r.f)
+    m = torch.maximum(f + s.m, i)
+    i, f = torch.exp(i - m), torch.exp(f + s.m - m)
+    c = f * s.c + i * torch.tanh(x.z + r.z)
+    n = f * s.n + i
+    return torch.sigmoid(x.o + r.o) * c / n, c, n, m
+
+
+def separate_output(x, r, s, p):
+    """The output is no state; the gates with an input part are not those with a recurrent part."""
+    c = torch.sigmoid(r.a) * s.c + softplus(x.a) * x.b
+    return {"c": c, "output": abs(c) * p.v}
+
+
+def odd_states(x, r, s):
+    """Twice the same node, an unchanged state, another one's, a constant, and a part."""
+    h = torch.tanh(x.h + r.h + s.b)
+    return {"h": h, "a": h, "b": s.b, "c": s.a, "d": 0.5, "e": r.h}
+
+
+def unchanged(x, r, s):
+    return (s.h,)
+
+
+def constant(x, r, s):
+    return (0,)
+
+
+def every_operation(x, r, s, p):
+    a = torch.minimum(-x.a, p.v) + torch.log1p(abs(r.a)) / (2 + s.h * s.h)
+    b = torch.where(a >= s.h, a, 0.1) - torch.where(a != 0, 0.25, x.b)
+    c = torch.where(x.a < x.b, softplus(a), logsigmoid(b))
+    d = torch.where(x.a == x.b, c, torch.where(x.b <= 0.5, torch.exp(-abs(c)), c.relu()))
+    return (torch.where(d > 0, torch.maximum(d, b), d * a),)
+
+
+BUILTIN = {
+    "rnn_tanh": Cell(builtin.rnn_tanh, "h", "h", "h", 0),
+    "rnn_relu": Cell(builtin.rnn_relu, "h", "h", "h", 0),
+    "lstm": Cell(builtin.lstm, "i f g o", "i f g o", "h c", 5),
+    "gru": Cell(builtin.gru, "r z n", "r z n", "h", 4),
+    "gru_writes": Cell(builtin.gru_writes, "r z n", "r z n", "h", 4),
+}
+
+CELLS = BUILTIN | {
+    "peephole_lstm": Cell(peephole_lstm, "i f g o", "i f g o", "h c", 5, "i f o"),
+    "coupled_lstm": Cell(coupled_lstm, "f g o", "f g o", "h c", 4),
+    "janet": Cell(janet, "f g", "f g", "h", 2),
+    "mgu": Cell(mgu, "f n", "f n", "h", 2),
+    "light_gru": Cell(light_gru, "z n", "z n", "h", 2),
+    "ind_rnn": Cell(ind_rnn, "h", "", "h", 0, "u"),
+    "slstm": Cell(slstm, "i f z o", "i f z o", "h c n m", 7),
+    "separate_output": Cell(separate_output, "a b", "a", "c", 4, "v"),
+    "odd_states": Cell(odd_states, "h", "h", "h a b c d e", 1),
+    "unchanged": Cell(unchanged, "h", "h", "h", 0),
+    "constant": Cell(constant, "h", "h", "h", 0),
+    "every_operation": Cell(every_operation, "a b", "a", "h", 3, "v"),
+}

@@ -1,0 +1,500 @@
+"""Graphs of cells: traced as the function computes, with autograd's gradients, and refused with words that help."""
+
+import json
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from graph_cells import BUILTIN, CELLS, Cell
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rnnkit import specs
+from rnnkit.graph import Derived, Graph, builtin, derive, run, trace
+from rnnkit.graph.derive import run_backward
+from rnnkit.graph.trace import LEAVES, OPERATIONS, evaluate
+
+each_cell = pytest.mark.parametrize("name", CELLS)
+each_builtin = pytest.mark.parametrize("name", BUILTIN)
+
+Leaves = list[list[Tensor]]
+
+
+def drawn(cell: Cell, dtype: torch.dtype = torch.float64, scale: float = 1.5) -> Leaves:
+    """Values of x, r, states and parameters, [7, 5] and [5]; the states are positive: the sLSTM divides by one."""
+    generator = torch.Generator().manual_seed(0)
+    names = (cell.inputs, cell.recurrent, cell.states, cell.parameters)
+    shapes = ((7, 5), (7, 5), (7, 5), (5,))
+    leaves = [
+        [torch.randn(shape, generator=generator, dtype=dtype) * scale for _ in of.split()]
+        for of, shape in zip(names, shapes, strict=True)
+    ]
+    leaves[2] = [state.abs() for state in leaves[2]]
+    return leaves
+
+
+def saved(derived: Derived, leaves: Leaves) -> list[Tensor]:
+    return evaluate(
+        derived.nodes, derived.saved, dict(zip(LEAVES, leaves, strict=False)), leaves[0][0]
+    )
+
+
+def assert_derives(cell: Cell, leaves: Leaves, projects: bool = False, **tolerance: float) -> None:
+    """The backward pass of saved values gives autograd's gradients, of which NaN and infinite ones are left out."""
+    derived = derive(cell.graph(), projects)
+    save = saved(derived, leaves)
+    previous = leaves[2][0]
+    for leaf in [leaf for of_kind in leaves for leaf in of_kind]:
+        leaf.requires_grad_()
+    results = cell.on_tensors(*leaves)
+    grads = [torch.randn_like(result) for result in results]
+    alive = [(t, g) for t, g in zip(results, grads, strict=True) if t.requires_grad]
+
+    def expected(inputs: list[Tensor]) -> list[Tensor]:
+        if not alive:
+            return [torch.zeros_like(t) for t in inputs]
+        return list(
+            torch.autograd.grad(
+                *([t for t, _ in alive], inputs, [g for _, g in alive]),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
+
+    unread = torch.full_like(previous, torch.nan)
+    h = results[0].detach() if derived.uses_h else unread
+    previous = previous.detach() if derived.uses_previous_h else unread
+    parameters = [p.detach() for p in leaves[3]]
+    states, columns = run_backward(derived, save, h, previous, grads, parameters)
+    actual = [
+        *(columns[k] for k in derived.input_grads),
+        *columns[: len(leaves[1])],
+        *states,
+        *(
+            grad.sum(0) if p.dim() == 1 else grad
+            for p, grad in zip(leaves[3], columns[derived.grads :], strict=True)
+        ),
+    ]
+    for a, e in zip(
+        actual, expected([leaf for of_kind in leaves for leaf in of_kind]), strict=True
+    ):
+        good = e.isfinite()
+        torch.testing.assert_close(
+            a[good], e[good], **(tolerance or {"rtol": 1e-13, "atol": 1e-13})
+        )
+
+    known = dict(zip(derived.saved, save, strict=True))
+    known |= {derived.h: h, derived.previous_h: previous}
+    known.pop(-1, None)
+    of_leaves = {"grad": grads, "parameter": parameters}
+    whole = evaluate(derived.nodes, derived.grad_states, of_leaves, h, known)
+    for k, a in enumerate(whole):
+        if results[k].requires_grad:
+            e = expected([results[k]])[0]
+            good = e.isfinite()
+            torch.testing.assert_close(
+                a[good], e[good], **(tolerance or {"rtol": 1e-13, "atol": 1e-13})
+            )
+    if projects:
+        output = evaluate(derived.nodes, derived.graph.results[:1], of_leaves, h, known)[0]
+        assert output.equal(results[0])
+
+
+def assert_runs(cell: Cell, leaves: Leaves) -> None:
+    """The graph gives the function's own bits."""
+    for a, e in zip(run(cell.graph(), *leaves), cell.on_tensors(*leaves), strict=True):
+        assert a.dtype == e.dtype
+        torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=True)
+
+
+@each_cell
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_graph_gives_the_functions_bits(name: str, dtype: torch.dtype) -> None:
+    assert_runs(CELLS[name], drawn(CELLS[name], dtype))
+    special = torch.tensor(
+        [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, 300, -300], dtype=dtype
+    )
+    leaves = drawn(CELLS[name], dtype)
+    for of_kind in leaves[:3]:
+        for k, leaf in enumerate(of_kind):
+            leaf.view(-1)[k : k + len(special)] = special
+    assert_runs(CELLS[name], leaves)
+
+
+@each_cell
+@pytest.mark.parametrize("scale", [0.1, 1.5, 20.0])
+def test_derived_gradients_are_autograds(name: str, scale: float) -> None:
+    assert_derives(CELLS[name], drawn(CELLS[name], scale=scale))
+
+
+@each_cell
+def test_gradients_where_operands_are_equal_or_zero(name: str) -> None:
+    leaves = [[leaf.round() for leaf in of_kind] for of_kind in drawn(CELLS[name])]
+    leaves[2] = [state + 1 for state in leaves[2]]
+    assert_derives(CELLS[name], leaves)
+
+
+@pytest.mark.parametrize("name", [n for n in CELLS if "c" in CELLS[n].states.split()[1:]])
+def test_what_a_cell_that_projects_saves_gives_the_output(name: str) -> None:
+    assert_derives(CELLS[name], drawn(CELLS[name]), projects=True)
+
+
+def test_a_cell_that_reads_h_does_not_project() -> None:
+    with pytest.raises(ValueError, match="expected a cell that projects not to read its state h"):
+        derive(builtin.GRAPHS["gru"], projects=True)
+
+
+@each_cell
+def test_least_is_saved(name: str) -> None:
+    assert len(derive(CELLS[name].graph()).saved) == CELLS[name].saved
+
+
+@each_builtin
+def test_own_cells_are_what_specs_tells(name: str) -> None:
+    spec, graph = specs.CELLS[name], builtin.GRAPHS[name]
+    derived = derive(graph, projects=spec.projects)
+    assert graph == BUILTIN[name].graph()
+    assert len(graph.inputs) == len(graph.recurrent) == spec.gates
+    assert len(graph.states) == spec.states
+    assert len(derived.saved) == spec.saved
+    assert derived.input_grads == spec.input_grads
+    assert derived.grads == len(derived.columns) == spec.grad_columns
+
+
+@each_builtin
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_own_cells_are_the_references(name: str, dtype: torch.dtype) -> None:
+    x, r, states, _ = leaves = drawn(BUILTIN[name], dtype)
+    expected = specs.CELLS[name].step(x, r, states)
+    for a, e in zip(run(builtin.GRAPHS[name], *leaves), expected, strict=True):
+        # The reference's GRU is (1 - z) n + z h, which rounds otherwise than n + z (h - n).
+        torch.testing.assert_close(a, e, **({} if "gru" in name else {"rtol": 0, "atol": 0}))
+
+
+NUMBERS = st.sampled_from([-2.0, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 2.0, 25.0])
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> Cell:
+    """A cell of a random graph: two gates, a recurrent one, two states and a parameter."""
+    lines = []
+    numeric = [op for op in OPERATIONS if OPERATIONS[op].gives == "n"]
+    for count in range(6, 6 + draw(st.integers(1, 20))):
+        op = draw(st.sampled_from([*numeric, *["where"] * 3]))
+        compare = draw(st.sampled_from([o for o in OPERATIONS if OPERATIONS[o].gives == "t"]))
+        places = [draw(st.integers(0, count - 1)) for _ in range(3)]
+        number = draw(st.one_of(st.none(), NUMBERS))
+        lines.append((op, compare, places, number, draw(st.booleans())))
+    ends = [-1, draw(st.integers(0, 5 + len(lines)))]
+
+    def step(x: Any, r: Any, s: Any, p: Any) -> tuple[Any, ...]:
+        values = [x.a, x.b, r.a, s.h, s.c, p.v]
+        for op, compare, places, number, first in lines:
+            of = OPERATIONS[op]
+            operands = [values[place] for place in places]
+            if len(of.takes) > 1 and op not in ("maximum", "minimum") and number is not None:
+                operands[int(op == "where") + (not first)] = number
+            if op == "where":
+                operands[0] = OPERATIONS[compare].on_tensors(operands[0], values[places[1]])
+            values.append(of.on_tensors(*operands[: len(of.takes)]))
+        return tuple(values[end] for end in ends)
+
+    return Cell(step, "a b", "a", "h c", -1, "v")
+
+
+@hypothesis.settings(max_examples=200)
+@hypothesis.given(cell=programs(), values=st.lists(NUMBERS, min_size=60, max_size=60))
+def test_random_graphs(cell: Cell, values: list[float]) -> None:
+    leaves = [torch.tensor(values[10 * k : 10 * k + 10], dtype=torch.float64) for k in range(6)]
+    grouped = [leaves[:2], leaves[2:3], leaves[3:5], [leaves[5].unsqueeze(0)]]
+    grouped = [[leaf.view(1, -1) for leaf in of_kind] for of_kind in grouped]
+    graph = cell.graph()
+    assert Graph.from_json(graph.to_json()) == graph
+    assert_runs(cell, grouped)
+    derived = derive(graph)
+    every = evaluate(
+        derived.nodes,
+        range(len(graph.nodes)),
+        dict(zip(LEAVES, grouped, strict=False)),
+        grouped[0][0],
+    )
+    small = torch.stack([v.double().expand(1, 10).abs() < 1e3 for v in every]).all(0)
+    kept = [[leaf[small].unsqueeze(0) for leaf in of_kind] for of_kind in grouped]
+    if small.any():
+        assert_derives(cell, kept, rtol=1e-9, atol=1e-6)
+
+
+def test_random_graphs_have_every_operation() -> None:
+    seen = set()
+
+    @hypothesis.settings(max_examples=200)
+    @hypothesis.given(cell=programs())
+    def look(cell: Cell) -> None:
+        seen.update(node.op for node in cell.graph().nodes)
+
+    look()
+    assert seen >= set(OPERATIONS)
+
+
+@each_cell
+def test_json(name: str) -> None:
+    graph = CELLS[name].graph()
+    text = graph.to_json()
+    assert "\n" not in text and " " not in text
+    again = Graph.from_json(text)
+    assert again == graph and again.to_json() == text
+    assert derive(again) == derive(graph)
+
+
+def test_equal_graphs_have_equal_json() -> None:
+    def other_order(x: Any, r: Any, s: Any) -> Any:
+        unused = x.i * 3
+        o, g = (x.o + r.o).sigmoid(), torch.tanh(x.g + r.g)
+        c = torch.sigmoid(x.f + r.f) * s.c + torch.sigmoid(x.i + r.i) * g
+        return {"c": c, "h": o * torch.tanh(c)} if unused is not None else {}
+
+    names = {"inputs": ["i", "f", "g", "o"], "recurrent": "i f g o", "states": ("h", "c")}
+    assert trace(other_order, **names).to_json() == builtin.GRAPHS["lstm"].to_json()
+
+
+def test_constants_in_json() -> None:
+    def step(x: Any, r: Any, s: Any) -> Any:
+        y = torch.where(x.a > float("-inf"), x.a * -0.0, float("nan")) + torch.where(
+            x.a > 0.0, 1e-320, x.a
+        )
+        return (torch.where(x.a < float("inf"), y, 0.1),)
+
+    cell = Cell(step, "a", "", "h", 0)
+    graph = Graph.from_json(cell.graph().to_json())
+    constants = {node.of for node in graph.nodes if node.op == "constant"}
+    assert constants == {"-inf", "inf", "nan", "0.0", "-0.0", "1e-320", "0.1"}
+    assert json.loads(cell.graph().to_json(), parse_constant=pytest.fail)
+    assert_runs(cell, [[torch.tensor([[-1.0, 0.0, 2.0, torch.nan]])], [], [torch.zeros(1, 4)], []])
+
+
+def malformed() -> dict[str, tuple[Callable[[dict], Any], str]]:
+    def put(**new: Any) -> Callable[[dict], Any]:
+        return lambda content: {**content, **new}
+
+    def node(new: Any) -> Callable[[dict], Any]:
+        return lambda content: {**content, "nodes": [*content["nodes"], new]}
+
+    return {
+        "a list": (lambda content: [content], "expected the JSON of a graph, with inputs"),
+        "more": (put(more=1), "expected the JSON of a graph, with inputs"),
+        "less": (lambda content: {"nodes": []}, "expected the JSON of a graph, with inputs"),
+        "names": (put(inputs=["a", 1]), r"expected inputs to be names, got \['a', 1\]"),
+        "no name": (put(states=["1"]), "expected a name that Python can have in states, got '1'"),
+        "twice": (put(inputs=["a", "a"]), "expected different names in inputs, got a, a"),
+        "no states": (put(states=[]), "expected at least one name in states"),
+        "nodes": (put(nodes={}), "expected nodes to be a list"),
+        "node": (node("x"), r"expected a node \[operation, operands...\], got 'x'"),
+        "empty": (node([]), r"expected a node"),
+        "operation": (node(["pow", 0, 1]), r"before it, a leaf or a constant, got \['pow', 0, 1\]"),
+        "operands": (node(["add", 0]), "expected an operation"),
+        "later": (node(["neg", 99]), "expected an operation"),
+        "negative": (node(["neg", -1]), "expected an operation"),
+        "true": (node(["neg", True]), "expected an operation"),
+        "kind": (node(["where", 0, 1, 1]), "expected an operation"),
+        "again": (node(["x", 0]), r"expected nodes once each, got \['x', 0\] again"),
+        "leaf": (node(["x", 1]), "expected an operation"),
+        "leaf's place": (node(["x", "0"]), "expected an operation"),
+        "gradient": (node(["grad", 0]), "expected an operation"),
+        "constant": (node(["constant", "one"]), "expected an operation"),
+        "number": (node(["constant", 1.5]), "expected an operation"),
+        "results": (put(results=[]), r"expected 1 or 2 results, got \[\]"),
+        "result": (put(results=[7]), "expected results to be numbers of nodes, got 7"),
+        "no result": (put(results=["h"]), "expected results to be numbers of nodes, got 'h'"),
+    }
+
+
+@pytest.mark.parametrize("what", malformed())
+def test_malformed_json(what: str) -> None:
+    change, words = malformed()[what]
+    content = json.loads(builtin.GRAPHS["rnn_tanh"].to_json())
+    with pytest.raises(ValueError, match=words):
+        Graph.from_json(json.dumps(change(content)))
+
+
+def test_operations_of_constants_alone_in_json() -> None:
+    content = json.loads(builtin.GRAPHS["rnn_tanh"].to_json())
+    content["nodes"] += [["constant", "1.0"], ["exp", 4]]
+    with pytest.raises(ValueError, match="expected an operation"):
+        Graph.from_json(json.dumps(content))
+    with pytest.raises(ValueError, match="expected the JSON of a graph: "):
+        Graph.from_json("{")
+
+
+#: A line of a step, and words of the error that names it.
+REFUSED = {
+    "y = torch.sin(x.a)": "a cell cannot use torch's sin: a cell can use [+]",
+    "y = x.a.cumsum(0)": "a cell cannot use .cumsum: a cell can use [+]",
+    "y = x.a.where(x.a > 0, x.a)": "a cell cannot use .where",
+    "y = x.a if x.a > 0 else -x.a": "`if`, `and`, `or`, `not`.* of a value: use torch.where",
+    "y = max(x.a, x.b)": "max.. or min.. of a value: use torch.where",
+    "y = x.a + [1.0, 2.0][x.b]": "in the place of a Python number: use torch functions",
+    "y = x.a * float(x.b)": "in the place of a Python number: use torch functions",
+    "y = x.a[0]": "a value is no sequence: use it whole",
+    "y, z = x.a": "a value is no sequence: use it whole",
+    "y = x.a ** 2": r"the operator \*\*: write x \* x",
+    "y = 2 ** x.a": r"the operator \*\*: write x \* x",
+    "y = x.a % 2": "the operator of __mod__: a cell can use",
+    "y = x.a @ x.b": "the operator of __matmul__: a cell can use",
+    "y = (x.a > 0) & (x.b > 0)": "the operator of __and__: a cell can use",
+    "x.a += 1": r"the operator \+=: write a = a \+ b",
+    "y = x.a * torch.ones(5)": "a tensor: make it a parameter of the cell, or a Python number",
+    "y = torch.ones(5) - x.a": "a tensor: make it a parameter of the cell, or a Python number",
+    "y = x.a * 'a'": "mul of str 'a': a cell can use",
+    "y = x.a + None": "add of NoneType None: a cell can use",
+    "y = x.a * (x.a > 0)": "mul takes a comparison where a number is needed: use torch.where",
+    "y = torch.where(x.a, x.a, x.b)": "torch's where takes a number where a comparison is needed",
+    "y = torch.where(True, x.a, x.b)": r"where\(\) received an invalid .*: a cell can use",
+    "y = torch.where(x.a > 0, 1.0, 0.0)": "where of two Python numbers, which have no dtype: add one",
+    "y = torch.where(x.a > 0)": "torch's where with 1 arguments: give it 3",
+    "y = torch.maximum(x.a, 0.0)": r"must be Tensor, not float: a cell can use",
+    "y = x.a.maximum(0.0)": r"maximum takes no Python number: use torch.where\(a > b",
+    "y = torch.max(x.a)": "torch's max with 1 arguments: give it 2",
+    "y = torch.add(x.a, x.b, alpha=2)": "torch's add with alpha=: leave it out",
+    "y = torch.nn.functional.softplus(x.a, 2.0)": "torch's softplus with 2 arguments: give it 1",
+    "y = x.a + kept.value": "a value of another call of a cell: compute it from the arguments",
+}
+
+
+def failing_step(line: str) -> Callable[..., Any]:
+    """A step with this line, from a file that can be shown."""
+    import linecache
+
+    text = f"def step(x, r, s):\n    {line}\n    return (x.a,)\n"
+    name = f"/steps/{abs(hash(line))}.py"
+    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
+    kept = SimpleNamespace()
+    trace(
+        lambda x, r, s: (setattr(kept, "value", x.a), x.a)[1:], inputs="a", recurrent="", states="h"
+    )
+    scope: dict[str, Any] = {"torch": torch, "kept": kept}
+    exec(compile(text, name, "exec"), scope)
+    return scope["step"]
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_refused_lines(line: str) -> None:
+    with pytest.raises(TypeError, match=rf"^/steps/\d+.py:2: `.*`: .*{REFUSED[line]}") as error:
+        trace(failing_step(line), inputs="a b", recurrent="", states="h")
+    assert f"`{line}`" in str(error.value)
+
+
+class Half:
+    """A function object, which has no line."""
+
+    def __call__(self, x: Any, r: Any, s: Any) -> Any:
+        return ()
+
+
+RETURNED = {
+    "one": (lambda x, r, s: (x.a,), ValueError, "returned 1 values: return h, c"),
+    "three": (lambda x, r, s: (x.a, x.a, x.a), ValueError, "returned 3 values: return h, c"),
+    "no tuple": (lambda x, r, s: x.a, TypeError, "returned Value: return a tuple or dict of h, c"),
+    "nothing": (lambda x, r, s: None, TypeError, "returned NoneType: return a tuple or dict"),
+    "missing": (
+        lambda x, r, s: {"h": x.a},
+        ValueError,
+        "returned h: return h, c, and besides only",
+    ),
+    "empty": (lambda x, r, s: {}, ValueError, "returned nothing: return h, c"),
+    "other": (
+        lambda x, r, s: {"h": 1, "c": 2, "d": 3},
+        ValueError,
+        "returned h, c, d: return h, c",
+    ),
+    "truth": (lambda x, r, s: (x.a, x.a > 0), TypeError, "returned a comparison among them"),
+    "tensor": (lambda x, r, s: (x.a, torch.ones(1)), TypeError, "returned Tensor among them"),
+    "no line": (Half(), ValueError, "Half object.*returned 0 values"),
+}
+
+
+@pytest.mark.parametrize("what", RETURNED)
+def test_wrong_results(what: str) -> None:
+    step, kind, words = RETURNED[what]
+    at = "" if what == "no line" else rf"^{__file__}:\d+: <lambda> "
+    with pytest.raises(kind, match=f"{at}.*{words}"):
+        trace(step, inputs="a", recurrent="a", states="h c")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ({"inputs": ""}, "expected at least one name in inputs"),
+        ({"states": ()}, "expected at least one name in states"),
+        ({"inputs": "a a"}, "expected different names in inputs, got a, a"),
+        ({"recurrent": "a-b"}, "expected a name that Python can have in recurrent, got 'a-b'"),
+        ({"recurrent": "if"}, "expected a name that Python can have in recurrent, got 'if'"),
+        ({"parameters": "_a"}, "expected a name that Python can have in parameters, got '_a'"),
+        ({"states": 2}, "expected states to be names, got 2"),
+    ],
+    ids=str,
+)
+def test_wrong_names(names: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        trace(lambda *_: (), **{"inputs": "a", "recurrent": "a", "states": "h", **names})
+
+
+def test_numbers_of_numpy_and_methods_of_tensors() -> None:
+    numpy = pytest.importorskip("numpy")
+
+    def step(x: Any, r: Any, s: Any) -> Any:
+        return (numpy.float64(2) * x.a.exp().neg() + x.a.maximum(s.h).sub(numpy.float32(0.5)),)
+
+    cell = Cell(step, "a", "", "h", 0)
+    assert_runs(cell, drawn(cell))
+
+
+def test_functions_by_all_their_names() -> None:
+    functional = torch.nn.functional
+
+    def step(x: Any, r: Any, s: Any) -> Any:
+        a = functional.relu(x.a) + functional.sigmoid(x.b) - functional.tanh(torch.negative(x.b))
+        return (torch.max(torch.mul(a, 2), torch.absolute(x.a)) - torch.div(1 - a, torch.exp(s.h)),)
+
+    cell = Cell(step, "a b", "", "h", 0)
+    assert_runs(cell, drawn(cell))
+
+
+@each_cell
+def test_compiled_and_transformed(name: str) -> None:
+    cell = CELLS[name]
+    graph, leaves = cell.graph(), drawn(cell)
+    expected = run(graph, *leaves)
+    torch.compiler.reset()
+    compiled = torch.compile(run, backend="eager", fullgraph=True)(graph, *leaves)
+    rows = torch.func.vmap(lambda x, r, s: run(graph, x, r, s, leaves[3]))(*leaves[:3])
+    for a, b, e in zip(compiled, rows, expected, strict=True):
+        assert a.equal(e) and b.equal(e)
+    tangents = torch.func.jvp(lambda x: run(graph, x, *leaves[1:]), (leaves[0],), (leaves[0],))[1]
+    own = torch.func.jvp(lambda x: cell.on_tensors(x, *leaves[1:]), (leaves[0],), (leaves[0],))[1]
+    for a, e in zip(tangents, own, strict=True):
+        assert a.equal(e)
+
+
+def test_named_tuples() -> None:
+    """A step may take its arguments apart, by place as by name."""
+    gates = namedtuple("gates", "a b")
+
+    def step(x: Any, r: Any, s: Any) -> Any:
+        a, b = x
+        assert x._fields == gates._fields
+        return (a * x[1] + b * r[0] + s.h,)
+
+    graph = trace(step, inputs="a b", recurrent="c", states="h")
+    assert run(graph, *([torch.ones(1)] * n for n in (2, 1, 1)))[0].item() == 3
+
+
+def test_rnnkit_does_not_import_graphs() -> None:
+    code = "import sys, rnnkit; assert not [m for m in sys.modules if m.startswith('rnnkit.graph')]"
+    subprocess.run([sys.executable, "-c", code], check=True)
