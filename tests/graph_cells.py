@@ -105,6 +105,11 @@ def odd_states(x, r, s):
     return {"h": h, "a": h, "b": s.b, "c": s.a, "d": 0.5, "e": r.h}
 
 
+def common_factors(x, r, s):
+    """Gradients with a common factor, that are sums and differences: of x.a, x.b, s.h and r.a."""
+    return (x.a * x.b + x.a * s.h + (x.b * r.a - x.b * s.h) - (r.a + r.a * s.h),)
+
+
 def unchanged(x, r, s):
     return (s.h,)
 
@@ -139,6 +144,7 @@ CELLS = BUILTIN | {
     "slstm": Cell(slstm, "i f z o", "i f z o", "h c n m", 7),
     "separate_output": Cell(separate_output, "a b", "a", "c", 4, "v"),
     "odd_states": Cell(odd_states, "h", "h", "h a b c d e", 1),
+    "common_factors": Cell(common_factors, "a b", "a", "h", 3),
     "unchanged": Cell(unchanged, "h", "h", "h", 0),
     "constant": Cell(constant, "h", "h", "h", 0),
     "every_operation": Cell(every_operation, "a b", "a", "h", 3, "v"),

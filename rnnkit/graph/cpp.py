@@ -4,7 +4,7 @@ A cell with parameters has them as the last argument of each function, an array;
 Where the output is no state, it is the last of `state` and of `grad_state`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rnnkit.graph.derive import Derived
 from rnnkit.graph.text import statements
@@ -20,7 +20,7 @@ def _constant(value: str) -> str:
 
 
 def _filled(text: str) -> str:
-    """A constant in every lane; minus 0 keeps the sign of a 0."""
+    """A constant in every lane; c - 0 is c also where c is -0."""
     return f"({text} - V{{}})" if text.startswith("T(") else text
 
 
@@ -29,65 +29,69 @@ def _call(op: str, operands: list[str]) -> str:
     return f"{name}({', '.join(map(_filled, operands))})"
 
 
-def _body(derived: Derived, known: Mapping[int, str], targets: Mapping[str, int]) -> str:
-    """The statements that compute a node for each target, and then store it."""
-    made, names = statements(derived.nodes, targets.values(), known, _constant, _call)
-    lines = ["using T = Element<V>;"] if "T(" in "".join([*made.values(), *names.values()]) else []
-    lines += [f"const auto {names[number]} = {text};" for number, text in made.items()]
-    lines += [f"{target} = {_filled(names[number])};" for target, number in targets.items()]
-    return "".join(f"    {line}\n" for line in lines)
-
-
 def _array(name: str, nodes: Sequence[int]) -> dict[str, int]:
     return {f"{name}[{k}]": number for k, number in enumerate(nodes)}
 
 
-def _function(signature: str, derived: Derived, body: str) -> str:
-    parameter = ", const V* parameter" if derived.graph.parameters else ""
-    arguments = "".join(
-        f"{', ' if k else ''}[[maybe_unused]] {argument}"
-        for k, argument in enumerate((signature.split("(")[1] + parameter).split(", "))
-    )
-    return f"""
-  template <class V>
-  static RNNKIT_INLINE {signature.split("(")[0]}({arguments}) {{
-{body}  }}
-"""
+def _function(
+    derived: Derived,
+    head: str,
+    arguments: Sequence[str],
+    known: Mapping[int, str],
+    targets: Mapping[str, int],
+    last: Sequence[str] = (),
+) -> str:
+    """A function that stores a node in each target.
+
+    Args:
+        derived: the cell.
+        head: the type of the result, and the name.
+        arguments: types and names.
+        known: the text of nodes that are there already.
+        targets: what is assigned to, and the node.
+        last: the statements that follow.
+    """
+    if derived.graph.parameters:
+        arguments = [*arguments, "const V* parameter"]
+    made, names = statements(derived.nodes, targets.values(), known, _constant, _call)
+    lines = [f"const auto {names[number]} = {text};" for number, text in made.items()]
+    lines += [f"{target} = {_filled(names[number])};" for target, number in targets.items()]
+    if any("T(" in line for line in lines):
+        lines.insert(0, "using T = Element<V>;")
+    listed = ", ".join(f"[[maybe_unused]] {argument}" for argument in arguments)
+    body = "".join(f"    {line}\n" for line in [*lines, *last])
+    return f"\n  template <class V>\n  static RNNKIT_INLINE {head}({listed}) {{\n{body}  }}\n"
+
+
+def _functions(derived: Derived) -> Iterator[str]:
+    graph = derived.graph
+    save = [f"save[{k}]" for k in range(len(derived.saved))]
+    known = derived.known(save, "h", "previous_h")
+    arguments = ["const V* x", "const V* h", "V* state", "V* save"]
+    stores = _array("save", derived.saved) | _array("state", graph.results)
+    yield _function(derived, "void forward", arguments, {}, stores)
+
+    of_saved = dict(zip(derived.saved, save, strict=True))
+    if derived.projects:
+        made, last = {"const V output": graph.results[0]}, "return output;"
+    else:
+        made, last = {}, "return V{};  // never called: h is not projected"
+    yield _function(derived, "V output", ["const V* save"], of_saved, made, [last])
+
+    if len(graph.states) > 1:
+        arguments = ["const V* save", "V* grad_state"]
+        stores = _array("grad_state", derived.grad_states)
+        yield _function(derived, "void grad_states", arguments, known, stores)
+
+    arguments = ["const V* save", "V h", "V previous_h", "V* grad_state", "V* grad"]
+    stores = _array("grad", derived.columns) | _array("grad_state", derived.previous_grads)
+    yield _function(derived, "void backward", arguments, known, stores)
 
 
 def struct(derived: Derived, name: str) -> str:
     """The text of the struct `name`."""
     graph = derived.graph
-    saved = {number: f"save[{k}]" for k, number in enumerate(derived.saved)}
-    known = {derived.h: "h", derived.previous_h: "previous_h", **saved}
-    stores = {**_array("save", derived.saved), **_array("state", graph.results)}
-    backward = {
-        **_array("grad", derived.columns),
-        **_array("grad_state", derived.previous_grads),
-    }
-    output = "    return V{};  // never called: h is not projected\n"
-    if derived.projects:
-        body = _body(derived, saved, {"const V output": graph.results[0]})
-        output = f"{body}    return output;\n"
     flag = {True: "true", False: "false"}
-    functions = [
-        _function(
-            "void forward(const V* x, const V* h, V* state, V* save",
-            derived,
-            _body(derived, {}, stores),
-        ),
-        _function("V output(const V* save", derived, output),
-        _function(
-            "void backward(const V* save, V h, V previous_h, V* grad_state, V* grad",
-            derived,
-            _body(derived, known, backward),
-        ),
-    ]
-    if len(graph.states) > 1:
-        body = _body(derived, known, _array("grad_state", derived.grad_states))
-        functions.insert(
-            2, _function("void grad_states(const V* save, V* grad_state", derived, body)
-        )
     return f"""struct {name} {{
   static constexpr int gates = {len(graph.inputs)}, recurrent = {len(graph.recurrent)};
   static constexpr int states = {len(graph.states)}, parameters = {len(graph.parameters)};
@@ -97,5 +101,5 @@ def struct(derived: Derived, name: str) -> str:
   static constexpr bool uses_h = {flag[derived.uses_h]};
   static constexpr bool uses_previous_h = {flag[derived.uses_previous_h]};
   static constexpr bool has_source = false;
-{"".join(functions)}}};
+{"".join(_functions(derived))}}};
 """

@@ -4,11 +4,13 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from rnnkit.graph.trace import LEAVES, OPERATIONS, Graph, Node, Nodes, Value, evaluate, order
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Derived:
         input_grads: for each gate with an input part, the place of its gradient among the columns.
         grad_states: the whole gradient of each state after the step, with what comes through the step's other results.
         previous_grads: the gradient of each state before the step, without what comes through the recurrent parts.
-        h: the node of h after the step, if the gradients may read it beside what is saved; -1 if not.
-        previous_h: the node of h before the step, if the gradients may read it; -1 if not.
+        h: the node of h after the step, if the gradients may read it beside what is saved.
+        previous_h: the node of h before the step, if the gradients may read it.
         uses_h: whether the gradients read h after the step, beside what is saved.
         uses_previous_h: whether the step or the gradients read h before the step, other than by recurrent parts.
     """
@@ -45,8 +47,8 @@ class Derived:
     input_grads: tuple[int, ...]
     grad_states: tuple[int, ...]
     previous_grads: tuple[int, ...]
-    h: int
-    previous_h: int
+    h: int | None
+    previous_h: int | None
     uses_h: bool
     uses_previous_h: bool
 
@@ -59,6 +61,13 @@ class Derived:
     def columns(self) -> tuple[int, ...]:
         """All columns: of recurrent parts, of input parts, of parameters."""
         return self.recurrent_columns + self.input_columns + self.parameter_columns
+
+    def known(self, save: Sequence[T], h: T, previous_h: T) -> dict[int, T]:
+        """What the backward pass is given, by the node: what is saved, and h where the gradients may read it."""
+        known = dict(zip(self.saved, save, strict=True))
+        if self.h is not None and self.previous_h is not None:
+            known = {self.h: h, self.previous_h: previous_h, **known}
+        return known
 
 
 class _Shortened(Nodes):
@@ -88,7 +97,7 @@ class _Shortened(Nodes):
         return self.nodes[number] == Node("constant", (), "1.0")
 
     def _negated(self, number: int) -> int:
-        """What the node is the negative of; -1 if it is none's."""
+        """What the node is the negative of; -1 if it has no sign."""
         return self.nodes[number].args[0] if self.nodes[number].op == "neg" else -1
 
     def where(self, condition: Value, a: Any, b: Any) -> Value:
@@ -223,8 +232,8 @@ def derive(graph: Graph, projects: bool = False) -> Derived:
         input_grads=tuple(columns.index(n) for n in of["x"]),
         grad_states=tuple(grad_states),
         previous_grads=tuple(of["state"]),
-        h=graph.results[0] if at_hand else -1,
-        previous_h=previous_h if at_hand else -1,
+        h=graph.results[0] if at_hand else None,
+        previous_h=previous_h if at_hand else None,
         uses_h=at_hand and graph.results[0] in used,
         uses_previous_h=reads or (at_hand and previous_h in used),
     )
@@ -307,9 +316,7 @@ def run_backward(
     Returns:
         The gradients of the states before the step, without what comes through the recurrent parts, and the columns.
     """
-    known = dict(zip((derived.h, derived.previous_h), (h, previous_h), strict=True))
-    known.pop(-1, None)
-    known |= dict(zip(derived.saved, save, strict=True))
+    known = derived.known(save, h, previous_h)
     roots = (*derived.previous_grads, *derived.columns)
     leaves = {"grad": grads, "parameter": parameters}
     values = evaluate(derived.nodes, roots, leaves, grads[0], known)

@@ -185,7 +185,7 @@ class Value:
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> "Value":
-        name = function.__name__.strip("_")
+        name = function.__name__
         if kwargs and kwargs != {"inplace": False}:
             _refuse(f"torch's {name} with {', '.join(kwargs)}=", "leave it out")
         return _apply(_OTHER_NAMES.get(name, name), f"torch's {name}", *args)
@@ -255,12 +255,18 @@ def _apply(op: str, written: str, *operands: Any) -> Value:
         _refuse(f"{written} with {len(operands)} arguments", f"give it {len(takes)}")
     nodes = next(a.nodes for a in operands if isinstance(a, Value))
     args = [_operand(nodes, *pair, written) for pair in zip(operands, takes, strict=True)]
-    numbers = [not isinstance(a, Value) for a in operands]
-    if op in ("maximum", "minimum") and any(numbers):
-        _refuse(f"{written} takes no Python number", "use torch.where(a > b, a, b)")
-    if op == "where" and all(numbers[1:]):
-        _refuse(f"{written} of two Python numbers, which have no dtype", "add one to a value")
+    if instead := _wrong_numbers(op, [not isinstance(a, Value) for a in operands]):
+        _refuse(f"{written} of Python numbers", instead)
     return Value(nodes, nodes.apply(op, *args))
+
+
+def _wrong_numbers(op: str, numbers: Sequence[bool]) -> str:
+    """What to write instead where these operands may not all be numbers of Python; empty if they may."""
+    if op in ("maximum", "minimum"):  # torch takes none there
+        return "use torch.where(a > b, a, b)" if any(numbers) else ""
+    return (
+        "add one of them to a value, whose dtype it gets" if all(numbers[op == "where" :]) else ""
+    )
 
 
 def _operand(nodes: Nodes, operand: Any, kind: str, written: str) -> int:
@@ -330,21 +336,22 @@ class Graph:
         """
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"expected the JSON of a graph: {error}") from None
         names = [field.name for field in fields(Graph)]
         if not isinstance(content, dict) or sorted(content) != sorted(names):
             raise ValueError(f"expected the JSON of a graph, with {', '.join(names)}")
+        for name in names:
+            if not isinstance(content[name], list):
+                raise ValueError(f"expected {name} to be a list, got {content[name]!r}")
         of_leaves = [_names(name, content[name]) for name in names[:4]]
         nodes = Nodes()
         counts = dict(zip(LEAVES, map(len, of_leaves), strict=False))
-        if not isinstance(content["nodes"], list):
-            raise ValueError("expected nodes to be a list")
         for place, node in enumerate(content["nodes"]):
             if nodes.number(_checked(node, counts, nodes.nodes)) != place:
                 raise ValueError(f"expected nodes once each, got {node!r} again")
         results, states = content["results"], counts["state"]
-        if not isinstance(results, list) or len(results) not in (states, states + 1):
+        if len(results) not in (states, states + 1):
             raise ValueError(f"expected {states} or {states + 1} results, got {results!r}")
         for one in results:
             if not _is_index(one, len(nodes.nodes)) or Value(nodes, one).kind != "n":
@@ -364,8 +371,8 @@ def _checked(node: Any, counts: Mapping[str, int], before: list[Node]) -> Node:
     if op in OPERATIONS:
         operands = [before[a] for a in args if _is_index(a, len(before))]
         kinds = [OPERATIONS[of.op].gives if of.op in OPERATIONS else "n" for of in operands]
-        numbers = all(of.op == "constant" for of in operands[op == "where" :])
-        if len(kinds) == len(args) and "".join(kinds) == OPERATIONS[op].takes and not numbers:
+        fits = len(kinds) == len(args) and "".join(kinds) == OPERATIONS[op].takes
+        if fits and not _wrong_numbers(op, [of.op == "constant" for of in operands]):
             return Node(op, tuple(args))
     elif op in counts:
         if len(args) == 1 and _is_index(args[0], counts[op]):

@@ -4,7 +4,7 @@ A cell with parameters has them as the last argument of each function, a tuple; 
 Where the output is no state, it is the last of the states after the step, and its gradient of their gradients.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rnnkit.graph.derive import Derived
 from rnnkit.graph.text import statements
@@ -25,7 +25,7 @@ def _is_constant(text: str) -> bool:
 
 
 def _filled(text: str, like: str) -> str:
-    """A tile for a constant, in the type of the tile `like`; minus 0 keeps the sign of a 0."""
+    """A tile for a constant, in the type of the tile `like`; c - 0 is c also where c is -0."""
     if not _is_constant(text):
         return text
     return f"tl.zeros_like({like})" if text == "0.0" else f"({text} - tl.zeros_like({like}))"
@@ -43,19 +43,49 @@ def _tuple(items: Sequence[str]) -> str:
 
 def _function(
     derived: Derived,
-    signature: str,
+    head: str,
     known: Mapping[int, str],
-    results: Sequence[Sequence[int]],
+    results: Sequence[Sequence[int] | int],
     like: str,
 ) -> str:
-    """A function that returns a tuple of nodes for each of `results`; constants are in the type of the tile `like`."""
-    roots = [number for part in results for number in part]
+    """A function that returns a tile, or a tuple of tiles, for each of `results`.
+
+    Args:
+        derived: the cell.
+        head: the name and the arguments.
+        known: the text of nodes that are there already.
+        results: the node of a tile, or the nodes of a tuple.
+        like: a tile; constants are of its type.
+    """
+    parts = [[part] if isinstance(part, int) else part for part in results]
+    roots = [number for part in parts for number in part]
     made, names = statements(derived.nodes, roots, known, _constant, _call)
-    lines = [f"    {names[number]} = {text}\n" for number, text in made.items()]
-    returned = [_tuple([_filled(names[n], like) for n in part]) for part in results]
+    lines = [f"{names[number]} = {text}" for number, text in made.items()]
+    filled = [[_filled(names[number], like) for number in part] for part in parts]
+    texts = [
+        t[0] if isinstance(r, int) else _tuple(t) for r, t in zip(results, filled, strict=True)
+    ]
+    lines.append(f"return {', '.join(texts)}")
     parameter = ", parameter" if derived.graph.parameters else ""
-    head = f"@triton.jit\ndef {signature}{parameter}):\n"
-    return f"{head}{''.join(lines)}    return {', '.join(returned)}\n"
+    body = "".join(f"    {line}\n" for line in lines)
+    return f"\n\n@triton.jit\ndef {head}{parameter}):\n{body}"
+
+
+def _functions(derived: Derived, name: str) -> Iterator[str]:
+    graph = derived.graph
+    save = [f"save[{k}]" for k in range(len(derived.saved))]
+    known = derived.known(save, "h", "previous_h")
+    results = graph.results, derived.saved
+    yield _function(derived, f"{name}_forward(x, h, state", {}, results, "x[0]")
+    results, head = (derived.previous_grads, derived.columns), "save, h, previous_h, grad_state"
+    yield _function(derived, f"{name}_backward({head}", known, results, "h")
+    if len(graph.states) > 1:
+        head, whole = f"{name}_grad_states(save, grad_state", derived.grad_states
+        yield _function(derived, head, known, (whole,), "grad_state[0]")
+    if derived.projects:
+        of_saved = dict(zip(derived.saved, save, strict=True))
+        result = graph.results[:1]
+        yield _function(derived, f"{name}_output(save", of_saved, result, "save[0]")
 
 
 def source(derived: Derived, name: str) -> str:
@@ -63,32 +93,12 @@ def source(derived: Derived, name: str) -> str:
 
     `{name}_output` is there for a cell that projects, `{name}_grad_states` for one with several states.
     """
-    graph = derived.graph
-    saved = {number: f"save[{k}]" for k, number in enumerate(derived.saved)}
-    known = {derived.h: "h", derived.previous_h: "previous_h", **saved}
-    functions = [
-        _function(
-            derived, f"{name}_forward(x, h, state", {}, (graph.results, derived.saved), "x[0]"
-        ),
-        _function(
-            derived,
-            f"{name}_backward(save, h, previous_h, grad_state",
-            known,
-            (derived.previous_grads, derived.columns),
-            "h",
-        ),
-    ]
-    if len(graph.states) > 1:
-        results = (derived.grad_states,)
-        signature = f"{name}_grad_states(save, grad_state"
-        functions.append(_function(derived, signature, known, results, "grad_state[0]"))
-    if derived.projects:
-        text = _function(derived, f"{name}_output(save", saved, (graph.results[:1],), "save[0]")
-        functions.append(text.replace("return (", "return ").replace(",)", ""))
-    body = "\n\n".join(functions)
+    body = "".join(_functions(derived, name))
     imports = [
         f"from rnnkit.triton.{module} import {', '.join(used)}\n"
         for module, names in _MODULES.items()
         if (used := [one for one in names if f" {one}(" in body])
     ]
-    return f"import triton\nfrom triton import language as tl\n\n{''.join(imports)}\n\n{body}"
+    separated = "\n" if imports else ""
+    head = f"import triton\nfrom triton import language as tl\n{separated}{''.join(imports)}"
+    return head + body
