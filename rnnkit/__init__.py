@@ -4,6 +4,7 @@ from rnnkit import init
 from rnnkit.backends import backend
 from rnnkit.cells import GRUCell, LSTMCell, RNNCell
 from rnnkit.converting import convert, patch, revert
+from rnnkit.definition import Cell, cell
 from rnnkit.explaining import explain
 from rnnkit.flow import gradient_flow
 from rnnkit.foreign_weights import from_haste, from_keras, to_haste, to_keras
@@ -12,10 +13,12 @@ from rnnkit.interop import decompositions
 from rnnkit.layers import GRU, LSTM, RNN
 from rnnkit.packing import pack_padded_sequence, pad_packed_sequence
 from rnnkit.readout import Readout
+from rnnkit.recurrent import Recurrent
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cell",
     "GRU",
     "LSTM",
     "RNN",
@@ -23,7 +26,9 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "Readout",
+    "Recurrent",
     "backend",
+    "cell",
     "convert",
     "decompositions",
     "explain",

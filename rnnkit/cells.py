@@ -39,7 +39,8 @@ class _Cell(Initialized, Interop, nn.RNNCellBase):
         if interop.runs_as_torchs(weights):
             return interop.run_as_torchs(self, input, hx)
         if self._cell == "lstm":
-            return self._step(input, stack.as_state_pair(hx, too_few=RuntimeError), weights)
+            states = stack.as_several_states(("h", "c"), "lstm", hx, too_few=RuntimeError)
+            return self._step(input, states, weights)
         return self._step(input, stack.as_states(hx), weights)[0]
 
     def _step(

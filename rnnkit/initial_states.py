@@ -9,14 +9,18 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnkit.call import batch_of
 
-#: The parameters' names, in the order of the states.
-NAMES = ("h_0", "c_0")
-
-
 class InitialStates(nn.RNNBase):
     """Has `h_0` [L*D, P] and, for an LSTM, `c_0` [L*D, H] as parameters, if `learn_initial_state`."""
 
     _learns = False
+
+    @property
+    def _state_names(self) -> tuple[str, ...]:
+        return ("h", "c") if self.mode == "LSTM" else ("h",)
+
+    def _learned_names(self) -> list[str]:
+        """The parameters' names, in the order of the states."""
+        return [f"{name}_0" for name in self._state_names]
 
     def __init__(self, *args: Any, learn_initial_state: bool = False, **kwargs: Any) -> None:
         if not isinstance(learn_initial_state, bool):
@@ -27,10 +31,10 @@ class InitialStates(nn.RNNBase):
         if learn_initial_state:
             self._learns = True
             layers = self.num_layers * (2 if self.bidirectional else 1)
-            widths = self.proj_size or self.hidden_size, self.hidden_size
             like = self._flat_weights[0]
             assert like is not None
-            for name, width in zip(NAMES[: 1 + (self.mode == "LSTM")], widths, strict=False):
+            for k, name in enumerate(self._learned_names()):
+                width = self.hidden_size if k else self.proj_size or self.hidden_size
                 self.register_parameter(name, nn.Parameter(like.new_zeros(layers, width)))
 
     @property
@@ -42,7 +46,7 @@ class InitialStates(nn.RNNBase):
     def reset_parameters(self) -> None:
         """Initialize the parameters again: as torch.nn does, the initial states to zeros."""
         super().reset_parameters()
-        for name in NAMES:
+        for name in self._learned_names():
             if name in self._parameters:
                 nn.init.zeros_(getattr(self, name))
             elif self._learns and parametrize.is_parametrized(self, name):
@@ -60,7 +64,7 @@ class InitialStates(nn.RNNBase):
             batch = input.size(0 if self.batch_first else 1) if input.dim() == 3 else None
         else:
             return None
-        of_all = [getattr(self, name) for name in NAMES[: 1 + (self.mode == "LSTM")]]
+        of_all = [getattr(self, name) for name in self._learned_names()]
         if batch is not None:
             of_all = [state.unsqueeze(1).expand(-1, batch, -1) for state in of_all]
         return of_all[0] if len(of_all) == 1 else tuple(of_all)

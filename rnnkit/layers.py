@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkit import backends, interop, options, packing, resets, stack
+from rnnkit import backends, interop, options, packing, resets, specs, stack
 from rnnkit.call import Keep
 from rnnkit.init import Initialized, Initializer
 from rnnkit.initial_states import InitialStates
@@ -158,19 +158,35 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
                 f"the layer was made with weights for {len(self._all_weights)} layers and directions"
             )
         found: Weights = []
-        kinds = 2 + 2 * bool(self.bias) + (self.proj_size > 0)
+        there = self._weights_there()
         for names in self._all_weights:
-            if len(names) != kinds:
+            if len(names) != sum(there) + self._own_count:
                 raise RuntimeError(
                     f"expected weights for bias={self.bias} and proj_size={self.proj_size}, got {', '.join(names)}: "
                     "these attributes cannot be changed after a layer was made"
                 )
-            weights = stack.parameters(self, names)
-            biases = weights[2:4] if self.bias else [None, None]
-            found.append([*weights[:2], *biases, weights[-1] if self.proj_size > 0 else None])
+            weights = iter(stack.parameters(self, names))
+            found.append([next(weights) if is_there else None for is_there in there])
+            found[-1] += self._own_weights(list(weights))
             if self._normalizes:
                 found[-1] += self._norms(names)
         return found
+
+    def _weights_there(self) -> tuple[bool, ...]:
+        """Which of `specs.WEIGHTS` the layer has."""
+        recurrent, bias = self._spec.recurrent > 0, bool(self.bias)
+        return True, recurrent, bias, bias and recurrent, self.proj_size > 0
+
+    #: The number of further parameters of a layer and direction, which are the cell's own.
+    _own_count = 0
+
+    def _own_weights(self, own: list[Tensor | None]) -> list[Tensor | None]:
+        """What follows `specs.WEIGHTS` in a call, from the parameters that are the cell's own."""
+        return []
+
+    @property
+    def _spec(self) -> specs.CellSpec:
+        return specs.of(self._cell)
 
     def _run(
         self,
@@ -224,14 +240,15 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
         """`zoneout` for each state; empty for none."""
         if self.zoneout == 0:
             return ()
-        states = 1 + (self.mode == "LSTM")
+        states = self._spec.states
         given = self.zoneout
         found = tuple(given) if isinstance(given, tuple | list) else (given,) * states
         if len(found) != states:
-            pair = " or a pair" * (states - 1)
-            raise ValueError(f"expected zoneout to be a number{pair}, got {given}")
+            several = ("", "", " or a pair")[states] if states < 3 else f" or {states} of them"
+            raise ValueError(f"expected zoneout to be a number{several}, got {given}")
         if self.proj_size > 0 and found[0] > 0:
-            raise ValueError(f"expected zoneout to be (0, p) with proj_size, got {given}")
+            pair = ", ".join(["0", *["p"] * (states - 1)])
+            raise ValueError(f"expected zoneout to be ({pair}) with proj_size, got {given}")
         return found if any(found) else ()
 
     def _check_projected(self, weights: Weights) -> None:
@@ -273,9 +290,8 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
             )
         else:
             ranks = ", ".join(f"{state.dim()}-D" for state in states)
-            message = (
-                f"For {given}, hx and cx should also be {expected}-D but got ({ranks}) tensors"
-            )
+            names = " and ".join(f"{name}x" for name in self._state_names)
+            message = f"For {given}, {names} should also be {expected}-D but got ({ranks}) tensors"
         raise RuntimeError(message)
 
     def _forward(self, input: Any, hx: Any, asked: _Asked) -> Any:
@@ -315,8 +331,7 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
         self._check_projected(weights)
         if asked.lengths is not None:
             return self._forward_lengths(input, hx, asked)
-        as_states = stack.as_state_pair if self._cell == "lstm" else stack.as_states
-        states, put_back = as_states(hx), as_states(asked.reset_to, "reset_to")
+        states, put_back = self._as_states(hx), self._as_states(asked.reset_to, "reset_to")
         reset, all_states = asked.reset, bool(asked.all_states)
         if reset is not None:
             reset = resets.as_rows(reset, input, self.batch_first)
@@ -407,9 +422,9 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
     def _check_put_back(self, put_back: Sequence[Tensor], batch: Any) -> None:
         """Checks the shapes of `reset_to`; `batch`: N, or None where only a graph will know it."""
         if put_back:
-            widths = [self.proj_size or self.hidden_size, self.hidden_size]
-            layers = self.num_layers * self._directions
-            resets.check_states(put_back, layers, batch, widths[: len(put_back)])
+            widths = [self.hidden_size] * len(put_back)
+            widths[0] = self.proj_size or self.hidden_size
+            resets.check_states(put_back, self.num_layers * self._directions, batch, widths)
 
     def _forward_packed(
         self,
@@ -443,8 +458,14 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
             return outputs[0], self._as_hx(finals)
         return outputs[0], self._as_hx(finals), self._as_hx(outputs)
 
+    def _as_states(self, hx: Any, name: str = "hx") -> tuple[Tensor, ...]:
+        """The states from `hx`, or another argument of this form; empty, which stands for zeros, if it is None."""
+        if self._spec.states == 1:
+            return stack.as_states(hx, name)
+        return stack.as_several_states(self._state_names, self._kind.lower(), hx, name)
+
     def _as_hx(self, states: Sequence[Any]) -> Any:
-        return states[0]
+        return states[0] if self._spec.states == 1 else tuple(states)
 
     @property
     def _kind(self) -> str:
@@ -733,9 +754,6 @@ class LSTM(_Layers):
         layer_norm: bool = False,
         init: Initializer | None = None,
     ) -> None: ...
-
-    def _as_hx(self, states: Sequence[Any]) -> Any:
-        return tuple(states)
 
     @overload
     def forward(

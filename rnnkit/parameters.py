@@ -19,7 +19,8 @@ _CELLS = {nn.RNNCell: "RNN", nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}
 def cell_of(module: nn.Module) -> str:
     """RNN, LSTM or GRU if the module is such a layer or cell, of rnnkit or torch.nn, or of a subclass; else empty."""
     if isinstance(module, nn.RNNBase):
-        return module.mode.partition("_")[0]
+        cell = module.mode.partition("_")[0]
+        return cell if cell in _CELLS.values() else ""  # a rnnkit.Recurrent has a cell of its own
     return next((cell for cls, cell in _CELLS.items() if isinstance(module, cls)), "")
 
 

@@ -190,23 +190,31 @@ def as_states(hx: Tensor | None, name: str = "hx") -> tuple[Tensor, ...]:
     return (hx,)
 
 
-def as_state_pair(
-    hx: Sequence[Tensor] | None, name: str = "hx", too_few: type[Exception] = IndexError
+def as_several_states(
+    names: Sequence[str],
+    cell: str,
+    hx: Sequence[Tensor] | None,
+    name: str = "hx",
+    too_few: type[Exception] = IndexError,
 ) -> tuple[Tensor, ...]:
-    """(h, c) of an LSTM, from `hx`; empty, which stands for zeros, if `hx` is None.
+    """The states `names` of a cell with several, from `hx`; empty, which stands for zeros, if `hx` is None.
 
-    Exceptions have the types that torch.nn raises.
+    Exceptions have the types that torch.nn raises for (h, c) of an LSTM.
     """
     if hx is None:
         return ()
-    expected = f"expected {name} to be a pair of Tensors (h, c)"
+    count = {2: "two", 3: "three"}.get(len(names), str(len(names)))
+    of_them = "a pair of" if len(names) == 2 else count
+    expected = f"expected {name} to be {of_them} Tensors ({', '.join(names)})"
     if isinstance(hx, Tensor):
         raise TypeError(f"{expected}, got a Tensor of shape {tuple(hx.shape)}")
     if not all(isinstance(state, Tensor) for state in hx):
         raise AttributeError(f"{expected}, got {[type(state).__name__ for state in hx]}")
-    if len(hx) != 2:
-        wrong_number = too_few if len(hx) < 2 else RuntimeError
-        raise wrong_number(f"lstm expects two hidden states: {expected}, got {len(hx)} of them")
+    if len(hx) != len(names):
+        wrong_number = too_few if len(hx) < len(names) else RuntimeError
+        raise wrong_number(
+            f"{cell} expects {count} hidden states: {expected}, got {len(hx)} of them"
+        )
     for index, state in enumerate(hx):
         check_plain(f"{name}[{index}]", state)
     return tuple(hx)

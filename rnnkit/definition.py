@@ -1,0 +1,154 @@
+"""`cell`: makes a recurrent cell of a function that computes one step, for `rnnkit.Recurrent` and `RecurrentCell`."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
+
+from torch import Tensor
+
+from rnnkit import specs
+from rnnkit.graph import trace
+from rnnkit.graph.trace import Graph, run
+
+Names = str | Sequence[str]
+#: The initial value of a parameter, or what writes it: takes the tensor [H].
+Start = float | Callable[[Tensor], Any]
+
+
+class Cell:
+    """A recurrent cell of one's own, see `cell`.
+
+    Attributes:
+        name: the function's name.
+        gates: the names of the gates that have an input part.
+        recurrent: the names of the gates that have a recurrent part.
+        states: the names of the states; the first is h, which the recurrent parts are made of.
+        parameters: the names of the parameters that each hidden unit has one of.
+        init: the initial values of parameters, by their names.
+        graph: what the function computes.
+    """
+
+    def __init__(self, name: str, graph: Graph, init: Mapping[str, Start] | None = None) -> None:
+        self.name, self.graph, self.init = name, graph, dict(init or {})
+        self.gates, self.recurrent = graph.inputs, graph.recurrent
+        self.states, self.parameters = graph.states, graph.parameters
+        for parameter in self.init:
+            if parameter not in self.parameters:
+                names = ", ".join(self.parameters) or "there are none"
+                raise ValueError(
+                    f"expected init to name parameters of the cell, {names}, got {parameter!r}"
+                )
+        #: The cell's name in ops, which holds all of it: a program that was exported needs no function.
+        self.op_name = graph.to_json()
+        self.spec = specs.of(self.op_name)
+
+    def __call__(
+        self,
+        x: Sequence[Tensor],
+        r: Sequence[Tensor],
+        s: Sequence[Tensor],
+        p: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, ...]:
+        """One step on tensors: the states after it.
+
+        Args:
+            x: the input part of each gate, [N, H].
+            r: the recurrent part of each gate, [N, H].
+            s: the states before the step, [N, H].
+            p: the parameters, [H].
+        """
+        return run(self.graph, x, r, s, p)
+
+    def __repr__(self) -> str:
+        parts = f"gates={self.gates}, states={self.states}"
+        if self.recurrent != self.gates:
+            parts += f", recurrent={self.recurrent}"
+        return f"{self.name}({parts}{f', parameters={self.parameters}' * bool(self.parameters)})"
+
+    def __reduce__(self) -> Any:
+        return _unpickled, (self.name, self.op_name, self.init)
+
+
+def _unpickled(name: str, op_name: str, init: Mapping[str, Start]) -> Cell:
+    return Cell(name, Graph.from_json(op_name), init)
+
+
+@overload
+def cell(
+    function: None = None,
+    *,
+    gates: Names,
+    states: Names,
+    recurrent: Names | None = None,
+    parameters: Names = (),
+    init: Mapping[str, Start] | None = None,
+) -> Callable[[Callable[..., Any]], Cell]: ...
+@overload
+def cell(
+    function: Callable[..., Any],
+    *,
+    gates: Names,
+    states: Names,
+    recurrent: Names | None = None,
+    parameters: Names = (),
+    init: Mapping[str, Start] | None = None,
+) -> Cell: ...
+def cell(
+    function: Callable[..., Any] | None = None,
+    *,
+    gates: Names,
+    states: Names,
+    recurrent: Names | None = None,
+    parameters: Names = (),
+    init: Mapping[str, Start] | None = None,
+) -> Any:
+    r"""Make a recurrent cell of a function that computes one step.
+
+    The function gets, for each gate, the input part W_ih x_t + b_ih and the recurrent part W_hh h_{t-1} + b_hh, and
+    the states before the step, and returns the states after it. It is called once, here, to write down what it
+    computes, and derivatives follow from that. `rnnkit.Recurrent` makes a layer of the cell:
+
+        @rnnkit.cell(gates="i f g o", states="h c", parameters="p_i p_f p_o")
+        def peephole(x, r, s, p):
+            i = torch.sigmoid(x.i + r.i + p.p_i * s.c)
+            f = torch.sigmoid(x.f + r.f + p.p_f * s.c)
+            c = f * s.c + i * torch.tanh(x.g + r.g)
+            o = torch.sigmoid(x.o + r.o + p.p_o * c)
+            return {"h": o * torch.tanh(c), "c": c}
+
+        layer = rnnkit.Recurrent(peephole, 64, 128)
+
+    Args:
+        function: `step(x, r, s)`, or `step(x, r, s, p)` for a cell with parameters. The arguments are named tuples of
+            the gates' input parts, their recurrent parts, the states and the parameters. It may compute with + - * /,
+            comparisons, and torch's abs, exp, log1p, maximum, minimum, neg, relu, sigmoid, tanh, where,
+            torch.nn.functional.logsigmoid and softplus, each unit for itself, and returns a dict or a tuple of the
+            states after the step.
+        gates: the gates' names, in one string or a sequence. The rows of weights are blocks in this order.
+        states: the states' names. The first is h, the output, which W_hh multiplies.
+        recurrent: the names of the gates that have a recurrent part, in the order of the blocks of W_hh; `()` for a
+            cell without W_hh. Default `gates`.
+        parameters: names of parameters that each hidden unit has one of, [H] in each layer and direction.
+        init: for some of these, the initial value or a function that writes it in place, as those of `torch.nn.init`.
+            The others begin like weights.
+
+    Returns:
+        The `Cell`; without `function`, a decorator that makes it.
+
+    Raises:
+        TypeError: the function does what a cell cannot; the text names the line and what to write instead.
+        ValueError: a name is none, or the function returns other states than it should.
+    """
+    if function is None:
+        given = {"gates": gates, "states": states, "recurrent": recurrent, "parameters": parameters}
+        return functools.partial(cell, **given, init=init)
+    graph = trace(
+        function,
+        inputs=gates,
+        recurrent=gates if recurrent is None else recurrent,
+        states=states,
+        parameters=parameters,
+    )
+    if graph.has_output:
+        raise ValueError("expected the first state to be the output, got an output of its own")
+    return functools.update_wrapper(Cell(function.__name__, graph, init), function, updated=())

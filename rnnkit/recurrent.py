@@ -1,0 +1,219 @@
+"""`Recurrent` and `RecurrentCell`: a layer and a cell module of a cell of one's own (`rnnkit.cell`)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnkit import stack
+from rnnkit.definition import Cell
+from rnnkit.init import Initializer
+from rnnkit.layers import _NOTHING, Device, Lengths, Rows, _asked, _Layers
+
+States = Tensor | Sequence[Tensor]
+
+
+class _OwnWeights(nn.RNNBase):
+    """torch.nn's base of layers with the weights of a cell of one's own.
+
+    torch's constructor, which knows its own cells only, checks the arguments and sets the attributes; its parameters,
+    without memory, are replaced.
+    """
+
+    cell: Cell
+
+    def __init__(self, mode: str, *args: Any, device: Device = None, **kwargs: Any) -> None:
+        super().__init__("RNN_TANH", *args, device="meta", **kwargs)
+        self.mode = mode
+        for name in self._flat_weights_names:
+            delattr(self, name)
+        dtype = kwargs.get("dtype", args[8] if len(args) > 8 else None)
+        layers = [(k, d) for k in range(self.num_layers) for d in range(1 + self.bidirectional)]
+        self._all_weights = []
+        for k, direction in layers:
+            suffix = f"_l{k}" + "_reverse" * direction
+            shapes = _shapes(self, self.input_size if k == 0 else None)
+            for kind, shape in shapes.items():
+                tensor = torch.empty(shape, device=device, dtype=dtype)
+                self.register_parameter(kind + suffix, nn.Parameter(tensor))
+            self._all_weights.append([kind + suffix for kind in shapes])
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def flatten_parameters(self) -> None:
+        """Nothing: cuDNN has no such cells."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialize the parameters again: as torch.nn does, those of units as the cell says."""
+        super().reset_parameters()
+        for names in self._all_weights:
+            for kind, start in self.cell.init.items():
+                tensor = getattr(self, next(n for n in names if n.rpartition("_l")[0] == kind))
+                if callable(start):
+                    start(tensor)
+                else:
+                    nn.init.constant_(tensor, start)
+
+
+def _shapes(module: Any, inputs: int | None) -> dict[str, tuple[int, ...]]:
+    """The parameters of one layer and direction: name without suffix -> shape."""
+    cell, hidden = module.cell, module.hidden_size
+    width = module.proj_size or hidden
+    if inputs is None:
+        inputs = width * (1 + module.bidirectional)
+    gates, recurrent = len(cell.gates) * hidden, len(cell.recurrent) * hidden
+    shapes: dict[str, tuple[int, ...]] = {"weight_ih": (gates, inputs)}
+    if recurrent:
+        shapes["weight_hh"] = (recurrent, width)
+    if module.bias:
+        shapes["bias_ih"] = (gates,)
+        if recurrent:
+            shapes["bias_hh"] = (recurrent,)
+    if module.proj_size:
+        shapes["weight_hr"] = (width, hidden)
+    return shapes | dict.fromkeys(cell.parameters, (hidden,))
+
+
+class Recurrent(_Layers, _OwnWeights):
+    r"""A layer, or a stack of layers, of a recurrent cell of one's own.
+
+    .. math::
+        x^{(g)}_t &= W^{(g)}_{ih} x_t + b^{(g)}_{ih}, \quad r^{(g)}_t = W^{(g)}_{hh} h_{t-1} + b^{(g)}_{hh} \\
+        (h_t, \ldots) &= \mathrm{cell}(x_t, r_t, (h_{t-1}, \ldots), p)
+
+    Args:
+        cell: what `rnnkit.cell` made of a function.
+        input_size: I, features of the input.
+        hidden_size: H, features of each state.
+        num_layers: L, number of stacked layers. Default 1.
+        bias: whether the layer has `b_ih` and `b_hh`. Default True.
+        batch_first: whether input and output are [N, T, ·] instead of [T, N, ·]. Default False.
+        dropout: in training, probability of zeroing an element of the output of every layer except the last.
+        bidirectional: whether a second direction runs from the end (D = 2). Default False.
+        proj_size: P < H, features of the projected h, for a cell that reads h in its recurrent parts alone; 0 for
+            none. Default 0.
+        device, dtype: device and dtype of the parameters.
+        recompute, grad_clip, grad_cut, weight_dropout, recurrent_dropout: as those of `rnnkit.LSTM`.
+        zoneout: as of `rnnkit.LSTM`: p, or one p for each state.
+        learn_initial_state: whether the states before the first step are parameters, `h_0` and so on, by the states'
+            names. Default False.
+        init: a callable that takes the module and initializes its parameters. Default None.
+
+    Parameters: `weight_ih_l0` [G*H, I or D*(P or H)], `weight_hh_l0` [R*H, P or H], `bias_ih_l0` [G*H], `bias_hh_l0`
+    [R*H], `weight_hr_l0` [P, H], and the cell's own [H] by their names, such as `p_i_l0`; G gates with an input part,
+    R with a recurrent part. Names of the second direction end in `_reverse`.
+
+    Shape:
+        input [T, N, I], [T, I] or a PackedSequence. `hx`: the initial states, of a cell with one state a tensor
+        [L*D, N, P or H], of others a tuple of one for each state [L*D, N, H]; zeros or the learned states if None.
+        Returns the output [T, N, D*(P or H)] (or [T, ·], or a PackedSequence) and the final states in the form of `hx`.
+        `lengths`, `reset`, `reset_to` and `all_states` are those of `rnnkit.LSTM`.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: the input's rank or dtype does not fit; in the constructor, an option has no such value or is not
+            for this cell.
+        RuntimeError: a size does not fit, or there is no time step.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
+        grad_clip: float | None = None,
+        grad_cut: int | None = None,
+        weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, ...] = 0.0,
+        learn_initial_state: bool = False,
+        init: Initializer | None = None,
+    ) -> None:
+        self._set_cell(cell)
+        if proj_size and not cell.spec.projects:
+            raise ValueError(
+                f"expected proj_size to be 0 for {cell.name}, whose step reads h itself, got {proj_size}"
+            )
+        super().__init__(
+            cell.name,
+            *(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional),
+            proj_size,
+            device=device,
+            dtype=dtype,
+            recompute=recompute,
+            grad_clip=grad_clip,
+            grad_cut=grad_cut,
+            weight_dropout=weight_dropout,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            learn_initial_state=learn_initial_state,
+            init=init,
+        )
+
+    def _set_cell(self, cell: Cell) -> None:
+        if not isinstance(cell, Cell):
+            raise TypeError(f"expected cell to be made by rnnkit.cell, got {cell!r}")
+        vars(self)["cell"], vars(self)["_cell"] = cell, cell.op_name
+
+    def reset_parameters(self) -> None:
+        """Initialize the parameters again: as torch.nn does, those of units as the cell says, then by `init`."""
+        if self.mode != "RNN_TANH":  # torch's constructor, see _OwnWeights
+            super().reset_parameters()
+
+    def extra_repr(self) -> str:
+        """The cell, and what torch.nn's layers show."""
+        return f"{self.cell.name}, {super().extra_repr()}"
+
+    @property
+    def _state_names(self) -> tuple[str, ...]:
+        return self.cell.states
+
+    @property
+    def _own_count(self) -> int:  # type: ignore[override]
+        return len(self.cell.parameters)
+
+    def _own_weights(self, own: list[Tensor | None]) -> list[Tensor | None]:
+        return [torch.stack([tensor for tensor in own if tensor is not None])] if own else []
+
+    def check_forward_args(
+        self, input: Tensor, hidden: Any, batch_sizes: Tensor | None
+    ) -> None:
+        """torch.nn's checks, for any number of states."""
+        self.check_input(input, batch_sizes)
+        states = (hidden,) if isinstance(hidden, Tensor) else hidden
+        of_h = self.get_expected_hidden_size(input, batch_sizes)
+        for k, state in enumerate(states):
+            expected = of_h if k == 0 else (*of_h[:2], self.hidden_size)
+            name = "hidden" if len(states) == 1 else f"hidden[{k}]"
+            self.check_hidden_size(state, expected, f"Expected {name} size {{}}, got {{}}")
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: States | None = None,
+        *,
+        lengths: Lengths | None = None,
+        reset: Rows | None = None,
+        reset_to: States | None = None,
+        all_states: bool = False,
+    ) -> Any:
+        """Run the layer; see the class."""
+        asked = _NOTHING
+        given = (lengths, reset, reset_to)
+        if any(one is not None for one in given) or all_states is not False:
+            asked = _asked(lengths, reset, reset_to, all_states)
+        return self._forward(input, hx, asked)
