@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rnnkit.specs import CELLS, NORMS, WEIGHTS, CellSpec
+from rnnkit.specs import CELLS, NORMS, REGISTERED, UNIT, WEIGHTS, CellSpec
 
 #: The first arguments in the ops' schemas: the fields of `LayerCall`.
 ARGUMENTS = (
@@ -49,10 +49,10 @@ class Keep(IntEnum):
 
 
 class DirectionWeights(NamedTuple):
-    """The weights of one direction, see `specs.WEIGHTS` and `specs.NORMS`."""
+    """The weights of one direction, see `specs.WEIGHTS`, `specs.NORMS` and `specs.UNIT`."""
 
     w_ih: Tensor
-    w_hh: Tensor
+    w_hh: Tensor | None
     b_ih: Tensor | None
     b_hh: Tensor | None
     w_hr: Tensor | None
@@ -60,6 +60,7 @@ class DirectionWeights(NamedTuple):
     norm_hh: Tensor | None = None
     norm_c: Tensor | None = None
     norm_c_bias: Tensor | None = None
+    unit: Tensor | None = None
 
 
 #: Weights of a direction without and with layer normalization, and of one and of two directions with it.
@@ -72,12 +73,13 @@ class LayerCall:
     """One layer over a sequence, in one or both directions.
 
     Attributes:
-        cell: a name in `specs.CELLS`.
+        cell: a name in `specs.CELLS` or `specs.REGISTERED`.
         input: [T, N, I], or the data [rows, I] of a PackedSequence with its `batch_sizes`.
         states: the initial states, h [D, N, P] and the others [D, N, H]; empty for zeros. After them may stand as many
             again: the states that `reset` puts back to, in place of zeros.
         weights: for each direction the five of `specs.WEIGHTS`, None for those that the layer does not have; with
-            layer normalization followed by the four of `specs.NORMS`, None for those that the cell does not have.
+            layer normalization followed by the four of `specs.NORMS`, None for those that the cell does not have; of a
+            registered cell with parameters followed by `specs.UNIT`.
         batch_sizes: int64 [T] on the CPU, not increasing.
         all_states: whether the outputs are all states after each step, instead of h only.
         grad_clip: the largest absolute value of a gradient that a step passes back: an element of the gradient of a
@@ -153,29 +155,34 @@ class LayerCall:
     @property
     def spec(self) -> CellSpec:
         """The cell's `CellSpec`; a RuntimeError if there is no such cell."""
-        if self.cell not in CELLS:
+        spec = CELLS.get(self.cell) or REGISTERED.get(self.cell)
+        if spec is None:
             raise RuntimeError(f"expected cell to be the name of a cell, got '{self.cell}'")
-        return CELLS[self.cell]
+        return spec
 
     @property
     def kinds(self) -> Sequence[str]:
         """The names of a direction's weights."""
-        return DirectionWeights._fields if self.normalizes else WEIGHTS
+        if self.cell in REGISTERED:
+            return (*WEIGHTS, UNIT) if self.spec.parameters else WEIGHTS
+        return (*WEIGHTS, *NORMS) if self.normalizes else WEIGHTS
 
     @property
     def normalizes(self) -> bool:
         """Whether the layer has layer normalization."""
-        return len(self.weights) in _WITH_NORMS
+        return len(self.weights) in _WITH_NORMS and self.cell not in REGISTERED
 
     @property
     def directions(self) -> int:
         """D."""
-        return len(self.weights) // (_ALL if len(self.weights) in _WITH_NORMS else _PLAIN)
+        return len(self.weights) // len(self.kinds)
 
     def direction(self, d: int) -> DirectionWeights:
         """The weights of direction d."""
-        count = _ALL if len(self.weights) in _WITH_NORMS else _PLAIN
-        of_direction = self.weights[d * count : (d + 1) * count]
+        kinds = self.kinds
+        of_direction = self.weights[d * len(kinds) : (d + 1) * len(kinds)]
+        if kinds[-1] == UNIT:
+            return DirectionWeights(*of_direction[:-1], unit=of_direction[-1])  # type: ignore[arg-type, misc]
         return DirectionWeights(*of_direction)  # type: ignore[arg-type]
 
     def of_kind(self, name: str) -> list[Tensor | None]:
@@ -185,12 +192,18 @@ class LayerCall:
     @property
     def hidden(self) -> int:
         """H."""
-        return self.direction(0).w_hh.size(0) // self.spec.gates
+        of, spec = self.direction(0), self.spec
+        if of.w_hh is None:
+            return of.w_ih.size(0) // spec.gates
+        return of.w_hh.size(0) // spec.recurrent
 
     @property
     def projected(self) -> int:
         """P, the width of h; H without a projection."""
-        return self.direction(0).w_hh.size(1)
+        of = self.direction(0)
+        if of.w_hh is None:
+            return self.hidden if of.w_hr is None else of.w_hr.size(0)
+        return of.w_hh.size(1)
 
     @property
     def projects(self) -> bool:
@@ -279,10 +292,10 @@ class LayerCall:
     def keeps_given(self) -> bool:
         """Whether a reserve has the h that each step's cell gave.
 
-        A cell that saves nothing reads it in its backward pass, and zoneout's expectation hides it.
+        A cell that `reads_h` reads it in its backward pass, and zoneout's expectation hides it.
         """
         expects = len(self.zoneout) > 0 and self.kept is None
-        return self.spec.saved == 0 and expects and self.zoneout[0] > 0
+        return self.spec.reads_h and expects and self.zoneout[0] > 0
 
     def zero_states(self, batch: int) -> list[Tensor]:
         """Initial states of `batch` rows that are zero."""
@@ -315,7 +328,14 @@ class LayerCall:
             raise RuntimeError(f"expected grad_clip to be at least 0, got {self.grad_clip}")
         if self.grad_cut < 0:
             raise RuntimeError(f"expected grad_cut to be at least 0, got {self.grad_cut}")
-        if len(self.weights) not in (_PLAIN, 2 * _PLAIN, *_WITH_NORMS):
+        count = len(self.kinds)
+        if self.cell in REGISTERED:
+            if len(self.weights) not in (count, 2 * count):
+                raise RuntimeError(
+                    f"expected weights to hold {count} tensors for each of 1 or 2 directions of {self.cell}, got "
+                    f"{len(self.weights)}"
+                )
+        elif len(self.weights) not in (_PLAIN, 2 * _PLAIN, *_WITH_NORMS):
             raise RuntimeError(
                 f"expected weights to hold {_PLAIN} tensors, or {_ALL} with layer normalization, for each of 1 or 2 "
                 f"directions, got {len(self.weights)}"
@@ -393,43 +413,59 @@ class LayerCall:
             )
 
     def _check_weights(self) -> None:
+        spec, kinds = self.spec, self.kinds
         for d in range(self.directions):
-            for name, weight in zip(WEIGHTS[:2], self.direction(d), strict=False):
+            of = self.direction(d)
+            for name in WEIGHTS[:2] if spec.recurrent else WEIGHTS[:1]:
+                weight = getattr(of, name)
                 if weight is None:
                     raise RuntimeError(f"expected {name} of direction {d} to be a tensor, got None")
                 if weight.dim() != 2:
                     raise RuntimeError(
                         f"expected {name} of direction {d} to have 2 dimensions, got {weight.dim()}"
                     )
-        w_hh, w_hr = self.direction(0).w_hh, self.direction(0).w_hr
-        width = self.spec.gates * self.hidden
-        if w_hh.size(0) != width:
+            for name in () if spec.recurrent else ("w_hh", "b_hh"):
+                if getattr(of, name) is not None:
+                    raise RuntimeError(
+                        f"expected {name} of direction {d} to be None for {self.cell}, got a tensor"
+                    )
+        gates, recurrent = spec.gates * self.hidden, spec.recurrent * self.hidden
+        name, factor = ("w_hh", spec.recurrent) if spec.recurrent else ("w_ih", spec.gates)
+        rows = getattr(self.direction(0), name).size(0)
+        if rows % factor != 0:
             raise RuntimeError(
-                f"expected w_hh of direction 0 to have a multiple of {self.spec.gates} rows, got {w_hh.size(0)}"
+                f"expected {name} of direction 0 to have a multiple of {factor} rows, got {rows}"
             )
-        if w_hr is not None and not self.spec.projects:
+        w_hr = self.direction(0).w_hr
+        if w_hr is not None and not spec.projects:
             raise RuntimeError(
                 f"expected w_hr to be None for {self.cell}, got shape {list(w_hr.shape)}"
             )
-        shapes: list[tuple[int, ...]] = [
-            (width, self.input.size(-1)),
-            (width, self.projected if self.projects else self.hidden),
-            (width,),
-            (width,),
-            (self.projected, self.hidden),
-            *[(width,)] * 2,
-            *[(self.hidden,)] * 2,
-        ]
+        if w_hr is not None and w_hr.dim() != 2:
+            raise RuntimeError(
+                f"expected w_hr of direction 0 to have 2 dimensions, got {w_hr.dim()}"
+            )
+        projected = self.projected if self.projects else self.hidden
+        shapes: dict[str, tuple[int, ...]] = {
+            **{"w_ih": (gates, self.input.size(-1)), "w_hh": (recurrent, projected)},
+            **{"b_ih": (gates,), "b_hh": (recurrent,), "w_hr": (projected, self.hidden)},
+            **{"norm_ih": (gates,), "norm_hh": (recurrent,)},
+            **dict.fromkeys(NORMS[2:], (self.hidden,)),
+            UNIT: (spec.parameters, self.hidden),
+        }
         for d in range(self.directions):
-            of_direction = self.direction(d)
-            if (of_direction.w_hr is not None) != self.projects:
+            of = self.direction(d)
+            if (of.w_hr is not None) != self.projects:
                 alone = 0 if self.projects else d
                 raise RuntimeError(
                     f"expected w_hr in all directions or in none, got it in direction {alone} alone"
                 )
-            for name, weight, shape in zip(of_direction._fields, of_direction, shapes, strict=True):
+            if UNIT in kinds and of.unit is None:
+                raise RuntimeError(f"expected {UNIT} of direction {d} to be a tensor, got None")
+            for name in kinds:
+                weight = getattr(of, name)
                 if weight is not None:
-                    self.check_like_input(weight, f"{name} of direction {d}", shape)
+                    self.check_like_input(weight, f"{name} of direction {d}", shapes[name])
             if self.normalizes:
                 self._check_norms(d)
 

@@ -182,7 +182,7 @@ class gradient_flow:
             )
             weights = []
             if place not in self._weights:
-                weights = [call.direction(d).w_hh.detach().clone() for d in range(call.directions)]
+                weights = [w.detach().clone() for w in call.of_kind("w_hh") if w is not None]
         with _lock:
             self._calls.setdefault(place, []).append(found)
             self._weights.setdefault(place, weights)

@@ -119,11 +119,16 @@ def _step(
 
     With layer normalization its factors come before the biases, and h' is made of the normalized c'.
     """
-    gates = call.spec.gates
+    spec = call.spec
+    gates = spec.gates
     if not call.normalizes:
-        parts = linear(x, of.w_ih, of.b_ih), linear(operand, of.w_hh, of.b_hh)
-        return list(call.spec.step(*(part.chunk(gates, -1) for part in parts), states))
-    assert of.norm_ih is not None and of.norm_hh is not None
+        of_x = linear(x, of.w_ih, of.b_ih).chunk(gates, -1)
+        of_h: Sequence[Tensor] = ()
+        if of.w_hh is not None:
+            of_h = linear(operand, of.w_hh, of.b_hh).chunk(spec.recurrent, -1)
+        parameters = () if of.unit is None else (of.unit.unbind(0),)
+        return list(spec.step(of_x, of_h, states, *parameters))
+    assert of.w_hh is not None and of.norm_ih is not None and of.norm_hh is not None
     parts = (
         _normalized(linear(x, of.w_ih), of.norm_ih, of.b_ih),
         _normalized(linear(operand, of.w_hh), of.norm_hh, of.b_hh),
@@ -131,7 +136,7 @@ def _step(
     of_state = []
     if of.norm_c is not None:
         of_state = [partial(_normalized, factor=of.norm_c, bias=of.norm_c_bias)]
-    return list(call.spec.step(*(part.chunk(gates, -1) for part in parts), states, *of_state))
+    return list(spec.step(*(part.chunk(gates, -1) for part in parts), states, *of_state))
 
 
 def _scan(

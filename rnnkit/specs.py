@@ -8,12 +8,16 @@ from torch import Tensor
 
 Step = Callable[..., tuple[Tensor, ...]]
 
-#: The weights of one direction: w_ih [G*H, I], w_hh [G*H, P], b_ih [G*H], b_hh [G*H], w_hr [P, H].
+#: The weights of one direction: w_ih [G*H, I], w_hh [R*H, P], b_ih [G*H], b_hh [R*H], w_hr [P, H]. R is G but for some
+#: registered cells.
 WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
 
 #: What follows them in a layer with layer normalization: the factors of the normalized x W_ih^T and h W_hh^T, norm_ih
 #: and norm_hh [G*H]; of an LSTM's normalized c, norm_c [H], and what is added to it, norm_c_bias [H].
 NORMS = ("norm_ih", "norm_hh", "norm_c", "norm_c_bias")
+
+#: What follows the `WEIGHTS` of a registered cell with parameters: [U, H].
+UNIT = "unit"
 
 #: What layer normalization adds to a variance, as torch.nn.functional.layer_norm does by default.
 NORM_EPSILON = 1e-5
@@ -37,6 +41,12 @@ class CellSpec:
             between: the second state, c of an LSTM.
         projects: whether the cell supports a projection of h (w_hr). `uses_h` and `uses_previous_h` of its C++ struct
             must then be false: the cell never reads h. The recurrent product reads the projected h.
+        recurrent_gates: R, the number of blocks of H rows in w_hh, if it is not G; 0 for a cell without a recurrent
+            product, w_hh and b_hh. The cell's `step` then gets so many recurrent parts, and the first gradient
+            columns, 0 to R-1, are theirs.
+        parameters: U, the number of vectors of one value for each hidden unit. A cell that has any gets them as a
+            fourth argument of `step`, each [H].
+        uses_h: whether the kernel's backward pass reads h; by default, if it saves nothing else.
     """
 
     name: str
@@ -47,6 +57,19 @@ class CellSpec:
     step: Step
     projects: bool = False
     has_source: bool = False
+    recurrent_gates: int | None = None
+    parameters: int = 0
+    uses_h: bool | None = None
+
+    @property
+    def recurrent(self) -> int:
+        """R, the number of recurrent gates."""
+        return self.gates if self.recurrent_gates is None else self.recurrent_gates
+
+    @property
+    def reads_h(self) -> bool:
+        """Whether the kernel's backward pass reads the h that a step gave."""
+        return self.saved == 0 if self.uses_h is None else self.uses_h
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -56,7 +79,7 @@ class CellSpec:
     @property
     def grad_columns(self) -> int:
         """W, the number of gradients that a kernel writes for each hidden unit and step."""
-        return max(*self.input_grads, self.gates - 1) + 1
+        return max(*self.input_grads, self.recurrent - 1) + 1
 
 
 def _rnn(activation: Callable[[Tensor], Tensor]) -> Step:
@@ -118,3 +141,6 @@ CELLS = {
         ),
     )
 }
+
+#: Cells that are not built in, by name: `_C.register_cell` has their functions. They have no layer normalization.
+REGISTERED: dict[str, CellSpec] = {}

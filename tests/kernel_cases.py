@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rnnkit import ops, plan, reference
 from rnnkit.call import BackwardCall, Keep, LayerCall, Results
-from rnnkit.specs import CELLS
+from rnnkit.specs import CELLS, REGISTERED, CellSpec
 
 #: Names of a cell's states in results: of as many as the kernels allow.
 STATES = ("h", "c", "s2", "s3")
@@ -22,12 +22,17 @@ TWINS = ("gru_writes",)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def spec_of(cell: str) -> CellSpec:
+    """The built-in or registered cell of this name."""
+    return CELLS.get(cell) or REGISTERED[cell]
+
+
 @dataclass(frozen=True)
 class Case:
     """The shape of one call.
 
     Attributes:
-        cell: a name in `CELLS`.
+        cell: a name in `CELLS` or `REGISTERED`.
         sizes: T, N, I, H.
         directions: D.
         lengths: of each sequence of a packed batch, longest first; T and N are then read from them.
@@ -41,7 +46,7 @@ class Case:
         resets: the share of rows at whose boundary the states are put back; 0 for no mask.
         reset_states: whether the states to put back to are given.
         operand_mask: whether the recurrent operand is masked.
-        zoneout: the probability of each state, and `expects`: whether for the expectation, without masks.
+        zoneout: the probability of the first two states (the others have one of their own), and `expects`: whether for the expectation, without masks.
         norm: whether the layer has layer normalization.
     """
 
@@ -233,10 +238,13 @@ def call(case: Case, seed: int = 0) -> Call:
             [sum(length > t for length in case.lengths) for t in range(case.lengths[0])]
         )
         rows = (sum(case.lengths),)
-    spec, projected = CELLS[case.cell], case.projected or hidden
-    shapes = [(spec.gates * hidden, inputs), (spec.gates * hidden, projected)]
-    shapes += [(spec.gates * hidden,) if case.bias else None] * 2
+    spec, projected = spec_of(case.cell), case.projected or hidden
+    of_input, recurrent = spec.gates * hidden, spec.recurrent * hidden
+    shapes = [(of_input, inputs), (recurrent, projected) if spec.recurrent else None]
+    shapes += [(of_input,) if case.bias else None]
+    shapes += [(recurrent,) if case.bias and spec.recurrent else None]
     shapes += [(projected, hidden) if case.projected else None]
+    shapes += [(spec.parameters, hidden)] * (spec.parameters > 0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, dtype=torch.float64).to(case.dtype)
@@ -269,7 +277,8 @@ def call(case: Case, seed: int = 0) -> Call:
     state_shapes = [(case.directions, batch, width) for width in widths]
     output_widths = widths if case.all_states else widths[:1]
     output_shapes = [(*rows, case.directions * width) for width in output_widths]
-    zoneout = case.zoneout[: spec.states] if any(case.zoneout[: spec.states]) else ()
+    zoneout = (*case.zoneout, 0.25, 0.15)[: spec.states]
+    zoneout = zoneout if any(case.zoneout[: spec.states]) else ()
 
     def coins(p: float, *shape: int) -> Tensor:
         return torch.rand(shape, generator=random) < p
@@ -462,9 +471,9 @@ _PROJECTIONS: tuple[dict, ...] = (
 def variants(case: Case, few: bool = False) -> list[Case]:
     """What may vary beside the sizes: the case, packed, without this and that, and projected if it can be."""
     changes = _VARIANTS[:2] if few else _VARIANTS
-    if CELLS[case.cell].states > 1:
+    if spec_of(case.cell).states > 1:
         changes += _ALL_STATES[:1] if few else _ALL_STATES
-    if CELLS[case.cell].projects:
+    if spec_of(case.cell).projects:
         projections = _PROJECTIONS[:1] if few else _PROJECTIONS
         changes += tuple(p for p in projections if p["projected"] < case.sizes[3])
     return [case, *(replace(case, **change) for change in changes)]

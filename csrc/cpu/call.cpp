@@ -62,7 +62,10 @@ Call::Call(std::string_view name, const Tensor& x, at::TensorList initial, const
 bool Call::fits() {
   if (!(rule.clip >= 0) || rule.cut < 0) return false;
   const int64_t count = weights.size();
-  kinds = count > 0 && count % (kWeights + kNorms) == 0 ? kWeights + kNorms : kWeights;
+  if (cell.registered != nullptr)
+    kinds = kWeights + (cell.parameters > 0 ? 1 : 0);
+  else
+    kinds = count > 0 && count % (kWeights + kNorms) == 0 ? kWeights + kNorms : kWeights;
   if (count != kinds && count != 2 * kinds) return false;
   directions = count / kinds;
   if (!input.is_floating_point() || input.dim() != (batch_sizes ? 2 : 3) || !has_memory(input)) return false;
@@ -130,32 +133,34 @@ bool Call::batch_sizes_fit() {
 }
 
 bool Call::weights_fit() {
+  const bool recurs = cell.recurrent > 0;
   for (int64_t d = 0; d < directions; ++d)
-    for (int64_t k = 0; k < 2; ++k)
+    for (int64_t k = 0; k < (recurs ? 2 : 1); ++k)
       if (!weight(d, k) || weight(d, k)->dim() != 2) return false;
-  hidden = weight(0, 1)->size(0) / cell.gates;
-  projected = weight(0, 1)->size(1);
   const bool projects = weight(0, 4).has_value();
-  if (projects ? !cell.projects : projected != hidden) return false;
-  const int64_t gates = cell.gates * hidden;
-  const int64_t shapes[][2] = {{gates, input_size},
-                               {gates, projected},
-                               {gates},
-                               {gates},
-                               {projected, hidden},
-                               {gates},
-                               {gates},
-                               {hidden},
-                               {hidden}};
+  if (projects && (!cell.projects || weight(0, 4)->dim() != 2)) return false;
+  hidden = recurs ? weight(0, 1)->size(0) / cell.recurrent : weight(0, 0)->size(0) / cell.gates;
+  projected = recurs ? weight(0, 1)->size(1) : projects ? weight(0, 4)->size(0) : hidden;
+  if (!projects && projected != hidden) return false;
+  const int64_t gates = cell.gates * hidden, recurrent = cell.recurrent * hidden;
+  const int64_t shapes[][2] = {{gates, input_size}, {recurrent, projected}, {gates}, {recurrent}, {projected, hidden}};
+  const int64_t norm_shapes[] = {gates, recurrent, hidden, hidden}, unit_shape[] = {cell.parameters, hidden};
   const int64_t norms = cell.has_source ? kNorms : 2;
-  for (int64_t d = 0; d < directions; ++d)
-    for (int64_t k = 0; k < kinds; ++k) {
+  for (int64_t d = 0; d < directions; ++d) {
+    for (int64_t k = 0; k < kWeights; ++k) {
       const std::optional<Tensor> given = weight(d, k);
       if (k == 4 && given.has_value() != projects) return false;
-      if (k >= kWeights && given.has_value() != (k < kWeights + norms)) return false;
+      if (given && !recurs && (k == 1 || k == 3)) return false;
       const size_t dims = k < 2 || k == 4 ? 2 : 1;
       if (given && !is_like_input(*given, {shapes[k], dims})) return false;
     }
+    for (int64_t k = 0; normalizes() && k < kNorms; ++k) {
+      const std::optional<Tensor> given = weight(d, kWeights + k);
+      if (given.has_value() != (k < norms)) return false;
+      if (given && !is_like_input(*given, {norm_shapes + k, 1})) return false;
+    }
+    if (cell.parameters > 0 && (!weight(d, kWeights) || !is_like_input(*weight(d, kWeights), unit_shape))) return false;
+  }
   return true;
 }
 
@@ -182,7 +187,8 @@ void Call::check_backward(const OptionalTensors& grads, const Tensor& output, co
 
 at::ScalarType Call::operand_type() const {
   const bool in_pairs = input_size % 2 == 0 && hidden % 2 == 0 && projected % 2 == 0;
-  const bool direct = input.scalar_type() == at::kBFloat16 && in_pairs && multiplies_bfloat16();
+  const bool direct =
+      input.scalar_type() == at::kBFloat16 && in_pairs && cell.registered == nullptr && multiplies_bfloat16();
   return direct ? at::kBFloat16 : compute_type();
 }
 
@@ -195,7 +201,7 @@ std::vector<int64_t> Call::output_shape(int64_t i) const {
 std::vector<int64_t> Call::reserve_shape(Keep keep) const {
   if (keep == Keep::nothing) return {0};
   const bool has_expectation = !masks.zoneout.empty() && masks.zoneout[0] > 0 && !kept(0);
-  const int64_t given = cell.saved == 0 && has_expectation ? 1 : 0;
+  const int64_t given = cell.uses_h && has_expectation ? 1 : 0;
   const int64_t products = keep == Keep::everything && normalizes() ? 2 * cell.gates : 0;
   return {directions, rows(), (keep == Keep::everything ? cell.saved : cell.states - 1) + given + products, hidden};
 }

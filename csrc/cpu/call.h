@@ -14,7 +14,8 @@ namespace rnnkit {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
-// Weights of one direction, see WEIGHTS in rnnkit/specs.py; with layer normalization those of NORMS follow.
+// Weights of one direction, see WEIGHTS in rnnkit/specs.py. After them follow those of NORMS with layer normalization,
+// or `unit` of a registered cell with parameters.
 constexpr int64_t kWeights = 5, kNorms = 4;
 
 // How the backward pass changes what a step passes back, see `LayerCall` of rnnkit/call.py.
@@ -52,7 +53,7 @@ struct Call {
                       const c10::List<bool>& needs, bool flow) const;
 
   std::optional<at::Tensor> weight(int64_t d, int64_t k) const { return weights.get(d * kinds + k); }
-  bool normalizes() const { return kinds > kWeights; }
+  bool normalizes() const { return kinds == kWeights + kNorms; }
   int64_t rows() const { return offsets.empty() ? steps * batch : offsets.back(); }
   bool empty() const { return rows() == 0 || hidden == 0; }
 

@@ -108,10 +108,10 @@ class Arguments {
 bool sizes_fit(const std::string& cell, const Tensor& x, const std::vector<Tensor>& states, const Weights& weights) {
   if (weights.empty()) return false;
   for (size_t i = 0; i < weights.size(); i += kWeights)
-    if (!weights[i] || !weights[i + 1]) return false;
+    if (!weights[i] || !weights[i + 1]) return false;  // a cell without W_hh takes the other way
   const Tensor &w_ih = *weights[0], &w_hh = *weights[1];
   if (x.dim() != 3 || x.size(0) == 0 || w_ih.dim() != 2 || w_hh.dim() != 2 || x.size(2) != w_ih.size(1)) return false;
-  const int64_t hidden = w_hh.size(0) / gates_of(cell), projected = w_hh.size(1);
+  const int64_t hidden = w_ih.size(0) / gates_of(cell), projected = w_hh.size(1);
   for (size_t i = 0; i < states.size(); ++i) {
     const int64_t width = i == 0 ? projected : hidden;
     if (states[i].dim() != 3 || states[i].size(1) != x.size(1) || states[i].size(2) != width) return false;

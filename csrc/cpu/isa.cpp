@@ -4,7 +4,12 @@
 #include <ATen/Version.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <map>
+#include <mutex>
+#include <shared_mutex>
+#include <tuple>
 
 namespace rnnkit {
 namespace {
@@ -12,15 +17,104 @@ namespace {
 Isa choose_isa() {
   [[maybe_unused]] const std::string name = at::get_cpu_capability();
 #ifdef RNNKIT_HAS_AVX512
-  if (name == "AVX512") return {"avx512", avx512::cells(), avx512::peak_loops()};
+  if (name == "AVX512") return {"avx512", avx512::cells(), avx512::registered_cells(), avx512::peak_loops()};
 #endif
 #ifdef RNNKIT_HAS_AVX2
-  if (name == "AVX512" || name == "AVX2") return {"avx2", avx2::cells(), avx2::peak_loops()};
+  if (name == "AVX512" || name == "AVX2") return {"avx2", avx2::cells(), avx2::registered_cells(), avx2::peak_loops()};
 #endif
-  return {"baseline", baseline::cells(), baseline::peak_loops()};
+  return {"baseline", baseline::cells(), baseline::registered_cells(), baseline::peak_loops()};
+}
+
+// A registered cell. It points into itself, and is never moved.
+struct Entry {
+  std::string name;
+  RegisteredCell cell;
+  CellKernels kernels;
+};
+
+struct Registry {
+  std::shared_mutex mutex;
+  std::map<std::string, Entry, std::less<>> entries;
+};
+
+Registry& registry() {
+  static Registry& registry = *new Registry;  // never removed: threads may still call when the process ends
+  return registry;
+}
+
+const CellKernels* find_built_in(std::string_view name) {
+  for (const CellKernels* cell = isa().cells.begin; cell != isa().cells.end; ++cell)
+    if (name == cell->name) return cell;
+  return nullptr;
+}
+
+void check(const std::string& name, const RegisteredCell& cell, bool projects) {
+  TORCH_CHECK(!name.empty() && name.size() <= kMaxCellName, "expected the name of a cell to have 1 to ", kMaxCellName,
+              " characters, got '", name, "'");
+  TORCH_CHECK(find_built_in(name) == nullptr, "expected a name that no built-in cell has, got '", name, "'");
+  const auto check_count = [&](const char* what, int64_t count, int64_t least, int64_t most) {
+    TORCH_CHECK(count >= least && count <= most, "expected ", name, " to have ", least, " to ", most, " ", what,
+                ", got ", count);
+  };
+  check_count("gates", cell.gates, 1, kMaxGates);
+  check_count("recurrent gates", cell.recurrent, 0, kMaxGates);
+  check_count("states", cell.states, 1, kMaxStates);
+  check_count("saved values", cell.saved, 0, kMaxSaved);
+  check_count("parameters", cell.parameters, 0, kMaxSaved);
+  check_count("gradients of gates", cell.grads, std::max<int64_t>(1, cell.recurrent), cell.gates + cell.recurrent);
+  for (int64_t g = 0; g < cell.gates; ++g)
+    TORCH_CHECK(cell.input_grad[g] >= 0 && cell.input_grad[g] < cell.grads, "expected the gradients of ", name,
+                "'s input gates to be among its ", cell.grads, ", got number ", cell.input_grad[g]);
+  TORCH_CHECK(!projects || !(cell.uses_h || cell.uses_previous_h), "expected ", name,
+              " to read neither h nor the previous h, since it is to support projections");
+  const auto complete = [&](const auto& of) {
+    return of.forward != nullptr && of.backward != nullptr && (cell.states == 1 || of.grad_states != nullptr) &&
+           (!projects || of.output != nullptr);
+  };
+  TORCH_CHECK(complete(cell.f32) && complete(cell.f64), "expected addresses of all functions of ", name, ", got 0");
+}
+
+bool are_same(const RegisteredCell& a, const RegisteredCell& b) {
+  const auto description = [](const RegisteredCell& cell) {
+    return std::make_tuple(cell.gates, cell.recurrent, cell.states, cell.saved, cell.grads, cell.parameters,
+                           cell.uses_h, cell.uses_previous_h);
+  };
+  return description(a) == description(b) && std::equal(a.input_grad, a.input_grad + a.gates, b.input_grad);
 }
 
 }  // namespace
+
+void register_cell(const std::string& name, const RegisteredCell& cell, bool projects) {
+  check(name, cell, projects);
+  const std::unique_lock lock(registry().mutex);
+  const auto [place, is_new] = registry().entries.try_emplace(name);
+  Entry& entry = place->second;
+  if (!is_new) {
+    TORCH_CHECK(are_same(entry.cell, cell) && entry.kernels.projects == projects, "expected ", name,
+                " to be described as before, since a cell of this name is registered, got another description");
+    return;
+  }
+  entry.name = name;
+  entry.cell = cell;
+  entry.cell.name = entry.name.c_str();
+  entry.cell.others = cell.states - 1;
+  entry.cell.columns = cell.grads + cell.parameters;
+  // A panel is to be about 64 columns wide.
+  entry.cell.units = kMostUnits / std::clamp<int64_t>(std::max(cell.gates, cell.recurrent), 1, 4) / 16 * 16;
+  entry.kernels = {.name = entry.cell.name,
+                   .gates = cell.gates,
+                   .recurrent = cell.recurrent,
+                   .states = cell.states,
+                   .saved = cell.saved,
+                   .parameters = cell.parameters,
+                   .projects = projects,
+                   .has_source = false,
+                   .uses_h = cell.uses_h,
+                   .input_grad = {},
+                   .registered = &entry.cell,
+                   .kernels = isa().registered};
+  std::copy_n(cell.input_grad, cell.gates, entry.kernels.input_grad);
+}
 
 const Isa& isa() {
   static const Isa chosen = choose_isa();
@@ -28,8 +122,9 @@ const Isa& isa() {
 }
 
 const CellKernels& find_cell(std::string_view name) {
-  for (const CellKernels* cell = isa().cells.begin; cell != isa().cells.end; ++cell)
-    if (name == cell->name) return *cell;
+  if (const CellKernels* cell = find_built_in(name); cell != nullptr) return *cell;
+  const std::shared_lock lock(registry().mutex);
+  if (const auto found = registry().entries.find(name); found != registry().entries.end()) return found->second.kernels;
   TORCH_CHECK(false, "expected cell to be the name of a cell, got '", std::string(name), "'");
 }
 

@@ -14,16 +14,21 @@ namespace rnnkit {
 struct Isa {
   std::string name;
   CellTable cells;
+  KernelsOfCell registered;  // of every registered cell
   PeakLoops peak;
 };
 
 // The best ISA that was built and that torch sees on this CPU. ATEN_CPU_CAPABILITY can lower it.
 const Isa& isa();
 
-// Throws if there is no cell of this name.
+// The built-in or registered cell of this name. Throws if there is none. The result stays valid.
 const CellKernels& find_cell(std::string_view name);
 
-// The kernels that multiply bfloat16 directly, in the order of the cells; null if this CPU cannot run them.
+// Makes find_cell find a cell, for all threads and for good; its name and its units are set here. Throws if it cannot
+// be a cell, or if there is another one of this name. Of one that is registered again the first functions stay.
+void register_cell(const std::string& name, const RegisteredCell& cell, bool projects);
+
+// The kernels that multiply bfloat16 directly, in the order of the built-in cells; null if this CPU cannot run them.
 const Kernels<BFloat16>* bfloat16_kernels();
 
 // Whether bfloat16 is multiplied directly, and not as float. By default it is not on CPUs with AMX, which take twice as
@@ -34,9 +39,9 @@ bool multiplies_bfloat16();
 template <class S>
 const Kernels<S>& kernels_of(const CellKernels& cell) {
   if constexpr (std::is_same_v<S, double>)
-    return cell.f64;
+    return cell.kernels.f64;
   else if constexpr (std::is_same_v<S, float>)
-    return cell.f32;
+    return cell.kernels.f32;
   else
     return bfloat16_kernels()[&cell - isa().cells.begin];
 }

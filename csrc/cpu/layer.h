@@ -8,6 +8,7 @@
 
 #include "common/dtypes.h"
 #include "common/states.h"
+#include "cpu/registered.h"
 
 namespace rnnkit {
 
@@ -23,16 +24,14 @@ struct Norms {
 template <class S>
 struct Direction {
   const S* w_ih;       // [G*H, I]
-  const S* w_hh;       // [G*H, P]
+  const S* w_hh;       // [R*H, P], null if R = 0; R is G but for some registered cells
   const Sum<S>* b_ih;  // [G*H] or null
-  const Sum<S>* b_hh;  // [G*H] or null
+  const Sum<S>* b_hh;  // [R*H] or null
   const S* w_hr;       // [P, H], or null: no projection, P = H
-  Sum<S>*grad_w_ih, *grad_w_hh, *grad_b_ih, *grad_b_hh, *grad_w_hr;
+  const Sum<S>* unit;  // [U, H], a registered cell's parameters; null if U = 0
+  Sum<S>*grad_w_ih, *grad_w_hh, *grad_b_ih, *grad_b_hh, *grad_w_hr, *grad_unit;
   Norms<Sum<S>> norms;
 };
-
-// The most gates that a cell can have. Only the length of CellKernels::input_grad depends on it.
-constexpr int kMaxGates = 16;
 
 // One state of a cell in all rows of a layer, of type T = Sum<S>. State 0 is h, of width P; the others have width H.
 template <class T>
@@ -89,6 +88,8 @@ struct Layer {
   // Whether the user wants the call to end early, asked by the thread that made the call; null: never.
   bool (*wants_to_stop)();
 
+  const RegisteredCell* cell;  // null: a built-in cell
+
   bool normalizes() const { return direction[0].norms.ih != nullptr; }
   int64_t begin(int64_t t) const { return offsets == nullptr ? t * batch : offsets[t]; }  // the row where step t begins
   int64_t rows() const { return begin(steps); }
@@ -111,15 +112,22 @@ struct Kernels {
   bool (*check)(const Layer<S>&, const std::byte* packed);
 };
 
-// What is built for one instruction set: a row for each cell in cells/all.h.
-struct CellKernels {
-  const char* name;
-  int64_t gates, states, saved;
-  bool projects;                  // whether h may be projected
-  bool has_source;                // see cells/all.h
-  int64_t input_grad[kMaxGates];  // the gradient column of each gate's input part
+// One cell's kernels.
+struct KernelsOfCell {
   Kernels<float> f32;
   Kernels<double> f64;
+};
+
+// What callers know of a cell: what is built for one instruction set, a row for each cell in cells/all.h, or what was
+// registered.
+struct CellKernels {
+  const char* name;
+  int64_t gates, recurrent, states, saved, parameters;  // G, R, S, saved and U, see RegisteredCell
+  bool projects;                                        // whether h may be projected
+  bool has_source, uses_h;                              // see cells/all.h
+  int64_t input_grad[kMaxGates];                        // the gradient column of each gate's input part
+  const RegisteredCell* registered;                     // null: a built-in cell
+  KernelsOfCell kernels;
 };
 struct CellTable {
   const CellKernels* begin;
@@ -128,13 +136,16 @@ struct CellTable {
 
 namespace baseline {
 CellTable cells();
-}
+KernelsOfCell registered_cells();
+}  // namespace baseline
 namespace avx2 {
 CellTable cells();
-}
+KernelsOfCell registered_cells();
+}  // namespace avx2
 namespace avx512 {
 CellTable cells();
-}
+KernelsOfCell registered_cells();
+}  // namespace avx512
 namespace avx512_bf16 {
 const Kernels<BFloat16>* bfloat16_cells();  // in the order of the others
 }

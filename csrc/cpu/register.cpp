@@ -7,6 +7,8 @@
 #include <torch/library.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <limits>
 #include <string>
 #include <tuple>
@@ -84,6 +86,7 @@ Layer<S> make_layer(const Call& call, Operands& operands) {
     direction.b_ih = operands.read<T>(call.weight(d, 2));
     direction.b_hh = operands.read<T>(call.weight(d, 3));
     direction.w_hr = operands.read<S>(call.weight(d, 4));
+    if (call.cell.parameters > 0) direction.unit = operands.read<T>(call.weight(d, kWeights));
     if (!call.normalizes()) continue;
     Norms<T>& norms = direction.norms;
     const T** const places[] = {&norms.ih, &norms.hh, &norms.c, &norms.c_bias};
@@ -104,6 +107,7 @@ Layer<S> make_layer(const Call& call, Operands& operands) {
   }
   layer.threads = call.threads();
   layer.wants_to_stop = wants_to_stop;
+  layer.cell = call.cell.registered;
   return layer;
 }
 
@@ -253,7 +257,9 @@ std::vector<Tensor> layer_backward(std::string_view cell, const Tensor& input, a
       T** const places[] = {&direction.grad_w_ih, &direction.grad_w_hh, &direction.grad_b_ih,
                             &direction.grad_b_hh, &direction.grad_w_hr, &norms.grad_ih,
                             &norms.grad_hh,       &norms.grad_c,        &norms.grad_c_bias};
-      for (int64_t k = 0; k < call.kinds; ++k) *places[k] = write(first + k);
+      const int64_t kinds = call.kinds - (call.cell.parameters > 0 ? 1 : 0);
+      for (int64_t k = 0; k < kinds; ++k) *places[k] = write(first + k);
+      if (call.cell.parameters > 0) direction.grad_unit = write(first + kWeights);
     }
     const Kernels<S>& kernels = kernels_of<S>(call.cell);
     run(kernels.backward_scratch, kernels.backward, layer);
@@ -276,6 +282,40 @@ std::vector<CellFacts> list_cells() {
                       std::vector<int64_t>(cell->input_grad, cell->input_grad + cell->gates), cell->projects,
                       cell->has_source);
   return list;
+}
+
+// The functions of a registered cell at these addresses, in the order of Pointwise; 0: not there.
+template <class T>
+Pointwise<T> pointwise_at(const std::array<uintptr_t, 4>& addresses) {
+  using Forward = decltype(Pointwise<T>::forward);
+  using Backward = decltype(Pointwise<T>::backward);
+  return {.forward = reinterpret_cast<Forward>(addresses[0]),
+          .backward = reinterpret_cast<Backward>(addresses[1]),
+          .grad_states = reinterpret_cast<Backward>(addresses[2]),
+          .output = reinterpret_cast<Backward>(addresses[3])};
+}
+
+void register_cell_at(const std::string& name, int64_t gates, int64_t recurrent, int64_t states, int64_t saved,
+                      int64_t parameters, const std::vector<int64_t>& input_grads, bool uses_h, bool uses_previous_h,
+                      bool projects, const std::array<uintptr_t, 4>& f32, const std::array<uintptr_t, 4>& f64,
+                      uintptr_t context) {
+  RegisteredCell cell{};
+  cell.gates = gates;
+  cell.recurrent = recurrent;
+  cell.states = states;
+  cell.saved = saved;
+  cell.parameters = parameters;
+  TORCH_CHECK(int64_t(input_grads.size()) == gates && gates <= kMaxGates, "expected input_grads of ", gates,
+              " gates, at most ", kMaxGates, ", got ", input_grads.size());
+  std::copy(input_grads.begin(), input_grads.end(), cell.input_grad);
+  cell.grads = recurrent;
+  for (const int64_t column : input_grads) cell.grads = std::max(cell.grads, column + 1);
+  cell.uses_h = uses_h;
+  cell.uses_previous_h = uses_previous_h;
+  cell.f32 = pointwise_at<float>(f32);
+  cell.f64 = pointwise_at<double>(f64);
+  cell.context = reinterpret_cast<const void*>(context);
+  register_cell(name, cell, projects);
 }
 
 }  // namespace
@@ -307,6 +347,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "cache_sizes", [] { return std::make_tuple(cache_sizes().l1, cache_sizes().l2, cache_sizes().l3); },
       "Bytes of L1 (for data), L2 and L3; 0 if the size of L3 is unknown.");
+  m.def("register_cell", register_cell_at, py::arg("name"), py::kw_only(), py::arg("gates"), py::arg("recurrent"),
+        py::arg("states"), py::arg("saved"), py::arg("parameters"), py::arg("input_grads"), py::arg("uses_h"),
+        py::arg("uses_previous_h"), py::arg("projects"), py::arg("f32"), py::arg("f64"), py::arg("context") = 0,
+        "Makes the ops find a cell, for good. f32, f64: the addresses of forward, backward, grad_states and output of "
+        "csrc/cpu/pointwise.h, 0 for those that the cell does not need; the other arguments as in "
+        "rnnkit.specs.CellSpec.");
   m.def("cells", list_cells,
         "(name, gates, states, saved, input_grads, projects, has_source) of each cell, as in rnnkit.specs.CELLS.");
 }

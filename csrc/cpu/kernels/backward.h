@@ -15,16 +15,16 @@ class Backward {
  public:
   Backward(const Layer<S>& layer, std::byte* scratch)
       : layer_(layer),
-        projects_(kCanProject<Cell> && layer.direction[0].w_hr != nullptr),
+        projects_(projects<Cell>(layer)),
         clips_(layer.grad_clip < T(__builtin_inf())),
-        zones_(std::any_of(layer.states, layer.states + Cell::states, [](auto& s) { return s.zones(); })),
+        zones_(std::any_of(layer.states, layer.states + shape().states, [](auto& s) { return s.zones(); })),
         reserve_row_(ReserveRow::of<Cell>(layer)),
         segments_(segments_of(layer)),
         max_rows_(max_rows(layer, segments_)),
         arena_(scratch),
         beginnings_{arena_.take<S>(layer.directions * layer.batch * layer.projected),
                     arena_.take<S>(layer.reset != nullptr ? layer.directions * layer.batch * layer.projected : 0)},
-        grads_{{arena_, 2, layer.directions, max_rows_, Cell::grads * layer.hidden},
+        grads_{{arena_, 2, layer.directions, max_rows_, shape().columns * layer.hidden},
                {arena_, 2, layer.directions, max_rows_, projects_ ? layer.projected : 0},
                {arena_, 2, layer.directions, max_rows_, projects_ ? layer.hidden : 0}},
         normalized_(layer, max_rows_, arena_),
@@ -34,13 +34,13 @@ class Backward {
         stop_(layer.wants_to_stop, /*work=*/1e6) {
     const int64_t D = layer.directions, N = layer.batch, H = layer.hidden, P = layer.projected, I = layer.input;
     grad_h_ = arena_.take<T>(D * N * P);
-    grad_others_ = arena_.take<T>(D * N * kOthers<Cell> * H);
-    const int64_t K = Cell::gates * H;
+    grad_others_ = arena_.take<T>(D * N * shape().others * H);
+    const int64_t K = shape().gates * H, recurrent = shape().recurrent * H;
     const bool pack_hh = Matrix<S>::must_pack(P) || is_worth_packing(layer.batch, layer.steps);
     const bool pack_ih = layer.grad_x != nullptr && (Matrix<S>::must_pack(I) || is_worth_packing(layer.rows()));
     for (int64_t d = 0; d < D; ++d) {
       const Direction<S>& weights = layer.direction[d];
-      w_hh_[d] = {weights.w_hh, K, P, arena_.take<S>(pack_hh ? Matrix<S>::packed_size(K, P) : 0)};
+      w_hh_[d] = {weights.w_hh, recurrent, P, arena_.take<S>(pack_hh ? Matrix<S>::packed_size(recurrent, P) : 0)};
       w_ih_[d] = {weights.w_ih, K, I, arena_.take<S>(pack_ih ? Matrix<S>::packed_size(K, I) : 0)};
       w_hr_[d] = {weights.w_hr, P, H, arena_.take<S>(projects_ ? Matrix<S>::packed_size(P, H) : 0)};
     }
@@ -75,7 +75,7 @@ class Backward {
           weight_gradients_.add(segment, d, thread, threads);
         }
       }
-      if (std::all_of(layer_.states, layer_.states + Cell::states, [](auto& s) { return s.grad_initial == nullptr; }))
+      if (std::all_of(layer_.states, layer_.states + shape().states, [](auto& s) { return s.grad_initial == nullptr; }))
         return;
       const Segment& first = segments_.back();
       for_partitions_of(first, thread, threads,
@@ -96,7 +96,7 @@ class Backward {
 
   template <class Body>
   void for_partitions_of(const Segment& segment, int thread, int threads, const Body& body) const {
-    for_partitions(layer_, Cell::gates, Cell::units, segment.begin, segment.end, thread, threads, body);
+    for_partitions(layer_, shape().gates, shape().units, segment.begin, segment.end, thread, threads, body);
   }
 
   // Packs the weights, and lays out what rows and what gradients begin with, this thread's part of them.
@@ -109,13 +109,13 @@ class Backward {
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       copy_row(at(layer_.states[0].initial, i * P), P, beginnings_.initial + i * P);
       if (layer_.reset != nullptr) copy_row(at(layer_.states[0].reset, i * P), P, beginnings_.reset + i * P);
-      for (int64_t k = 0; k < Cell::states; ++k) {
+      for (int64_t k = 0; k < shape().states; ++k) {
         const int64_t width = k == 0 ? P : H;
         if (T* sum = layer_.states[k].grad_reset; sum != nullptr) std::memset(sum + i * width, 0, width * sizeof(T));
       }
       copy_row(at(layer_.states[0].grad_final, i * P), P, grad_h_ + i * P);
-      for (int64_t k = 0; k < kOthers<Cell>; ++k)
-        copy_row(at(layer_.states[k + 1].grad_final, i * H), H, grad_others_ + (i * kOthers<Cell> + k) * H);
+      for (int64_t k = 0; k < shape().others; ++k)
+        copy_row(at(layer_.states[k + 1].grad_final, i * H), H, grad_others_ + (i * shape().others + k) * H);
     }
     if (layer_.grad_x != nullptr && layer_.directions > 1) {  // with one direction it is written, not added to
       const Range own = range_of(layer_.rows() * layer_.input, thread, threads, 64);
@@ -126,7 +126,7 @@ class Backward {
   // Backward of step s. s = -1 runs no cell: it only writes the gradients of the initial states of rows that begin at
   // step 0.
   void step(const Segment& segment, const Partition<S>& partition, int64_t s, Barrier& meet) {
-    const bool fetch = outgrow_cache<S>(Cell::gates * layer_.hidden * layer_.projected / partition.members);
+    const bool fetch = outgrow_cache<S>(shape().recurrent * layer_.hidden * layer_.projected / partition.members);
     for_panels(layer_.projected, partition, s, [&](int64_t first, int64_t width, int64_t next) {
       step_of_h(segment, partition.rows, s, first, width, fetch ? next : first);
     });
@@ -137,10 +137,12 @@ class Backward {
       });
     }
     meet.wait();
-    if (!normalized_.there()) return;
-    const Range own = range_of(partition.rows.active(s), partition.member, partition.members);
-    for (int64_t n = own.begin; n < own.end; ++n) step_of_row(segment, partition.rows, s, n);
-    meet.wait();
+    if constexpr (!kIsRegistered<Cell>) {
+      if (!normalized_.there()) return;
+      const Range own = range_of(partition.rows.active(s), partition.member, partition.members);
+      for (int64_t n = own.begin; n < own.end; ++n) step_of_row(segment, partition.rows, s, n);
+      meet.wait();
+    }
   }
 
   // Calls body(first column, width, first column of the next panel) for each panel of a member's part of the columns.
@@ -174,15 +176,18 @@ class Backward {
   // step_before_projection. `next`: the first column of the next panel, which is prefetched; `first`: none.
   void step_of_h(const Segment& segment, const ActiveRows<S>& rows, int64_t s, int64_t first, int64_t width,
                  int64_t next) {
-    const int64_t d = rows.direction, P = layer_.projected, K = Cell::gates * layer_.hidden;
+    const int64_t d = rows.direction, P = layer_.projected, K = shape().recurrent * layer_.hidden;
     const Carry here = rows.before(s), after = rows.before(s + 1);
     const bool cuts = rows.cuts(s + 1);
-    const bool needs_product = !cuts || after.active > after.continuing || layer_.reset != nullptr;
+    const bool has_product = shape().recurrent > 0;
+    const bool needs_product = has_product && (!cuts || after.active > after.continuing || layer_.reset != nullptr);
     const Segment& of_after = s + 1 < segment.end ? segment : segments_[max_of(0, segment.index - 1)];
     const SegmentValues<S>& grads_of_product = normalized_.there() ? normalized_.recurrent : grads_.gates;
     const S* ahead = next != first ? w_hh_[d].ahead(0, next) : nullptr;
     const int64_t touched = max_of(here.active, after.active);
     alignas(64) T grad_recurrent[kRowBlock * kPanel];
+    alignas(64) [[maybe_unused]] T grads[kIsRegistered<Cell> ? kRowBlock * kPanel : 1];  // of h after step s
+    if (!has_product) std::memset(grad_recurrent, 0, sizeof grad_recurrent);
     for (int64_t m = 0; m < touched; m += kRowBlock) {
       const int64_t count = min_of(kRowBlock, touched - m);
       if (after.active > m && needs_product)
@@ -213,7 +218,10 @@ class Backward {
         S* grad_projected = projects_ ? grads_.projected.at(segment, d, row) + first : nullptr;
         const RowOfCell of = projects_ ? RowOfCell{} : row_of_cell(segment, rows, s, m + i, here);
         if (!projects_) add_grad_all(of, row, d, first, width);
-        T* given = normalized_.there() ? normalized_.given(d, n) + first : nullptr;
+        // Where the cell's backward follows for all units or all rows at once, its gradient of h.
+        T* given = normalized_.there()   ? normalized_.given(d, n) + first
+                   : kIsRegistered<Cell> ? grads + i * kPanel
+                                         : nullptr;
         const bool is_reset = before == Before::previous && rows.resets(s + 1, m + i), stops = cuts || is_reset;
         if (T* sum = at(layer_.states[0].grad_reset, state); is_reset && sum != nullptr)
           for_vectors<T>(width, [&](int64_t u, auto lanes) {
@@ -232,11 +240,13 @@ class Backward {
             store(grad_h + u, Vector<T>{}, lanes);
           } else if (given != nullptr) {
             store(given + u, grad, lanes);
-          } else {
+          } else if constexpr (!kIsRegistered<Cell>) {
             store(grad_h + u, cell<false>(of, first + u, lanes, grad), lanes);
           }
         });
       }
+      if constexpr (kIsRegistered<Cell>)
+        if (!projects_) registered_cell(segment, rows, s, m, min_of(count, here.active - m), first, width, grads);
     }
   }
 
@@ -255,11 +265,12 @@ class Backward {
         add_grad_all(of, rows.first(s) + m + i, d, first, width);
         if (normalized_.there())
           copy_row(grads + i * kPanel, width, normalized_.given(d, rows.range.begin + m + i) + first);
-        else
+        else if constexpr (!kIsRegistered<Cell>)
           for_vectors<T>(width, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
             cell<false>(of, first + u, lanes, load(grads + i * kPanel + u));
           });
       }
+      if constexpr (kIsRegistered<Cell>) registered_cell(segment, rows, s, m, count, first, width, grads);
     }
     for (int64_t n = after.continuing; n < after.active; ++n)
       for_vectors<T>(width, [&](int64_t u, auto lanes) { finish_others(d, rows.range.begin + n, first + u, lanes); });
@@ -286,18 +297,18 @@ class Backward {
   template <class Count>
   RNNKIT_INLINE void finish_others(int64_t d, int64_t n, int64_t unit, Count lanes) const {
     const int64_t H = layer_.hidden, row = d * layer_.batch + n;
-    for (int64_t k = 0; k < kOthers<Cell>; ++k)
+    for (int64_t k = 0; k < shape().others; ++k)
       if (T* grad_initial = layer_.states[k + 1].grad_initial; grad_initial != nullptr)
-        store(grad_initial + row * H + unit, load(grad_others_ + (row * kOthers<Cell> + k) * H + unit, lanes), lanes);
+        store(grad_initial + row * H + unit, load(grad_others_ + (row * shape().others + k) * H + unit, lanes), lanes);
   }
 
   // What the cell's backward reads and writes of one row, each from unit 0 on; null: not there.
   struct RowOfCell {
-    const T* saved;           // [Cell::saved, H]
+    const T* saved;           // [saved, H]
     const S *h, *previous_h;  // h after the step, and before it
     const T* given;           // the h that the step gave, where zoneout left another one
     T* grad_others;           // [kOthers, H]: on entry of the states after the step, on return of those before it
-    S *grads, *unprojected;   // grads: [Cell::grads, H]
+    S *grads, *unprojected;   // grads: [columns, H]
     bool stops;               // whether the step passes nothing back to the step before
     bool is_reset;            // whether that is because the row is put back between them
     int64_t state;            // where the row begins in State::grad_reset of states other than h
@@ -311,9 +322,9 @@ class Backward {
     const T* reserve = layer_.reserve + (d * layer_.rows() + row) * reserve_row_.values * H;
     of.saved = recomputes() ? recompute_.saved(segment, d, row) : reserve;
     if (keeps_given<Cell>(layer_)) of.given = reserve + reserve_row_.given * H;
-    if (Cell::uses_h) of.h = layer_.y + (row * layer_.directions + d) * H;
-    if (Cell::uses_previous_h) of.previous_h = rows.h_before(s, n, carry, beginnings_);
-    of.grad_others = at(grad_others_, (d * layer_.batch + rows.range.begin + n) * kOthers<Cell> * H);
+    if (shape().uses_h) of.h = layer_.y + (row * layer_.directions + d) * H;
+    if (shape().uses_previous_h) of.previous_h = rows.h_before(s, n, carry, beginnings_);
+    of.grad_others = at(grad_others_, (d * layer_.batch + rows.range.begin + n) * shape().others * H);
     of.grads = grads_.gates.at(segment, d, row);
     of.place = (row * layer_.directions + d) * H;
     of.is_reset = carry.of(n) == Before::previous && rows.resets(s, n);
@@ -333,7 +344,7 @@ class Backward {
   // Adds the gradients of the states other than h after this step, for units first to first + width - 1 of a row.
   void add_grad_all(const RowOfCell& of, int64_t row, int64_t d, int64_t first, int64_t width) const {
     const int64_t H = layer_.hidden;
-    for (int64_t k = 0; k < kOthers<Cell>; ++k) {
+    for (int64_t k = 0; k < shape().others; ++k) {
       const T* grad_all = at(layer_.states[k + 1].grad_all, (row * layer_.directions + d) * H + first);
       T* sum = of.grad_others + k * H + first;
       if (grad_all == nullptr) continue;
@@ -343,40 +354,76 @@ class Backward {
     }
   }
 
+  // The gradients of the states after a step, for some units of a row.
+  template <class Count>
+  RNNKIT_INLINE void load_grads(const RowOfCell& of, int64_t unit, Count lanes, Vector<T> grad_h,
+                                Vector<T>* grad) const {
+    const int64_t n_others = shape().others;
+    grad[0] = grad_h;
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < n_others; ++k) grad[k + 1] = load(of.grad_others + k * layer_.hidden + unit, lanes);
+  }
+
+  // Zoneout: leaves in `grad` the part of the state that the cell gave. `of_old`: that of the state before the step.
+  template <class Count>
+  RNNKIT_INLINE void part(const RowOfCell& of, int64_t unit, Count lanes, Vector<T>* grad, Vector<T>* of_old) const {
+    for (int64_t k = 0; k < shape().states; ++k) {
+      const auto parts = parted(layer_.states[k], of.place + unit, lanes, grad[k]);
+      grad[k] = parts.of_now, of_old[k] = parts.of_old;
+    }
+  }
+
+  // Writes the flow of the states other than h, from their gradients and from these as the step makes them whole.
+  template <class Count>
+  RNNKIT_INLINE void store_flow(const RowOfCell& of, int64_t unit, Count lanes, const Vector<T>* grad,
+                                const Vector<T>* whole) const {
+    const int64_t states = shape().states;
+#pragma GCC unroll 8
+    for (int64_t k = 1; k < states; ++k)
+      store(layer_.states[k].flow + of.place + unit, layer_.states[k].zones() ? grad[k] : whole[k], lanes);
+  }
+
+  // Writes the gradients of the states other than h before a step, [S] of which `grad` has.
+  template <class Count>
+  RNNKIT_INLINE void pass_back(const RowOfCell& of, int64_t unit, Count lanes, const Vector<T>* grad) const {
+    const int64_t n_others = shape().others;
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < n_others; ++k) {
+      const Vector<T> passed = clipped(grad[k + 1]);
+      store(of.grad_others + k * layer_.hidden + unit, of.stops ? Vector<T>{} : passed, lanes);
+      if (!of.stops) continue;
+      if (T* sum = layer_.states[k + 1].grad_reset; of.is_reset && sum != nullptr)
+        add(passed, sum + of.state + unit, lanes);
+    }
+  }
+
   // The cell's backward for some units of a row. Returns the gradient of the previous h that does not come through the
   // gates.
   template <bool kNormalizes, class Count>
   RNNKIT_INLINE Vector<T> cell(const RowOfCell& of, int64_t unit, Count lanes, Vector<T> grad_h) const {
     using V = Vector<T>;
     const int64_t H = layer_.hidden;
-    V save[Cell::saved + 1], grad_state[Cell::states] = {grad_h}, grad[Cell::grads], h{}, previous_h{};
+    V save[Cell::saved + 1], grad_state[Cell::states], grad[Cell::grads], h{}, previous_h{};
 #pragma GCC unroll 8
     for (int64_t k = 0; k < Cell::saved; ++k) save[k] = load(of.saved + k * H + unit, lanes);
     if constexpr (Cell::uses_previous_h) previous_h = load(of.previous_h + unit, lanes);
     if constexpr (Cell::uses_h) h = of.given != nullptr ? load(of.given + unit, lanes) : load(of.h + unit, lanes);
-#pragma GCC unroll 8
-    for (int64_t k = 0; k < kOthers<Cell>; ++k) grad_state[k + 1] = load(of.grad_others + k * H + unit, lanes);
+    load_grads(of, unit, lanes, grad_h, grad_state);
     V of_source{};
     if constexpr (kNormalizes && Cell::has_source) of_source = of.source.passed(Cell::source(save), unit, lanes);
     if constexpr (Cell::states > 1)
       if (layer_.states[1].flow != nullptr) {
-        V whole[Cell::states];
+        V whole[Cell::states], old[Cell::states];
         std::memcpy(whole, grad_state, sizeof(whole));
-        whole[0] = parted(layer_.states[0], of.place + unit, lanes, whole[0]).of_now;
+        part(of, unit, lanes, whole, old);
         if constexpr (kNormalizes && Cell::has_source)
           whole[1] += of_source;
         else
           Cell::grad_states(save, whole);
-#pragma GCC unroll 8
-        for (int64_t k = 1; k < Cell::states; ++k)
-          store(layer_.states[k].flow + of.place + unit, layer_.states[k].zones() ? grad_state[k] : whole[k], lanes);
+        store_flow(of, unit, lanes, grad_state, whole);
       }
     V of_old[Cell::states] = {};
-    if (zones_)
-      for (int64_t k = 0; k < Cell::states; ++k) {
-        const auto parts = parted(layer_.states[k], of.place + unit, lanes, grad_state[k]);
-        grad_state[k] = parts.of_now, of_old[k] = parts.of_old;
-      }
+    if (zones_) part(of, unit, lanes, grad_state, of_old);
     if constexpr (kNormalizes && Cell::has_source) {
       grad_state[1] += of_source;
       Cell::backward_of(save, tanh(of.source.read(Cell::source(save), unit, lanes)), grad_state, grad);
@@ -387,14 +434,7 @@ class Backward {
       for (int64_t k = 0; k < Cell::states; ++k) grad_state[k] += of_old[k];
 #pragma GCC unroll 8
     for (int64_t k = 0; k < Cell::grads; ++k) store(of.grads + k * H + unit, grad[k], lanes);
-#pragma GCC unroll 8
-    for (int64_t k = 0; k < kOthers<Cell>; ++k) {
-      const V passed = clipped(grad_state[k + 1]);
-      store(of.grad_others + k * H + unit, of.stops ? V{} : passed, lanes);
-      if (!of.stops) continue;
-      if (T* sum = layer_.states[k + 1].grad_reset; of.is_reset && sum != nullptr)
-        add(passed, sum + of.state + unit, lanes);
-    }
+    pass_back(of, unit, lanes, grad_state);
     if (of.unprojected != nullptr) {
       V output{};
       if constexpr (kNormalizes && Cell::has_source)
@@ -406,14 +446,96 @@ class Backward {
     return grad_state[0];
   }
 
+  // A registered cell's backward for rows m to m + count - 1 of the range and units first to first + width - 1. grad_h:
+  // [count, kPanel], the gradient of h after the step; the part of that of h before it which does not come through the
+  // gates is written to grad_h_, unless h is projected.
+  void registered_cell(const Segment& segment, const ActiveRows<S>& rows, int64_t s, int64_t m, int64_t count,
+                       int64_t first, int64_t width, const T* grad_h) const {
+    constexpr int64_t kRows = 16;  // of a call, whose blocks then stay in L1
+    const int64_t d = rows.direction, H = layer_.hidden, states = shape().states;
+    const Pointwise<T>& pointwise = layer_.cell->template pointwise<T>();
+    const void* context = layer_.cell->context;
+    const Carry here = rows.before(s);
+    alignas(64) T result[kRows * kMostStates<Cell> * kPanel], previous_h[kRows * kPanel];
+    alignas(64) T of_now[kRows * kMostStates<Cell> * kPanel], of_old[kRows * kMostStates<Cell> * kPanel];
+    const auto load_states = [&](const T* from, int64_t i, int64_t u, auto lanes, Vector<T>* to) RNNKIT_INLINE_LAMBDA {
+      for (int64_t k = 0; k < states; ++k) to[k] = load(from + (i * states + k) * kPanel + u, lanes);
+    };
+    const auto store_states = [&](const Vector<T>* from, int64_t i, int64_t u, auto lanes, T* to) RNNKIT_INLINE_LAMBDA {
+      for (int64_t k = 0; k < states; ++k) store(to + (i * states + k) * kPanel + u, from[k], lanes);
+    };
+    for (; count > 0; m += kRows, count -= kRows, grad_h += kRows * kPanel) {
+      const int64_t n_rows = min_of(kRows, count), row = rows.first(s) + m;
+      RowOfCell of[kRows];
+      for (int64_t i = 0; i < n_rows; ++i) {
+        of[i] = row_of_cell(segment, rows, s, m + i, here);
+        if (shape().uses_previous_h) copy_row(of[i].previous_h + first, width, previous_h + i * kPanel);
+      }
+      const auto for_values = [&](const auto& body) {
+        for (int64_t i = 0; i < n_rows; ++i)
+          for_vectors<T>(width, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA { body(i, u, lanes); });
+      };
+      const int64_t saved_row = (recomputes() ? shape().saved : reserve_row_.values) * H;
+      BackwardBlock<T> block{.rows = n_rows,
+                             .units = width,
+                             .saved = {of[0].saved + first, saved_row, H},
+                             .parameters = {at(layer_.direction[d].unit, first), 0, H},
+                             .h = {at(of[0].h, first), layer_.directions * H, 0},
+                             .previous_h = {previous_h, kPanel, 0},
+                             .grad_h = {grad_h, kPanel, 0},
+                             .grad_others = {at(of[0].grad_others, first), shape().others * H, H},
+                             .result = {result, states * kPanel, kPanel},
+                             .grad = {of[0].grads + first, shape().columns * H, H}};
+      if (of[0].given != nullptr) block.h = {of[0].given + first, reserve_row_.values * H, 0};
+      if (zones_) {
+        for_values([&](int64_t i, int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
+          Vector<T> now[kMostStates<Cell>], old[kMostStates<Cell>];
+          load_grads(of[i], first + u, lanes, load(grad_h + i * kPanel + u, lanes), now);
+          part(of[i], first + u, lanes, now, old);
+          store_states(now, i, u, lanes, of_now);
+          store_states(old, i, u, lanes, of_old);
+        });
+        block.grad_h = {of_now, states * kPanel, 0};
+        block.grad_others = {of_now + kPanel, states * kPanel, kPanel};
+      }
+      if (states > 1 && layer_.states[1].flow != nullptr) {
+        pointwise.grad_states(context, block);
+        for_values([&](int64_t i, int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
+          Vector<T> grad[kMostStates<Cell>], whole[kMostStates<Cell>];
+          load_grads(of[i], first + u, lanes, Vector<T>{}, grad);
+          load_states(result, i, u, lanes, whole);
+          store_flow(of[i], first + u, lanes, grad, whole);
+        });
+      }
+      pointwise.backward(context, block);
+      T* const passed = projects_ ? nullptr : grad_h_ + (d * layer_.batch + rows.range.begin + m) * H + first;
+      for_values([&](int64_t i, int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
+        Vector<T> grad[kMostStates<Cell>];
+        load_states(result, i, u, lanes, grad);
+        if (zones_) {
+          Vector<T> old[kMostStates<Cell>];
+          load_states(of_old, i, u, lanes, old);
+          for (int64_t k = 0; k < states; ++k) grad[k] += old[k];
+        }
+        pass_back(of[i], first + u, lanes, grad);
+        if (passed != nullptr) store(passed + i * H + u, grad[0], lanes);
+      });
+      if (projects_) {
+        block.result = {grads_.unprojected.at(segment, d, row) + first, H, 0};
+        pointwise.output(context, block);
+      }
+    }
+  }
+
   // Calls run(first gate, number of gates, place of the first one's gradient) for each group of consecutive gates whose
   // input parts' gradients are consecutive.
   template <class Run>
-  static void for_input_gates(const Run& run) {
-    for (int64_t g = 0; g < Cell::gates;) {
+  void for_input_gates(const Run& run) const {
+    const auto& input_grad = shape().input_grad;
+    for (int64_t g = 0; g < shape().gates;) {
       int64_t end = g + 1;
-      while (end < Cell::gates && Cell::input_grad[end] == Cell::input_grad[end - 1] + 1) ++end;
-      run(g, end - g, Cell::input_grad[g]);
+      while (end < shape().gates && input_grad[end] == input_grad[end - 1] + 1) ++end;
+      run(g, end - g, input_grad[g]);
       g = end;
     }
   }
@@ -425,7 +547,7 @@ class Backward {
     const int64_t H = layer_.hidden, I = layer_.input;
     const int64_t count = segment.rows[d].size(), blocks = (count + block - 1) / block;
     const int64_t panels = (I + kPanel - 1) / kPanel;
-    const bool fetch = outgrow_cache<S>(Cell::gates * H * I);
+    const bool fetch = outgrow_cache<S>(shape().gates * H * I);
     const Range tasks = range_of(blocks * panels, thread, threads);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const Range rows = range_of(count, task / panels, blocks);
@@ -433,13 +555,13 @@ class Backward {
       const int64_t first = task % panels * kPanel, next = (task + 1) % panels * kPanel;
       bool add = layer_.directions > 1;
       if (normalized_.there()) {
-        w_ih_[d].multiply(rows.size(), min_of(kPanel, I - first), Cell::gates * H,
+        w_ih_[d].multiply(rows.size(), min_of(kPanel, I - first), shape().gates * H,
                           rows_of(normalized_.input.at(segment, d, row), normalized_.input.width()), 0, first,
                           layer_.grad_x + row * I + first, I, add, fetch ? w_ih_[d].ahead(0, next) : nullptr);
         continue;
       }
       for_input_gates([&](int64_t gate, int64_t gates, int64_t place) {
-        const int64_t after = gate + gates < Cell::gates ? gate + gates : 0;
+        const int64_t after = gate + gates < shape().gates ? gate + gates : 0;
         w_ih_[d].multiply(rows.size(), min_of(kPanel, I - first), gates * H,
                           rows_of(grads_.gates.at(segment, d, row) + place * H, grads_.gates.width()), gate * H, first,
                           layer_.grad_x + row * I + first, I, add,
@@ -448,6 +570,8 @@ class Backward {
       });
     }
   }
+
+  const auto& shape() const { return shape_of<Cell>(layer_); }
 
   const Layer<S>& layer_;
   const bool projects_, clips_, zones_;

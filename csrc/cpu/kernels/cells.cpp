@@ -11,15 +11,18 @@ RNNKIT_CELLS(X)
 // One row of the table.
 template <class Cell>
 CellKernels row(const char* name) {
-  CellKernels row{name,
-                  Cell::gates,
-                  Cell::states,
-                  Cell::saved,
-                  kCanProject<Cell>,
-                  Cell::has_source,
-                  {},
-                  Build<Cell, float>::kernels(),
-                  Build<Cell, double>::kernels()};
+  CellKernels row{.name = name,
+                  .gates = Cell::gates,
+                  .recurrent = Cell::gates,
+                  .states = Cell::states,
+                  .saved = Cell::saved,
+                  .parameters = 0,
+                  .projects = !Cell::uses_h && !Cell::uses_previous_h,
+                  .has_source = Cell::has_source,
+                  .uses_h = Cell::uses_h,
+                  .input_grad = {},
+                  .registered = nullptr,
+                  .kernels = {Build<Cell, float>::kernels(), Build<Cell, double>::kernels()}};
   static_assert(Cell::gates <= kMaxGates && Cell::states <= kMaxStates);
   for (int g = 0; g < Cell::gates; ++g) row.input_grad[g] = Cell::input_grad[g];
   return row;

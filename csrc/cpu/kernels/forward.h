@@ -20,57 +20,58 @@ class Forward {
         arena_(scratch),
         packed_(behind_header(const_cast<std::byte*>(layer.packed))),
         gates_(layer, packs(layer, layer.rows()), packs(layer, layer.batch, layer.steps),
-               projects(layer) && packs(layer, layer.batch, layer.steps), layer.packed != nullptr ? packed_ : arena_),
-        stop_(layer.wants_to_stop, double(layer.batch) * Cell::gates * layer.hidden * (layer.input + layer.projected)) {
+               projects<Cell>(layer) && packs(layer, layer.batch, layer.steps),
+               layer.packed != nullptr ? packed_ : arena_),
+        stop_(layer.wants_to_stop,
+              double(layer.batch) * shape().gates * layer.hidden * (layer.input + layer.projected)) {
     const int64_t D = layer.directions, N = layer.batch, P = layer.projected;
     h_ = arena_.take<S>(D * 2 * N * P);
     masked_ = arena_.take<S>(layer.operand_mask != nullptr ? D * 2 * N * P : 0);
-    others_ = arena_.take<T>(D * N * kOthers<Cell> * layer.hidden);
-    unprojected_ = arena_.take<S>(projects(layer) ? D * N * layer.hidden : 0);
-    const int64_t row_size = gates_.panels() * kWidth;
+    others_ = arena_.take<T>(D * N * shape().others * layer.hidden);
+    unprojected_ = arena_.take<S>(projects<Cell>(layer) ? D * N * layer.hidden : 0);
+    const int64_t row_size = gates_.panels() * gates_.input_width();
     ahead_size_ = max_of(min_of(most_ahead_, layer.rows() * row_size), N * row_size);
     gathered_size_ = round_up(kRowsAhead * layer.input, 64);
     // The products and, of a cell with a source, what is made of them, of the rows that a thread normalizes.
-    const int64_t values = 2 * Cell::gates + (Cell::has_source ? Cell::gates + 1 : 0);
-    normalized_size_ = layer.normalizes() ? round_up(kRowsNormalized * values * layer.hidden, 64) : 0;
+    const int64_t values = 2 * shape().gates + (Cell::has_source ? shape().gates + 1 : 0);
+    normalized_size_ = has_norms<Cell>(layer) ? round_up(kRowsNormalized * values * layer.hidden, 64) : 0;
     of_threads_ = arena_.take<T>(layer.threads * (ahead_size_ + gathered_size_ + normalized_size_));
-    products_ = arena_.take<T>(layer.normalizes() ? D * N * row_size : 0);
+    products_ = arena_.take<T>(has_norms<Cell>(layer) ? D * N * row_size : 0);
   }
 
   int64_t scratch() const { return arena_.used(); }
 
   static int64_t packed_size(const Layer<S>& layer) {
     Arena arena = behind_header(nullptr);
-    GatesOf(layer, true, true, projects(layer), arena);
+    GatesOf(layer, true, true, projects<Cell>(layer), arena);
     return arena.used();
   }
 
   static void pack(const Layer<S>& layer, std::byte* packed) {
-    *reinterpret_cast<PackedHeader*>(packed) = PackedHeader(kCellName<Cell>, layer);
+    *reinterpret_cast<PackedHeader*>(packed) = PackedHeader(name_of<Cell>(layer), layer);
     Arena arena = behind_header(packed);
-    const GatesOf gates(layer, true, true, projects(layer), arena);
+    const GatesOf gates(layer, true, true, projects<Cell>(layer), arena);
     parallel(layer.threads, [&](int thread, int threads, Barrier&) { gates.pack(thread, threads); });
   }
 
   // Whether a buffer of packed_size bytes holds weights that were packed here, for such a layer.
   static bool check(const Layer<S>& layer, const std::byte* packed) {
-    return *reinterpret_cast<const PackedHeader*>(packed) == PackedHeader(kCellName<Cell>, layer);
+    return *reinterpret_cast<const PackedHeader*>(packed) == PackedHeader(name_of<Cell>(layer), layer);
   }
 
   void run() {
-    const Split split(layer_, Cell::gates, Cell::units, layer_.threads);
+    const Split split(layer_, shape().gates, shape().units, layer_.threads);
     const bool splits = layer_.directions * split.blocks * split.members > 1;
     parallel(splits ? layer_.threads : 1, [&](int thread, int threads, Barrier& all) {
       prepare(thread, threads);
       all.wait();
       Barrier alone(1);
-      for_partitions(layer_, Cell::gates, Cell::units, 0, layer_.steps, thread, threads,
+      for_partitions(layer_, shape().gates, shape().units, 0, layer_.steps, thread, threads,
                      [&](const Partition<S>& own) { scan(own, thread, own.meets ? all : alone); });
     });
   }
 
  private:
-  static constexpr int64_t kUnits = GatesOf::kUnits, kWidth = GatesOf::kWidth;
   static constexpr int64_t kRowsAhead =
       256;  // rows whose input a thread multiplies ahead, at most; one step in any case
 
@@ -82,7 +83,6 @@ class Forward {
     return arena;
   }
 
-  static bool projects(const Layer<S>& layer) { return kCanProject<Cell> && layer.direction[0].w_hr != nullptr; }
   static bool packs(const Layer<S>& layer, int64_t rows, int64_t times = 1) {
     return layer.packed != nullptr || is_worth_packing(rows, times);
   }
@@ -98,8 +98,8 @@ class Forward {
         copy_row(at(layer_.states[0].initial, i * P), P, h(d, buffer) + n * P);
         mask_row(d, buffer, n, 0, P);
       }
-      for (int64_t k = 0; k < kOthers<Cell>; ++k)
-        copy_row(at(layer_.states[k + 1].initial, i * H), H, others_ + (i * kOthers<Cell> + k) * H);
+      for (int64_t k = 0; k < shape().others; ++k)
+        copy_row(at(layer_.states[k + 1].initial, i * H), H, others_ + (i * shape().others + k) * H);
     }
   }
 
@@ -122,7 +122,8 @@ class Forward {
   void scan(const Partition<S>& partition, int thread, Barrier& meet) {
     const ActiveRows<S>& rows = partition.rows;
     const int64_t d = rows.direction;
-    const bool normalizes = layer_.normalizes();
+    const bool normalizes = has_norms<Cell>(layer_);
+    const int64_t width = gates_.input_width();
     const Range own = range_of(gates_.panels(), partition.member, partition.members);
     // Members that normalize rows read all panels of these, and have one memory, that of the thread with the direction's
     // number: it is the first member.
@@ -135,30 +136,32 @@ class Forward {
     // The same for all members, so that they meet after the same steps without waiting for each other.
     const int64_t max_panels =
         normalizes ? gates_.panels() : (gates_.panels() + partition.members - 1) / partition.members;
-    const int64_t max_rows = min_of(kRowsAhead, most_ahead_ / (max_panels * kWidth));
-    const bool fetch = outgrow_cache<S>(own.size() * kWidth * layer_.projected);
-    const bool fetch_input = outgrow_cache<S>(own.size() * kWidth * layer_.input);
+    const int64_t max_rows = min_of(kRowsAhead, most_ahead_ / (max_panels * width));
+    const bool fetch = outgrow_cache<S>(own.size() * gates_.recurrent_width() * layer_.projected);
+    const bool fetch_input = outgrow_cache<S>(own.size() * width * layer_.input);
     for (int64_t s = 0; s < layer_.steps;) {
       int64_t end = s, count = 0;
       while (end < layer_.steps && (end == s || count + rows.active(end) <= max_rows)) count += rows.active(end++);
       const S* x = gather_input(rows, s, end, reinterpret_cast<S*>(gathered));
       for (int64_t p = own.begin; count > 0 && p < own.end; ++p)
         gates_.w_ih[d].multiply(count, x, p, fetch_input && p + 1 < own.end ? p + 1 : p,
-                                ahead + (p - first_panel) * count * kWidth);
+                                ahead + (p - first_panel) * count * width);
       for (int64_t done = 0; s < end; ++s) {
         if (stop_.before(s, thread, partition.meets)) return;
         const Sweep sweep(own, s);
         for (int64_t i = 0; i < sweep.size(); ++i)
           step(rows, s, sweep[i], fetch ? sweep.next(i) : sweep[i],
-               ahead + ((sweep[i] - first_panel) * count + done) * kWidth);
-        if (normalizes) {
-          meet.wait();
-          normalized_step(rows, s, range_of(rows.active(s), partition.member, partition.members), ahead + done * kWidth,
-                          count, gathered + gathered_size_);
+               ahead + ((sweep[i] - first_panel) * count + done) * width);
+        if constexpr (!kIsRegistered<Cell>) {
+          if (normalizes) {
+            meet.wait();
+            normalized_step(rows, s, range_of(rows.active(s), partition.member, partition.members),
+                            ahead + done * width, count, gathered + gathered_size_);
+          }
         }
         done += rows.active(s);
         meet.wait();
-        if (!projects(layer_)) continue;
+        if (!projects<Cell>(layer_)) continue;
         project(rows, s, range_of(layer_.projected, partition.member, partition.members, kPanel));
         meet.wait();
       }
@@ -184,28 +187,51 @@ class Forward {
   // the product, which normalized_step goes on with.
   void step(const ActiveRows<S>& rows, int64_t s, int64_t p, int64_t next, const T* input) {
     const int64_t d = rows.direction, P = layer_.projected, active = rows.active(s);
+    const int64_t input_width = gates_.input_width(), width = gates_.recurrent_width();
     const S* operands = operand(d, s % 2) + rows.range.begin * P;
     const bool zeros = s == 0 && layer_.states[0].initial == nullptr && active > 0 && gates_.w_hh[d].is_finite(p);
-    const bool normalizes = layer_.normalizes();
-    const T* bias = gates_.bias(d, p);
-    alignas(64) T block[kRowBlock * kWidth];
+    const bool normalizes = has_norms<Cell>(layer_);
+    alignas(64) T block[kRowBlock * kMostWidth<Cell>];
     for (int64_t m = 0; m < active; m += kRowBlock) {
       const int64_t count = min_of(kRowBlock, active - m);
       T* recurrent = normalizes ? products(rows, p, m) : block;
       if (zeros)
-        std::memset(recurrent, 0, count * kWidth * sizeof(T));
-      else
+        std::memset(recurrent, 0, count * width * sizeof(T));
+      else if (shape().recurrent > 0)
         gates_.w_hh[d].multiply(count, operands + m * P, p, m == 0 ? next : p, recurrent);
-      if (!normalizes)
-        cell(rows, s, p, m, count, input + m * kWidth, recurrent,
-             [&](int64_t, const T* x, const T* h, int64_t u, auto lanes, Vector<T>* state, Vector<T>* save)
+      if constexpr (kIsRegistered<Cell>)
+        registered_cell(rows, s, p, m, count, input + m * input_width, recurrent);
+      else if (!normalizes)
+        cell(rows, s, p, m, count, input + m * input_width, recurrent,
+             [&, bias = gates_.bias(d, p)](int64_t, const T* x, const T* h, int64_t u, auto lanes, Vector<T>* state,
+                                           Vector<T>* save)
                  RNNKIT_INLINE_LAMBDA { GatesOf::cell(x, h, bias, u, lanes, state, save); });
     }
   }
 
+  // cell() for a registered cell, whose pointwise part is called first, for all rows at once.
+  void registered_cell(const ActiveRows<S>& rows, int64_t s, int64_t p, int64_t m, int64_t count, const T* input,
+                       const T* recurrent) {
+    const int64_t d = rows.direction, H = layer_.hidden, P = layer_.projected;
+    const int64_t states = shape().states, units = shape().units, unit = p * units, n = rows.range.begin + m;
+    const int64_t values = ReserveRow::of<Cell>(layer_).values;
+    alignas(64) T after[kRowBlock * kMostStates<Cell> * kMostUnits];
+    T* saved = nullptr;
+    if (layer_.keep == Keep::everything && shape().saved > 0)
+      saved = layer_.reserve + (d * layer_.rows() + rows.first(s) + m) * values * H + unit;
+    gates_.call(d, p, count, input, recurrent, {h(d, s % 2) + n * P + unit, P, 0},
+                {at(others_, (d * layer_.batch + n) * shape().others * H + unit), shape().others * H, H}, after,
+                {saved, values * H, H});
+    cell(rows, s, p, m, count, input, recurrent,
+         [&](int64_t i, const T*, const T*, int64_t u, auto lanes, Vector<T>* state, Vector<T>*) RNNKIT_INLINE_LAMBDA {
+           for (int64_t k = 0; k < states; ++k) state[k] = load(after + (i * states + k) * units + u, lanes);
+         });
+  }
+
   // With layer normalization: panel p of h W_hhᵀ, from row m of the range on.
   T* products(const ActiveRows<S>& rows, int64_t p, int64_t m) const {
-    return products_ + ((rows.direction * gates_.panels() + p) * layer_.batch + rows.range.begin + m) * kWidth;
+    return products_ +
+           ((rows.direction * gates_.panels() + p) * layer_.batch + rows.range.begin + m) * gates_.recurrent_width();
   }
 
   // With layer normalization: a step of the active rows `own` of the range, from their products. `input`: the first
@@ -223,7 +249,7 @@ class Forward {
         if (layer_.keep == Keep::everything)
           to = layer_.reserve + ((d * layer_.rows() + rows.first(s) + m + i) * of_row.values + of_row.products) * H;
         for (int64_t p = 0; p < gates_.panels(); ++p) {
-          gates_.unpack(input + (p * input_rows + m + i) * kWidth, p, to);
+          gates_.unpack(input + (p * input_rows + m + i) * gates_.input_width(), p, to);
           gates_.unpack(products(rows, p, m + i), p, to + Cell::gates * H);
         }
         of[i] = {layer_, d, to};
@@ -235,7 +261,7 @@ class Forward {
       Moments<T> of_source[kRowsNormalized];
       if constexpr (Cell::has_source)
         for (int64_t i = 0; i < count; ++i) {
-          const T* c = others_ + (d * layer_.batch + rows.range.begin + m + i) * kOthers<Cell> * H;
+          const T* c = others_ + (d * layer_.batch + rows.range.begin + m + i) * shape().others * H;
           T* to = activated(i);
           for_vectors<T>(H, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
             V x[Cell::gates], h[Cell::gates], save[Cell::saved];
@@ -252,7 +278,7 @@ class Forward {
       for (int64_t p = 0; p < gates_.panels(); ++p)
         cell(rows, s, p, m, count, input, input,
              [&](int64_t i, const T*, const T*, int64_t u, auto lanes, V* state, V* save) RNNKIT_INLINE_LAMBDA {
-               const int64_t unit = p * kUnits + u;
+               const int64_t unit = p * Cell::units + u;
                if constexpr (Cell::has_source) {
                  const T* from = activated(i) + unit;
 #pragma GCC unroll 4
@@ -280,20 +306,23 @@ class Forward {
             const T* recurrent, const Give& give) {
     using V = Vector<T>;
     const int64_t d = rows.direction, H = layer_.hidden, P = layer_.projected, width = layer_.directions * P;
-    const int64_t units = gates_.units_in(p), unit = p * kUnits;
+    const int64_t units = gates_.units_in(p), unit = p * gates_.units();
     const int64_t n = rows.range.begin + m, row = rows.first(s) + m, state_row = d * layer_.batch + n;
     const Carry next = rows.before(s + 1);
-    const bool keeps_states = kOthers<Cell> > 0 && layer_.keep == Keep::states;
-    const bool keeps_all = Cell::saved > 0 && layer_.keep == Keep::everything;
-    const bool zones = std::any_of(layer_.states, layer_.states + Cell::states, [](auto& s) { return s.zones(); });
+    const int64_t n_others = shape().others;
+    const bool keeps_states = n_others > 0 && layer_.keep == Keep::states;
+    // A registered cell has written what it saves.
+    const bool keeps_all = !kIsRegistered<Cell> && shape().saved > 0 && layer_.keep == Keep::everything;
+    const bool zones = std::any_of(layer_.states, layer_.states + shape().states, [](auto& s) { return s.zones(); });
     const bool keeps_h = layer_.keep != Keep::nothing && keeps_given<Cell>(layer_);
-    const int64_t reserve_row = ReserveRow::of<Cell>(layer_).values * H;
+    const ReserveRow of_reserve = ReserveRow::of<Cell>(layer_);
+    const int64_t reserve_row = of_reserve.values * H;
     // Each of these goes on by a row at the end of the loop.
     const S* h_before = h(d, s % 2) + n * P + unit;
     S* h_after = h(d, (s + 1) % 2) + n * P + unit;
     S* y = layer_.y + row * width + d * P + unit;
     S* unprojected = at(unprojected_, state_row * H + unit);
-    T* others = at(others_, state_row * kOthers<Cell> * H + unit);
+    T* others = at(others_, state_row * shape().others * H + unit);
     T* reserve = keeps_states || keeps_all || keeps_h ? layer_.reserve + (d * layer_.rows() + row) * reserve_row + unit
                                                       : nullptr;
     T* final_h = layer_.states[0].final + state_row * P + unit;
@@ -301,18 +330,22 @@ class Forward {
     for (int64_t i = 0; i < count; ++i) {
       const bool ends = next.carries(m + i);
       for_vectors<T>(units, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
-        V state[Cell::states], save[Cell::saved + 1];
-        GatesOf::load_states(h_before, others, H, u, lanes, state);
+        V state[kMostStates<Cell>], save[kMostSaved<Cell> + 1];
+        if constexpr (kIsRegistered<Cell>)
+          std::memset(state, 0, sizeof state);  // for the compiler, which does not know how many give() writes
+        else
+          GatesOf::load_states(h_before, others, H, u, lanes, state);
         if (keeps_states) {
 #pragma GCC unroll 8
-          for (int64_t k = 0; k < kOthers<Cell>; ++k) store(reserve + k * H + u, state[k + 1], lanes);
+          for (int64_t k = 0; k < n_others; ++k) store(reserve + k * H + u, load(others + k * H + u, lanes), lanes);
         }
         give(i, input, recurrent, u, lanes, state, save);
-        if (keeps_h) store(reserve + u, state[0], lanes);
+        if (keeps_h) store(reserve + of_reserve.given * H + u, state[0], lanes);
         if (zones) zone(h_before + u, others + u, ((row + i) * layer_.directions + d) * H + unit + u, lanes, state);
-        if (keeps_all) GatesOf::store_saved(save, H, lanes, reserve + u);
+        if constexpr (!kIsRegistered<Cell>)
+          if (keeps_all) GatesOf::store_saved(save, H, lanes, reserve + u);
 #pragma GCC unroll 8
-        for (int64_t k = 0; k < kOthers<Cell>; ++k) store(others + k * H + u, state[k + 1], lanes);
+        for (int64_t k = 0; k < n_others; ++k) store(others + k * H + u, state[k + 1], lanes);
         if (unprojected != nullptr) {
           store(unprojected + u, state[0], lanes);
         } else {
@@ -325,12 +358,13 @@ class Forward {
         if (is_reset(i)) copy_row(at(layer_.states[0].reset, (state_row + i) * P + unit), units, h_after);
         mask_row(d, (s + 1) % 2, n + i, unit, units);
       }
-      input += kWidth, recurrent += kWidth, h_before += P, h_after += P, y += width, final_h += P;
-      unprojected = at(unprojected, H), others = at(others, kOthers<Cell> * H), reserve = at(reserve, reserve_row);
+      input += gates_.input_width(), recurrent += gates_.recurrent_width(), h_before += P, h_after += P, y += width,
+          final_h += P;
+      unprojected = at(unprojected, H), others = at(others, shape().others * H), reserve = at(reserve, reserve_row);
     }
-    for (int64_t k = 0; k < kOthers<Cell>; ++k) {
+    for (int64_t k = 0; k < shape().others; ++k) {
       const State<T>& state = layer_.states[k + 1];
-      const auto after = [&](int64_t i) { return others_ + ((state_row + i) * kOthers<Cell> + k) * H + unit; };
+      const auto after = [&](int64_t i) { return others_ + ((state_row + i) * shape().others + k) * H + unit; };
       for (int64_t i = 0; i < count; ++i)
         if (next.carries(m + i)) copy_row(after(i), units, state.final + (state_row + i) * H + unit);
       for (int64_t i = 0; state.all != nullptr && i < count; ++i)
@@ -340,11 +374,12 @@ class Forward {
     }
   }
 
-  // Zoneout of the states that have it. h, others: before the step; others [kOthers, H]. h has none with a projection.
+  // Zoneout of the states that have it. h, others: before the step; others [others, H]. h has none with a projection.
   template <class Count>
   RNNKIT_INLINE void zone(const S* h, const T* others, int64_t place, Count lanes, Vector<T>* state) const {
+    const int64_t states = shape().states;
 #pragma GCC unroll 8
-    for (int64_t k = 0; k < Cell::states; ++k) {
+    for (int64_t k = 0; k < states; ++k) {
       if (!layer_.states[k].zones()) continue;
       const Vector<T> old = k == 0 ? load(h, lanes) : load(others + (k - 1) * layer_.hidden, lanes);
       state[k] = zoned(layer_.states[k], place, lanes, old, state[k]);
@@ -377,13 +412,15 @@ class Forward {
     }
   }
 
+  const auto& shape() const { return shape_of<Cell>(layer_); }
+
   const Layer<S>& layer_;
   const int64_t most_ahead_ = cache_sizes().l2 / 4 / int64_t(sizeof(T));  // elements of x W_ihᵀ that a thread keeps
   Arena arena_, packed_;
   GatesOf gates_;
   Stop stop_;
   S *h_, *masked_;  // [D, 2, N, P]: read from one, written to the other. masked_: null without a mask
-  T* others_;       // [D, N, kOthers, H]: the states other than h
+  T* others_;       // [D, N, others, H]: the states other than h
   S* unprojected_;  // [D, N, H], null without a projection
   T* of_threads_;  // for each thread: x W_ihᵀ of the steps ahead, the gathered rows of x, and normalized_step's scratch
   T* products_;    // [D, panels, N, G*units]: h W_hhᵀ of a step; null without layer normalization

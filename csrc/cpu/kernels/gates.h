@@ -1,21 +1,29 @@
 // The weights and biases that make the gates, for both directions, and the cell's forward on a row of gates. Gates come
-// in panels of Cell::units hidden units, so that the cell works on a product that is still in L1.
+// in panels of some hidden units (Cell::units), so that the cell works on a product that is still in L1.
 #pragma once
 
-#include "cells/all.h"
 #include "cpu/kernels/matrix.h"
 #include "cpu/kernels/scan.h"
+#include "cpu/kernels/shape.h"
 
 namespace rnnkit::RNNKIT_CAPABILITY {
+
+template <class Cell>
+struct PanelOf {
+  using Type = FixedPanel<Cell::gates, Cell::units>;
+};
+template <>
+struct PanelOf<Registered> {
+  using Type = AnyPanel;
+};
 
 template <class Cell, class S>
 class Gates {
  public:
   using T = Sum<S>;
   using V = Vector<T>;
-  static constexpr int64_t kUnits = Cell::units, kWidth = Cell::gates * kUnits;
-  using OfGates = TransposedMatrix<S, Cell::gates, kUnits>;
-  using OfProjection = TransposedMatrix<S, 1, kPanel>;
+  using OfGates = TransposedMatrix<S, typename PanelOf<Cell>::Type>;
+  using OfProjection = TransposedMatrix<S, FixedPanel<1, kPanel>>;
 
   OfGates w_ih[2], w_hh[2];  // one for each direction
   OfProjection w_hr[2];
@@ -24,19 +32,26 @@ class Gates {
   Gates(const Layer<S>& layer, bool pack_input, bool pack_recurrent, bool pack_projection, Arena& arena)
       : layer_(layer) {
     const int64_t I = layer.input, H = layer.hidden, P = layer.projected;
+    const auto of_input = panel(shape().gates), of_recurrent = panel(shape().recurrent);
     for (int64_t d = 0; d < layer.directions; ++d) {
       const Direction<S>& weights = layer.direction[d];
-      w_ih[d] = {weights.w_ih, H, I, arena.take<S>(pack_input ? OfGates::packed_size(H, I) : 0)};
-      w_hh[d] = {weights.w_hh, H, P, arena.take<S>(pack_recurrent ? OfGates::packed_size(H, P) : 0)};
-      w_hr[d] = {weights.w_hr, P, H, arena.take<S>(pack_projection ? OfProjection::packed_size(P, H) : 0)};
-      bias_[d] = arena.take<T>(panels() * 2 * kWidth);
+      w_ih[d] = {of_input, weights.w_ih, H, I, arena.take<S>(pack_input ? OfGates::packed_size(of_input, H, I) : 0)};
+      w_hh[d] = {of_recurrent, weights.w_hh, H, P,
+                 arena.take<S>(pack_recurrent ? OfGates::packed_size(of_recurrent, H, P) : 0)};
+      w_hr[d] = {{}, weights.w_hr, P, H, arena.take<S>(pack_projection ? OfProjection::packed_size({}, P, H) : 0)};
+      bias_[d] = arena.take<T>(panels() * bias_size());
     }
   }
 
-  int64_t panels() const { return OfGates::panels(layer_.hidden); }
-  int64_t units_in(int64_t p) const { return w_hh[0].units_in(p); }
+  // Hidden units in a panel; columns of a panel of w_ih's and of w_hh's product.
+  int64_t units() const { return shape().units; }
+  int64_t input_width() const { return shape().gates * units(); }
+  int64_t recurrent_width() const { return shape().recurrent * units(); }
 
-  // Packs the weights and lays out the biases, this thread's part of them.
+  int64_t panels() const { return OfGates::panels(panel(shape().gates), layer_.hidden); }
+  int64_t units_in(int64_t p) const { return w_ih[0].units_in(p); }
+
+  // Packs the weights and lays out the biases and parameters, this thread's part of them.
   void pack(int thread, int threads) const {
     const Range tasks = range_of(layer_.directions * panels(), thread, threads);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
@@ -44,37 +59,41 @@ class Gates {
       const Direction<S>& weights = layer_.direction[d];
       w_ih[d].pack(p);
       w_hh[d].pack(p);
-      T* bias = bias_[d] + p * 2 * kWidth;
-      std::memset(bias, 0, 2 * kWidth * sizeof(T));
-      for (int64_t g = 0; g < Cell::gates; ++g) {
-        const int64_t from = g * layer_.hidden + p * kUnits;
-        if (weights.b_ih != nullptr) copy_row(weights.b_ih + from, units_in(p), bias + g * kUnits);
-        if (weights.b_hh != nullptr) copy_row(weights.b_hh + from, units_in(p), bias + kWidth + g * kUnits);
-      }
+      T* const bias = bias_[d] + p * bias_size();
+      std::memset(bias, 0, bias_size() * sizeof(T));
+      const auto lay_out = [&](const T* from, int64_t count, T* to) {
+        for (int64_t g = 0; from != nullptr && g < count; ++g)
+          copy_row(from + g * layer_.hidden + p * units(), units_in(p), to + g * units());
+      };
+      lay_out(weights.b_ih, shape().gates, bias);
+      lay_out(weights.b_hh, shape().recurrent, bias + input_width());
+      lay_out(weights.unit, shape().parameters, bias + input_width() + recurrent_width());
     }
-    const int64_t projection_panels = OfProjection::panels(layer_.projected);
+    const int64_t projection_panels = OfProjection::panels({}, layer_.projected);
     const Range of_projection = range_of(layer_.directions * projection_panels, thread, threads);
     for (int64_t task = of_projection.begin; task < of_projection.end; ++task)
       w_hr[task / projection_panels].pack(task % projection_panels);
   }
 
-  // The biases of panel p [2, G*units]: of the input's and of the recurrent parts.
-  const T* bias(int64_t d, int64_t p) const { return bias_[d] + p * 2 * kWidth; }
+  // The biases of panel p, those of the input's and of the recurrent parts, and a registered cell's parameters:
+  // [G + R + U, units].
+  const T* bias(int64_t d, int64_t p) const { return bias_[d] + p * bias_size(); }
 
   // Writes a row of panel p of a product to its row of all gates, [G, H].
   void unpack(const T* panel, int64_t p, T* row) const {
+    const int64_t gates = shape().gates;
 #pragma GCC unroll 4
-    for (int64_t g = 0; g < Cell::gates; ++g)
-      copy_row(panel + g * kUnits, units_in(p), row + g * layer_.hidden + p * kUnits);
+    for (int64_t g = 0; g < gates; ++g)
+      copy_row(panel + g * units(), units_in(p), row + g * layer_.hidden + p * units());
   }
 
   // The states of the units from u on before a step: from h, which is read only if the cell reads it, and from the other
-  // states [kOthers, H].
+  // states [others, H].
   template <class Count>
   static RNNKIT_INLINE void load_states(const S* h, const T* others, int64_t H, int64_t u, Count lanes, V* state) {
     state[0] = Cell::uses_previous_h ? load(h + u, lanes) : V{};
 #pragma GCC unroll 8
-    for (int64_t k = 0; k < kOthers<Cell>; ++k) state[k + 1] = load(others + k * H + u, lanes);
+    for (int64_t k = 0; k < Cell::states - 1; ++k) state[k + 1] = load(others + k * H + u, lanes);
   }
 
   // The cell's forward for the units from u on of a panel. `input`, `recurrent`: a row of w_ih's and of w_hh's product;
@@ -82,13 +101,33 @@ class Gates {
   template <class Count>
   static RNNKIT_INLINE void cell(const T* input, const T* recurrent, const T* bias, int64_t u, Count lanes, V* state,
                                  V* save) {
+    constexpr int64_t units = Cell::units, width = Cell::gates * units;
     V x[Cell::gates], h[Cell::gates];
 #pragma GCC unroll 4
     for (int64_t g = 0; g < Cell::gates; ++g) {
-      x[g] = load(input + g * kUnits + u, lanes) + load(bias + g * kUnits + u);
-      h[g] = load(recurrent + g * kUnits + u, lanes) + load(bias + kWidth + g * kUnits + u);
+      x[g] = load(input + g * units + u, lanes) + load(bias + g * units + u);
+      h[g] = load(recurrent + g * units + u, lanes) + load(bias + width + g * units + u);
     }
     Cell::forward(x, h, state, save);
+  }
+
+  // A registered cell's forward for some rows of panel p: `count` rows of w_ih's and of w_hh's product. h, others, saved:
+  // as in ForwardBlock, from the panel's first unit on. states: [count, S, units], on return after the step.
+  void call(int64_t d, int64_t p, int64_t count, const T* input, const T* recurrent, Block<const T> h,
+            Block<const T> others, T* states, Block<T> saved) const {
+    const T *x_bias = bias(d, p), *h_bias = x_bias + input_width(), *parameters = h_bias + recurrent_width();
+    layer_.cell->template pointwise<T>().forward(layer_.cell->context,
+                                                 {.rows = count,
+                                                  .units = units_in(p),
+                                                  .x = {input, input_width(), units()},
+                                                  .h = {recurrent, recurrent_width(), units()},
+                                                  .x_bias = {x_bias, 0, units()},
+                                                  .h_bias = {h_bias, 0, units()},
+                                                  .parameters = {parameters, 0, units()},
+                                                  .previous_h = h,
+                                                  .other_states = others,
+                                                  .states = {states, shape().states * units(), units()},
+                                                  .saved = saved});
   }
 
   // Stores what a cell saves of some units to [Cell::saved, H].
@@ -99,8 +138,17 @@ class Gates {
   }
 
  private:
+  const auto& shape() const { return shape_of<Cell>(layer_); }
+  auto panel(int64_t gates) const {
+    if constexpr (kIsRegistered<Cell>)
+      return AnyPanel{gates, shape().units};
+    else
+      return FixedPanel<Cell::gates, Cell::units>{};
+  }
+  int64_t bias_size() const { return input_width() + recurrent_width() + shape().parameters * units(); }
+
   const Layer<S>& layer_;
-  T* bias_[2];  // [panels, 2, G*units]
+  T* bias_[2];  // [panels, G + R + U, units]
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

@@ -1,4 +1,5 @@
-// The kernels of every cell for one type: declared for cells.cpp, compiled in float.cpp, double.cpp and bfloat16.cpp.
+// The kernels of every cell for one type: declared for cells.cpp, compiled in float.cpp, double.cpp and bfloat16.cpp,
+// those of registered cells in registered.cpp.
 #pragma once
 
 #include "cpu/kernels/backward.h"
@@ -8,7 +9,7 @@ namespace rnnkit::RNNKIT_CAPABILITY {
 
 template <class Cell, class S>
 struct Build {
-  static_assert(Cell::states <= kMaxStates);
+  static_assert(kMostStates<Cell> <= kMaxStates);
 
   static int64_t forward_scratch(const Layer<S>& layer) { return Forward<Cell, S>(layer, nullptr).scratch(); }
   static void forward(const Layer<S>& layer, std::byte* scratch) { Forward<Cell, S>(layer, scratch).run(); }

@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "cpu/kernels/segment.h"
+#include "cpu/kernels/shape.h"
 
 namespace rnnkit::RNNKIT_CAPABILITY {
 
@@ -112,15 +113,15 @@ class NormalizedGrads {
   SegmentValues<S> recurrent, input;
 
   NormalizedGrads(const Layer<S>& layer, int64_t max_rows, Arena& arena)
-      : recurrent(arena, 2, directions(layer), max_rows, Cell::gates * layer.hidden),
-        input(arena, 1, directions(layer), max_rows, Cell::gates * layer.hidden),
+      : recurrent(arena, 2, directions(layer), max_rows, shape_of<Cell>(layer).gates * layer.hidden),
+        input(arena, 1, directions(layer), max_rows, shape_of<Cell>(layer).gates * layer.hidden),
         layer_(layer),
         moments_(arena, 2, directions(layer), max_rows, 1),
         grad_source_(arena, 2, Cell::has_source ? directions(layer) : 0, max_rows, layer.hidden),
         given_(arena.take<T>(directions(layer) * layer.batch * layer.hidden)),
-        of_threads_(arena.take<T>(layer.normalizes() ? layer.threads * kSums * layer.hidden : 0)) {}
+        of_threads_(arena.take<T>(has_norms<Cell>(layer) ? layer.threads * sums_of_unit() * layer.hidden : 0)) {}
 
-  bool there() const { return layer_.normalizes(); }
+  bool there() const { return has_norms<Cell>(layer_); }
 
   // The gradient of the h that a step gave, [D, N, H], before any row of it is normalized.
   T* given(int64_t d, int64_t n) const { return given_ + (d * layer_.batch + n) * layer_.hidden; }
@@ -134,7 +135,7 @@ class NormalizedGrads {
   // Finds the moments of a segment's rows, this thread's part. All threads wait before they are read.
   template <class RowOf>
   void begin(const Segment& segment, int thread, int threads, const RowOf& row_of) const {
-    const int64_t H = layer_.hidden, K = Cell::gates * H;
+    const int64_t H = layer_.hidden, K = shape().gates * H;
     for (int64_t d = 0; d < layer_.directions; ++d) {
       const Range own = range_of(segment.rows[d].size(), thread, threads);
       for (int64_t r = own.begin; r < own.end; ++r) {
@@ -143,7 +144,7 @@ class NormalizedGrads {
         of.input = moments(K, row.products);
         of.recurrent = moments(K, row.products + K);
         if constexpr (Cell::has_source) {
-          T* source = of_threads_ + thread * kSums * H;
+          T* source = of_threads_ + thread * sums_of_unit() * H;
           for_vectors<T>(H, [&](int64_t u, auto lanes) { store(source + u, source_of(row.saved, u, lanes), lanes); });
           of.source = moments(H, static_cast<const T*>(source));
         }
@@ -197,7 +198,7 @@ class NormalizedGrads {
   void pass_recurrent(const Segment& segment, int64_t d, int64_t row, const T* products, const S* grads) const {
     const int64_t H = layer_.hidden;
     normalize_backward(
-        moments_.at(segment, d, row)->recurrent, Cell::gates, H, products + Cell::gates * H,
+        moments_.at(segment, d, row)->recurrent, shape().gates, H, products + shape().gates * H,
         layer_.direction[d].norms.hh, [&](int64_t g) { return grads + g * H; }, recurrent.at(segment, d, row));
   }
 
@@ -211,22 +212,23 @@ class NormalizedGrads {
       for (int64_t row = segment.rows[d].begin + own.begin; row < segment.rows[d].begin + own.end; ++row) {
         const S* grads = gates.at(segment, d, row);
         normalize_backward(
-            moments_.at(segment, d, row)->input, Cell::gates, H, row_of(d, row).products, layer_.direction[d].norms.ih,
-            [&](int64_t g) { return grads + Cell::input_grad[g] * H; }, input.at(segment, d, row));
+            moments_.at(segment, d, row)->input, shape().gates, H, row_of(d, row).products,
+            layer_.direction[d].norms.ih, [&](int64_t g) { return grads + shape().input_grad[g] * H; },
+            input.at(segment, d, row));
       }
-      add_sums(segment, d, gates, range_of(H, thread, threads, 16), of_threads_ + thread * kSums * H, row_of);
+      add_sums(segment, d, gates, range_of(H, thread, threads, 16), of_threads_ + thread * sums_of_unit() * H, row_of);
     }
   }
 
  private:
   // Sums of each unit over the rows of a segment: of every gate four, of the source two.
-  static constexpr int64_t kSums = 4 * Cell::gates + 2;
+  int64_t sums_of_unit() const { return 4 * shape().gates + 2; }
 
   struct OfRow {
     Moments<T> input, recurrent, source;
   };
 
-  static int64_t directions(const Layer<S>& layer) { return layer.normalizes() ? layer.directions : 0; }
+  static int64_t directions(const Layer<S>& layer) { return has_norms<Cell>(layer) ? layer.directions : 0; }
 
   template <class Count>
   RNNKIT_INLINE void load_saved(const T* saved, int64_t u, Count lanes, Vector<T>* save) const {
@@ -247,17 +249,17 @@ class NormalizedGrads {
     const int64_t H = layer_.hidden, width = own.size();
     const Direction<S>& of = layer_.direction[d];
     if (width == 0) return;
-    std::memset(sums, 0, kSums * width * sizeof(T));
+    std::memset(sums, 0, sums_of_unit() * width * sizeof(T));
     for (int64_t row = segment.rows[d].begin; row < segment.rows[d].end; ++row) {
       const Row from = row_of(d, row);
       const S* grads = gates.at(segment, d, row);
       const OfRow& moments = *moments_.at(segment, d, row);
-      for (int64_t g = 0; g < Cell::gates; ++g)
+      for (int64_t g = 0; g < shape().gates; ++g)
         for_vectors<T>(width, [&](int64_t i, auto lanes) RNNKIT_INLINE_LAMBDA {
           const int64_t u = own.begin + i;
-          const Vector<T> of_x = load(grads + Cell::input_grad[g] * H + u, lanes),
+          const Vector<T> of_x = load(grads + shape().input_grad[g] * H + u, lanes),
                           of_h = load(grads + g * H + u, lanes);
-          const T *x = from.products + g * H + u, *h = x + Cell::gates * H;
+          const T *x = from.products + g * H + u, *h = x + shape().gates * H;
           T* sum = sums + 4 * g * width + i;
           add(of_x, sum, lanes);
           add(of_h, sum + width, lanes);
@@ -268,7 +270,7 @@ class NormalizedGrads {
         for_vectors<T>(width, [&](int64_t i, auto lanes) RNNKIT_INLINE_LAMBDA {
           const int64_t u = own.begin + i;
           const Vector<T> grad = load(grad_source_.at(segment, d, row) + u, lanes);
-          T* sum = sums + 4 * Cell::gates * width + i;
+          T* sum = sums + 4 * shape().gates * width + i;
           add(grad, sum, lanes);
           add(grad * moments.source.normalized(source_of(from.saved, u, lanes)), sum + width, lanes);
         });
@@ -279,12 +281,12 @@ class NormalizedGrads {
       if (!adds) std::memset(to, 0, width * sizeof(T));
       for_vectors<T>(width, [&](int64_t i, auto lanes) { add(load(sum + i, lanes), to + i, lanes); });
     };
-    for (int64_t g = 0; g < Cell::gates; ++g) {
+    for (int64_t g = 0; g < shape().gates; ++g) {
       T* const places[] = {of.grad_b_ih, of.grad_b_hh, of.norms.grad_ih, of.norms.grad_hh};
       for (int64_t k = 0; k < 4; ++k) leave(sums + (4 * g + k) * width, at(places[k], g * H + own.begin));
     }
-    leave(sums + 4 * Cell::gates * width, at(of.norms.grad_c_bias, own.begin));
-    leave(sums + (4 * Cell::gates + 1) * width, at(of.norms.grad_c, own.begin));
+    leave(sums + 4 * shape().gates * width, at(of.norms.grad_c_bias, own.begin));
+    leave(sums + (4 * shape().gates + 1) * width, at(of.norms.grad_c, own.begin));
   }
 
   template <class Count>
@@ -292,11 +294,13 @@ class NormalizedGrads {
     store(sum, load(sum, lanes) + value, lanes);
   }
 
+  const auto& shape() const { return shape_of<Cell>(layer_); }
+
   const Layer<S>& layer_;
   SegmentValues<OfRow> moments_;
   SegmentValues<T> grad_source_;
   T* given_;
-  T* of_threads_;  // for each thread [kSums, H]
+  T* of_threads_;  // for each thread [4 G + 2, H]
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

@@ -24,57 +24,69 @@ inline bool is_worth_packing(int64_t rows, int64_t times = 1) {
   return times * ((rows + kDotRows - 1) / kDotRows) > few;
 }
 
-// W [kGates * units, K], for products a Wᵀ. A panel of the product holds kUnits units with all their gates, so that a
-// cell can work on it: column g * kUnits + u of panel p is row g * units + p * kUnits + u of W.
-template <class S, int64_t kGates, int64_t kUnits>
+// A panel of a product: `units` hidden units, each with a column for every gate.
+template <int64_t kGates, int64_t kUnits>
+struct FixedPanel {
+  static constexpr int64_t gates = kGates, units = kUnits;
+};
+struct AnyPanel {
+  int64_t gates, units;
+};
+
+// W [gates * units, K], for products a Wᵀ. A panel of the product holds some units with all their gates, so that a cell
+// can work on it: column g * panel.units + u of panel p is row g * units + p * panel.units + u of W.
+template <class S, class Panel>
 class TransposedMatrix {
  public:
-  static constexpr int64_t kWidth = kGates * kUnits;
-
   // `packed`: memory for the packed W, of packed_size elements; null: W stays unpacked.
   TransposedMatrix() = default;
-  TransposedMatrix(const S* w, int64_t units, int64_t K, S* packed) : w_(w), units_(units), K_(K), packed_(packed) {}
+  TransposedMatrix(Panel of, const S* w, int64_t units, int64_t K, S* packed)
+      : of_(of), w_(w), units_(units), K_(K), packed_(packed) {}
 
-  static int64_t panels(int64_t units) { return (units + kUnits - 1) / kUnits; }
-  static int64_t packed_size(int64_t units, int64_t K) { return panels(units) * K * kWidth; }
+  static int64_t panels(Panel of, int64_t units) { return (units + of.units - 1) / of.units; }
+  static int64_t packed_size(Panel of, int64_t units, int64_t K) {
+    return panels(of, units) * K * (of.gates * of.units);
+  }
 
-  int64_t units_in(int64_t p) const { return min_of(kUnits, units_ - p * kUnits); }
+  int64_t width() const { return of_.gates * of_.units; }
+  int64_t units_in(int64_t p) const { return min_of(of_.units, units_ - p * of_.units); }
 
   // Packs panel p. Columns beyond the units are 0.
   void pack(int64_t p) const {
     if (packed_ == nullptr) return;
-    if (units_in(p) < kUnits) std::memset(panel(p), 0, K_ * kWidth * sizeof(S));
-    for (int64_t g = 0; g < kGates; ++g)
-      pack_transposed(units_in(p), K_, rows_of_gate(g, p), K_, panel(p), kWidth, g * kUnits);
+    if (units_in(p) < of_.units) std::memset(panel(p), 0, K_ * width() * sizeof(S));
+    for (int64_t g = 0; g < of_.gates; ++g)
+      pack_transposed(units_in(p), K_, rows_of_gate(g, p), K_, panel(p), width(), g * of_.units);
   }
 
-  // to[M, kWidth] = panel p of a Wᵀ, for a [M, K]; columns beyond the units are 0 or not written. `next`: the panel
-  // that is multiplied after this one, which is prefetched; p itself: none.
+  // to[M, width] = panel p of a Wᵀ, for a [M, K]; columns beyond the units are 0 or not written. `next`: the panel that
+  // is multiplied after this one, which is prefetched; p itself: none.
   void multiply(int64_t M, const S* a, int64_t p, int64_t next, Sum<S>* to) const {
     if (packed_ == nullptr) {
-      for (int64_t g = 0; g < kGates; ++g)
-        dot(M, units_in(p), K_, a, K_, rows_of_gate(g, p), K_, to + g * kUnits, kWidth);
+      for (int64_t g = 0; g < of_.gates; ++g)
+        dot(M, units_in(p), K_, a, K_, rows_of_gate(g, p), K_, to + g * of_.units, width());
       return;
     }
-    gemm<S>(M, kWidth, K_, rows_of(a, K_), MatrixB<S>::packed(panel(p), K_, kWidth), to, kWidth, false,
+    gemm<S>(M, width(), K_, rows_of(a, K_), MatrixB<S>::packed(panel(p), K_, width()), to, width(), false,
             next != p ? panel(next) : nullptr);
   }
 
   // Whether panel p has neither NaN nor infinity, so that its product with zeros is zeros.
   bool is_finite(int64_t p) const {
-    if (packed_ != nullptr) return all_finite(panel(p), K_ * kWidth);
-    for (int64_t g = 0; g < kGates; ++g)
+    if (packed_ != nullptr) return all_finite(panel(p), K_ * width());
+    for (int64_t g = 0; g < of_.gates; ++g)
       if (!all_finite(rows_of_gate(g, p), units_in(p) * K_)) return false;
     return true;
   }
 
  private:
-  S* panel(int64_t p) const { return packed_ + p * K_ * kWidth; }
-  const S* rows_of_gate(int64_t g, int64_t p) const { return w_ + (g * units_ + p * kUnits) * K_; }
+  S* panel(int64_t p) const { return packed_ + p * K_ * width(); }
+  const S* rows_of_gate(int64_t g, int64_t p) const { return w_ + (g * units_ + p * of_.units) * K_; }
 
+  [[no_unique_address]] Panel of_;
   const S* w_ = nullptr;
   int64_t units_ = 0, K_ = 0;
-  S* packed_ = nullptr;  // [panels, K, kWidth]
+  S* packed_ = nullptr;  // [panels, K, width]
 };
 
 // W [K, columns], for products a W, in panels of kPanel columns.

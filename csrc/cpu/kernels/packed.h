@@ -1,9 +1,8 @@
 // The header of a buffer that holds weights packed ahead: what they were packed for.
 #pragma once
 
-#include "cells/all.h"
 #include "cpu/kernels/matrix.h"
-#include "cpu/layer.h"
+#include "cpu/kernels/shape.h"
 
 #define RNNKIT_STRING(name) RNNKIT_STRING_OF(name)
 #define RNNKIT_STRING_OF(name) #name
@@ -18,9 +17,18 @@ constexpr const char* kCellName = nullptr;
 RNNKIT_CELLS(X)
 #undef X
 
+// The cell's name in the ops.
+template <class Cell, class S>
+const char* name_of([[maybe_unused]] const Layer<S>& layer) {
+  if constexpr (kIsRegistered<Cell>)
+    return layer.cell->name;
+  else
+    return kCellName<Cell>;
+}
+
 // Aligned like the panels that follow it.
 struct alignas(64) PackedHeader {
-  char magic[8] = "rnnkit1", isa[16] = RNNKIT_STRING(RNNKIT_CAPABILITY), cell[16] = {};
+  char magic[8] = "rnnkit1", isa[16] = RNNKIT_STRING(RNNKIT_CAPABILITY), cell[kMaxCellName + 1] = {};
   PanelFormat format;
   int64_t input, hidden, projected, directions;
 

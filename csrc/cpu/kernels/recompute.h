@@ -5,6 +5,7 @@
 #include "cpu/kernels/gates.h"
 #include "cpu/kernels/layer_norm.h"
 #include "cpu/kernels/segment.h"
+#include "cpu/kernels/zoneout.h"
 
 namespace rnnkit::RNNKIT_CAPABILITY {
 
@@ -20,13 +21,13 @@ class Recompute {
         beginnings_(beginnings),
         masked_(masked),
         gates_(layer, needed(layer), needed(layer), false, arena),
-        saved_(arena, 1, needed(layer) ? layer.directions : 0, max_rows, Cell::saved * layer.hidden),
-        products_(arena, 1, needed(layer) && layer.normalizes() ? layer.directions : 0, max_rows,
-                  2 * Cell::gates * layer.hidden),
+        saved_(arena, 1, needed(layer) ? layer.directions : 0, max_rows, shape().saved * layer.hidden),
+        products_(arena, 1, needed(layer) && has_norms<Cell>(layer) ? layer.directions : 0, max_rows,
+                  2 * shape().gates * layer.hidden),
         h_(arena, 1, needed(layer) ? layer.directions : 0, max_rows, layer.projected) {}
 
   static bool needed(const Layer<S>& layer) {
-    return layer.keep == Keep::states && (Cell::saved > 0 || layer.normalizes());
+    return layer.keep == Keep::states && (shape_of<Cell>(layer).saved > 0 || has_norms<Cell>(layer));
   }
 
   // This thread's part of the weights.
@@ -50,12 +51,14 @@ class Recompute {
       for (int64_t m = 0; m < count; m += kRowBlock) step(segment, d, p, m, min_of(kRowBlock, count - m));
     }
     all.wait();
-    if (!layer_.normalizes()) return;
-    for (int64_t d = 0; d < layer_.directions; ++d) {
-      const Range own = range_of(segment.rows[d].size(), thread, threads);
-      for (int64_t r = own.begin; r < own.end; ++r) normalized_row(segment, d, segment.rows[d].begin + r);
+    if constexpr (!kIsRegistered<Cell>) {
+      if (!has_norms<Cell>(layer_)) return;
+      for (int64_t d = 0; d < layer_.directions; ++d) {
+        const Range own = range_of(segment.rows[d].size(), thread, threads);
+        for (int64_t r = own.begin; r < own.end; ++r) normalized_row(segment, d, segment.rows[d].begin + r);
+      }
+      all.wait();
     }
-    all.wait();
   }
 
   // Of one row [Cell::saved, H], and with layer normalization the products of all gates with x and with h [2, G, H].
@@ -64,33 +67,42 @@ class Recompute {
 
  private:
   void step(const Segment& segment, int64_t d, int64_t p, int64_t first, int64_t count) const {
-    constexpr int64_t width = GatesOf::kWidth;
-    const int64_t H = layer_.hidden, P = layer_.projected, unit = p * GatesOf::kUnits;
-    const int64_t row = segment.rows[d].begin + first;
+    constexpr int64_t most = kRowBlock * kMostWidth<Cell>;
+    const int64_t width = gates_.input_width(), recurrent_width = gates_.recurrent_width();
+    const int64_t H = layer_.hidden, P = layer_.projected, unit = p * gates_.units();
+    const int64_t row = segment.rows[d].begin + first, reserve_row = kept_values() * H;
     const S* h = h_.at(segment, d, row);
     const S* operand = masked_.there() ? masked_.of(segment, d).row(first) : h;
-    const T* others =
-        kOthers<Cell> > 0 ? layer_.reserve + (d * layer_.rows() + row) * kOthers<Cell> * H + unit : nullptr;
+    const T* others = shape().others > 0 ? layer_.reserve + (d * layer_.rows() + row) * reserve_row + unit : nullptr;
     T* saved = saved_.at(segment, d, row) + unit;
-    alignas(64) T input[kRowBlock * width], recurrent[kRowBlock * width];
+    alignas(64) T input[most], recurrent[most];
     gates_.w_ih[d].multiply(count, layer_.x + row * layer_.input, p, p, input);
-    gates_.w_hh[d].multiply(count, operand, p, p, recurrent);
-    if (layer_.normalizes()) {
+    if (shape().recurrent > 0) gates_.w_hh[d].multiply(count, operand, p, p, recurrent);
+    if (has_norms<Cell>(layer_)) {
       T* products = products_.at(segment, d, row);
       for (int64_t i = 0; i < count; ++i) {
-        gates_.unpack(input + i * width, p, products + i * 2 * Cell::gates * H);
-        gates_.unpack(recurrent + i * width, p, products + (2 * i + 1) * Cell::gates * H);
+        gates_.unpack(input + i * width, p, products + i * 2 * shape().gates * H);
+        gates_.unpack(recurrent + i * width, p, products + (2 * i + 1) * shape().gates * H);
       }
       return;
     }
-    for (int64_t i = 0; i < count; ++i)
-      for_vectors<T>(gates_.units_in(p), [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
-        Vector<T> state[Cell::states], save[Cell::saved + 1];
-        GatesOf::load_states(h + i * P + unit, others + i * kOthers<Cell> * H, H, u, lanes, state);
-        GatesOf::cell(input + i * width, recurrent + i * width, gates_.bias(d, p), u, lanes, state, save);
-        GatesOf::store_saved(save, H, lanes, saved + i * Cell::saved * H + u);
-      });
+    if constexpr (kIsRegistered<Cell>) {
+      alignas(64) T after[kRowBlock * kMostStates<Cell> * kMostUnits];
+      gates_.call(d, p, count, input, recurrent, {h + unit, P, 0}, {others, reserve_row, H}, after,
+                  {saved, shape().saved * H, H});
+    } else {
+      for (int64_t i = 0; i < count; ++i)
+        for_vectors<T>(gates_.units_in(p), [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
+          Vector<T> state[Cell::states], save[Cell::saved + 1];
+          GatesOf::load_states(h + i * P + unit, others + i * reserve_row, H, u, lanes, state);
+          GatesOf::cell(input + i * width, recurrent + i * recurrent_width, gates_.bias(d, p), u, lanes, state, save);
+          GatesOf::store_saved(save, H, lanes, saved + i * Cell::saved * H + u);
+        });
+    }
   }
+
+  // Values of a row that the forward pass kept, [values, H]: the states other than h, and the h that the step gave.
+  int64_t kept_values() const { return shape().others + (keeps_given<Cell>(layer_) ? 1 : 0); }
 
   // The cell of a row, from its products.
   void normalized_row(const Segment& segment, int64_t d, int64_t row) const {
@@ -98,7 +110,7 @@ class Recompute {
     if (Cell::saved == 0) return;
     const int64_t H = layer_.hidden;
     const NormalizedRow<Cell, S> of(layer_, d, products_.at(segment, d, row));
-    const T* others = kOthers<Cell> > 0 ? layer_.reserve + (d * layer_.rows() + row) * kOthers<Cell> * H : nullptr;
+    const T* others = shape().others > 0 ? layer_.reserve + (d * layer_.rows() + row) * kept_values() * H : nullptr;
     for_vectors<T>(H, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
       V x[Cell::gates], h[Cell::gates], state[Cell::states], save[Cell::saved + 1];
       GatesOf::load_states(h_.at(segment, d, row), others, H, u, lanes, state);
@@ -107,6 +119,8 @@ class Recompute {
       GatesOf::store_saved(save, H, lanes, saved_.at(segment, d, row) + u);
     });
   }
+
+  const auto& shape() const { return shape_of<Cell>(layer_); }
 
   const Layer<S>& layer_;
   const Beginnings<S> beginnings_;

@@ -128,14 +128,6 @@ void for_partitions(const Layer<S>& layer, int64_t gates, int64_t units, int64_t
   }
 }
 
-// Whether h can be projected: not if the cell reads h, for only the projected one is kept.
-template <class Cell>
-constexpr bool kCanProject = !Cell::uses_h && !Cell::uses_previous_h;
-
-// The number of states other than h. For each row they are consecutive in memory: [kOthers, H].
-template <class Cell>
-constexpr int64_t kOthers = Cell::states - 1;
-
 // Gives out consecutive parts of scratch memory, null for none; with no memory, counts the bytes that are wanted.
 class Arena {
  public:

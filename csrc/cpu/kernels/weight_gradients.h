@@ -12,7 +12,7 @@ namespace rnnkit::RNNKIT_CAPABILITY {
 // What the reverse scan leaves of a segment's rows.
 template <class S>
 struct SegmentGrads {
-  SegmentValues<S> gates;        // [Cell::grads, H]: gradients of the gates
+  SegmentValues<S> gates;        // [columns, H]: gradients of the gates, then of a registered cell's parameters
   SegmentValues<S> projected;    // [P]: the gradient of the projected h; empty without a projection
   SegmentValues<S> unprojected;  // [H]: h before its projection, a value; empty without a projection
 };
@@ -69,27 +69,31 @@ class WeightGradients {
         return Product{operands, packed_h_[d], P, at(weights.grad_w_hh, gate * H * P), at(weights.grad_b_hh, gate * H)};
       };
       if (normalized_.there()) {  // normalized_ sums the gradients of biases itself
-        const Sums all{of.add, of.rows, Cell::gates * H, thread, threads};
+        const Sums all{of.add, of.rows, shape().gates * H, thread, threads};
         const auto of_x = Product{inputs(segment, d), packed_x_[d], I, weights.grad_w_ih, nullptr};
         const auto of_h = Product{operands, packed_h_[d], P, weights.grad_w_hh, nullptr};
-        products(all, normalized_.input.begin(segment, d), Cell::gates * H, of_x);
-        products(all, normalized_.recurrent.begin(segment, d), Cell::gates * H, of_h);
+        products(all, normalized_.input.begin(segment, d), shape().gates * H, of_x);
+        products(all, normalized_.recurrent.begin(segment, d), shape().gates * H, of_h);
         return;
       }
       // Gates whose two parts have the same gradient go together: it is then copied and summed once.
-      for (int64_t g = 0; g < Cell::gates;) {
+      const int64_t both = min_of(shape().gates, shape().recurrent);
+      for (int64_t g = 0; g < max_of(shape().gates, shape().recurrent);) {
         int64_t end = g;
-        while (end < Cell::gates && Cell::input_grad[end] == end) ++end;
+        while (end < both && shape().input_grad[end] == end) ++end;
         if (end > g) {
           products(of, gates + g * H, (end - g) * H, with_x(g), with_h(g));
         } else {
           end = g + 1;
-          products(of, gates + Cell::input_grad[g] * H, H, with_x(g));
-          products(of, gates + g * H, H, with_h(g));
+          if (g < shape().gates) products(of, gates + shape().input_grad[g] * H, H, with_x(g));
+          if (g < shape().recurrent) products(of, gates + g * H, H, with_h(g));
         }
         g = end;
       }
     });
+    if (shape().parameters > 0)
+      products(of, gates + shape().grads * H, shape().parameters * H,
+               Product{inputs(segment, d), packed_x_[d], I, static_cast<T*>(nullptr), weights.grad_unit});
     if (projects_)
       products({of.add, of.rows, P, thread, threads}, grads_.projected.begin(segment, d), P,
                Product{unprojected(segment, d), packed_unprojected_[d], H, weights.grad_w_hr, nullptr});
@@ -213,6 +217,8 @@ class WeightGradients {
           store(sums + m, load(sums + m, lanes) + ((part[0] + part[1]) + (part[2] + part[3])), lanes);
     }
   }
+
+  const auto& shape() const { return shape_of<Cell>(layer_); }
 
   const Layer<S>& layer_;
   const bool projects_;

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/lanes.h"
-#include "cpu/layer.h"
+#include "cpu/kernels/shape.h"
 
 namespace rnnkit::RNNKIT_CAPABILITY {
 
@@ -33,8 +33,7 @@ RNNKIT_INLINE Parted<T> parted(const State<T>& state, int64_t place, Count lanes
 // matter, since it has no gradient there.
 template <class Cell, class S>
 bool keeps_given(const Layer<S>& layer) {
-  static_assert(!Cell::uses_h || (Cell::saved == 0 && Cell::states == 1), "the reserve's rows have nothing else");
-  return Cell::uses_h && layer.states[0].zones() && layer.states[0].kept == nullptr;
+  return shape_of<Cell>(layer).uses_h && layer.states[0].zones() && layer.states[0].kept == nullptr;
 }
 
 // What the reserve has of a row with Layer::keep, [values, H], see LayerCall.reserve_shape: first what the cell saved or,
@@ -46,11 +45,12 @@ struct ReserveRow {
 
   template <class Cell, class S>
   static ReserveRow of(const Layer<S>& layer) {
+    const auto& shape = shape_of<Cell>(layer);
     const bool everything = layer.keep == Keep::everything;
     ReserveRow row{};
-    row.given = everything ? Cell::saved : kOthers<Cell>;
+    row.given = everything ? shape.saved : shape.others;
     row.products = row.given + (keeps_given<Cell>(layer) ? 1 : 0);
-    row.values = row.products + (everything && layer.normalizes() ? 2 * Cell::gates : 0);
+    row.values = row.products + (everything && has_norms<Cell>(layer) ? 2 * shape.gates : 0);
     return row;
   }
 };
