@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rnnkit.specs import CELLS, NORMS, REGISTERED, UNIT, WEIGHTS, CellSpec
+from rnnkit import specs
+from rnnkit.specs import NORMS, UNIT, WEIGHTS, CellSpec
 
 #: The first arguments in the ops' schemas: the fields of `LayerCall`.
 ARGUMENTS = (
@@ -155,22 +156,19 @@ class LayerCall:
     @property
     def spec(self) -> CellSpec:
         """The cell's `CellSpec`; a RuntimeError if there is no such cell."""
-        spec = CELLS.get(self.cell) or REGISTERED.get(self.cell)
-        if spec is None:
-            raise RuntimeError(f"expected cell to be the name of a cell, got '{self.cell}'")
-        return spec
+        return specs.of(self.cell)
 
     @property
     def kinds(self) -> Sequence[str]:
         """The names of a direction's weights."""
-        if self.cell in REGISTERED:
+        if self.cell not in specs.CELLS:
             return (*WEIGHTS, UNIT) if self.spec.parameters else WEIGHTS
         return (*WEIGHTS, *NORMS) if self.normalizes else WEIGHTS
 
     @property
     def normalizes(self) -> bool:
         """Whether the layer has layer normalization."""
-        return len(self.weights) in _WITH_NORMS and self.cell not in REGISTERED
+        return len(self.weights) in _WITH_NORMS and self.cell in specs.CELLS
 
     @property
     def directions(self) -> int:
@@ -329,7 +327,7 @@ class LayerCall:
         if self.grad_cut < 0:
             raise RuntimeError(f"expected grad_cut to be at least 0, got {self.grad_cut}")
         count = len(self.kinds)
-        if self.cell in REGISTERED:
+        if self.cell not in specs.CELLS:
             if len(self.weights) not in (count, 2 * count):
                 raise RuntimeError(
                     f"expected weights to hold {count} tensors for each of 1 or 2 directions of {self.cell}, got "

@@ -144,3 +144,19 @@ CELLS = {
 
 #: Cells that are not built in, by name: `_C.register_cell` has their functions. They have no layer normalization.
 REGISTERED: dict[str, CellSpec] = {}
+
+
+def of(cell: str) -> CellSpec:
+    """The `CellSpec` of a cell by its name in ops: a name in `CELLS` or `REGISTERED`, or a graph's JSON.
+
+    Raises:
+        RuntimeError: there is no such cell.
+    """
+    spec = CELLS.get(cell) or REGISTERED.get(cell)
+    if spec is None:
+        if not cell.startswith("{"):
+            raise RuntimeError(f"expected cell to be the name of a cell, got '{cell}'")
+        from rnnkit.graph.kernels import spec_of
+
+        spec = REGISTERED[cell] = spec_of(cell)
+    return spec
