@@ -116,6 +116,11 @@ def choice(x, r, s):
     return (torch.where(x.a > x.b, r.a, 3 * s.h),)
 
 
+def infinite_constants(x, r, s):
+    inside = torch.where(x.a > float("-inf"), x.a * s.h, -1.0)
+    return (torch.where(x.a < float("inf"), inside, 1.0) + r.a,)
+
+
 def unchanged(x, r, s):
     return (s.h,)
 
@@ -153,6 +158,7 @@ CELLS = BUILTIN | {
     "odd_states": Cell(odd_states, "h", "h", "h a b c d e", 1),
     "common_factors": Cell(common_factors, "a b", "a", "h", 3),
     "choice": Cell(choice, "a b", "a", "h", 2),
+    "infinite_constants": Cell(infinite_constants, "a", "a", "h", 1),
     "unchanged": Cell(unchanged, "h", "h", "h", 0),
     "constant": Cell(constant, "h", "h", "h", 0),
     "every_operation": Cell(every_operation, "a b", "a", "h", 3, "v"),
