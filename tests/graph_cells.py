@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from rnnkit import specs
 from rnnkit.graph import Graph, builtin, trace
 
 
@@ -110,6 +111,16 @@ def common_factors(x, r, s):
     return (x.a * x.b + x.a * s.h + (x.b * r.a - x.b * s.h) - (r.a + r.a * s.h),)
 
 
+def choice(x, r, s):
+    """The comparison is one value, what is compared two: but a truth value is not saved."""
+    return (torch.where(x.a > x.b, r.a, 3 * s.h),)
+
+
+def infinite_constants(x, r, s):
+    inside = torch.where(x.a > float("-inf"), x.a * s.h, -1.0)
+    return (torch.where(x.a < float("inf"), inside, 1.0) + r.a,)
+
+
 def unchanged(x, r, s):
     return (s.h,)
 
@@ -127,11 +138,12 @@ def every_operation(x, r, s, p):
 
 
 BUILTIN = {
-    "rnn_tanh": Cell(builtin.rnn_tanh, "h", "h", "h", 0),
-    "rnn_relu": Cell(builtin.rnn_relu, "h", "h", "h", 0),
-    "lstm": Cell(builtin.lstm, "i f g o", "i f g o", "h c", 5),
-    "gru": Cell(builtin.gru, "r z n", "r z n", "h", 4),
-    "gru_writes": Cell(builtin.gru_writes, "r z n", "r z n", "h", 4),
+    name: Cell(
+        getattr(builtin, name),
+        *(" ".join(names) for names in (graph.inputs, graph.recurrent, graph.states)),
+        specs.CELLS[name].saved,
+    )
+    for name, graph in builtin.GRAPHS.items()
 }
 
 CELLS = BUILTIN | {
@@ -145,6 +157,8 @@ CELLS = BUILTIN | {
     "separate_output": Cell(separate_output, "a b", "a", "c", 4, "v"),
     "odd_states": Cell(odd_states, "h", "h", "h a b c d e", 1),
     "common_factors": Cell(common_factors, "a b", "a", "h", 3),
+    "choice": Cell(choice, "a b", "a", "h", 2),
+    "infinite_constants": Cell(infinite_constants, "a", "a", "h", 1),
     "unchanged": Cell(unchanged, "h", "h", "h", 0),
     "constant": Cell(constant, "h", "h", "h", 0),
     "every_operation": Cell(every_operation, "a b", "a", "h", 3, "v"),

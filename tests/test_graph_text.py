@@ -7,6 +7,7 @@ import ctypes
 import functools
 import importlib.util
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,10 +22,11 @@ from graph_cells import BUILTIN, CELLS
 from test_graph import Leaves, saved
 from torch import Tensor
 
+from rnnkit import specs
 from rnnkit.graph import Derived, cpp, derive, run
 from rnnkit.graph import triton as printer
 from rnnkit.graph.derive import run_backward
-from rnnkit.graph.trace import evaluate
+from rnnkit.graph.trace import OPERATIONS, evaluate
 
 CSRC = Path(__file__).parents[1] / "csrc"
 FLAGS = ["-std=c++20", "-O2", "-g0", "-fwrapv", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
@@ -39,12 +41,10 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 TYPES = {torch.float32: "float", torch.float64: "double"}
 FUNCTIONS = ("exp", "log1p", "softplus", "logsigmoid", "abs", "relu", "sigmoid", "tanh")
+#: The hand-written structs by the cells' names.
 STRUCTS = {
-    "rnn_tanh": "RnnTanh",
-    "rnn_relu": "RnnRelu",
-    "lstm": "Lstm",
-    "gru": "Gru",
-    "gru_writes": "GruWrites",
+    name: struct
+    for struct, name in re.findall(r'X\((\w+), "(\w+)"\)', (CSRC / "cells/all.h").read_text())
 }
 VALUES = 4096  # a multiple of every lane count, and a power of two, as Triton's tiles are
 
@@ -126,9 +126,20 @@ extern "C" void function_{name}_{T}(const {T}* from, {T}* to, long count) {{
 }}
 """
 
+OF_TWO = """
+extern "C" void function_{name}_{T}(const {T}* a, const {T}* b, {T}* to) {{
+  for (long at = 0; at < VALUES; at += sizeof(Lane<{T}>) / sizeof({T})) {{
+    Lane<{T}> x[2];
+    read(x, a, 1, at), read(x + 1, b, 1, at);
+    x[0] = {name}(x[0], x[1]);
+    write(to, x, 1, at);
+  }}
+}}
+"""
+
 
 def projects(name: str) -> bool:
-    return name in ("lstm", "peephole_lstm")
+    return name == "peephole_lstm" or (name in specs.CELLS and specs.CELLS[name].projects)
 
 
 def derived_of(name: str) -> Derived:
@@ -150,6 +161,7 @@ def source() -> str:
         for name, struct in STRUCTS.items():
             parts.append(CELL.format(name=f"hand_{name}", T=type, struct=struct, parameters=0))
         parts += [FUNCTION.format(name=name, T=type) for name in FUNCTIONS]
+        parts += [OF_TWO.format(name=name, T=type) for name in ("maximum", "minimum")]
     for name, struct in STRUCTS.items():
         parts.append(HAND.format(name=f"hand_{name}", struct=struct))
         parts.append(HAND.format(name=name, struct=f"printed::{name}"))
@@ -393,12 +405,14 @@ def test_abs_maximum_and_zeros_of_lane_functions(compiled: ctypes.CDLL, dtype: t
 
 
 @each_dtype
-def test_maximum_and_minimum_of_special_numbers(compiled: ctypes.CDLL, dtype: torch.dtype) -> None:
-    """The sLSTM's third state is a maximum, of f + m and i, of which either may be NaN."""
-    leaves = values("every_operation", dtype, special=True)
-    state, _, _ = forward(compiled, "every_operation", leaves)
-    expected = run(CELLS["every_operation"].graph(), *leaves)[0]
-    assert state[0].isnan().equal(expected.isnan())
+def test_maximum_and_minimum_of_lanes(compiled: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Also of special numbers: NaN where either is."""
+    (a, b), *_ = values("every_operation", dtype, special=True)
+    for name in ("maximum", "minimum"):
+        result = torch.empty_like(a)
+        call(compiled, f"function_{name}_{TYPES[dtype]}", a, b, result)
+        expected = OPERATIONS[name].on_tensors(a, b)
+        torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
 interpreted = pytest.mark.skipif(
@@ -435,6 +449,15 @@ def load(arrays, COUNT: tl.constexpr, SIZE: tl.constexpr):
 def store(arrays, tiles, SIZE: tl.constexpr):
     for k in tl.static_range(len(tiles)):
         tl.store(arrays + k * SIZE + tl.arange(0, SIZE), tiles[k])
+
+
+@triton.jit
+def apply(a, b, result, F: tl.constexpr, OPERANDS: tl.constexpr, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)
+    if OPERANDS == 1:
+        tl.store(result + place, F(tl.load(a + place)))
+    else:
+        tl.store(result + place, F(tl.load(a + place), tl.load(b + place)))
 
 
 @triton.jit
@@ -520,6 +543,26 @@ def of_module(module: Any, name: str) -> list[Any]:
         getattr(module, f"{name}_{part}", None)
         for part in ("forward", "output", "backward", "grad_states")
     ]
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of special numbers
+@each_dtype
+@pytest.mark.parametrize(
+    "function", ["log1p", "softplus", "logsigmoid", "relu", "maximum", "minimum"]
+)
+def test_functions_of_tiles(kernels: Any, function: str, dtype: torch.dtype) -> None:
+    """Beside torch's, in float64: a few roundings, also next to 0 and of special numbers."""
+    a = arguments(dtype)
+    a = torch.nn.functional.pad(a, (0, (1 << len(a).bit_length()) - len(a)))
+    b, result = a.roll(1), torch.empty_like(a)
+    operation = OPERATIONS[function]
+    operands = [a, b][: len(operation.takes)]
+    of_tiles = getattr(importlib.import_module("rnnkit.triton.functions"), function)
+    kernels.apply[(1,)](a, b, result, of_tiles, len(operands), SIZE=len(a))
+    exact = operation.on_tensors(*(operand.double() for operand in operands)).to(dtype)
+    info = torch.finfo(dtype)
+    torch.testing.assert_close(result, exact, rtol=8 * info.eps, atol=info.tiny, equal_nan=True)
 
 
 @interpreted

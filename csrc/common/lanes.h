@@ -378,9 +378,8 @@ RNNKIT_INLINE V log1p(V x) {
   const Bits moved = (Bits)u + (F::one - F::sqrt_half);  // the exponent is that of a number from sqrt(1/2) to sqrt(2)
   const V k = (V)((moved >> F::mantissa) | (Bits)splat(F::one_unit)) - (F::one_unit + T(F::bias));
   const V m = (V)((moved & ((typename F::Bits(1) << F::mantissa) - 1)) + F::sqrt_half);
-  const V lost = select(x > T(1), T(1) - (u - x), x - (u - T(1)));
   const auto near = k == T(0);
-  const V f = select(near, x, m - T(1)), c = select(near, V{}, lost / u);
+  const V f = select(near, x, m - T(1)), c = select(near, V{}, (x - (u - T(1))) / u);
   const V s = f / (f + T(2)), square = s * s, half = f * f * T(0.5);
   constexpr int terms = sizeof(F::log_series) / sizeof(T);
   V series = splat(F::log_series[terms - 1]);

@@ -217,8 +217,7 @@ def derive(graph: Graph, projects: bool = False) -> Derived:
         raise ValueError(f"expected a cell that projects not to read its state {graph.states[0]}")
     at_hand = len(graph.states) == 1 and not projects and not graph.has_output
     free = {graph.results[0], previous_h} if at_hand else set()
-    whole = [*roots, *(grad_states if len(graph.states) > 1 else ())]
-    needed = {*_needed(nodes.nodes, whole), *(graph.results[:1] if projects else ())}
+    needed = {*_needed(nodes.nodes, roots), *(graph.results[:1] if projects else ())}
     saved = smallest_cut(nodes.nodes, needed, free)
     used = order(nodes.nodes, roots, {*saved, *free})
     return Derived(

@@ -187,7 +187,7 @@ class Value:
     ) -> "Value":
         name = function.__name__
         if kwargs and kwargs != {"inplace": False}:
-            _refuse(f"torch's {name} with {', '.join(kwargs)}=", "leave it out")
+            _refuse(f"torch's {name} with {', '.join(kwargs)}=", "give operands alone, by place")
         return _apply(_OTHER_NAMES.get(name, name), f"torch's {name}", *args)
 
     def __getattr__(self, name: str) -> Any:
