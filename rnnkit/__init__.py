@@ -13,7 +13,7 @@ from rnnkit.interop import decompositions
 from rnnkit.layers import GRU, LSTM, RNN
 from rnnkit.packing import pack_padded_sequence, pad_packed_sequence
 from rnnkit.readout import Readout
-from rnnkit.recurrent import Recurrent
+from rnnkit.recurrent import Recurrent, RecurrentCell
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ __all__ = [
     "RNNCell",
     "Readout",
     "Recurrent",
+    "RecurrentCell",
     "backend",
     "cell",
     "convert",

@@ -43,12 +43,17 @@ class _Cell(Initialized, Interop, nn.RNNCellBase):
             return self._step(input, states, weights)
         return self._step(input, stack.as_states(hx), weights)[0]
 
+    @property
+    def _kind(self) -> str:
+        """The cell's name in error messages, also for subclasses of another name."""
+        return self._torchs.__name__
+
     def _step(
         self, input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor | None]
     ) -> tuple[Tensor, ...]:
         """One step: input [N, I] or [I], states [N, H] or [H] (empty for zeros) -> new states."""
         stack.check_plain("input", input)
-        name = self._torchs.__name__
+        name = self._kind
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         for index, state in enumerate(states):

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from rnnkit import options
 from rnnkit.cells import GRUCell, LSTMCell, RNNCell
-from rnnkit.interop import unlike_torchs
+from rnnkit.interop import Interop, unlike_torchs
 from rnnkit.layers import GRU, LSTM, RNN
 
 #: torch.nn's classes, as they were when rnnkit was imported -> rnnkit's.
@@ -103,6 +103,8 @@ def _why_left(module: nn.Module, given: type, to: dict[type[nn.Module], type[nn.
     if given in to:
         if "forward" in vars(module):
             return "its forward was replaced by another"
+        return unlike_torchs(module)
+    if to is THEIRS and isinstance(module, Interop) and not hasattr(module, "_torchs"):
         return unlike_torchs(module)
     if given in to.values():
         return ""

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkit import backends, gpu, plan
-from rnnkit.cells import GRUCell, LSTMCell, RNNCell
-from rnnkit.layers import GRU, LSTM, RNN
+from rnnkit.interop import Interop
+from rnnkit.layers import _Layers
+from rnnkit.specs import CELLS
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,21 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
         TypeError: `module` is no layer or cell of rnnkit.
         RuntimeError: the backend that is forced has no kernels for the input's device.
     """
-    if not isinstance(module, RNN | LSTM | GRU | RNNCell | LSTMCell | GRUCell):
+    if not isinstance(module, Interop):
         raise TypeError(
             f"expected module to be a layer or cell of rnnkit, got {type(module).__name__}"
         )
     data = input.data if isinstance(input, PackedSequence) else input
     device, dtype = data.device, data.dtype
     serving = backends.serving(device)
-    layer = isinstance(module, RNN | LSTM | GRU)
+    layer = isinstance(module, _Layers)
+    if device.type == "cuda" and serving != "reference" and module._cell not in CELLS:
+        return Explanation(
+            "reference",
+            device.type,
+            "reference",
+            reason="cells of one's own have no kernels for GPUs",
+        )
     if serving == "reference" or device.type != "cuda":
         return Explanation(serving, device.type, serving)
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
@@ -89,7 +97,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
             batch,
             directions,
             gpu.is_precise(dtype),
-            isinstance(module, RNN | LSTM | GRU) and module.layer_norm,
+            layer and module.layer_norm,
         )
         for backward in (False, True)
     ]

@@ -8,6 +8,7 @@ from torch import Tensor
 from rnnkit import reference
 from rnnkit.call import LayerCall
 from rnnkit.packing import padded_with
+from rnnkit.specs import CELLS
 from rnnkit.update_gate import with_other_gate
 
 #: For each cell: ONNX's operator, for each of its gates the index of torch's gate, and extra attributes.
@@ -32,13 +33,14 @@ def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
     """The results of `reference.run`, as one node of an ONNX graph.
 
     ONNX's operators take padded sequences with their lengths. They have no projection, resets, recurrent dropout,
-    zoneout or layer normalization, and of the states after each step they return only h. A call that needs more is
-    exported as the reference's steps, for the T of the export.
+    zoneout, layer normalization or cells of one's own, and of the states after each step they return only h. A call that
+    needs more is exported as the reference's steps, for the T of the export.
 
     Source: https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and onnx__RNN.html.
     """
     beyond = call.normalizes or call.projects or call.outputs > 1 or call.reset is not None
     beyond |= call.operand_mask is not None or len(call.zoneout) > 0
+    beyond |= call.cell not in CELLS
     if beyond and call.batch_sizes is not None:
         raise RuntimeError(
             "expected a dense input, without lengths, to export a layer to ONNX that its operators do not have"

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnnkit import backends, parameters
+from rnnkit import backends, parameters, specs
 from rnnkit.call import BackwardCall, Keep
 from rnnkit.interop import Interop
-from rnnkit.specs import CELLS
 
 #: The gates of each cell, in the order of its weights; and those that are a tanh, where the others are sigmoids.
 GATES = {"rnn_tanh": "h", "rnn_relu": "h", "lstm": "ifgo", "gru": "rzn", "gru_writes": "rzn"}
@@ -79,18 +78,19 @@ class ModuleFlow:
     """The gradient flow of one layer or cell; L layers, D directions, T steps.
 
     Attributes:
-        cell: the cell's name in `specs.CELLS`.
+        cell: the cell's name in `specs.CELLS`, or that of a cell of one's own.
         h: [L, D, T], the norm over batch and units of dL/dh after each time step, in float64.
-        c: [L, D, T], the same for an LSTM's c; None for other cells.
+        c: [L, D, T], the same for a second state, as an LSTM's c; None for other cells.
         saturated: gate -> [L, D], the share of its values that are saturated: below 0.1 or above 0.9 of a sigmoid,
             above 0.9 in size of a tanh, 0 of a ReLU. An estimate from at most 128 rows; empty if no gates
-            are kept, with `recompute` and on the reference.
+            are kept, with `recompute`, on the reference and for a cell of one's own.
     """
 
     cell: str
     h: Tensor
     c: Tensor | None
     saturated: dict[str, Tensor]
+    _gates: Sequence[str] = field(repr=False)
     _weights: list[list[Tensor]] = field(repr=False)
 
     @property
@@ -99,7 +99,7 @@ class ModuleFlow:
 
         NaN for layers whose backward pass was not seen.
         """
-        gates = GATES[self.cell]
+        gates = self._gates
         unseen = self.h.new_full((len(gates), self.h.size(1)), torch.nan)
         of_layers = [
             torch.stack([_spectral_norms(w_hh, len(gates)) for w_hh in of_layer], -1)
@@ -208,7 +208,7 @@ class gradient_flow:
         cell = module._cell
         assert isinstance(cell, str)
         states = []
-        for k in range(CELLS[cell].states):
+        for k in range(min(specs.of(cell).states, 2)):
             joined = [torch.cat([c.norms[k] for c in of_layer], 1) for of_layer in seen]
             if len({norms.size(1) for norms in joined}) > 1:
                 steps = [norms.size(1) for norms in joined]
@@ -222,7 +222,11 @@ class gradient_flow:
             mean = torch.stack([torch.stack(of_layer).mean(0) for of_layer in saturated])
             shares = dict(zip(GATES[cell], mean.unbind(-1), strict=True))
         weights = [self._weights.get(p, []) for p in places]
-        return ModuleFlow(cell, states[0], states[1] if len(states) > 1 else None, shares, weights)
+        gates: Sequence[str] = GATES.get(cell, ())
+        if own := getattr(module, "cell", None):
+            cell, gates = own.name, own.recurrent
+        c = states[1] if len(states) > 1 else None
+        return ModuleFlow(cell, states[0], c, shares, gates, weights)
 
     def __iter__(self) -> Iterator[str]:
         """The names of the layers and cells whose backward pass was seen."""
@@ -284,7 +288,7 @@ def _tell_extension() -> None:
 
 def _recurrent_leaves(module: nn.Module) -> list[list[Tensor]]:
     """For each layer, the parameters that its w_hh are or are computed of."""
-    names = [of_direction["weight_hh"] for of_direction in parameters.names(module)]
+    names = [of_direction.get("weight_hh", "") for of_direction in parameters.names(module)]
     directions = 1 + bool(getattr(module, "bidirectional", False))
     known = dict(module.named_parameters())
 
@@ -340,8 +344,8 @@ def _spectral_norms(w_hh: Tensor, gates: int) -> Tensor:
 
 def _saturated(back: BackwardCall, has_reserve: bool) -> Tensor | None:
     """The share of saturated values of each gate, [D, gates]; None if they were not kept or there are none."""
-    call, gates = back.call, GATES[back.call.cell]
-    if call.empty:
+    call, gates = back.call, GATES.get(back.call.cell)
+    if call.empty or gates is None:
         return None
     if call.spec.saved == 0:
         of_rows = back.output.reshape(call.rows, call.directions, 1, call.projected).transpose(0, 1)

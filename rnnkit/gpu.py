@@ -18,7 +18,7 @@ from torch.nn.functional import layer_norm
 
 from rnnkit import backends, ops, plan
 from rnnkit.call import BackwardCall, Keep, LayerCall, Results
-from rnnkit.specs import NORM_EPSILON, WEIGHTS
+from rnnkit.specs import CELLS, NORM_EPSILON, WEIGHTS
 
 
 class Design(Protocol):
@@ -323,7 +323,9 @@ def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def serving(call: LayerCall) -> Scans | None:
-    """The scans that compute the call; None if the reference does."""
+    """The scans that compute the call; None if the reference does, as it does for cells of one's own."""
+    if call.cell not in CELLS:
+        return None
     run = scans(call.input.device)
     if run is None or not call.normalizes:
         return run

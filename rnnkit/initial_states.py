@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnkit.call import batch_of
 
+
 class InitialStates(nn.RNNBase):
     """Has `h_0` [L*D, P] and, for an LSTM, `c_0` [L*D, H] as parameters, if `learn_initial_state`."""
 

@@ -1,4 +1,4 @@
-"""`Recurrent` and `RecurrentCell`: a layer and a cell module of a cell of one's own (`rnnkit.cell`)."""
+"""`Recurrent` and `RecurrentCell`: a layer, and one step of it, of a cell of one's own (`rnnkit.cell`)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkit import stack
+from rnnkit import interop, stack
+from rnnkit.cells import _Cell
 from rnnkit.definition import Cell
 from rnnkit.init import Initializer
 from rnnkit.layers import _NOTHING, Device, Lengths, Rows, _asked, _Layers
@@ -15,14 +16,42 @@ from rnnkit.layers import _NOTHING, Device, Lengths, Rows, _asked, _Layers
 States = Tensor | Sequence[Tensor]
 
 
-class _OwnWeights(nn.RNNBase):
+class _OfCell(nn.Module):
+    """The base of both: a module that has a cell of one's own."""
+
+    cell: Cell
+    _cell: str
+
+    def _set_cell(self, cell: Cell) -> None:
+        if not isinstance(cell, Cell):
+            raise TypeError(f"expected cell to be made by rnnkit.cell, got {cell!r}")
+        vars(self)["cell"], vars(self)["_cell"] = cell, cell.op_name
+
+    def extra_repr(self) -> str:
+        """The cell, and what torch.nn's modules show."""
+        return f"{self.cell.name}, {super().extra_repr()}"
+
+    @torch.no_grad()
+    def _start(self, names: Sequence[str]) -> None:
+        """Initializes the cell's own parameters, of these names, as the cell says."""
+        for name in names:
+            start = self.cell.init.get(name.rpartition("_l")[0] or name)
+            if callable(start):
+                start(getattr(self, name))
+            elif start is not None:
+                nn.init.constant_(getattr(self, name), start)
+
+    def _joined(self, own: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The cell's own parameters of one direction as a call takes them: [U, H]."""
+        return [torch.stack([tensor for tensor in own if tensor is not None])] if own else []
+
+
+class _OwnWeights(_OfCell, nn.RNNBase):
     """torch.nn's base of layers with the weights of a cell of one's own.
 
     torch's constructor, which knows its own cells only, checks the arguments and sets the attributes; its parameters,
     without memory, are replaced.
     """
-
-    cell: Cell
 
     def __init__(self, mode: str, *args: Any, device: Device = None, **kwargs: Any) -> None:
         super().__init__("RNN_TANH", *args, device="meta", **kwargs)
@@ -34,7 +63,8 @@ class _OwnWeights(nn.RNNBase):
         self._all_weights = []
         for k, direction in layers:
             suffix = f"_l{k}" + "_reverse" * direction
-            shapes = _shapes(self, self.input_size if k == 0 else None)
+            width = (self.proj_size or self.hidden_size) * (1 + self.bidirectional)
+            shapes = _shapes(self, self.input_size if k == 0 else width, self.proj_size)
             for kind, shape in shapes.items():
                 tensor = torch.empty(shape, device=device, dtype=dtype)
                 self.register_parameter(kind + suffix, nn.Parameter(tensor))
@@ -51,20 +81,13 @@ class _OwnWeights(nn.RNNBase):
         """Initialize the parameters again: as torch.nn does, those of units as the cell says."""
         super().reset_parameters()
         for names in self._all_weights:
-            for kind, start in self.cell.init.items():
-                tensor = getattr(self, next(n for n in names if n.rpartition("_l")[0] == kind))
-                if callable(start):
-                    start(tensor)
-                else:
-                    nn.init.constant_(tensor, start)
+            self._start(names)
 
 
-def _shapes(module: Any, inputs: int | None) -> dict[str, tuple[int, ...]]:
+def _shapes(module: Any, inputs: int, projected: int = 0) -> dict[str, tuple[int, ...]]:
     """The parameters of one layer and direction: name without suffix -> shape."""
     cell, hidden = module.cell, module.hidden_size
-    width = module.proj_size or hidden
-    if inputs is None:
-        inputs = width * (1 + module.bidirectional)
+    width = projected or hidden
     gates, recurrent = len(cell.gates) * hidden, len(cell.recurrent) * hidden
     shapes: dict[str, tuple[int, ...]] = {"weight_ih": (gates, inputs)}
     if recurrent:
@@ -73,7 +96,7 @@ def _shapes(module: Any, inputs: int | None) -> dict[str, tuple[int, ...]]:
         shapes["bias_ih"] = (gates,)
         if recurrent:
             shapes["bias_hh"] = (recurrent,)
-    if module.proj_size:
+    if projected:
         shapes["weight_hr"] = (width, hidden)
     return shapes | dict.fromkeys(cell.parameters, (hidden,))
 
@@ -164,19 +187,10 @@ class Recurrent(_Layers, _OwnWeights):
             init=init,
         )
 
-    def _set_cell(self, cell: Cell) -> None:
-        if not isinstance(cell, Cell):
-            raise TypeError(f"expected cell to be made by rnnkit.cell, got {cell!r}")
-        vars(self)["cell"], vars(self)["_cell"] = cell, cell.op_name
-
     def reset_parameters(self) -> None:
         """Initialize the parameters again: as torch.nn does, those of units as the cell says, then by `init`."""
         if self.mode != "RNN_TANH":  # torch's constructor, see _OwnWeights
             super().reset_parameters()
-
-    def extra_repr(self) -> str:
-        """The cell, and what torch.nn's layers show."""
-        return f"{self.cell.name}, {super().extra_repr()}"
 
     @property
     def _state_names(self) -> tuple[str, ...]:
@@ -187,11 +201,9 @@ class Recurrent(_Layers, _OwnWeights):
         return len(self.cell.parameters)
 
     def _own_weights(self, own: list[Tensor | None]) -> list[Tensor | None]:
-        return [torch.stack([tensor for tensor in own if tensor is not None])] if own else []
+        return self._joined(own)
 
-    def check_forward_args(
-        self, input: Tensor, hidden: Any, batch_sizes: Tensor | None
-    ) -> None:
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
         """torch.nn's checks, for any number of states."""
         self.check_input(input, batch_sizes)
         states = (hidden,) if isinstance(hidden, Tensor) else hidden
@@ -217,3 +229,86 @@ class Recurrent(_Layers, _OwnWeights):
         if any(one is not None for one in given) or all_states is not False:
             asked = _asked(lengths, reset, reset_to, all_states)
         return self._forward(input, hx, asked)
+
+
+class _OwnCellWeights(_OfCell, nn.RNNCellBase):
+    """torch.nn's base of cells with the weights of a cell of one's own, see _OwnWeights."""
+
+    def __init__(
+        self, *args: Any, device: Device = None, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, num_chunks=1, device="meta", **kwargs)
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            delattr(self, name)
+        for name, shape in _shapes(self, self.input_size).items():
+            tensor = torch.empty(shape, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(tensor))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialize the parameters again: as torch.nn does, those of units as the cell says."""
+        if "bias_ih" in self._parameters and self.weight_ih.is_meta:  # torch's constructor
+            return
+        super().reset_parameters()
+        self._start(self.cell.parameters)
+
+
+class RecurrentCell(_Cell, _OwnCellWeights):
+    r"""One step of a recurrent cell of one's own.
+
+    Args:
+        cell: what `rnnkit.cell` made of a function.
+        input_size: I, features of the input.
+        hidden_size: H, features of each state.
+        bias: whether the module has `b_ih` and `b_hh`. Default True.
+        device, dtype: device and dtype of the parameters.
+        init: a callable that takes the module and initializes its parameters. Default None.
+
+    Parameters: `weight_ih` [G*H, I], `weight_hh` [R*H, H], `bias_ih` [G*H], `bias_hh` [R*H], and the cell's own [H] by
+    their names; G gates with an input part, R with a recurrent part.
+
+    Shape:
+        input [N, I] or [I]; `hx`, of a cell with one state a tensor [N, H] or [H], of others a tuple of one for each
+        state; zeros if None. Returns the new states in the form of `hx`.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a rank does not fit.
+        RuntimeError: a size does not fit.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        init: Initializer | None = None,
+    ) -> None:
+        self._set_cell(cell)
+        super().__init__(input_size, hidden_size, bias=bias, device=device, dtype=dtype, init=init)
+
+    @property
+    def _kind(self) -> str:
+        return self.cell.name
+
+    def forward(self, input: Tensor, hx: States | None = None) -> Any:
+        """Take one step; see the class."""
+        if interop.is_traced(input, hx):
+            return interop.traced(self, input, hx)
+        weights = stack.parameters(self, list(_shapes(self, self.input_size)))
+        if interop.runs_as_torchs(weights):
+            return interop.run_as_torchs(self, input, hx)
+        found = dict(zip(_shapes(self, self.input_size), weights, strict=True))
+        own = [found.pop(name) for name in self.cell.parameters]
+        given = [found.get(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        if len(self.cell.states) == 1:
+            states = stack.as_states(hx)
+        else:
+            states = stack.as_several_states(self.cell.states, self.cell.name, hx)
+        finals = self._step(input, states, [*given, None, *self._joined(own)])
+        return finals[0] if len(finals) == 1 else finals
