@@ -18,10 +18,10 @@ from rnnkit.recurrent import Recurrent, RecurrentCell
 __version__ = "0.1.0"
 
 __all__ = [
-    "Cell",
     "GRU",
     "LSTM",
     "RNN",
+    "Cell",
     "GRUCell",
     "LSTMCell",
     "RNNCell",

@@ -54,7 +54,7 @@ class _OwnWeights(_OfCell, nn.RNNBase):
     """
 
     def __init__(self, mode: str, *args: Any, device: Device = None, **kwargs: Any) -> None:
-        super().__init__("RNN_TANH", *args, device="meta", **kwargs)
+        super().__init__("RNN_TANH", *args, **{**kwargs, "device": "meta"})
         self.mode = mode
         for name in self._flat_weights_names:
             delattr(self, name)
@@ -237,7 +237,7 @@ class _OwnCellWeights(_OfCell, nn.RNNCellBase):
     def __init__(
         self, *args: Any, device: Device = None, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(*args, num_chunks=1, device="meta", **kwargs)
+        super().__init__(*args, **{**kwargs, "num_chunks": 1, "device": "meta"})
         for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
             delattr(self, name)
         for name, shape in _shapes(self, self.input_size).items():
@@ -296,7 +296,7 @@ class RecurrentCell(_Cell, _OwnCellWeights):
     def _kind(self) -> str:
         return self.cell.name
 
-    def forward(self, input: Tensor, hx: States | None = None) -> Any:
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Take one step; see the class."""
         if interop.is_traced(input, hx):
             return interop.traced(self, input, hx)

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnkit
-from rnnkit.initial_states import NAMES
 
+#: The parameters of learned initial states.
+NAMES = ("h_0", "c_0")
 LENGTHS = [2, 7, 5, 1, 3]
 
 
