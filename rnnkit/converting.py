@@ -105,7 +105,7 @@ def _why_left(module: nn.Module, given: type, to: dict[type[nn.Module], type[nn.
             return "its forward was replaced by another"
         return unlike_torchs(module)
     if to is THEIRS and isinstance(module, Interop) and not hasattr(module, "_torchs"):
-        return unlike_torchs(module)
+        return unlike_torchs(module)  # a cell of one's own
     if given in to.values():
         return ""
     package = "torch.nn" if to is OURS else "rnnkit"

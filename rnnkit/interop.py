@@ -125,7 +125,7 @@ def unlike_torchs(module: Any, of_call: tuple[Any] | None = None) -> str:
 
     `of_call`: whether it does so in one call, now, with this `hx`.
     """
-    if not hasattr(module, "_torchs"):
+    if isinstance(module, Interop) and not hasattr(module, "_torchs"):
         return "has a cell of its own"
     if update_gate.writes(module):
         return "has update_gate='writes': call convert_update_gate('keeps') first"
