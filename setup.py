@@ -65,6 +65,15 @@ if platform.machine() in ("x86_64", "AMD64"):
     ]
     CAPABILITIES["avx512_bf16"] = [*CAPABILITIES["avx512"], "-mavx512bf16"]
 
+if SANITIZE and sys.platform == "linux":
+    # Such a build is for this machine's tests, which run no ISA that the CPU does not have.
+    has = Path("/proc/cpuinfo").read_text().split()
+    CAPABILITIES = {
+        name: flags
+        for name, flags in CAPABILITIES.items()
+        if name == "baseline" or name in has or f"{name}f" in has  # avx512f is the least of avx512
+    }
+
 FLAGS = [
     "-std=c++20",
     "-O3",
@@ -178,12 +187,21 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
     """Builds the extensions that are wanted, and writes _build.py beside them in any case."""
 
     def finalize_options(self) -> None:
-        """Keeps objects in one folder for each kind of build: pip's is temporary, so that nothing would be reused."""
+        """Keeps objects in one folder for each kind of build: pip's is temporary, so that nothing would be reused.
+
+        Those of the kernels are the same for every Python and torch.
+        """
         super().finalize_options()
         python, compiler = sys.implementation.cache_tag, os.environ.get("CXX", "")
-        kind = [sysconfig.get_platform(), python, TORCH_VERSION, SANITIZE, compiler]
         self.force = True  # always link; build_objects decides what is compiled
-        self.build_temp = str(Path("build", "-".join(re.sub(r"\W", "_", k) for k in kind if k)))
+
+        def folder(*kind: str) -> str:
+            return str(Path("build", "-".join(re.sub(r"\W", "_", k) for k in kind if k)))
+
+        self.kernels_temp = folder(sysconfig.get_platform(), "kernels", SANITIZE, compiler)
+        self.build_temp = folder(
+            sysconfig.get_platform(), python, TORCH_VERSION, SANITIZE, compiler
+        )
 
     def run(self) -> None:
         """Builds, and writes to _build.py what was built, or why not."""
@@ -259,9 +277,8 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
         if "clang" not in self.compiler_version:
             ordinary += ["--param=ggc-min-expand=30"]  # makes gcc take less memory
         ordinary += [f"-DRNNKIT_HAS_{name.upper()}" for name in names]
-        sets = [("", ext.sources, ordinary)]
-        for name, flags in CAPABILITIES.items():
-            sets.append((name, kernels(name, ext.depends), [f"-DRNNKIT_CAPABILITY={name}", *flags]))
+        cxx = cpp_extension.get_cxx_compiler().split()
+        of_kernels = [*cxx, "-fPIC", "-DNDEBUG", f"-I{os.path.abspath('csrc')}", *FLAGS]
 
         def compile_sets(
             sources: list[str],
@@ -271,23 +288,25 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
             extra_postargs: list[str] | None = None,
             **options: Any,
         ) -> list[str]:
-            parts = []
-            for name, files, flags in sets:
-                _, objects, _, preprocessor, _ = self.compiler._setup_compile(
-                    str(Path(output_dir, name)), macros, include_dirs, files, [], extra_postargs
-                )
-                command = [
-                    *cpp_extension.get_cxx_compiler().split(),
-                    *self.compiler.compiler_so[1:],
-                    *preprocessor,
-                    *(extra_postargs or []),
-                    *flags,
+            _, objects, _, preprocessor, _ = self.compiler._setup_compile(
+                output_dir, macros, include_dirs, ext.sources, [], extra_postargs
+            )
+            command = [*cxx, *self.compiler.compiler_so[1:], *preprocessor]
+            command += [*(extra_postargs or []), *ordinary]
+            found = [(command, *pair) for pair in zip(ext.sources, objects, strict=True)]
+            for name, flags in CAPABILITIES.items():
+                command = [*of_kernels, f"-DRNNKIT_CAPABILITY={name}", *flags]
+                for source in kernels(name, ext.depends):
+                    target = Path(self.kernels_temp, name, source).with_suffix(".o")
+                    found.append((command, source, target))
+            return build_objects.compile_all(
+                [
+                    build_objects.Part(
+                        [*command], Path(source), Path(target), self.compiler_version
+                    )
+                    for command, source, target in found
                 ]
-                parts += [
-                    build_objects.Part(command, Path(source), Path(target), self.compiler_version)
-                    for source, target in zip(files, objects, strict=True)
-                ]
-            return build_objects.compile_all(parts)
+            )
 
         self.compiler.compile = compile_sets
         super().build_extension(ext)
