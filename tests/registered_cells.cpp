@@ -90,6 +90,37 @@ struct TwoToOne {
   }
 };
 
+// a = σ(x + h), c' = a c + 1 - a, h' = tanh(c'), whose derivative is made of h'.
+struct TwoStates {
+  static constexpr int gates = 1, states = 2, saved = 2, grads = 1;
+  static constexpr bool uses_h = true, uses_previous_h = false;
+
+  template <class V>
+  static V new_c(const V* save) {
+    return save[0] * save[1] + (Element<V>(1) - save[0]);
+  }
+  template <class V>
+  static void forward(const V* x, const V* h, V* state, V* save) {
+    save[0] = sigmoid(x[0] + h[0]);
+    save[1] = state[1];
+    state[1] = new_c(save);
+    state[0] = tanh(state[1]);
+  }
+  template <class V>
+  static void grad_states(const V* save, V* grad_state) {
+    const V h = tanh(new_c(save));
+    grad_state[1] = grad_state[1] + grad_state[0] * (Element<V>(1) - h * h);
+  }
+  template <class V>
+  static void backward(const V* save, V h, V, V* grad_state, V* grad) {
+    using T = Element<V>;
+    const V grad_c = grad_state[1] + grad_state[0] * (T(1) - h * h);
+    grad[0] = grad_c * (save[1] - T(1)) * save[0] * (T(1) - save[0]);
+    grad_state[0] = V{};
+    grad_state[1] = grad_c * save[0];
+  }
+};
+
 // h' = tanh(x + h0) σ(h1).
 struct OneToTwo {
   static constexpr int gates = 1, recurrent = 2, states = 1, saved = 2, grads = 2;
@@ -179,5 +210,6 @@ RNNKIT_COMPILED_CELL(Gru, gru)
 RNNKIT_COMPILED_CELL_THAT_PROJECTS(Peephole, peephole)
 RNNKIT_COMPILED_CELL(Independent, independent)
 RNNKIT_COMPILED_CELL(TwoToOne, two_to_one)
+RNNKIT_COMPILED_CELL(TwoStates, two_states)
 RNNKIT_COMPILED_CELL_THAT_PROJECTS(OneToTwo, one_to_two)
 RNNKIT_COMPILED_CELL_THAT_PROJECTS(FourStates, four_states)

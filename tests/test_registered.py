@@ -60,6 +60,12 @@ def _two_to_one(x: Parts, h: Parts, states: Parts) -> tuple[Tensor, ...]:
     return (f * states[0] + (1 - f) * n,)
 
 
+def _two_states(x: Parts, h: Parts, states: Parts) -> tuple[Tensor, ...]:
+    a = torch.sigmoid(x[0] + h[0])
+    c = a * states[1] + (1 - a)
+    return torch.tanh(c), c
+
+
 def _one_to_two(x: Parts, h: Parts, states: Parts) -> tuple[Tensor, ...]:
     return (torch.tanh(x[0] + h[0]) * torch.sigmoid(h[1]),)
 
@@ -79,6 +85,7 @@ SPECS = {
         CellSpec("peephole", 4, 2, 5, (0, 1, 2, 3), _peephole, projects=True, parameters=3),
         CellSpec("independent", 1, 1, 0, (0,), _independent, recurrent_gates=0, parameters=1),
         CellSpec("two_to_one", 2, 1, 2, (1, 2), _two_to_one, recurrent_gates=1),
+        CellSpec("two_states", 1, 2, 2, (0,), _two_states, uses_h=True),
         CellSpec("one_to_two", 1, 1, 2, (0,), _one_to_two, projects=True, recurrent_gates=2),
         CellSpec("four_states", 2, 4, 5, (0, 1), _four_states, projects=True),
     )

@@ -33,7 +33,8 @@ class CompiledCell {
   }();
 
  public:
-  static void forward(const void* /*context*/, const ForwardBlock<T>& block) {
+  static void forward(const void* /*context*/, const ForwardBlock<T>& given) {
+    const ForwardBlock<T> block = given;  // a copy, for stores of vectors may alias anything in memory
     for_values(block, [&](int64_t i, int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
       V x[kGates], h[kRecurrent + 1], parameters[kParameters + 1], state[kStates], save[kSaved + 1];
       read<kGates>(block.x, i, u, lanes, x);
@@ -52,7 +53,8 @@ class CompiledCell {
     });
   }
 
-  static void backward(const void* /*context*/, const BackwardBlock<T>& block) {
+  static void backward(const void* /*context*/, const BackwardBlock<T>& given) {
+    const BackwardBlock<T> block = given;
     for_values(block, [&](int64_t i, int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
       V parameters[kParameters + 1], save[kSaved + 1], grad_state[kStates], grad[Cell::grads + kParameters];
       V h{}, previous_h{};
@@ -68,7 +70,8 @@ class CompiledCell {
     });
   }
 
-  static void grad_states(const void* /*context*/, const BackwardBlock<T>& block) {
+  static void grad_states(const void* /*context*/, const BackwardBlock<T>& given) {
+    const BackwardBlock<T> block = given;
     if constexpr (kStates > 1)
       for_values(block, [&](int64_t i, int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
         V parameters[kParameters + 1], save[kSaved + 1], grad_state[kStates];
@@ -82,7 +85,8 @@ class CompiledCell {
   }
 
   // Only for a cell that may be projected.
-  static void output(const void* /*context*/, const BackwardBlock<T>& block) {
+  static void output(const void* /*context*/, const BackwardBlock<T>& given) {
+    const BackwardBlock<T> block = given;
     for_values(block, [&](int64_t i, int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
       V parameters[kParameters + 1], save[kSaved + 1], h;
       read<kSaved>(block.saved, i, u, lanes, save);

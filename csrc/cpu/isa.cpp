@@ -99,8 +99,8 @@ void register_cell(const std::string& name, const RegisteredCell& cell, bool pro
   entry.cell.name = entry.name.c_str();
   entry.cell.others = cell.states - 1;
   entry.cell.columns = cell.grads + cell.parameters;
-  // A panel is to be about 64 columns wide.
-  entry.cell.units = kMostUnits / std::clamp<int64_t>(std::max(cell.gates, cell.recurrent), 1, 4) / 16 * 16;
+  // As many as make a panel of up to 128 columns.
+  entry.cell.units = std::clamp<int64_t>(128 / std::max(cell.gates, cell.recurrent) / 16 * 16, 16, kMostUnits);
   entry.kernels = {.name = entry.cell.name,
                    .gates = cell.gates,
                    .recurrent = cell.recurrent,

@@ -216,8 +216,9 @@ class Backward {
         const T* grad_y = at(layer_.states[0].grad_all, (row * layer_.directions + d) * P + first);
         T* flow = at(layer_.states[0].flow, (row * layer_.directions + d) * P + first);
         S* grad_projected = projects_ ? grads_.projected.at(segment, d, row) + first : nullptr;
-        const RowOfCell of = projects_ ? RowOfCell{} : row_of_cell(segment, rows, s, m + i, here);
-        if (!projects_) add_grad_all(of, row, d, first, width);
+        const bool has_cell = !projects_ && !kIsRegistered<Cell>;
+        const RowOfCell of = has_cell ? row_of_cell(segment, rows, s, m + i, here) : RowOfCell{};
+        if (has_cell) add_grad_all(of, row, d, first, width);
         // Where the cell's backward follows for all units or all rows at once, its gradient of h.
         T* given = normalized_.there()   ? normalized_.given(d, n) + first
                    : kIsRegistered<Cell> ? grads + i * kPanel
@@ -260,6 +261,10 @@ class Backward {
       const int64_t count = min_of(kRowBlock, here.active - m);
       w_hr_[d].multiply(count, round_up(width, kLanes<T>), P,
                         rows_of(grads_.projected.at(segment, d, rows.first(s) + m), P), 0, first, grads, kPanel, false);
+      if constexpr (kIsRegistered<Cell>) {
+        registered_cell(segment, rows, s, m, count, first, width, grads);
+        continue;
+      }
       for (int64_t i = 0; i < count; ++i) {
         const RowOfCell of = row_of_cell(segment, rows, s, m + i, here);
         add_grad_all(of, rows.first(s) + m + i, d, first, width);
@@ -270,7 +275,6 @@ class Backward {
             cell<false>(of, first + u, lanes, load(grads + i * kPanel + u));
           });
       }
-      if constexpr (kIsRegistered<Cell>) registered_cell(segment, rows, s, m, count, first, width, grads);
     }
     for (int64_t n = after.continuing; n < after.active; ++n)
       for_vectors<T>(width, [&](int64_t u, auto lanes) { finish_others(d, rows.range.begin + n, first + u, lanes); });
@@ -307,7 +311,7 @@ class Backward {
     const T* saved;           // [saved, H]
     const S *h, *previous_h;  // h after the step, and before it
     const T* given;           // the h that the step gave, where zoneout left another one
-    T* grad_others;           // [kOthers, H]: on entry of the states after the step, on return of those before it
+    T* grad_others;           // [others, H]: on entry of the states after the step, on return of those before it
     S *grads, *unprojected;   // grads: [columns, H]
     bool stops;               // whether the step passes nothing back to the step before
     bool is_reset;            // whether that is because the row is put back between them
@@ -358,10 +362,10 @@ class Backward {
   template <class Count>
   RNNKIT_INLINE void load_grads(const RowOfCell& of, int64_t unit, Count lanes, Vector<T> grad_h,
                                 Vector<T>* grad) const {
-    const int64_t n_others = shape().others;
     grad[0] = grad_h;
-#pragma GCC unroll 8
-    for (int64_t k = 0; k < n_others; ++k) grad[k + 1] = load(of.grad_others + k * layer_.hidden + unit, lanes);
+    for_most<kMostStates<Cell> - 1>(shape().others, [&](int64_t k, bool is_there) RNNKIT_INLINE_LAMBDA {
+      grad[k + 1] = is_there ? load(of.grad_others + k * layer_.hidden + unit, lanes) : Vector<T>{};
+    });
   }
 
   // Zoneout: leaves in `grad` the part of the state that the cell gave. `of_old`: that of the state before the step.
@@ -377,24 +381,23 @@ class Backward {
   template <class Count>
   RNNKIT_INLINE void store_flow(const RowOfCell& of, int64_t unit, Count lanes, const Vector<T>* grad,
                                 const Vector<T>* whole) const {
-    const int64_t states = shape().states;
-#pragma GCC unroll 8
-    for (int64_t k = 1; k < states; ++k)
-      store(layer_.states[k].flow + of.place + unit, layer_.states[k].zones() ? grad[k] : whole[k], lanes);
+    for_most<kMostStates<Cell> - 1>(shape().others, [&](int64_t i, bool is_there) RNNKIT_INLINE_LAMBDA {
+      const State<T>& state = layer_.states[i + 1];
+      if (is_there) store(state.flow + of.place + unit, state.zones() ? grad[i + 1] : whole[i + 1], lanes);
+    });
   }
 
-  // Writes the gradients of the states other than h before a step, [S] of which `grad` has.
+  // Writes the gradients of the states other than h before a step, from those of all states.
   template <class Count>
   RNNKIT_INLINE void pass_back(const RowOfCell& of, int64_t unit, Count lanes, const Vector<T>* grad) const {
-    const int64_t n_others = shape().others;
-#pragma GCC unroll 8
-    for (int64_t k = 0; k < n_others; ++k) {
+    for_most<kMostStates<Cell> - 1>(shape().others, [&](int64_t k, bool is_there) RNNKIT_INLINE_LAMBDA {
+      if (!is_there) return;
       const Vector<T> passed = clipped(grad[k + 1]);
       store(of.grad_others + k * layer_.hidden + unit, of.stops ? Vector<T>{} : passed, lanes);
-      if (!of.stops) continue;
+      if (!of.stops) return;
       if (T* sum = layer_.states[k + 1].grad_reset; of.is_reset && sum != nullptr)
         add(passed, sum + of.state + unit, lanes);
-    }
+    });
   }
 
   // The cell's backward for some units of a row. Returns the gradient of the previous h that does not come through the
@@ -459,9 +462,11 @@ class Backward {
     alignas(64) T result[kRows * kMostStates<Cell> * kPanel], previous_h[kRows * kPanel];
     alignas(64) T of_now[kRows * kMostStates<Cell> * kPanel], of_old[kRows * kMostStates<Cell> * kPanel];
     const auto load_states = [&](const T* from, int64_t i, int64_t u, auto lanes, Vector<T>* to) RNNKIT_INLINE_LAMBDA {
-      for (int64_t k = 0; k < states; ++k) to[k] = load(from + (i * states + k) * kPanel + u, lanes);
+      for_most<kMostStates<Cell>>(states, [&](int64_t k, bool is_there) RNNKIT_INLINE_LAMBDA {
+        to[k] = is_there ? load(from + (i * states + k) * kPanel + u, lanes) : Vector<T>{};
+      });
     };
-    const auto store_states = [&](const Vector<T>* from, int64_t i, int64_t u, auto lanes, T* to) RNNKIT_INLINE_LAMBDA {
+    const auto store_states = [&](const Vector<T>* from, int64_t i, int64_t u, auto lanes, T* to) {
       for (int64_t k = 0; k < states; ++k) store(to + (i * states + k) * kPanel + u, from[k], lanes);
     };
     for (; count > 0; m += kRows, count -= kRows, grad_h += kRows * kPanel) {
@@ -469,6 +474,7 @@ class Backward {
       RowOfCell of[kRows];
       for (int64_t i = 0; i < n_rows; ++i) {
         of[i] = row_of_cell(segment, rows, s, m + i, here);
+        add_grad_all(of[i], row + i, d, first, width);
         if (shape().uses_previous_h) copy_row(of[i].previous_h + first, width, previous_h + i * kPanel);
       }
       const auto for_values = [&](const auto& body) {
@@ -507,19 +513,22 @@ class Backward {
           store_flow(of[i], first + u, lanes, grad, whole);
         });
       }
-      pointwise.backward(context, block);
       T* const passed = projects_ ? nullptr : grad_h_ + (d * layer_.batch + rows.range.begin + m) * H + first;
-      for_values([&](int64_t i, int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
-        Vector<T> grad[kMostStates<Cell>];
-        load_states(result, i, u, lanes, grad);
-        if (zones_) {
-          Vector<T> old[kMostStates<Cell>];
-          load_states(of_old, i, u, lanes, old);
-          for (int64_t k = 0; k < states; ++k) grad[k] += old[k];
-        }
-        pass_back(of[i], first + u, lanes, grad);
-        if (passed != nullptr) store(passed + i * H + u, grad[0], lanes);
-      });
+      const bool at_once = states == 1 && passed != nullptr && !zones_;  // nothing is left to do with the result
+      if (at_once) block.result = {passed, H, 0};
+      pointwise.backward(context, block);
+      if (!at_once)
+        for_values([&](int64_t i, int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
+          Vector<T> grad[kMostStates<Cell>];
+          load_states(result, i, u, lanes, grad);
+          if (zones_) {
+            Vector<T> old[kMostStates<Cell>];
+            load_states(of_old, i, u, lanes, old);
+            for (int64_t k = 0; k < states; ++k) grad[k] += old[k];
+          }
+          pass_back(of[i], first + u, lanes, grad);
+          if (passed != nullptr) store(passed + i * H + u, grad[0], lanes);
+        });
       if (projects_) {
         block.result = {grads_.unprojected.at(segment, d, row) + first, H, 0};
         pointwise.output(context, block);
@@ -588,7 +597,7 @@ class Backward {
   Stop stop_;
   // Gradients of the states between two steps. grad_h_ has no part through W_hh: of a row that no step has reached it
   // is the gradient of the final h; after that, what the cell's backward returned for the previous h.
-  T *grad_h_, *grad_others_;  // [D, N, P], [D, N, kOthers, H]
+  T *grad_h_, *grad_others_;  // [D, N, P], [D, N, others, H]
   Matrix<S> w_hh_[2], w_ih_[2], w_hr_[2];
 };
 

@@ -224,7 +224,9 @@ class Forward {
                 {saved, values * H, H});
     cell(rows, s, p, m, count, input, recurrent,
          [&](int64_t i, const T*, const T*, int64_t u, auto lanes, Vector<T>* state, Vector<T>*) RNNKIT_INLINE_LAMBDA {
-           for (int64_t k = 0; k < states; ++k) state[k] = load(after + (i * states + k) * units + u, lanes);
+           for_most<kMostStates<Cell>>(states, [&](int64_t k, bool is_there) RNNKIT_INLINE_LAMBDA {
+             state[k] = is_there ? load(after + (i * states + k) * units + u, lanes) : Vector<T>{};
+           });
          });
   }
 
@@ -331,21 +333,19 @@ class Forward {
       const bool ends = next.carries(m + i);
       for_vectors<T>(units, [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
         V state[kMostStates<Cell>], save[kMostSaved<Cell> + 1];
-        if constexpr (kIsRegistered<Cell>)
-          std::memset(state, 0, sizeof state);  // for the compiler, which does not know how many give() writes
-        else
-          GatesOf::load_states(h_before, others, H, u, lanes, state);
-        if (keeps_states) {
-#pragma GCC unroll 8
-          for (int64_t k = 0; k < n_others; ++k) store(reserve + k * H + u, load(others + k * H + u, lanes), lanes);
-        }
+        if constexpr (!kIsRegistered<Cell>) GatesOf::load_states(h_before, others, H, u, lanes, state);
+        if (keeps_states)
+          for_most<kMostStates<Cell> - 1>(n_others, [&](int64_t k, bool is_there) RNNKIT_INLINE_LAMBDA {
+            if (is_there) store(reserve + k * H + u, load(others + k * H + u, lanes), lanes);
+          });
         give(i, input, recurrent, u, lanes, state, save);
         if (keeps_h) store(reserve + of_reserve.given * H + u, state[0], lanes);
         if (zones) zone(h_before + u, others + u, ((row + i) * layer_.directions + d) * H + unit + u, lanes, state);
         if constexpr (!kIsRegistered<Cell>)
           if (keeps_all) GatesOf::store_saved(save, H, lanes, reserve + u);
-#pragma GCC unroll 8
-        for (int64_t k = 0; k < n_others; ++k) store(others + k * H + u, state[k + 1], lanes);
+        for_most<kMostStates<Cell> - 1>(n_others, [&](int64_t k, bool is_there) RNNKIT_INLINE_LAMBDA {
+          if (is_there) store(others + k * H + u, state[k + 1], lanes);
+        });
         if (unprojected != nullptr) {
           store(unprojected + u, state[0], lanes);
         } else {
@@ -377,13 +377,11 @@ class Forward {
   // Zoneout of the states that have it. h, others: before the step; others [others, H]. h has none with a projection.
   template <class Count>
   RNNKIT_INLINE void zone(const S* h, const T* others, int64_t place, Count lanes, Vector<T>* state) const {
-    const int64_t states = shape().states;
-#pragma GCC unroll 8
-    for (int64_t k = 0; k < states; ++k) {
-      if (!layer_.states[k].zones()) continue;
+    for_most<kMostStates<Cell>>(shape().states, [&](int64_t k, bool is_there) RNNKIT_INLINE_LAMBDA {
+      if (!is_there || !layer_.states[k].zones()) return;
       const Vector<T> old = k == 0 ? load(h, lanes) : load(others + (k - 1) * layer_.hidden, lanes);
       state[k] = zoned(layer_.states[k], place, lanes, old, state[k]);
-    }
+    });
   }
 
   // With a projection: h W_hrᵀ of all active rows, in the columns `own`, is the operand of the next step's product.

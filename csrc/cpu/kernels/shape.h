@@ -48,7 +48,15 @@ inline constexpr int64_t kMostStates<Registered> = kMaxStates;
 template <>
 inline constexpr int64_t kMostSaved<Registered> = 0;  // goes to memory at once
 template <>
-inline constexpr int64_t kMostWidth<Registered> = kMaxGates * 16;
+inline constexpr int64_t kMostWidth<Registered> = kMaxGates * 16;  // see register_cell in isa.cpp
+
+// Calls body(k, whether k < count) for k = 0 to most - 1, unrolled, so that arrays over k can be registers also where only
+// run time knows the count.
+template <int64_t most, class Body>
+RNNKIT_INLINE void for_most(int64_t count, const Body& body) {
+#pragma GCC unroll 8
+  for (int64_t k = 0; k < most; ++k) body(k, k < count);
+}
 
 // Whether h can be projected: not if the cell reads h, for only the projected one is kept.
 template <class Cell, class S>
