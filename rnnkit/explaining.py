@@ -72,9 +72,8 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
         return Explanation(serving, device.type, serving)
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
-    cell = module._cell
-    hidden = module.hidden_size
-    assert isinstance(hidden, int)
+    cell, hidden = module._cell, module.hidden_size
+    assert isinstance(cell, str) and isinstance(hidden, int)
     if isinstance(input, PackedSequence):
         batch = int(input.batch_sizes[0])
     elif data.dim() == (3 if layer else 2):
@@ -97,7 +96,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
             batch,
             directions,
             gpu.is_precise(dtype),
-            layer and module.layer_norm,
+            bool(layer and module.layer_norm),
         )
         for backward in (False, True)
     ]

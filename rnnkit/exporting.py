@@ -33,8 +33,8 @@ def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
     """The results of `reference.run`, as one node of an ONNX graph.
 
     ONNX's operators take padded sequences with their lengths. They have no projection, resets, recurrent dropout,
-    zoneout, layer normalization or cells of one's own, and of the states after each step they return only h. A call that
-    needs more is exported as the reference's steps, for the T of the export.
+    zoneout, layer normalization or cells of one's own, and of the states after each step they return only h. A call
+    that needs more is exported as the reference's steps, for the T of the export.
 
     Source: https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and onnx__RNN.html.
     """

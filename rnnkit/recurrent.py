@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkit import interop, stack
@@ -32,14 +33,17 @@ class _OfCell(nn.Module):
         return f"{self.cell.name}, {super().extra_repr()}"
 
     @torch.no_grad()
-    def _start(self, names: Sequence[str]) -> None:
-        """Initializes the cell's own parameters, of these names, as the cell says."""
-        for name in names:
-            start = self.cell.init.get(name.rpartition("_l")[0] or name)
+    def _start(self, suffix: str = "") -> None:
+        """Initializes the cell's own parameters as the cell says, those whose names end in `suffix`."""
+        for kind, start in self.cell.init.items():
+            name = kind + suffix
+            tensor = getattr(self, name)
             if callable(start):
-                start(getattr(self, name))
-            elif start is not None:
-                nn.init.constant_(getattr(self, name), start)
+                start(tensor)
+            else:
+                nn.init.constant_(tensor, start)
+            if parametrize.is_parametrized(self, name):  # then `tensor` is what was computed
+                setattr(self, name, tensor)
 
     def _joined(self, own: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The cell's own parameters of one direction as a call takes them: [U, H]."""
@@ -54,7 +58,7 @@ class _OwnWeights(_OfCell, nn.RNNBase):
     """
 
     def __init__(self, mode: str, *args: Any, device: Device = None, **kwargs: Any) -> None:
-        super().__init__("RNN_TANH", *args, device="meta", **kwargs)
+        super().__init__("RNN_TANH", *args, device="meta", **kwargs)  # type: ignore[misc]
         self.mode = mode
         for name in self._flat_weights_names:
             delattr(self, name)
@@ -81,7 +85,7 @@ class _OwnWeights(_OfCell, nn.RNNBase):
         """Initialize the parameters again: as torch.nn does, those of units as the cell says."""
         super().reset_parameters()
         for names in self._all_weights:
-            self._start(names)
+            self._start(names[0].removeprefix("weight_ih"))
 
 
 def _shapes(module: Any, inputs: int, projected: int = 0) -> dict[str, tuple[int, ...]]:
@@ -237,7 +241,7 @@ class _OwnCellWeights(_OfCell, nn.RNNCellBase):
     def __init__(
         self, *args: Any, device: Device = None, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(*args, num_chunks=1, device="meta", **kwargs)
+        super().__init__(*args, num_chunks=1, device="meta", **kwargs)  # type: ignore[misc]
         for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
             delattr(self, name)
         for name, shape in _shapes(self, self.input_size).items():
@@ -251,7 +255,7 @@ class _OwnCellWeights(_OfCell, nn.RNNCellBase):
         if "bias_ih" in self._parameters and self.weight_ih.is_meta:  # torch's constructor
             return
         super().reset_parameters()
-        self._start(self.cell.parameters)
+        self._start()
 
 
 class RecurrentCell(_Cell, _OwnCellWeights):
@@ -296,7 +300,7 @@ class RecurrentCell(_Cell, _OwnCellWeights):
     def _kind(self) -> str:
         return self.cell.name
 
-    def forward(self, input: Tensor, hx: States | None = None) -> Any:
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Take one step; see the class."""
         if interop.is_traced(input, hx):
             return interop.traced(self, input, hx)

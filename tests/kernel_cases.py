@@ -46,7 +46,8 @@ class Case:
         resets: the share of rows at whose boundary the states are put back; 0 for no mask.
         reset_states: whether the states to put back to are given.
         operand_mask: whether the recurrent operand is masked.
-        zoneout: the probability of the first two states (the others have one of their own), and `expects`: whether for the expectation, without masks.
+        zoneout: the probability of the first two states (the others have one of their own), and `expects`: whether
+            for the expectation, without masks.
         norm: whether the layer has layer normalization.
     """
 
