@@ -155,8 +155,9 @@ def cell(
     if function is None:
         given = {"gates": gates, "states": states, "recurrent": recurrent, "parameters": parameters}
         return functools.partial(cell, **given, init=init)
-    from rnnkit.graph import trace
+    from rnnkit.graph.trace import checked_names, trace
 
+    gates = checked_names("gates", gates)
     graph = trace(
         function,
         inputs=gates,

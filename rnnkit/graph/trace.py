@@ -344,7 +344,7 @@ class Graph:
         for name in names:
             if not isinstance(content[name], list):
                 raise ValueError(f"expected {name} to be a list, got {content[name]!r}")
-        of_leaves = [_names(name, content[name]) for name in names[:4]]
+        of_leaves = [checked_names(name, content[name]) for name in names[:4]]
         nodes = Nodes()
         counts = dict(zip(LEAVES, map(len, of_leaves), strict=False))
         for place, node in enumerate(content["nodes"]):
@@ -425,7 +425,8 @@ def _key(node: Node) -> tuple[Any, ...]:
     return kind, node.args, node.op, node.of
 
 
-def _names(argument: str, names: Any) -> tuple[str, ...]:
+def checked_names(argument: str, names: Any) -> tuple[str, ...]:
+    """The names that an argument gives, in one string or a sequence; raises a ValueError if they are none."""
     if isinstance(names, str):
         names = names.split()
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
@@ -435,7 +436,7 @@ def _names(argument: str, names: Any) -> tuple[str, ...]:
             raise ValueError(f"expected a name that Python can have in {argument}, got {name!r}")
     if len(set(names)) < len(names):
         raise ValueError(f"expected different names in {argument}, got {', '.join(names)}")
-    if not names and argument in ("inputs", "states"):
+    if not names and argument not in ("recurrent", "parameters"):
         raise ValueError(f"expected at least one name in {argument}")
     return tuple(names)
 
@@ -465,7 +466,7 @@ def trace(
         ValueError: a name is none, or the function returns other states than it should.
     """
     given = {"inputs": inputs, "recurrent": recurrent, "states": states, "parameters": parameters}
-    names = [_names(argument, of) for argument, of in given.items()]
+    names = [checked_names(argument, of) for argument, of in given.items()]
     nodes = Nodes()
     arguments = []
     for title, kind, of_kind in zip(given, LEAVES, names, strict=False):
