@@ -155,16 +155,19 @@ def cell(
     if function is None:
         given = {"gates": gates, "states": states, "recurrent": recurrent, "parameters": parameters}
         return functools.partial(cell, **given, init=init)
-    from rnnkit.graph.trace import checked_names, trace
+    from rnnkit.graph.trace import Refused, checked_names, trace
 
     gates = checked_names("gates", gates)
-    graph = trace(
-        function,
-        inputs=gates,
-        recurrent=gates if recurrent is None else recurrent,
-        states=states,
-        parameters=parameters,
-    )
+    try:
+        graph = trace(
+            function,
+            inputs=gates,
+            recurrent=gates if recurrent is None else recurrent,
+            states=states,
+            parameters=parameters,
+        )
+    except Refused as error:  # its text names the line; the way there is of no use
+        raise TypeError(str(error)) from None
     if graph.has_output:
         raise ValueError("expected the first state to be the output, got an output of its own")
     return functools.update_wrapper(Cell(function.__name__, graph, init), function, updated=())

@@ -1,6 +1,8 @@
 """The cells of `rnnkit.library`, against loops over their papers' formulas and against torchrecurrent's cells."""
 
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -287,6 +289,18 @@ def test_docstrings_name_everything(name: str) -> None:
 def test_every_cell_is_listed() -> None:
     cells = [name for name, value in vars(library).items() if isinstance(value, rnnkit.Cell)]
     assert sorted(cells) == library.__all__
+
+
+def test_it_is_imported_when_it_is_used() -> None:
+    script = """
+import sys, rnnkit
+assert "rnnkit.library" not in sys.modules
+assert rnnkit.library.janet.states == ("h",)
+assert rnnkit.library is sys.modules["rnnkit.library"]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    with pytest.raises(AttributeError, match="module 'rnnkit' has no attribute 'libary'"):
+        rnnkit.libary
 
 
 def test_initial_values() -> None:

@@ -145,10 +145,10 @@ def _refuse(what: str, instead: str) -> NoReturn:
     frame = sys._getframe(1)
     while not _is_step(frame) and frame.f_back is not None:
         frame = frame.f_back
-    raise _Refused(f"{_line(frame, frame.f_lineno)}: {what}: {instead}")
+    raise Refused(f"{_line(frame, frame.f_lineno)}: {what}: {instead}")
 
 
-class _Refused(TypeError):
+class Refused(TypeError):
     """What a graph cannot have; the text names the line."""
 
 
@@ -160,7 +160,7 @@ def _with_line(error: TypeError) -> TypeError:
         if _is_step(frame)
     ]
     words = str(error).partition("\n")[0]
-    return _Refused(f"{lines[-1]}: {words}: {_ALLOWED}") if lines else error
+    return Refused(f"{lines[-1]}: {words}: {_ALLOWED}") if lines else error
 
 
 class Value:
@@ -474,7 +474,7 @@ def trace(
         arguments.append(namedtuple(title, of_kind)(*leaves))
     try:
         returned = step(*arguments if names[3] else arguments[:3])
-    except _Refused:
+    except Refused:
         raise
     except TypeError as error:
         raise _with_line(error) from error
