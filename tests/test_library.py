@@ -300,7 +300,7 @@ assert rnnkit.library is sys.modules["rnnkit.library"]
 """
     subprocess.run([sys.executable, "-c", script], check=True)
     with pytest.raises(AttributeError, match="module 'rnnkit' has no attribute 'libary'"):
-        rnnkit.libary
+        _ = rnnkit.libary
 
 
 def test_initial_values() -> None:
