@@ -1,5 +1,7 @@
 """rnnkit: torch.nn's recurrent layers and cells on fused kernels, as a drop-in replacement."""
 
+from typing import TYPE_CHECKING, Any
+
 from rnnkit import init
 from rnnkit.backends import backend
 from rnnkit.cells import GRUCell, LSTMCell, RNNCell
@@ -14,6 +16,9 @@ from rnnkit.layers import GRU, LSTM, RNN
 from rnnkit.packing import pack_padded_sequence, pad_packed_sequence
 from rnnkit.readout import Readout
 from rnnkit.recurrent import Recurrent, RecurrentCell
+
+if TYPE_CHECKING:
+    from rnnkit import library
 
 __version__ = "0.1.0"
 
@@ -38,6 +43,7 @@ __all__ = [
     "from_keras",
     "gradient_flow",
     "init",
+    "library",
     "pack_padded_sequence",
     "pad_packed_sequence",
     "patch",
@@ -45,3 +51,13 @@ __all__ = [
     "to_haste",
     "to_keras",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """`rnnkit.library`, imported when it is used: a program without its cells does not wait for them."""
+        if name == "library":
+            import importlib
+
+            return importlib.import_module("rnnkit.library")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,17 +2,21 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from rnnkit import specs
-from rnnkit.graph import trace
-from rnnkit.graph.trace import Graph, run
+from rnnkit import parameters, specs
+
+if TYPE_CHECKING:  # imported where it is used: a program without such cells does not need it
+    from rnnkit.graph.trace import Graph
 
 Names = str | Sequence[str]
 #: The initial value of a parameter, or what writes it: takes the tensor [H].
 Start = float | Callable[[Tensor], Any]
+
+#: Names that a parameter cannot have, besides those of a module's methods: `RecurrentCell` has them.
+_TAKEN = {*parameters.KINDS, "bias", "cell", "hidden_size", "input_size", "training"}
 
 
 class Cell:
@@ -28,10 +32,15 @@ class Cell:
         graph: what the function computes.
     """
 
-    def __init__(self, name: str, graph: Graph, init: Mapping[str, Start] | None = None) -> None:
+    def __init__(self, name: str, graph: "Graph", init: Mapping[str, Start] | None = None) -> None:
         self.name, self.graph, self.init = name, graph, dict(init or {})
         self.gates, self.recurrent = graph.inputs, graph.recurrent
         self.states, self.parameters = graph.states, graph.parameters
+        for parameter in self.parameters:
+            if parameter in _TAKEN or hasattr(nn.RNNCellBase, parameter):
+                raise ValueError(
+                    f"expected names in parameters that a module does not have itself, got {parameter!r}"
+                )
         for parameter in self.init:
             if parameter not in self.parameters:
                 names = ", ".join(self.parameters) or "there are none"
@@ -57,6 +66,8 @@ class Cell:
             s: the states before the step, [N, H].
             p: the parameters, [H].
         """
+        from rnnkit.graph.trace import run
+
         return run(self.graph, x, r, s, p)
 
     def __repr__(self) -> str:
@@ -70,6 +81,8 @@ class Cell:
 
 
 def _unpickled(name: str, op_name: str, init: Mapping[str, Start]) -> Cell:
+    from rnnkit.graph.trace import Graph
+
     return Cell(name, Graph.from_json(op_name), init)
 
 
@@ -137,18 +150,24 @@ def cell(
 
     Raises:
         TypeError: the function does what a cell cannot; the text names the line and what to write instead.
-        ValueError: a name is none, or the function returns other states than it should.
+        ValueError: a name is none or is taken, or the function returns other states than it should.
     """
     if function is None:
         given = {"gates": gates, "states": states, "recurrent": recurrent, "parameters": parameters}
         return functools.partial(cell, **given, init=init)
-    graph = trace(
-        function,
-        inputs=gates,
-        recurrent=gates if recurrent is None else recurrent,
-        states=states,
-        parameters=parameters,
-    )
+    from rnnkit.graph.trace import Refused, checked_names, trace
+
+    gates = checked_names("gates", gates)
+    try:
+        graph = trace(
+            function,
+            inputs=gates,
+            recurrent=gates if recurrent is None else recurrent,
+            states=states,
+            parameters=parameters,
+        )
+    except Refused as error:  # its text names the line; the way there is of no use
+        raise TypeError(str(error)) from None
     if graph.has_output:
         raise ValueError("expected the first state to be the output, got an output of its own")
     return functools.update_wrapper(Cell(function.__name__, graph, init), function, updated=())

@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkit import interop, stack
 from rnnkit.cells import _Cell
 from rnnkit.definition import Cell
 from rnnkit.init import Initializer
-from rnnkit.layers import _NOTHING, Device, Lengths, Rows, _asked, _Layers
+from rnnkit.layers import _NOTHING, Device, Lengths, Rows, Weights, _asked, _Layers
 
 States = Tensor | Sequence[Tensor]
 
@@ -32,14 +33,17 @@ class _OfCell(nn.Module):
         return f"{self.cell.name}, {super().extra_repr()}"
 
     @torch.no_grad()
-    def _start(self, names: Sequence[str]) -> None:
-        """Initializes the cell's own parameters, of these names, as the cell says."""
-        for name in names:
-            start = self.cell.init.get(name.rpartition("_l")[0] or name)
+    def _start(self, suffix: str = "") -> None:
+        """Initializes the cell's own parameters as the cell says, those whose names end in `suffix`."""
+        for kind, start in self.cell.init.items():
+            name = kind + suffix
+            tensor = getattr(self, name)
             if callable(start):
-                start(getattr(self, name))
-            elif start is not None:
-                nn.init.constant_(getattr(self, name), start)
+                start(tensor)
+            else:
+                nn.init.constant_(tensor, start)
+            if parametrize.is_parametrized(self, name):  # then `tensor` is what was computed
+                setattr(self, name, tensor)
 
     def _joined(self, own: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The cell's own parameters of one direction as a call takes them: [U, H]."""
@@ -81,7 +85,7 @@ class _OwnWeights(_OfCell, nn.RNNBase):
         """Initialize the parameters again: as torch.nn does, those of units as the cell says."""
         super().reset_parameters()
         for names in self._all_weights:
-            self._start(names)
+            self._start(names[0].removeprefix("weight_ih"))
 
 
 def _shapes(module: Any, inputs: int, projected: int = 0) -> dict[str, tuple[int, ...]]:
@@ -203,6 +207,10 @@ class Recurrent(_Layers, _OwnWeights):
     def _own_weights(self, own: list[Tensor | None]) -> list[Tensor | None]:
         return self._joined(own)
 
+    def _packed_weights(self, weights: Weights) -> tuple[Tensor, ...]:
+        """Nothing: weights are packed for the kernels of built-in cells alone."""
+        return ()
+
     def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
         """torch.nn's checks, for any number of states."""
         self.check_input(input, batch_sizes)
@@ -251,7 +259,7 @@ class _OwnCellWeights(_OfCell, nn.RNNCellBase):
         if "bias_ih" in self._parameters and self.weight_ih.is_meta:  # torch's constructor
             return
         super().reset_parameters()
-        self._start(self.cell.parameters)
+        self._start()
 
 
 class RecurrentCell(_Cell, _OwnCellWeights):

@@ -124,3 +124,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs once on each backend that is available here."""
     with rnnkit.backend(request.param):
         yield request.param
+
+
+@pytest.fixture(params=["reference"])
+def cell_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """`backend` for cells that `rnnkit.cell` makes: the reference alone has them so far."""
+    with rnnkit.backend(request.param):
+        yield request.param

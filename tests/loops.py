@@ -4,7 +4,7 @@ A loop knows of resets, lengths, dropout of the recurrent operand, zoneout and l
 with rnnkit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import rnnkit
 from rnnkit.update_gate import with_other_gate
+
+Step = Callable[[Tensor, Tensor, list[Tensor]], list[Tensor]]
 
 T, N, I, H = 7, 5, 3, 4  # noqa: E741
 BACKENDS = ("cpp", "reference")
@@ -94,8 +96,7 @@ class Loop:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Layer k's direction d: every state [T, N, width], and the final states [N, width]."""
         place = k * (2 if layer.bidirectional else 1) + d
-        weights, w_hr = weights_of(layer, k, d)
-        norms = norms_of(layer, k, d)
+        one = self.step_of(layer, k, d)
         rows, ends = [], []
         for n, length in enumerate(self.lengths):
             now = [state[place, n : n + 1] for state in states]
@@ -107,7 +108,7 @@ class Loop:
                 if cut and (t < length - 1 or not d):
                     now = [state[place, n : n + 1] for state in self.put_back]
                 h = now[0] * self.operand[place][n] if self.operand else now[0]
-                new = step(layer, x[t, n : n + 1], h, now, weights, w_hr, norms)
+                new = one(x[t, n : n + 1], h, now)
                 now = [self.zoned(place, index, t, n, now, new) for index in range(len(new))]
                 after[t] = [state[0] for state in now]
             rows.append([torch.stack(of_state) for of_state in zip(*after, strict=True)])
@@ -116,6 +117,12 @@ class Loop:
             [torch.stack(of_state, 1) for of_state in zip(*rows, strict=True)],
             [torch.cat(of_state) for of_state in zip(*ends, strict=True)],
         )
+
+    def step_of(self, layer: Any, k: int, d: int) -> Step:
+        """One step of layer k's direction d: x, h as the recurrent product sees it, states -> new states."""
+        weights, w_hr = weights_of(layer, k, d)
+        norms = norms_of(layer, k, d)
+        return lambda x, h, states: step(layer, x, h, states, weights, w_hr, norms)
 
     def zoned(
         self, place: int, index: int, t: int, n: int, old: list[Tensor], new: list[Tensor]

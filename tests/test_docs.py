@@ -1,5 +1,6 @@
 """README.md and pages of docs/: their code runs as it stands, and what they link to is there."""
 
+import linecache
 import re
 from pathlib import Path
 from typing import Any
@@ -7,17 +8,29 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "docs/guide.md", "docs/recipes.md", "docs/chapter.md"]
+PAGES = ["README.md", "docs/guide.md", "docs/recipes.md", "docs/chapter.md", "docs/cells.md"]
 DOCS = sorted({f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} - set(PAGES))
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_code_runs(page: str) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+def run_code(page: str) -> None:
+    text = (ROOT / page).read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {}
     for block in blocks:
-        exec(block, names)
+        # Of this name, errors show lines.
+        linecache.cache[page] = (len(block), None, block.splitlines(True), page)
+        exec(compile(block, page, "exec"), names)
     assert blocks
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/cells.md"])
+def test_code_runs(page: str) -> None:
+    run_code(page)
+
+
+@pytest.mark.usefixtures("cell_backend")
+def test_code_of_cells_runs() -> None:
+    run_code("docs/cells.md")
 
 
 @pytest.mark.parametrize("page", [*PAGES, *DOCS, "CONTRIBUTING.md"])

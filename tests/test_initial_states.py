@@ -32,15 +32,14 @@ LENGTHS = [2, 7, 5, 1, 3]
 def learned(name: str, **options: Any) -> Any:
     layer = made(name, learn_initial_state=True, **options)
     with torch.no_grad():
-        for own in NAMES:
-            if hasattr(layer, own):
-                getattr(layer, own).normal_()
+        for own in layer._learned_names():
+            getattr(layer, own).normal_()
     return layer
 
 
 def initial(layer: Any) -> list[Tensor]:
     """The layer's own initial states for the whole batch."""
-    of_layer = [getattr(layer, name) for name in NAMES if hasattr(layer, name)]
+    of_layer = [getattr(layer, name) for name in layer._learned_names()]
     return [state.unsqueeze(1).expand(-1, N, -1) for state in of_layer]
 
 

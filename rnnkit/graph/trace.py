@@ -145,10 +145,10 @@ def _refuse(what: str, instead: str) -> NoReturn:
     frame = sys._getframe(1)
     while not _is_step(frame) and frame.f_back is not None:
         frame = frame.f_back
-    raise _Refused(f"{_line(frame, frame.f_lineno)}: {what}: {instead}")
+    raise Refused(f"{_line(frame, frame.f_lineno)}: {what}: {instead}")
 
 
-class _Refused(TypeError):
+class Refused(TypeError):
     """What a graph cannot have; the text names the line."""
 
 
@@ -160,7 +160,7 @@ def _with_line(error: TypeError) -> TypeError:
         if _is_step(frame)
     ]
     words = str(error).partition("\n")[0]
-    return _Refused(f"{lines[-1]}: {words}: {_ALLOWED}") if lines else error
+    return Refused(f"{lines[-1]}: {words}: {_ALLOWED}") if lines else error
 
 
 class Value:
@@ -344,7 +344,7 @@ class Graph:
         for name in names:
             if not isinstance(content[name], list):
                 raise ValueError(f"expected {name} to be a list, got {content[name]!r}")
-        of_leaves = [_names(name, content[name]) for name in names[:4]]
+        of_leaves = [checked_names(name, content[name]) for name in names[:4]]
         nodes = Nodes()
         counts = dict(zip(LEAVES, map(len, of_leaves), strict=False))
         for place, node in enumerate(content["nodes"]):
@@ -425,7 +425,8 @@ def _key(node: Node) -> tuple[Any, ...]:
     return kind, node.args, node.op, node.of
 
 
-def _names(argument: str, names: Any) -> tuple[str, ...]:
+def checked_names(argument: str, names: Any) -> tuple[str, ...]:
+    """The names that an argument gives, in one string or a sequence; raises a ValueError if they are none."""
     if isinstance(names, str):
         names = names.split()
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
@@ -435,7 +436,7 @@ def _names(argument: str, names: Any) -> tuple[str, ...]:
             raise ValueError(f"expected a name that Python can have in {argument}, got {name!r}")
     if len(set(names)) < len(names):
         raise ValueError(f"expected different names in {argument}, got {', '.join(names)}")
-    if not names and argument in ("inputs", "states"):
+    if not names and argument not in ("recurrent", "parameters"):
         raise ValueError(f"expected at least one name in {argument}")
     return tuple(names)
 
@@ -465,7 +466,7 @@ def trace(
         ValueError: a name is none, or the function returns other states than it should.
     """
     given = {"inputs": inputs, "recurrent": recurrent, "states": states, "parameters": parameters}
-    names = [_names(argument, of) for argument, of in given.items()]
+    names = [checked_names(argument, of) for argument, of in given.items()]
     nodes = Nodes()
     arguments = []
     for title, kind, of_kind in zip(given, LEAVES, names, strict=False):
@@ -473,7 +474,7 @@ def trace(
         arguments.append(namedtuple(title, of_kind)(*leaves))
     try:
         returned = step(*arguments if names[3] else arguments[:3])
-    except _Refused:
+    except Refused:
         raise
     except TypeError as error:
         raise _with_line(error) from error
