@@ -6,7 +6,7 @@ from typing import Any, overload
 
 from torch import Tensor
 
-from rnnkit import specs
+from rnnkit import backends, specs
 from rnnkit.graph import trace
 from rnnkit.graph.trace import Graph, run
 
@@ -58,6 +58,16 @@ class Cell:
             p: the parameters, [H].
         """
         return run(self.graph, x, r, s, p)
+
+    def build(self) -> None:
+        """Compile the CPU kernels now, which otherwise the first call does; later processes load what was compiled.
+
+        Without the C++ extension it does nothing.
+        """
+        if backends.EXTENSION is not None:
+            from rnnkit.graph import kernels
+
+            kernels.register(self.op_name)
 
     def __repr__(self) -> str:
         parts = f"gates={self.gates}, states={self.states}"

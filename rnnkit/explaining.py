@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rnnkit import backends, gpu, plan
 from rnnkit.cells import GRUCell, LSTMCell, RNNCell
 from rnnkit.layers import GRU, LSTM, RNN
+from rnnkit.recurrent import Recurrent
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Explanation:
         backend: `"cpp"`, `"triton"` or `"reference"`, see `rnnkit.backend`.
         device: the type of the input's device.
         kernel: on a GPU, the kernel of the forward pass: `"cluster"`, `"persistent"` or `"stepwise"` in CUDA,
-            `"sequence"` or `"stepwise"` in Triton. Elsewhere the same as `backend`.
+            `"sequence"` or `"stepwise"` in Triton. Of a `Recurrent` on the CPU: `"compiled"`, or
+            `"interpreted"` where the cell cannot be compiled. Elsewhere the same as `backend`.
         forward, backward: on a GPU, the plan of each pass: units, blocks, warps or bytes, and the reason for it.
             Elsewhere None.
         reason: why the reference computes the layer normalization of a call on a GPU that has kernels; else empty.
@@ -34,15 +36,20 @@ class Explanation:
 
     def __str__(self) -> str:
         if self.forward is None:
-            return f"{self.backend} on {self.device}" + f": {self.reason}" * bool(self.reason)
+            kernel = f", {self.kernel}" * (self.kernel != self.backend)
+            return f"{self.backend} on {self.device}{kernel}" + f": {self.reason}" * bool(
+                self.reason
+            )
         return f"{self.backend} on {self.device}\n  forward   {self.forward}\n  backward  {self.backward}"
 
 
 def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
     """Tell which kernel `module(input)` would run on. All layers of a stack have the same plan.
 
+    The cell of a `Recurrent` on the CPU is compiled if it is not yet.
+
     Args:
-        module: an RNN, LSTM, GRU or cell of rnnkit.
+        module: an RNN, LSTM, GRU, Recurrent or cell of rnnkit.
         input: the input of the call; only its shape, dtype and device matter.
 
     Returns:
@@ -52,14 +59,18 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
         TypeError: `module` is no layer or cell of rnnkit.
         RuntimeError: the backend that is forced has no kernels for the input's device.
     """
-    if not isinstance(module, RNN | LSTM | GRU | RNNCell | LSTMCell | GRUCell):
+    if not isinstance(module, RNN | LSTM | GRU | Recurrent | RNNCell | LSTMCell | GRUCell):
         raise TypeError(
             f"expected module to be a layer or cell of rnnkit, got {type(module).__name__}"
         )
     data = input.data if isinstance(input, PackedSequence) else input
     device, dtype = data.device, data.dtype
     serving = backends.serving(device)
-    layer = isinstance(module, RNN | LSTM | GRU)
+    layer = isinstance(module, RNN | LSTM | GRU | Recurrent)
+    if serving == "cpp" and device.type == "cpu" and isinstance(module, Recurrent):
+        from rnnkit.graph import kernels
+
+        return Explanation(serving, device.type, kernels.register(module._cell))
     if serving == "reference" or device.type != "cuda":
         return Explanation(serving, device.type, serving)
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
