@@ -111,8 +111,7 @@ def _library(derived: Derived) -> ctypes.CDLL:
         with _locked(path.parent):
             if library := _opened(path):  # another process has compiled it meanwhile
                 return library
-            _compile(text, flags, path)
-        return ctypes.CDLL(str(path))
+            return _compile(text, flags, path)
     except (OSError, _Trouble):
         _failed = True
         raise
@@ -251,15 +250,19 @@ def _locked(place: Path) -> Iterator[None]:
 _UNFINISHED = "unfinished-"
 
 
-def _compile(text: str, flags: list[str], target: Path) -> None:
-    """Compiles a file. The library appears at once and whole, or not at all."""
+def _compile(text: str, flags: list[str], target: Path) -> ctypes.CDLL:
+    """Compiles a file to the library `target`, which appears whole and once it could be loaded, or not at all."""
     with tempfile.TemporaryDirectory(
         prefix=_UNFINISHED, dir=target.parent, ignore_cleanup_errors=True
     ) as name:
-        place = Path(name)
+        place, made = Path(name), Path(name, "cell.so")
         (place / "cell.cpp").write_text(text)
-        _run([*compiler(), *flags, f"-I{INCLUDE}", "cell.cpp", "-o", "cell.so"], place)
-        (place / "cell.so").replace(target)
+        _run([*compiler(), *flags, f"-I{INCLUDE}", "cell.cpp", "-o", made.name], place)
+        library = ctypes.CDLL(str(made))
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
+        made.replace(target)
+        return library
 
 
 def _run(command: list[str], place: Path | None = None) -> str:

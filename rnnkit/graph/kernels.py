@@ -52,7 +52,9 @@ def _step(
     states: Sequence[Tensor],
     parameters: Sequence[Tensor] = (),
 ) -> tuple[Tensor, ...]:
-    return run(graph, x, r, states, parameters)
+    after = run(graph, x, r, states, parameters)
+    # A state of parameters alone is [H].
+    return tuple(t.expand_as(x[0]) if t.dim() < x[0].dim() else t for t in after)
 
 
 #: "compiled" or "interpreted", for each cell that `register` has registered, by its name in ops.
