@@ -85,6 +85,10 @@ FLAGS = [
     "-Wextra",
 ]
 LINK_FLAGS = ["-fopenmp"]
+#: The flags and, in csrc/, the headers with which a cell of one's own is compiled (rnnkit/graph/compiled.py): those of
+#: the kernels, so that it computes the same bits.
+CELL_FLAGS = [flag for flag in FLAGS if flag.startswith(("-std", "-O", "-g", "-fwrapv"))]
+CELL_HEADERS = ("common/dtypes.h", "common/lanes.h", "cpu/compiled_cell.h", "cpu/pointwise.h")
 if SANITIZE:
     # vptr needs the type information of classes that torch does not export.
     sanitize = [f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
@@ -209,6 +213,7 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
         target.parent.mkdir(parents=True, exist_ok=True)
         reason, compiler = self.build_cpu(target)
         cuda_reason, nvcc, architectures = self.build_cuda(target.with_name("_cuda.so"))
+        cell_flags = {} if reason else {n: [*CELL_FLAGS, *f] for n, f in CAPABILITIES.items()}
         if reason and cuda_reason:
             self.distribution.ext_modules = []
         target.with_name("_build.py").write_text(
@@ -217,7 +222,8 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
             f"REASON: str = {reason!r}\n"
             f"TORCH_VERSION: str = {TORCH_VERSION!r}\n"
             f"COMPILER: str = {compiler!r}\n"
-            f"CAPABILITIES: tuple[str, ...] = {() if reason else tuple(CAPABILITIES)!r}\n\n"
+            f"CAPABILITIES: tuple[str, ...] = {() if reason else tuple(CAPABILITIES)!r}\n"
+            f"CELL_FLAGS: dict[str, list[str]] = {cell_flags!r}\n\n"
             "#: Why there is no CUDA library; empty when there is one.\n"
             f"CUDA_REASON: str = {cuda_reason!r}\n"
             f"CUDA_COMPILER: str = {nvcc!r}\n"
@@ -240,6 +246,10 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
         except Exception as error:
             fault = " ".join(str(error).replace(os.getcwd() + os.sep, "").split())
             sys.exit(f"rnnkit: {fault}" + ("" if "MAX_JOBS" in fault else f": {NEEDED}; {PURE}"))
+        for header in CELL_HEADERS:
+            copy = target.with_name("include") / header
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(Path("csrc", header).read_text())
         return "", self.compiler_version
 
     def build_cuda(self, target: Path) -> tuple[str, str, tuple[str, ...]]:

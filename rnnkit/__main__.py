@@ -1,4 +1,7 @@
-"""`python -m rnnkit info`: what is installed, what loaded and what did not, for bug reports."""
+"""`python -m rnnkit info`: what is installed, what loaded and what did not, for bug reports.
+
+`python -m rnnkit clear-cache` removes the compiled cells of one's own.
+"""
 
 import argparse
 import importlib
@@ -124,6 +127,19 @@ def _serving() -> Facts:
         return {kind: backends.serving(torch.device(kind)) for kind in ("cpu", "cuda")}
 
 
+def _own_cells() -> Facts:
+    """Where compiled cells of one's own are kept, and what compiles them."""
+    if backends.EXTENSION is None:
+        return {"note": "none: the C++ extension runs them"}
+    from rnnkit.graph import compiled
+
+    return {
+        "folder": str(compiled.folder()),
+        "compiled": len(compiled.cells()),
+        "compiler": compiled.compiler_told(),
+    }
+
+
 def info() -> dict[str, Facts]:
     """Everything that `python -m rnnkit info` prints, by section."""
     return {
@@ -139,6 +155,7 @@ def info() -> dict[str, Facts]:
         "gpu": _gpu(),
         "built with": _built(),
         "backends": _backends(),
+        "own cells": _own_cells(),
         "serving": _serving(),
         "environment": {
             name: value
@@ -166,7 +183,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("info", help="what is installed and what loaded, for bug reports")
     command.add_argument("--json", action="store_true", help="the same for programs")
+    commands.add_parser("clear-cache", help="removes the compiled cells of one's own")
     options = parser.parse_args(arguments)
+    if options.command == "clear-cache":
+        from rnnkit.graph import compiled
+
+        print(f"removed {compiled.clear()} compiled cells from {compiled.folder()}")
+        return 0
     sections = info()
     print(json.dumps(sections, indent=2) if options.json else _text(sections))
     return 0

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor, nn
 
-from rnnkit import parameters, specs
+from rnnkit import backends, parameters, specs
 
 if TYPE_CHECKING:  # imported where it is used: a program without such cells does not need it
     from rnnkit.graph.trace import Graph
@@ -69,6 +69,16 @@ class Cell:
         from rnnkit.graph.trace import run
 
         return run(self.graph, x, r, s, p)
+
+    def build(self) -> None:
+        """Compile the CPU kernels now, which otherwise the first call does; later processes load what was compiled.
+
+        Without the C++ extension it does nothing.
+        """
+        if backends.EXTENSION is not None:
+            from rnnkit.graph import kernels
+
+            kernels.register(self.op_name)
 
     def __repr__(self) -> str:
         parts = f"gates={self.gates}, states={self.states}"

@@ -20,7 +20,8 @@ class Explanation:
         backend: `"cpp"`, `"triton"` or `"reference"`, see `rnnkit.backend`.
         device: the type of the input's device.
         kernel: on a GPU, the kernel of the forward pass: `"cluster"`, `"persistent"` or `"stepwise"` in CUDA,
-            `"sequence"` or `"stepwise"` in Triton. Elsewhere the same as `backend`.
+            `"sequence"` or `"stepwise"` in Triton. Of a `Recurrent` on the CPU: `"compiled"`, or
+            `"interpreted"` where the cell cannot be compiled. Elsewhere the same as `backend`.
         forward, backward: on a GPU, the plan of each pass: units, blocks, warps or bytes, and the reason for it.
             Elsewhere None.
         reason: why the reference computes the layer normalization of a call on a GPU that has kernels; else empty.
@@ -35,15 +36,20 @@ class Explanation:
 
     def __str__(self) -> str:
         if self.forward is None:
-            return f"{self.backend} on {self.device}" + f": {self.reason}" * bool(self.reason)
+            kernel = f", {self.kernel}" * (self.kernel != self.backend)
+            return f"{self.backend} on {self.device}{kernel}" + f": {self.reason}" * bool(
+                self.reason
+            )
         return f"{self.backend} on {self.device}\n  forward   {self.forward}\n  backward  {self.backward}"
 
 
 def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
     """Tell which kernel `module(input)` would run on. All layers of a stack have the same plan.
 
+    The cell of a `Recurrent` on the CPU is compiled if it is not yet.
+
     Args:
-        module: an RNN, LSTM, GRU or cell of rnnkit.
+        module: an RNN, LSTM, GRU, Recurrent or cell of rnnkit.
         input: the input of the call; only its shape, dtype and device matter.
 
     Returns:
@@ -61,13 +67,13 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
     device, dtype = data.device, data.dtype
     serving = backends.serving(device)
     layer = isinstance(module, _Layers)
-    if device.type == "cuda" and serving != "reference" and module._cell not in CELLS:
-        return Explanation(
-            "reference",
-            device.type,
-            "reference",
-            reason="cells of one's own have no kernels for GPUs",
-        )
+    if serving != "reference" and module._cell not in CELLS:
+        if device.type == "cpu":
+            from rnnkit.graph import kernels
+
+            return Explanation(serving, device.type, kernels.register(str(module._cell)))
+        reason = "cells of one's own have no kernels for GPUs"
+        return Explanation("reference", device.type, "reference", reason=reason)
     if serving == "reference" or device.type != "cuda":
         return Explanation(serving, device.type, serving)
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:

@@ -14,7 +14,7 @@ struct Peephole {
     return save[1] * save[4] + save[0] * save[2];
   }
   template <class V>
-  static void forward(const V* x, const V* h, const V* p, V* state, V* save) {
+  static void forward(const V* x, const V* h, V* state, V* save, const V* p) {
     save[4] = state[1];
     save[0] = sigmoid(x[0] + h[0] + p[0] * save[4]);
     save[1] = sigmoid(x[1] + h[1] + p[1] * save[4]);
@@ -28,17 +28,17 @@ struct Peephole {
     return save[3] * tanh(new_c(save));
   }
   template <class V>
-  static void grad_states(const V* save, const V* p, V* grad_state) {
+  static void grad_states(const V* save, V* grad_state, const V* p) {
     using T = Element<V>;
     const V o = save[3], tanh_c = tanh(new_c(save)), grad_o = grad_state[0] * tanh_c * o * (T(1) - o);
     grad_state[1] = grad_state[1] + grad_state[0] * o * (T(1) - tanh_c * tanh_c) + grad_o * p[2];
   }
   template <class V>
-  static void backward(const V* save, const V* p, V, V, V* grad_state, V* grad) {
+  static void backward(const V* save, V, V, V* grad_state, V* grad, const V* p) {
     using T = Element<V>;
     const V i = save[0], f = save[1], g = save[2], o = save[3], c = save[4];
     grad[3] = grad_state[0] * tanh(new_c(save)) * o * (T(1) - o);
-    grad_states(save, p, grad_state);
+    grad_states(save, grad_state, p);
     const V grad_c = grad_state[1];
     grad[0] = grad_c * g * i * (T(1) - i);
     grad[1] = grad_c * c * f * (T(1) - f);
@@ -57,11 +57,11 @@ struct Independent {
   static constexpr bool uses_h = true, uses_previous_h = true;
 
   template <class V>
-  static void forward(const V* x, const V*, const V* p, V* state, V*) {
+  static void forward(const V* x, const V*, V* state, V*, const V* p) {
     state[0] = tanh(x[0] + p[0] * state[0]);
   }
   template <class V>
-  static void backward(const V*, const V* p, V h, V previous_h, V* grad_state, V* grad) {
+  static void backward(const V*, V h, V previous_h, V* grad_state, V* grad, const V* p) {
     grad[0] = grad_state[0] * (Element<V>(1) - h * h);
     grad[1] = grad[0] * previous_h;
     grad_state[0] = grad[0] * p[0];

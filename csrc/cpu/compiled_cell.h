@@ -3,9 +3,8 @@
 //
 // The struct may also have:
 //   recurrent   R, the number of recurrent gates, if it is not `gates`; forward() then gets h[0] to h[R-1]
-//   parameters  U. Then forward(x, h, parameters, state, save), grad_states(save, parameters, grad_state),
-//               output(save, parameters) and backward(save, parameters, h, previous_h, grad_state, grad) get the
-//               parameters' values; the gradients of the parameters are grad[grads] to grad[grads+U-1]
+//   parameters  U. Then each function gets the parameters' values as its last argument; the gradients of the parameters
+//               are grad[grads] to grad[grads+U-1]
 // It needs neither `units` nor, without a projection, output(), nor, with one state, grad_states().
 #pragma once
 
@@ -45,7 +44,7 @@ class CompiledCell {
       read<1>(block.previous_h, i, u, lanes, state);
       read<kStates - 1>(block.other_states, i, u, lanes, state + 1);
       if constexpr (kParameters > 0)
-        Cell::forward(x, h, parameters, state, save);
+        Cell::forward(x, h, state, save, parameters);
       else
         Cell::forward(x, h, state, save);
       write<kStates>(state, i, u, lanes, block.states);
@@ -62,7 +61,7 @@ class CompiledCell {
       if constexpr (Cell::uses_h) read<1>(block.h, i, u, lanes, &h);
       if constexpr (Cell::uses_previous_h) read<1>(block.previous_h, i, u, lanes, &previous_h);
       if constexpr (kParameters > 0)
-        Cell::backward(save, parameters, h, previous_h, grad_state, grad);
+        Cell::backward(save, h, previous_h, grad_state, grad, parameters);
       else
         Cell::backward(save, h, previous_h, grad_state, grad);
       write<kStates>(grad_state, i, u, lanes, block.result);
@@ -77,7 +76,7 @@ class CompiledCell {
         V parameters[kParameters + 1], save[kSaved + 1], grad_state[kStates];
         read_backward(block, i, u, lanes, save, parameters, grad_state);
         if constexpr (kParameters > 0)
-          Cell::grad_states(save, parameters, grad_state);
+          Cell::grad_states(save, grad_state, parameters);
         else
           Cell::grad_states(save, grad_state);
         write<kStates>(grad_state, i, u, lanes, block.result);

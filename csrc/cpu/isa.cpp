@@ -17,12 +17,14 @@ namespace {
 Isa choose_isa() {
   [[maybe_unused]] const std::string name = at::get_cpu_capability();
 #ifdef RNNKIT_HAS_AVX512
-  if (name == "AVX512") return {"avx512", avx512::cells(), avx512::registered_cells(), avx512::peak_loops()};
+  if (name == "AVX512")
+    return {"avx512", avx512::cells(), avx512::registered_cells(), avx512::peak_loops(), avx512::interpreter()};
 #endif
 #ifdef RNNKIT_HAS_AVX2
-  if (name == "AVX512" || name == "AVX2") return {"avx2", avx2::cells(), avx2::registered_cells(), avx2::peak_loops()};
+  if (name == "AVX512" || name == "AVX2")
+    return {"avx2", avx2::cells(), avx2::registered_cells(), avx2::peak_loops(), avx2::interpreter()};
 #endif
-  return {"baseline", baseline::cells(), baseline::registered_cells(), baseline::peak_loops()};
+  return {"baseline", baseline::cells(), baseline::registered_cells(), baseline::peak_loops(), baseline::interpreter()};
 }
 
 // A registered cell. It points into itself, and is never moved.
@@ -48,12 +50,23 @@ const CellKernels* find_built_in(std::string_view name) {
   return nullptr;
 }
 
+const CellKernels* find_registered(std::string_view name) {
+  const std::shared_lock lock(registry().mutex);
+  const auto found = registry().entries.find(name);
+  return found == registry().entries.end() ? nullptr : &found->second.kernels;
+}
+
+// A cell's name in the text of an error; of a graph's JSON the beginning.
+std::string shown(const std::string& name) {
+  constexpr size_t kMost = 60;
+  return name.size() <= kMost ? name : name.substr(0, kMost) + "...";
+}
+
 void check(const std::string& name, const RegisteredCell& cell, bool projects) {
-  TORCH_CHECK(!name.empty() && name.size() <= kMaxCellName, "expected the name of a cell to have 1 to ", kMaxCellName,
-              " characters, got '", name, "'");
+  TORCH_CHECK(!name.empty(), "expected the name of a cell, got ''");
   TORCH_CHECK(find_built_in(name) == nullptr, "expected a name that no built-in cell has, got '", name, "'");
   const auto check_count = [&](const char* what, int64_t count, int64_t least, int64_t most) {
-    TORCH_CHECK(count >= least && count <= most, "expected ", name, " to have ", least, " to ", most, " ", what,
+    TORCH_CHECK(count >= least && count <= most, "expected ", shown(name), " to have ", least, " to ", most, " ", what,
                 ", got ", count);
   };
   check_count("gates", cell.gates, 1, kMaxGates);
@@ -63,15 +76,16 @@ void check(const std::string& name, const RegisteredCell& cell, bool projects) {
   check_count("parameters", cell.parameters, 0, kMaxSaved);
   check_count("gradients of gates", cell.grads, std::max<int64_t>(1, cell.recurrent), cell.gates + cell.recurrent);
   for (int64_t g = 0; g < cell.gates; ++g)
-    TORCH_CHECK(cell.input_grad[g] >= 0 && cell.input_grad[g] < cell.grads, "expected the gradients of ", name,
+    TORCH_CHECK(cell.input_grad[g] >= 0 && cell.input_grad[g] < cell.grads, "expected the gradients of ", shown(name),
                 "'s input gates to be among its ", cell.grads, ", got number ", cell.input_grad[g]);
-  TORCH_CHECK(!projects || !(cell.uses_h || cell.uses_previous_h), "expected ", name,
+  TORCH_CHECK(!projects || !(cell.uses_h || cell.uses_previous_h), "expected ", shown(name),
               " to read neither h nor the previous h, since it is to support projections");
   const auto complete = [&](const auto& of) {
     return of.forward != nullptr && of.backward != nullptr && (cell.states == 1 || of.grad_states != nullptr) &&
            (!projects || of.output != nullptr);
   };
-  TORCH_CHECK(complete(cell.f32) && complete(cell.f64), "expected addresses of all functions of ", name, ", got 0");
+  TORCH_CHECK(complete(cell.f32) && complete(cell.f64), "expected addresses of all functions of ", shown(name),
+              ", got 0");
 }
 
 bool are_same(const RegisteredCell& a, const RegisteredCell& b) {
@@ -90,7 +104,7 @@ void register_cell(const std::string& name, const RegisteredCell& cell, bool pro
   const auto [place, is_new] = registry().entries.try_emplace(name);
   Entry& entry = place->second;
   if (!is_new) {
-    TORCH_CHECK(are_same(entry.cell, cell) && entry.kernels.projects == projects, "expected ", name,
+    TORCH_CHECK(are_same(entry.cell, cell) && entry.kernels.projects == projects, "expected ", shown(name),
                 " to be described as before, since a cell of this name is registered, got another description");
     return;
   }
@@ -123,9 +137,12 @@ const Isa& isa() {
 
 const CellKernels& find_cell(std::string_view name) {
   if (const CellKernels* cell = find_built_in(name); cell != nullptr) return *cell;
-  const std::shared_lock lock(registry().mutex);
-  if (const auto found = registry().entries.find(name); found != registry().entries.end()) return found->second.kernels;
-  TORCH_CHECK(false, "expected cell to be the name of a cell, got '", std::string(name), "'");
+  if (const CellKernels* cell = find_registered(name); cell != nullptr) return *cell;
+  if (name.starts_with('{')) {
+    register_graph(name);
+    if (const CellKernels* cell = find_registered(name); cell != nullptr) return *cell;
+  }
+  TORCH_CHECK(false, "expected cell to be the name of a cell, got '", shown(std::string(name)), "'");
 }
 
 const Kernels<BFloat16>* bfloat16_kernels() {

@@ -5,6 +5,7 @@
 #include <string_view>
 #include <type_traits>
 
+#include "cpu/interpreter.h"
 #include "cpu/kernels/peak.h"
 #include "cpu/layer.h"
 
@@ -16,13 +17,18 @@ struct Isa {
   CellTable cells;
   KernelsOfCell registered;  // of every registered cell
   PeakLoops peak;
+  Interpreter interpreter;
 };
 
 // The best ISA that was built and that torch sees on this CPU. ATEN_CPU_CAPABILITY can lower it.
 const Isa& isa();
 
-// The built-in or registered cell of this name. Throws if there is none. The result stays valid.
+// The built-in or registered cell of this name. Of a name that is a graph's JSON, which begins with a brace, Python
+// registers the cell here at the first call. Throws if there is none. The result stays valid.
 const CellKernels& find_cell(std::string_view name);
+
+// Calls rnnkit.graph.kernels.register, which calls register_cell. In register.cpp.
+void register_graph(std::string_view name);
 
 // Makes find_cell find a cell, for all threads and for good; its name and its units are set here. Throws if it cannot
 // be a cell, or if there is another one of this name. Of one that is registered again the first functions stay.

@@ -18,6 +18,7 @@
 #include "cpu/caches.h"
 #include "cpu/call.h"
 #include "cpu/direct.h"
+#include "cpu/interpreter.h"
 #include "cpu/layer.h"
 #include "cpu/memory.h"
 #include "cpu/peak.h"
@@ -136,6 +137,17 @@ void with_operand_type(const Call& call, const Body& body) {
 }
 
 }  // namespace
+
+void register_graph(std::string_view name) {
+  if (!Py_IsInitialized()) return;
+  const py::gil_scoped_acquire acquired;
+  try {
+    py::module_::import("rnnkit.graph.kernels").attr("register")(py::str(name.data(), name.size()));
+  } catch (py::error_already_set& error) {
+    error.restore();
+    throw_python_error();
+  }
+}
 
 int64_t gates_of(std::string_view cell) { return find_cell(cell).gates; }
 int64_t states_of(std::string_view cell) { return find_cell(cell).states; }
@@ -318,6 +330,20 @@ void register_cell_at(const std::string& name, int64_t gates, int64_t recurrent,
   register_cell(name, cell, projects);
 }
 
+template <class T>
+std::array<uintptr_t, 4> addresses(const Pointwise<T>& functions) {
+  return {reinterpret_cast<uintptr_t>(functions.forward), reinterpret_cast<uintptr_t>(functions.backward),
+          reinterpret_cast<uintptr_t>(functions.grad_states), reinterpret_cast<uintptr_t>(functions.output)};
+}
+
+py::dict interpret(const std::array<WrittenProgram, 4>& programs) {
+  py::dict functions;
+  functions["f32"] = addresses(isa().interpreter.f32);
+  functions["f64"] = addresses(isa().interpreter.f64);
+  functions["context"] = reinterpret_cast<uintptr_t>(make_programs(programs));
+  return functions;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rnnkit, CPU, m) {
@@ -353,6 +379,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Makes the ops find a cell, for good. f32, f64: the addresses of forward, backward, grad_states and output of "
         "csrc/cpu/pointwise.h, 0 for those that the cell does not need; the other arguments as in "
         "rnnkit.specs.CellSpec.");
+  m.def("interpret", interpret,
+        "The arguments f32, f64 and context of register_cell for a cell whose functions, forward, backward, "
+        "grad_states and output, are programs (csrc/cpu/interpreter.h).");
   m.def("cells", list_cells,
         "(name, gates, states, saved, input_grads, projects, has_source) of each cell, as in rnnkit.specs.CELLS.");
 }

@@ -18,9 +18,6 @@ constexpr int kMaxSaved = 64;
 // The most hidden units in a panel of packed weights.
 constexpr int kMostUnits = 64;
 
-// The most characters that a registered cell's name can have: packed weights hold it.
-constexpr int kMaxCellName = 47;
-
 // The members up to uses_previous_h are those of FixedShape (kernels/shape.h), where a built-in cell has constants.
 struct RegisteredCell {
   const char* name;

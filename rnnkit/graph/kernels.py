@@ -1,10 +1,13 @@
-"""A graph as a cell of the scans: what layers and kernels need to know of it."""
+"""A graph as a cell of the scans: what layers and kernels need to know of it, and the CPU kernels' functions for it."""
 
+import os
+import threading
 from collections.abc import Sequence
 from functools import lru_cache, partial
 
 from torch import Tensor
 
+from rnnkit import backends, specs
 from rnnkit.graph.derive import Derived, derive
 from rnnkit.graph.trace import Graph, Node, run
 from rnnkit.specs import CellSpec
@@ -49,4 +52,60 @@ def _step(
     states: Sequence[Tensor],
     parameters: Sequence[Tensor] = (),
 ) -> tuple[Tensor, ...]:
-    return run(graph, x, r, states, parameters)
+    after = run(graph, x, r, states, parameters)
+    # A state of parameters alone is [H].
+    return tuple(t.expand_as(x[0]) if t.dim() < x[0].dim() else t for t in after)
+
+
+#: "compiled" or "interpreted", for each cell that `register` has registered, by its name in ops.
+_kinds: dict[str, str] = {}
+
+_lock = threading.Lock()
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # another thread may hold the lock when this one forks
+    os.register_at_fork(after_in_child=_new_lock)
+
+
+def register(name: str) -> str:
+    """Makes the CPU kernels find the cell that is this graph's JSON. They call this at a cell's first call.
+
+    Its functions are compiled; where that is not wanted or cannot be, they are interpreted. Of several threads the
+    first does it, and the others wait.
+
+    Returns:
+        "compiled" or "interpreted".
+
+    Raises:
+        RuntimeError: the text is no graph, or the cell is larger than the kernels allow.
+    """
+    from rnnkit.graph import compiled, interpreted
+
+    extension = backends.EXTENSION
+    assert extension is not None
+    with _lock:
+        if name not in _kinds:
+            spec = specs.of(name)
+            derived = derived_of(Graph.from_json(name))
+            functions = compiled.load(derived) if compiled.wanted() else None
+            kind = "interpreted" if functions is None else "compiled"
+            extension.register_cell(
+                name,
+                gates=spec.gates,
+                recurrent=spec.recurrent,
+                states=spec.states,
+                saved=spec.saved,
+                parameters=spec.parameters,
+                input_grads=spec.input_grads,
+                uses_h=derived.uses_h,
+                uses_previous_h=derived.uses_previous_h,
+                projects=spec.projects,
+                **(functions or extension.interpret([*interpreted.programs(derived)])),
+            )
+            _kinds[name] = kind
+        return _kinds[name]

@@ -26,21 +26,28 @@ const char* name_of([[maybe_unused]] const Layer<S>& layer) {
     return kCellName<Cell>;
 }
 
+// FNV-1a of a cell's name: a graph's has some kilobytes.
+inline uint64_t hash_of(const char* name) {
+  uint64_t hash = 0xcbf29ce484222325;
+  for (; *name != 0; ++name) hash = (hash ^ static_cast<unsigned char>(*name)) * 0x100000001b3;
+  return hash;
+}
+
 // Aligned like the panels that follow it.
 struct alignas(64) PackedHeader {
-  char magic[8] = "rnnkit1", isa[16] = RNNKIT_STRING(RNNKIT_CAPABILITY), cell[kMaxCellName + 1] = {};
+  char magic[8] = "rnnkit2", isa[16] = RNNKIT_STRING(RNNKIT_CAPABILITY);
+  uint64_t cell;
   PanelFormat format;
   int64_t input, hidden, projected, directions;
 
   template <class S>
   PackedHeader(const char* name, const Layer<S>& layer)
-      : format(kFormat<S>),
+      : cell(hash_of(name)),
+        format(kFormat<S>),
         input(layer.input),
         hidden(layer.hidden),
         projected(layer.projected),
-        directions(layer.directions) {
-    for (size_t i = 0; i + 1 < sizeof cell && name[i] != 0; ++i) cell[i] = name[i];
-  }
+        directions(layer.directions) {}
   bool operator==(const PackedHeader&) const = default;
 };
 
