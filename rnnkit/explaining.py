@@ -68,7 +68,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
     serving = backends.serving(device)
     layer = isinstance(module, _Layers)
     if serving != "reference" and module._cell not in CELLS:
-        if device.type == "cpu":
+        if device.type == "cpu" and serving == "cpp":
             from rnnkit.graph import kernels
 
             return Explanation(serving, device.type, kernels.register(str(module._cell)))
