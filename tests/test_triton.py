@@ -155,19 +155,31 @@ def test_against_reference(case: Case, kernel: str, keep: Keep) -> None:
         assert_case_matches_reference(case, keep)
 
 
+#: Every variant of every cell, in one direction or two, in turn.
+VARIED = [
+    Case(cell, (3, 4, 2, 20), 1 + (at + index) % 2, off_kink=True, **variant)
+    for at, cell in enumerate(CELLS)
+    for index, variant in enumerate((*VARIANTS, *NOISE_OF_FEW, *NORMS_OF_FEW))
+    if cell not in TWINS or index % 3 == 0
+]
+
+
 @pytest.mark.parametrize(
-    "case",
-    each(
-        [
-            Case(cell, (3, 4, 2, 20), 1 + (at + index) % 2, off_kink=True, **variant)
-            for at, cell in enumerate(CELLS)
-            for index, variant in enumerate((*VARIANTS, *NOISE_OF_FEW, *NORMS_OF_FEW))
-            if cell not in TWINS or index % 3 == 0
-        ]
-    ),
+    ("case", "kernel"),
+    [
+        # The interpreter is slow: there each case is on one kernel.
+        *(
+            pytest.param(case, plan.TRITON_KERNELS[k // 2 % 2], marks=interpreted)
+            for k, case in enumerate(VARIED)
+        ),
+        *(
+            pytest.param(replace(case, device="cuda"), kernel, marks=pytest.mark.gpu)
+            for case in VARIED
+            for kernel in plan.TRITON_KERNELS
+        ),
+    ],
     ids=str,
 )
-@each_kernel
 def test_every_variant(case: Case, kernel: str) -> None:
     with plan.forced(kernel):
         assert_case_matches_reference(case)
