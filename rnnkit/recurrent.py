@@ -12,7 +12,7 @@ from rnnkit import interop, stack
 from rnnkit.cells import _Cell
 from rnnkit.definition import Cell
 from rnnkit.init import Initializer
-from rnnkit.layers import _NOTHING, Device, Lengths, Rows, Weights, _asked, _Layers
+from rnnkit.layers import _NOTHING, Device, Lengths, Rows, _asked, _Layers
 
 States = Tensor | Sequence[Tensor]
 
@@ -206,10 +206,6 @@ class Recurrent(_Layers, _OwnWeights):
 
     def _own_weights(self, own: list[Tensor | None]) -> list[Tensor | None]:
         return self._joined(own)
-
-    def _packed_weights(self, weights: Weights) -> tuple[Tensor, ...]:
-        """Nothing: weights are packed for the kernels of built-in cells alone."""
-        return ()
 
     def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
         """torch.nn's checks, for any number of states."""

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Read by OpenMP as torch loads it. Threads that wait by spinning make torch.nn a hundred times slower
 # while anything else runs on the machine, such as other tests.
@@ -9,6 +10,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Each of several workers (pytest -n) gets its share of the processors.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // workers, 1)))
+# Cells of one's own that tests compile are not the user's.
+os.environ.setdefault("RNNKIT_CACHE", str(Path(__file__).parents[1] / "build/cells"))
 # Without it cuBLAS is not deterministic, and torch warns of that in its deterministic mode.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -122,12 +125,5 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=AVAILABLE_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs once on each backend that is available here."""
-    with rnnkit.backend(request.param):
-        yield request.param
-
-
-@pytest.fixture(params=["reference"])
-def cell_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """`backend` for cells that `rnnkit.cell` makes: the reference alone has them so far."""
     with rnnkit.backend(request.param):
         yield request.param

@@ -12,7 +12,8 @@ PAGES = ["README.md", "docs/guide.md", "docs/recipes.md", "docs/chapter.md", "do
 DOCS = sorted({f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} - set(PAGES))
 
 
-def run_code(page: str) -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_code_runs(page: str) -> None:
     text = (ROOT / page).read_text("utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {}
@@ -21,16 +22,6 @@ def run_code(page: str) -> None:
         linecache.cache[page] = (len(block), None, block.splitlines(True), page)
         exec(compile(block, page, "exec"), names)
     assert blocks
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/cells.md"])
-def test_code_runs(page: str) -> None:
-    run_code(page)
-
-
-@pytest.mark.usefixtures("cell_backend")
-def test_code_of_cells_runs() -> None:
-    run_code("docs/cells.md")
 
 
 @pytest.mark.parametrize("page", [*PAGES, *DOCS, "CONTRIBUTING.md"])

@@ -18,7 +18,7 @@ import rnnkit
 from rnnkit import library
 from rnnkit.graph import Graph
 
-pytestmark = pytest.mark.usefixtures("cell_backend")
+pytestmark = pytest.mark.usefixtures("backend")
 
 LENGTHS = [5, 7, 1, 5, 2]
 Parts = Sequence[Tensor]

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnkit
 
-pytestmark = pytest.mark.usefixtures("cell_backend")
+pytestmark = pytest.mark.usefixtures("backend")
 
 T, N, I, H = 6, 4, 3, 5  # noqa: E741
 LENGTHS = [3, 6, 1, 4]
