@@ -94,18 +94,24 @@ def register(name: str) -> str:
             derived = derived_of(Graph.from_json(name))
             functions = compiled.load(derived) if compiled.wanted() else None
             kind = "interpreted" if functions is None else "compiled"
-            extension.register_cell(
-                name,
-                gates=spec.gates,
-                recurrent=spec.recurrent,
-                states=spec.states,
-                saved=spec.saved,
-                parameters=spec.parameters,
-                input_grads=spec.input_grads,
-                uses_h=derived.uses_h,
-                uses_previous_h=derived.uses_previous_h,
-                projects=spec.projects,
-                **(functions or extension.interpret([*interpreted.programs(derived)])),
-            )
+            functions = functions or extension.interpret([*interpreted.programs(derived)])
+            try:
+                extension.register_cell(
+                    name,
+                    gates=spec.gates,
+                    recurrent=spec.recurrent,
+                    states=spec.states,
+                    saved=spec.saved,
+                    parameters=spec.parameters,
+                    input_grads=spec.input_grads,
+                    uses_h=derived.uses_h,
+                    uses_previous_h=derived.uses_previous_h,
+                    projects=spec.projects,
+                    **functions,
+                )
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f'{error}: it runs under `with rnnkit.backend("reference")`'
+                ) from None
             _kinds[name] = kind
         return _kinds[name]
