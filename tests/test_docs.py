@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "docs/guide.md", "docs/recipes.md", "docs/chapter.md", "docs/cells.md"]
+PAGES = [
+    "README.md",
+    "docs/guide.md",
+    "docs/recipes.md",
+    "docs/chapter.md",
+    "docs/cells.md",
+    "docs/graphs.md",
+]
 DOCS = sorted({f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} - set(PAGES))
 
 
