@@ -249,7 +249,7 @@ class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
         for header in CELL_HEADERS:
             copy = target.with_name("include") / header
             copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_text(Path("csrc", header).read_text())
+            copy.write_bytes(Path("csrc", header).read_bytes())
         return "", self.compiler_version
 
     def build_cuda(self, target: Path) -> tuple[str, str, tuple[str, ...]]:

@@ -330,8 +330,8 @@ class LayerCall:
         if self.cell not in specs.CELLS:
             if len(self.weights) not in (count, 2 * count):
                 raise RuntimeError(
-                    f"expected weights to hold {count} tensors for each of 1 or 2 directions of {self.cell}, got "
-                    f"{len(self.weights)}"
+                    f"expected weights to hold {count} tensors for each of 1 or 2 directions of "
+                    f"{specs.shown(self.cell)}, got {len(self.weights)}"
                 )
         elif len(self.weights) not in (_PLAIN, 2 * _PLAIN, *_WITH_NORMS):
             raise RuntimeError(
@@ -425,7 +425,7 @@ class LayerCall:
             for name in () if spec.recurrent else ("w_hh", "b_hh"):
                 if getattr(of, name) is not None:
                     raise RuntimeError(
-                        f"expected {name} of direction {d} to be None for {self.cell}, got a tensor"
+                        f"expected {name} of direction {d} to be None for {specs.shown(self.cell)}, got a tensor"
                     )
         gates, recurrent = spec.gates * self.hidden, spec.recurrent * self.hidden
         name, factor = ("w_hh", spec.recurrent) if spec.recurrent else ("w_ih", spec.gates)
@@ -437,7 +437,7 @@ class LayerCall:
         w_hr = self.direction(0).w_hr
         if w_hr is not None and not spec.projects:
             raise RuntimeError(
-                f"expected w_hr to be None for {self.cell}, got shape {list(w_hr.shape)}"
+                f"expected w_hr to be None for {specs.shown(self.cell)}, got shape {list(w_hr.shape)}"
             )
         if w_hr is not None and w_hr.dim() != 2:
             raise RuntimeError(
@@ -475,7 +475,7 @@ class LayerCall:
             if there != (name in needed):
                 expected, got = ("a tensor", "None") if name in needed else ("None", "a tensor")
                 raise RuntimeError(
-                    f"expected {name} of direction {d} to be {expected} for {self.cell}, got {got}"
+                    f"expected {name} of direction {d} to be {expected} for {specs.shown(self.cell)}, got {got}"
                 )
 
     def check_like_input(self, tensor: Tensor, name: str, shape: tuple[int, ...]) -> None:

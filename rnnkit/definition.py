@@ -1,6 +1,7 @@
 """`cell`: makes a recurrent cell of a function that computes one step, for `rnnkit.Recurrent` and `RecurrentCell`."""
 
 import functools
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
@@ -87,7 +88,20 @@ class Cell:
         return f"{self.name}({parts}{f', parameters={self.parameters}' * bool(self.parameters)})"
 
     def __reduce__(self) -> Any:
-        return _unpickled, (self.name, self.op_name, self.init)
+        """Without functions in `init` that cannot be pickled, such as lambdas."""
+        init = {name: start for name, start in self.init.items() if _pickles(start)}
+        return _unpickled, (self.name, self.op_name, init)
+
+    def __deepcopy__(self, memo: Any) -> "Cell":
+        return self  # it does not change
+
+
+def _pickles(start: Start) -> bool:
+    try:
+        pickle.dumps(start)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return False
+    return True
 
 
 def _unpickled(name: str, op_name: str, init: Mapping[str, Start]) -> Cell:
@@ -153,7 +167,10 @@ def cell(
             cell without W_hh. Default `gates`.
         parameters: names of parameters that each hidden unit has one of, [H] in each layer and direction.
         init: for some of these, the initial value or a function that writes it in place, as those of `torch.nn.init`.
-            The others begin like weights.
+            The others begin like weights. A pickled cell loses functions that cannot be pickled, such as lambdas.
+
+    The CPU kernels take up to 4 states, 16 gates, 64 parameters and 64 values that a step saves; larger cells run under
+    `rnnkit.backend("reference")` alone.
 
     Returns:
         The `Cell`; without `function`, a decorator that makes it.
@@ -180,4 +197,5 @@ def cell(
         raise TypeError(str(error)) from None
     if graph.has_output:
         raise ValueError("expected the first state to be the output, got an output of its own")
-    return functools.update_wrapper(Cell(function.__name__, graph, init), function, updated=())
+    name = getattr(function, "__name__", type(function).__name__)
+    return functools.update_wrapper(Cell(name, graph, init), function, updated=())

@@ -400,7 +400,7 @@ class Backward:
             self._compute_reserve()
         self.gate_column = call.spec.gates if call.normalizes else 0
         self.grad_columns = self.gate_column + call.spec.grad_columns
-        if call.normalizes and call.spec.states > 1:
+        if call.normalizes and call.spec.has_source:
             self.grad_columns += 2
         width = self.grad_columns * call.hidden
         self.grad_gates = call.input.new_empty(call.rows, call.directions * width)
@@ -562,7 +562,7 @@ class Backward:
         normalized = layer_norm(products, products.shape[1:], eps=NORM_EPSILON)
         norm_hh = (of_gates * normalized).sum(0).to(dtype)
         norm_c = norm_c_bias = None
-        if call.spec.states > 1:
+        if call.spec.has_source:
             norm_c_bias = self._columns(d, self.grad_columns - 2, 1).sum(0)
             norm_c = self._columns(d, self.grad_columns - 1, 1).sum(0)
         return [self._through_norm_ih[d][1], norm_hh, norm_c, norm_c_bias]

@@ -20,14 +20,18 @@ def cell_of(module: nn.Module) -> str:
     """RNN, LSTM or GRU if the module is such a layer or cell, of rnnkit or torch.nn, or of a subclass; else empty."""
     if isinstance(module, nn.RNNBase):
         cell = module.mode.partition("_")[0]
-        return cell if cell in _CELLS.values() else ""  # a rnnkit.Recurrent has a cell of its own
+        return cell if cell in _CELLS.values() else ""  # a Recurrent has a cell of its own
     return next((cell for cls, cell in _CELLS.items() if isinstance(module, cls)), "")
 
 
 def names(module: nn.Module) -> list[dict[str, str]]:
     """For each layer and in it each direction, or for a cell: a name in `KINDS` -> the parameter's, in this order."""
     if isinstance(module, nn.RNNBase):
-        return [{name.partition("_l")[0]: name for name in own} for own in module._all_weights]
+        suffixes = [own[0].removeprefix("weight_ih") for own in module._all_weights]
+        return [
+            {name.removesuffix(suffix): name for name in own}
+            for suffix, own in zip(suffixes, module._all_weights, strict=True)
+        ]
     return [{name: name for name in KINDS[: 4 if module.bias else 2]}]
 
 

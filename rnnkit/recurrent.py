@@ -16,6 +16,9 @@ from rnnkit.layers import _NOTHING, Device, Lengths, Rows, _asked, _Layers
 
 States = Tensor | Sequence[Tensor]
 
+#: `mode` of a `Recurrent`, where torch.nn's layers have a name of their cell.
+_MODE = "OWN"
+
 
 class _OfCell(nn.Module):
     """The base of both: a module that has a cell of one's own."""
@@ -57,12 +60,13 @@ class _OwnWeights(_OfCell, nn.RNNBase):
     without memory, are replaced.
     """
 
-    def __init__(self, mode: str, *args: Any, device: Device = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, device: Device = None, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> None:
         super().__init__("RNN_TANH", *args, **{**kwargs, "device": "meta"})
-        self.mode = mode
+        self.mode = _MODE
         for name in self._flat_weights_names:
             delattr(self, name)
-        dtype = kwargs.get("dtype", args[8] if len(args) > 8 else None)
         layers = [(k, d) for k in range(self.num_layers) for d in range(1 + self.bidirectional)]
         self._all_weights = []
         for k, direction in layers:
@@ -176,7 +180,6 @@ class Recurrent(_Layers, _OwnWeights):
                 f"expected proj_size to be 0 for {cell.name}, whose step reads h itself, got {proj_size}"
             )
         super().__init__(
-            cell.name,
             *(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional),
             proj_size,
             device=device,
@@ -193,8 +196,12 @@ class Recurrent(_Layers, _OwnWeights):
 
     def reset_parameters(self) -> None:
         """Initialize the parameters again: as torch.nn does, those of units as the cell says, then by `init`."""
-        if self.mode != "RNN_TANH":  # torch's constructor, see _OwnWeights
+        if self.mode == _MODE:  # in torch's constructor it is not yet
             super().reset_parameters()
+
+    @property
+    def _kind(self) -> str:
+        return self.cell.name
 
     @property
     def _state_names(self) -> tuple[str, ...]:

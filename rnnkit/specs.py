@@ -155,8 +155,13 @@ def of(cell: str) -> CellSpec:
     spec = CELLS.get(cell) or REGISTERED.get(cell)
     if spec is None:
         if not cell.startswith("{"):
-            raise RuntimeError(f"expected cell to be the name of a cell, got '{cell}'")
+            raise RuntimeError(f"expected cell to be the name of a cell, got '{shown(cell)}'")
         from rnnkit.graph.kernels import spec_of
 
         spec = REGISTERED[cell] = spec_of(cell)
     return spec
+
+
+def shown(cell: str) -> str:
+    """A cell's name in the text of an error; of a graph's JSON the beginning."""
+    return cell if len(cell) <= 60 else f"{cell[:60]}..."

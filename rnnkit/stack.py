@@ -119,8 +119,8 @@ def with_dropped_weights(
     found = [list(of_direction) for of_direction in weights]
     for of_direction in found:
         w_hh = of_direction[WEIGHTS.index("w_hh")]
-        assert w_hh is not None
-        of_direction[WEIGHTS.index("w_hh")] = drop(w_hh, p, training=True)
+        if w_hh is not None:
+            of_direction[WEIGHTS.index("w_hh")] = drop(w_hh, p, training=True)
     return found
 
 

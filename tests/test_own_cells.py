@@ -462,6 +462,25 @@ def test_folders_that_others_can_write_to(
         assert works(fresh()) == "interpreted"
 
 
+def test_a_umask_that_lets_a_group_write(fresh: Callable[[], Any]) -> None:
+    """The library is written so that later processes load it."""
+    before = os.umask(0o002)
+    try:
+        for _ in range(2):
+            kernels.register(fresh()._cell)
+    finally:
+        os.umask(before)
+    assert compiled.cells()
+    assert all(path.stat().st_mode & 0o077 == 0 for path in compiled.cells())
+
+
+def test_only_cells_are_removed(fresh: Callable[[], Any]) -> None:
+    kernels.register(fresh()._cell)
+    other = compiled.folder() / "other.so"
+    other.touch()
+    assert compiled.clear() == 1 and other.exists() and not compiled.cells()
+
+
 def test_folders_that_cannot_be_written_to(
     fresh: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

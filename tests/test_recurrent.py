@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnkit
+from rnnkit import parameters
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -560,3 +561,59 @@ def test_wrong_states() -> None:
         layer(x[..., 1:])
     with pytest.raises(TypeError, match="expected reset_to to be three"):
         layer(x, reset=torch.zeros(T, N), reset_to=state)
+
+
+def test_names_that_torchs_layers_have() -> None:
+    """A function may be called as torch.nn's layers are, and parameters may have a layer's suffix in their names."""
+
+    def step(x: Any, r: Any, s: Any, p: Any) -> Any:
+        return {"h": torch.tanh(x.n + r.n) * p.v_left + p.v_low * s.h}
+
+    for name in ("RNN_TANH", "LSTM", "GRU_light"):
+        step.__name__ = name
+        cell = rnnkit.cell(
+            step,
+            gates="n",
+            states="h",
+            parameters="v_left v_low",
+            init={"v_left": 2.0, "v_low": 3.0},
+        )
+        layer = rnnkit.Recurrent(cell, I, H)
+        assert 0 < layer.weight_hh_l0.abs().max() <= 1 / H**0.5
+        assert layer.v_left_l0.eq(2).all() and layer.v_low_l0.eq(3).all()
+        with pytest.raises(ValueError, match="got Recurrent"):
+            rnnkit.init.xavier_(layer)
+        assert set(parameters.names(layer)[0]) >= {"v_left", "v_low", "weight_hh"}
+        with pytest.raises(ValueError, match=f"{name}: Expected input"):
+            layer(torch.randn(1, 1, 1, I))
+
+
+def test_weight_dropout_without_recurrent_weights() -> None:
+    torch.manual_seed(0)
+    layer = rnnkit.Recurrent(rnnkit.library.min_gru, I, H, weight_dropout=0.5)
+    without, x = copy.deepcopy(layer), torch.randn(T, N, I)
+    without.weight_dropout = 0.0
+    torch.testing.assert_close(layer(x)[0], without(x)[0])
+
+
+def test_any_callable_makes_a_cell() -> None:
+    class Step:
+        def __call__(self, x: Any, r: Any, s: Any) -> Any:
+            return (torch.tanh(x.n + r.n),)
+
+    assert rnnkit.cell(Step(), gates="n", states="h").name == "Step"
+
+
+def test_functions_that_initialize_are_pickled_if_they_can_be() -> None:
+    made = {"a": lambda tensor: tensor.fill_(2), "b": nn.init.ones_, "c": 3.0}
+    cell = rnnkit.cell(
+        lambda x, r, s, p: (x.n + p.a + p.b + p.c,),
+        gates="n",
+        states="h",
+        parameters="a b c",
+        init=made,
+    )
+    layer = rnnkit.Recurrent(cell, I, H)
+    loaded = pickle.loads(pickle.dumps(layer))
+    assert loaded.a_l0.eq(2).all() and set(loaded.cell.init) == {"b", "c"}
+    assert copy.deepcopy(layer).cell is cell

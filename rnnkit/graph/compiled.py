@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import importlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -27,6 +28,9 @@ from rnnkit.graph.derive import Derived
 
 #: The addresses of forward, backward, grad_states and output, for each of `_C.register_cell`'s arguments.
 Functions = dict[str, list[int]]
+
+#: The names of libraries in the cache, see `_key`.
+_NAME = re.compile(r"[0-9a-f]{32}\.so")
 
 #: The seconds that a compiler may take.
 TIME_LIMIT = 120.0
@@ -127,16 +131,19 @@ def folder() -> Path:
 
 def cells() -> list[Path]:
     """The files of compiled cells in the folder."""
-    return sorted(folder().glob("*.so"))
+    return sorted(path for path in folder().glob("*.so") if _NAME.fullmatch(path.name))
 
 
 def clear() -> int:
     """Empties the folder. Returns how many cells were in it."""
-    found = cells()
-    for path in found:
-        path.unlink(missing_ok=True)
-    for unfinished in folder().glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    if not folder().is_dir():
+        return 0
+    with _locked(folder()):  # not while another process compiles
+        found = cells()
+        for path in found:
+            path.unlink(missing_ok=True)
+        for unfinished in folder().glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
     return len(found)
 
 
@@ -175,9 +182,9 @@ def _opened(path: Path) -> ctypes.CDLL | None:
 
 
 def _key(text: str, flags: list[str]) -> str:
-    headers = [path.read_text() for path in sorted(INCLUDE.rglob("*.h"))]
-    parts = [text, *headers, *flags, version(compiler()), rnnkit.__version__]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    headers = [path.read_bytes() for path in sorted(INCLUDE.rglob("*.h"))]
+    parts = [text, *flags, version(compiler()), rnnkit.__version__]
+    return hashlib.sha256(b"\0".join([*headers, *map(str.encode, parts)])).hexdigest()[:32]
 
 
 def _flags() -> list[str]:
@@ -243,7 +250,11 @@ def _locked(place: Path) -> Iterator[None]:
                 time.sleep(0.02)
             except OSError:
                 break
-        yield
+        try:
+            yield
+        finally:  # closing it leaves the lock to a process that was forked meanwhile
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 #: How the names of folders begin in which a compiler works.
@@ -256,11 +267,12 @@ def _compile(text: str, flags: list[str], target: Path) -> ctypes.CDLL:
         prefix=_UNFINISHED, dir=target.parent, ignore_cleanup_errors=True
     ) as name:
         place, made = Path(name), Path(name, "cell.so")
-        (place / "cell.cpp").write_text(text)
+        (place / "cell.cpp").write_text(text, encoding="utf-8")
         _run([*compiler(), *flags, f"-I{INCLUDE}", "cell.cpp", "-o", made.name], place)
         library = ctypes.CDLL(str(made))
         with made.open("rb") as file:
             os.fsync(file.fileno())
+        made.chmod(0o700)  # a linker lets as many write to it as the umask does
         made.replace(target)
         return library
 

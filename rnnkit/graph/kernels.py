@@ -59,6 +59,8 @@ def _step(
 
 #: "compiled" or "interpreted", for each cell that `register` has registered, by its name in ops.
 _kinds: dict[str, str] = {}
+#: Why a cell cannot be registered, by its name in ops.
+_refused: dict[str, str] = {}
 
 _lock = threading.Lock()
 
@@ -89,6 +91,8 @@ def register(name: str) -> str:
     extension = backends.EXTENSION
     assert extension is not None
     with _lock:
+        if name in _refused:
+            raise RuntimeError(_refused[name])
         if name not in _kinds:
             spec = specs.of(name)
             derived = derived_of(Graph.from_json(name))
@@ -110,8 +114,7 @@ def register(name: str) -> str:
                     **functions,
                 )
             except RuntimeError as error:
-                raise RuntimeError(
-                    f'{error}: it runs under `with rnnkit.backend("reference")`'
-                ) from None
+                _refused[name] = f'{error}: it runs under `with rnnkit.backend("reference")`'
+                raise RuntimeError(_refused[name]) from None
             _kinds[name] = kind
         return _kinds[name]
