@@ -10,7 +10,7 @@ OUT ?= build/gpu
 N ?= 10000
 MALFORMED ?= 2000
 SEED ?= 0
-SANITIZE_TESTS ?= test_kernels.py test_registered.py test_freezing.py test_direct.py -k 'not test_against_reference or float32'
+SANITIZE_TESTS ?= test_kernels.py test_registered.py test_freezing.py test_direct.py -k '(not test_against_reference or float32) and not other_cpu_capabilities'
 
 # Where no GPU can run them, CUDA kernels are compiled only if asked for: it takes minutes.
 RNNKIT_CUDA ?= $(if $(shell command -v nvidia-smi),,0)

@@ -10,7 +10,8 @@ Environment:
     RNNKIT_CPU=1          fail if the extension is not built, also on other systems than Linux
     RNNKIT_CUDA=0         do not build the CUDA library
     RNNKIT_CUDA=1         fail if the CUDA library cannot be built; build it also with a torch without CUDA
-    RNNKIT_SANITIZE=...   value of -fsanitize, for example address,undefined
+    RNNKIT_NATIVE=1       build the CPU kernels only for the ISAs that this CPU runs
+    RNNKIT_SANITIZE=...   value of -fsanitize, for example address,undefined; has the effect of RNNKIT_NATIVE=1
     CC, CXX               the compilers
     MAX_JOBS              compilers that run at once; by default at most one for each core and GiB of free memory
     CUDA_HOME, CUDA_PATH  the CUDA toolkit; by default that of the nvcc on PATH, or /usr/local/cuda
@@ -65,8 +66,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ]
     CAPABILITIES["avx512_bf16"] = [*CAPABILITIES["avx512"], "-mavx512bf16"]
 
-if SANITIZE and sys.platform == "linux":
-    # Such a build is for this machine's tests, which run no ISA that the CPU does not have.
+if (SANITIZE or os.environ.get("RNNKIT_NATIVE") == "1") and sys.platform == "linux":
     has = Path("/proc/cpuinfo").read_text().split()
     CAPABILITIES = {
         name: flags
