@@ -158,31 +158,26 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
                 f"the layer was made with weights for {len(self._all_weights)} layers and directions"
             )
         found: Weights = []
-        there = self._weights_there()
+        kinds = self._kinds()
         for names in self._all_weights:
-            if len(names) != sum(there) + self._own_count:
+            if len(names) != kinds:
                 raise RuntimeError(
                     f"expected weights for bias={self.bias} and proj_size={self.proj_size}, got {', '.join(names)}: "
                     "these attributes cannot be changed after a layer was made"
                 )
-            weights = iter(stack.parameters(self, names))
-            found.append([next(weights) if is_there else None for is_there in there])
-            found[-1] += self._own_weights(list(weights))
+            found.append(self._of_direction(stack.parameters(self, names)))
             if self._normalizes:
                 found[-1] += self._norms(names)
         return found
 
-    def _weights_there(self) -> tuple[bool, ...]:
-        """Which of `specs.WEIGHTS` the layer has."""
-        recurrent, bias = self._spec.recurrent > 0, bool(self.bias)
-        return True, recurrent, bias, bias and recurrent, self.proj_size > 0
+    def _kinds(self) -> int:
+        """The number of parameters in `_all_weights` of each layer and direction."""
+        return 2 + 2 * bool(self.bias) + (self.proj_size > 0)
 
-    #: The number of further parameters of a layer and direction, which are the cell's own.
-    _own_count = 0
-
-    def _own_weights(self, own: list[Tensor | None]) -> list[Tensor | None]:
-        """What follows `specs.WEIGHTS` in a call, from the parameters that are the cell's own."""
-        return []
+    def _of_direction(self, given: list[Tensor | None]) -> list[Tensor | None]:
+        """The weights of one direction as a call takes them, from the parameters in `_all_weights`."""
+        biases = given[2:4] if self.bias else [None, None]
+        return [*given[:2], *biases, given[-1] if self.proj_size > 0 else None]
 
     @property
     def _spec(self) -> specs.CellSpec:

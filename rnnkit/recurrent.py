@@ -1,6 +1,7 @@
 """`Recurrent` and `RecurrentCell`: a layer, and one step of it, of a cell of one's own (`rnnkit.cell`)."""
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkit import interop, stack
+from rnnkit import interop, parameters, stack
 from rnnkit.cells import _Cell
 from rnnkit.definition import Cell
 from rnnkit.init import Initializer
@@ -48,9 +49,14 @@ class _OfCell(nn.Module):
             if parametrize.is_parametrized(self, name):  # then `tensor` is what was computed
                 setattr(self, name, tensor)
 
-    def _joined(self, own: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The cell's own parameters of one direction as a call takes them: [U, H]."""
-        return [torch.stack([tensor for tensor in own if tensor is not None])] if own else []
+    def _as_call(self, names: Sequence[str], given: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The weights of one direction as a call takes them, from its parameters, whose names `_names` tells.
+
+        The cell's own become one, [U, H].
+        """
+        found = dict(zip(names, given, strict=True))
+        own = [tensor for name in self.cell.parameters if (tensor := found[name]) is not None]
+        return [*map(found.get, parameters.KINDS), *([torch.stack(own)] if own else [])]
 
 
 class _OwnWeights(_OfCell, nn.RNNBase):
@@ -88,25 +94,32 @@ class _OwnWeights(_OfCell, nn.RNNBase):
     def reset_parameters(self) -> None:
         """Initialize the parameters again: as torch.nn does, those of units as the cell says."""
         super().reset_parameters()
-        for names in self._all_weights:
+        for names in (
+            self._all_weights if self.mode == _MODE else ()
+        ):  # it is not yet in torch's constructor
             self._start(names[0].removeprefix("weight_ih"))
+
+
+def _names(module: _OfCell, bias: bool, projected: int = 0) -> list[str]:
+    """The names of the parameters of one layer and direction, without suffix."""
+    recurrent = len(module.cell.recurrent) > 0
+    there = True, recurrent, bias, bias and recurrent, projected > 0
+    return [*compress(parameters.KINDS, there), *module.cell.parameters]
 
 
 def _shapes(module: Any, inputs: int, projected: int = 0) -> dict[str, tuple[int, ...]]:
     """The parameters of one layer and direction: name without suffix -> shape."""
-    cell, hidden = module.cell, module.hidden_size
-    width = projected or hidden
-    gates, recurrent = len(cell.gates) * hidden, len(cell.recurrent) * hidden
-    shapes: dict[str, tuple[int, ...]] = {"weight_ih": (gates, inputs)}
-    if recurrent:
-        shapes["weight_hh"] = (recurrent, width)
-    if module.bias:
-        shapes["bias_ih"] = (gates,)
-        if recurrent:
-            shapes["bias_hh"] = (recurrent,)
-    if projected:
-        shapes["weight_hr"] = (width, hidden)
-    return shapes | dict.fromkeys(cell.parameters, (hidden,))
+    hidden = module.hidden_size
+    gates, recurrent = len(module.cell.gates) * hidden, len(module.cell.recurrent) * hidden
+    shapes = (
+        (gates, inputs),
+        (recurrent, projected or hidden),
+        (gates,),
+        (recurrent,),
+        (projected, hidden),
+    )
+    of_kind = dict(zip(parameters.KINDS, shapes, strict=True))
+    return {name: of_kind.get(name, (hidden,)) for name in _names(module, module.bias, projected)}
 
 
 class Recurrent(_Layers, _OwnWeights):
@@ -194,11 +207,6 @@ class Recurrent(_Layers, _OwnWeights):
             init=init,
         )
 
-    def reset_parameters(self) -> None:
-        """Initialize the parameters again: as torch.nn does, those of units as the cell says, then by `init`."""
-        if self.mode == _MODE:  # in torch's constructor it is not yet
-            super().reset_parameters()
-
     @property
     def _kind(self) -> str:
         return self.cell.name
@@ -207,12 +215,11 @@ class Recurrent(_Layers, _OwnWeights):
     def _state_names(self) -> tuple[str, ...]:
         return self.cell.states
 
-    @property
-    def _own_count(self) -> int:  # type: ignore[override]
-        return len(self.cell.parameters)
+    def _kinds(self) -> int:
+        return len(_names(self, bool(self.bias), self.proj_size))
 
-    def _own_weights(self, own: list[Tensor | None]) -> list[Tensor | None]:
-        return self._joined(own)
+    def _of_direction(self, given: list[Tensor | None]) -> list[Tensor | None]:
+        return self._as_call(_names(self, bool(self.bias), self.proj_size), given)
 
     def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
         """torch.nn's checks, for any number of states."""
@@ -259,7 +266,7 @@ class _OwnCellWeights(_OfCell, nn.RNNCellBase):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialize the parameters again: as torch.nn does, those of units as the cell says."""
-        if "bias_ih" in self._parameters and self.weight_ih.is_meta:  # torch's constructor
+        if self.weight_ih.is_meta:  # in torch's constructor, or without values
             return
         super().reset_parameters()
         self._start()
@@ -311,15 +318,13 @@ class RecurrentCell(_Cell, _OwnCellWeights):
         """Take one step; see the class."""
         if interop.is_traced(input, hx):
             return interop.traced(self, input, hx)
-        weights = stack.parameters(self, list(_shapes(self, self.input_size)))
+        names = _names(self, self.bias)
+        weights = stack.parameters(self, names)
         if interop.runs_as_torchs(weights):
             return interop.run_as_torchs(self, input, hx)
-        found = dict(zip(_shapes(self, self.input_size), weights, strict=True))
-        own = [found.pop(name) for name in self.cell.parameters]
-        given = [found.get(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         if len(self.cell.states) == 1:
             states = stack.as_states(hx)
         else:
             states = stack.as_several_states(self.cell.states, self.cell.name, hx)
-        finals = self._step(input, states, [*given, None, *self._joined(own)])
+        finals = self._step(input, states, self._as_call(names, weights))
         return finals[0] if len(finals) == 1 else finals
