@@ -27,7 +27,7 @@ def device_of(index: int) -> plan.Gpu:
 
 
 def why_not(scan: plan.Scan) -> str:
-    """See `rnnkit.gpu.Scans`."""
+    """Empty: these kernels compute every scan; see `rnnkit.gpu.Scans`."""
     return ""
 
 

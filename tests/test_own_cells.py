@@ -593,6 +593,36 @@ def test_threads_that_call_first_at_once(
     assert kernels._kinds[layer._cell] == kind
 
 
+def leaky_sum(x: Any, r: Any, s: Any) -> Any:
+    h = torch.tanh(x.a + r.a)
+    return {"h": h, "c": 0.9 * s.c + h * s.c + h}
+
+
+def one_for_both(x: Any, r: Any, s: Any) -> Any:
+    c = torch.tanh(x.a + r.a) + 0.5 * s.c
+    return {"h": c, "c": c}
+
+
+@pytest.mark.parametrize("zoneout", [0.0, (0.3, 0.0), (0.0, 0.3)], ids=str)
+@pytest.mark.parametrize("compile", ["0", "1"])
+@pytest.mark.parametrize("step", [leaky_sum, one_for_both])
+def test_flow_through_states_of_one_step(
+    step: Callable[..., Any], compile: str, zoneout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient of h has what passes to it from another state that is made of it."""
+    monkeypatch.setenv("RNNKIT_COMPILE", compile)
+    cell = rnnkit.cell(step, gates=f"a b{compile}", recurrent=f"a b{compile}", states="h c")
+    layer = rnnkit.Recurrent(cell, 3, 5, zoneout=zoneout, bidirectional=True).double().eval()
+    x, found = torch.randn(4, 2, 3, dtype=torch.float64), []
+    for backend in ("cpp", "reference"):
+        with rnnkit.backend(backend), rnnkit.gradient_flow(layer) as flow:
+            output, (_, c) = layer(x)
+            (output.square().sum() + c.sin().sum()).backward()
+        found.append(flow[""])
+    torch.testing.assert_close(found[0].h, found[1].h)
+    torch.testing.assert_close(found[0].c, found[1].c)
+
+
 def test_copies(fresh: Callable[[], Any]) -> None:
     layer, input = fresh(), torch.randn(4, 2, 3)
     again = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]

@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rnnkit import autograd, backends, ops
 from rnnkit.call import Keep
+from rnnkit.graph import compiled
 from rnnkit.specs import CELLS, REGISTERED, CellSpec
 
 pytestmark = pytest.mark.skipif(
@@ -37,9 +38,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 ROOT = Path(__file__).parent.parent
-#: The flags of setup.py for each instruction set: other ones would round differently.
-FLAGS = {"baseline": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
-FLAGS["avx512"] = [*FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 
 Parts = Sequence[Tensor]
 
@@ -125,11 +123,10 @@ def describe(library: ctypes.CDLL, spec: CellSpec, name: str) -> dict[str, Any]:
 def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
     """The cells of registered_cells.cpp, compiled and registered."""
     assert backends.EXTENSION is not None
-    isa = backends.EXTENSION.capability()
     to = tmp_path_factory.mktemp("cells") / "cells.so"
-    options = ["-std=c++20", "-O3", "-fwrapv", "-fPIC", "-shared", f"-DRNNKIT_CAPABILITY={isa}"]
+    flags = [*compiled._flags(), f"-I{ROOT / 'csrc'}"]
     subprocess.run(
-        ["g++", *options, *FLAGS[isa], f"-I{ROOT / 'csrc'}", "registered_cells.cpp", "-o", to],
+        ["g++", *flags, "registered_cells.cpp", "-o", to],
         cwd=ROOT / "tests",
         check=True,
     )

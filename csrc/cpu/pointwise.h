@@ -45,8 +45,8 @@ struct Pointwise {
   // result: on return the gradients of the states before the step [S], without what comes through W_hh.
   void (*backward)(const void* context, const BackwardBlock<T>& block);
 
-  // result: on return the whole gradients of the states after the step [S], with what the states of the step other than
-  // the first pass to one another. Called only if the cell has several states. `grad` is not there.
+  // result: on return the whole gradients of the states after the step [S], with what the states of the step pass to
+  // one another. Called only if the cell has several states. `grad` is not there.
   void (*grad_states)(const void* context, const BackwardBlock<T>& block);
 
   // result: on return h after the step before its projection [1]. Null: h cannot be projected. Only saved and

@@ -511,6 +511,10 @@ class Backward {
           load_grads(of[i], first + u, lanes, Vector<T>{}, grad);
           load_states(result, i, u, lanes, whole);
           store_flow(of[i], first + u, lanes, grad, whole);
+          // Other states may be made of the h that the cell gave, which is the state if neither zoneout nor a projection
+          // follows.
+          if (T* flow = layer_.states[0].flow; flow != nullptr && !projects_ && !layer_.states[0].zones())
+            store(flow + of[i].place + first + u, whole[0], lanes);
         });
       }
       T* const passed = projects_ ? nullptr : grad_h_ + (d * layer_.batch + rows.range.begin + m) * H + first;
