@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -277,20 +278,31 @@ class InWorkers(Dataset):
             return run(case, self.modules[index], case.leaves())
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_worker_processes(backend: str, start: str) -> None:
-    """As a DataLoader's, begun after this process has used its threads."""
-    threads = torch.get_num_threads()
+def compare_with_workers(backend: str, start: str) -> None:
     torch.set_num_threads(2)
     items = InWorkers(backend)
     here = [items[index] for index in range(len(items))]
-    torch.set_num_threads(threads)
     loader = DataLoader(
         items, batch_size=None, num_workers=1, multiprocessing_context=start, timeout=120
     )
     for there, expected in zip(loader, here, strict=True):
         for name, result in there.items():
             torch.testing.assert_close(result, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_worker_processes(backend: str, start: str) -> None:
+    """As a DataLoader's, begun after this process has used its threads.
+
+    In a fresh process: what other tests have begun in this one may be what autograd does not take through a fork.
+    """
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import test_modes
+        test_modes.compare_with_workers({backend!r}, {start!r})
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300)
 
 
 # A changed weight is used by the next call
