@@ -9,6 +9,7 @@ from rnnkit.converting import convert, patch, revert
 from rnnkit.definition import Cell, cell
 from rnnkit.explaining import explain
 from rnnkit.flow import gradient_flow
+from rnnkit.foreign_calls import flashrnn
 from rnnkit.foreign_weights import from_haste, from_keras, to_haste, to_keras
 from rnnkit.freezing import freeze
 from rnnkit.interop import decompositions
@@ -38,6 +39,7 @@ __all__ = [
     "convert",
     "decompositions",
     "explain",
+    "flashrnn",
     "freeze",
     "from_haste",
     "from_keras",

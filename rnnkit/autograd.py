@@ -46,6 +46,7 @@ def run(
                 call.operand_mask,
                 tuple(call.zoneout),
                 call.kept,
+                call.heads,
             ),
             *(len(call.states), keep),
             *call.tensors,
@@ -169,7 +170,7 @@ _AS_IT_IS = nullcontext()
 
 
 #: The place of the first tensor among the arguments of `_Layer`.
-_TENSORS = 11
+_TENSORS = 12
 
 
 class _Layer(torch.autograd.Function):
@@ -187,6 +188,7 @@ class _Layer(torch.autograd.Function):
         operand_mask: Tensor | None,
         zoneout: Sequence[float],
         kept: Tensor | None,
+        heads: int,
         n_states: int,
         keep: Keep,
         input: Tensor,
@@ -195,10 +197,10 @@ class _Layer(torch.autograd.Function):
         states: Any = others[:n_states]
         weights = others[n_states:]
         options = all_states, grad_clip, grad_cut, reset, operand_mask, zoneout
-        call = LayerCall(cell, input, states, weights, batch_sizes, *options, kept)
+        call = LayerCall(cell, input, states, weights, batch_sizes, *options, kept, heads)
         outputs, finals, reserve = _ops(input.device).layer_forward(call, None, keep)
         output = outputs[0]
-        ctx.cell, ctx.rule, ctx.zoneout = cell, options[:3], zoneout
+        ctx.cell, ctx.rule, ctx.zoneout, ctx.heads = cell, options[:3], zoneout, heads
         ctx.n_states, ctx.keep = n_states, keep
         ctx.backend = None if torch.compiler.is_compiling() else backends.forced_backend()
         ctx.set_materialize_grads(False)
@@ -227,6 +229,7 @@ class _Layer(torch.autograd.Function):
             states,
             weights,
             *(batch_sizes, all_states, clip, cut, reset, operand_mask, ctx.zoneout, kept),
+            ctx.heads,
         )
         back = BackwardCall(call, grads, output, reserve, ctx.keep, list(needs))
         written = ctx.watch is not None and ctx.watch.written()

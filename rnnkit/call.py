@@ -22,7 +22,8 @@ from rnnkit.specs import NORMS, UNIT, WEIGHTS, CellSpec
 #: The first arguments in the ops' schemas: the fields of `LayerCall`.
 ARGUMENTS = (
     "str cell, Tensor input, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, bool all_states, "
-    "float grad_clip, int grad_cut, Tensor? reset, Tensor? operand_mask, float[]? zoneout, Tensor? kept"
+    "float grad_clip, int grad_cut, Tensor? reset, Tensor? operand_mask, float[]? zoneout, Tensor? kept, "
+    "int heads"
 )
 
 #: The arguments of `layer_backward` after `ARGUMENTS`: the fields of `BackwardCall` after `call`.
@@ -52,7 +53,7 @@ class Keep(IntEnum):
 class DirectionWeights(NamedTuple):
     """The weights of one direction, see `specs.WEIGHTS`, `specs.NORMS` and `specs.UNIT`."""
 
-    w_ih: Tensor
+    w_ih: Tensor | None
     w_hh: Tensor | None
     b_ih: Tensor | None
     b_hh: Tensor | None
@@ -64,14 +65,16 @@ class DirectionWeights(NamedTuple):
     unit: Tensor | None = None
 
 
-#: Weights of a direction without and with layer normalization, and of one and of two directions with it.
+#: Weights of a direction without and with layer normalization.
 _PLAIN, _ALL = len(WEIGHTS), len(WEIGHTS) + len(NORMS)
-_WITH_NORMS = (_ALL, 2 * _ALL)
 
 
 @dataclass(frozen=True, eq=False)
 class LayerCall:
-    """One layer over a sequence, in one or both directions.
+    """One layer over a sequence, in one or both directions, each with one or several heads.
+
+    Heads share the input and nothing else. A head of a direction is a recurrence of its own, just as a direction is:
+    below `direction` is one of these, D counts them all, and those that go forward come first.
 
     Attributes:
         cell: a name in `specs.CELLS` or `specs.REGISTERED`.
@@ -80,7 +83,8 @@ class LayerCall:
             again: the states that `reset` puts back to, in place of zeros.
         weights: for each direction the five of `specs.WEIGHTS`, None for those that the layer does not have; with
             layer normalization followed by the four of `specs.NORMS`, None for those that the cell does not have; of a
-            registered cell with parameters followed by `specs.UNIT`.
+            registered cell with parameters followed by `specs.UNIT`. Without `w_ih` the input is the product already:
+            [T, N, D*G*H] or [rows, D*G*H], x W_ih^T of each direction.
         batch_sizes: int64 [T] on the CPU, not increasing.
         all_states: whether the outputs are all states after each step, instead of h only.
         grad_clip: the largest absolute value of a gradient that a step passes back: an element of the gradient of a
@@ -94,6 +98,7 @@ class LayerCall:
             for zeros. h has none in a layer with a projection.
         kept: bool, for each state that has zoneout, one after the other, where units keep it: [K, ...], K shaped like
             these states' outputs. None for the expectation: p * old state + (1 - p) * new state.
+        heads: of each direction.
     """
 
     cell: str
@@ -108,6 +113,7 @@ class LayerCall:
     operand_mask: Tensor | None = None
     zoneout: Sequence[float] = ()
     kept: Tensor | None = None
+    heads: int = 1
 
     def __post_init__(self) -> None:
         if self.zoneout is None:  # as the ops have it for none
@@ -120,7 +126,7 @@ class LayerCall:
         options = self.all_states, self.grad_clip, self.grad_cut
         # AOTInductor cannot pass an empty list to an op.
         masks = self.reset, self.operand_mask, self.zoneout or None, self.kept
-        return self.cell, *tensors, *options, *masks
+        return self.cell, *tensors, *options, *masks, self.heads
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -168,20 +174,30 @@ class LayerCall:
     @property
     def normalizes(self) -> bool:
         """Whether the layer has layer normalization."""
-        return len(self.weights) in _WITH_NORMS and self.cell in specs.CELLS
+        of_each = len(self.weights) / self.heads if self.heads > 0 else 0
+        return of_each in (_ALL, 2 * _ALL) and self.cell in specs.CELLS
 
     @property
     def directions(self) -> int:
-        """D."""
+        """D: the heads of all directions."""
         return len(self.weights) // len(self.kinds)
+
+    def reverses(self, d: int) -> bool:
+        """Whether direction d begins at the last time."""
+        return d >= self.heads
+
+    @property
+    def multiplies_input(self) -> bool:
+        """Whether there are `w_ih`."""
+        return self.direction(0).w_ih is not None
 
     def direction(self, d: int) -> DirectionWeights:
         """The weights of direction d."""
         kinds = self.kinds
         of_direction = self.weights[d * len(kinds) : (d + 1) * len(kinds)]
         if kinds[-1] == UNIT:
-            return DirectionWeights(*of_direction[:-1], unit=of_direction[-1])  # type: ignore[arg-type, misc]
-        return DirectionWeights(*of_direction)  # type: ignore[arg-type]
+            return DirectionWeights(*of_direction[:-1], unit=of_direction[-1])  # type: ignore[misc]
+        return DirectionWeights(*of_direction)
 
     def of_kind(self, name: str) -> list[Tensor | None]:
         """The weight `name`, one of `kinds`, of each direction."""
@@ -191,9 +207,11 @@ class LayerCall:
     def hidden(self) -> int:
         """H."""
         of, spec = self.direction(0), self.spec
-        if of.w_hh is None:
+        if of.w_hh is not None:
+            return of.w_hh.size(0) // spec.recurrent
+        if of.w_ih is not None:
             return of.w_ih.size(0) // spec.gates
-        return of.w_hh.size(0) // spec.recurrent
+        return self.input.size(-1) // (self.directions * spec.gates)
 
     @property
     def projected(self) -> int:
@@ -326,17 +344,24 @@ class LayerCall:
             raise RuntimeError(f"expected grad_clip to be at least 0, got {self.grad_clip}")
         if self.grad_cut < 0:
             raise RuntimeError(f"expected grad_cut to be at least 0, got {self.grad_cut}")
-        count = len(self.kinds)
+        if self.heads < 1:
+            raise RuntimeError(f"expected heads to be at least 1, got {self.heads}")
+        count, of_each = len(self.kinds), len(self.weights) / self.heads
+        each = (
+            "each of 1 or 2 directions"
+            if self.heads == 1
+            else f"each of {self.heads} heads of 1 or 2 directions"
+        )
         if self.cell not in specs.CELLS:
-            if len(self.weights) not in (count, 2 * count):
+            if of_each not in (count, 2 * count):
                 raise RuntimeError(
-                    f"expected weights to hold {count} tensors for each of 1 or 2 directions of "
-                    f"{specs.shown(self.cell)}, got {len(self.weights)}"
+                    f"expected weights to hold {count} tensors for {each} of {specs.shown(self.cell)}, "
+                    f"got {len(self.weights)}"
                 )
-        elif len(self.weights) not in (_PLAIN, 2 * _PLAIN, *_WITH_NORMS):
+        elif of_each not in (_PLAIN, 2 * _PLAIN, _ALL, 2 * _ALL):
             raise RuntimeError(
-                f"expected weights to hold {_PLAIN} tensors, or {_ALL} with layer normalization, for each of 1 or 2 "
-                f"directions, got {len(self.weights)}"
+                f"expected weights to hold {_PLAIN} tensors, or {_ALL} with layer normalization, for {each}, "
+                f"got {len(self.weights)}"
             )
         input = self.input
         if not input.is_floating_point():
@@ -414,7 +439,12 @@ class LayerCall:
         spec, kinds = self.spec, self.kinds
         for d in range(self.directions):
             of = self.direction(d)
-            for name in WEIGHTS[:2] if spec.recurrent else WEIGHTS[:1]:
+            if (of.w_ih is not None) != self.multiplies_input:
+                alone = 0 if self.multiplies_input else d
+                raise RuntimeError(
+                    f"expected w_ih in all directions or in none, got it in direction {alone} alone"
+                )
+            for name in WEIGHTS[not self.multiplies_input : 2 if spec.recurrent else 1]:
                 weight = getattr(of, name)
                 if weight is None:
                     raise RuntimeError(f"expected {name} of direction {d} to be a tensor, got None")
@@ -429,10 +459,16 @@ class LayerCall:
                     )
         gates, recurrent = spec.gates * self.hidden, spec.recurrent * self.hidden
         name, factor = ("w_hh", spec.recurrent) if spec.recurrent else ("w_ih", spec.gates)
-        rows = getattr(self.direction(0), name).size(0)
-        if rows % factor != 0:
+        given = getattr(self.direction(0), name)
+        if given is not None and given.size(0) % factor != 0:
             raise RuntimeError(
-                f"expected {name} of direction 0 to have a multiple of {factor} rows, got {rows}"
+                f"expected {name} of direction 0 to have a multiple of {factor} rows, got {given.size(0)}"
+            )
+        width = self.directions * gates
+        if not self.multiplies_input and self.input.size(-1) != width:
+            raise RuntimeError(
+                f"expected input without w_ih to have the {width} input parts of all gates, got shape "
+                f"{list(self.input.shape)}"
             )
         w_hr = self.direction(0).w_hr
         if w_hr is not None and not spec.projects:

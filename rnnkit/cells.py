@@ -49,9 +49,9 @@ class _Cell(Initialized, Interop, nn.RNNCellBase):
         return self._torchs.__name__
 
     def _step(
-        self, input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor | None]
+        self, input: Tensor, states: Sequence[Tensor], *weights: Sequence[Tensor | None]
     ) -> tuple[Tensor, ...]:
-        """One step: input [N, I] or [I], states [N, H] or [H] (empty for zeros) -> new states."""
+        """One step: input [N, I] or [I], states [N, H] or [H] (empty for zeros), weights of each head -> new states."""
         stack.check_plain("input", input)
         name = self._kind
         if input.dim() not in (1, 2):
@@ -68,7 +68,8 @@ class _Cell(Initialized, Interop, nn.RNNCellBase):
             self._cell,
             input.unsqueeze(0) if batched else input[None, None],
             [state.unsqueeze(0) if batched else state[None, None] for state in states],
-            [weights],
+            weights,
+            heads=len(weights),
             step=True,
         )[1]
         return tuple(stack.reshaped(s, "squeeze", 0) if batched else s[0, 0] for s in finals)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from rnnkit import options
+from rnnkit import foreign_calls, options
 from rnnkit.cells import GRUCell, LSTMCell, RNNCell
 from rnnkit.interop import Interop, unlike_torchs
 from rnnkit.layers import GRU, LSTM, RNN
@@ -141,17 +141,35 @@ class patch:
 
         with rnnkit.patch():
             model = package.Model()
+
+    Args:
+        packages: whose recurrences to replace instead of torch.nn's: any of "torch", "xlstm" (the sLSTM of backend
+            "vanilla"), "tirex", "tirex2" (their sLSTM) and "flashrnn" (its function `flashrnn`; see `rnnkit.flashrnn`).
+            Theirs are replaced in models that exist already, too; parameters stay as they are.
+
+    Raises:
+        ValueError: a package is not one of these.
+        ImportError: a package is not installed, or its version is not known.
     """
 
-    def __init__(self) -> None:
-        self._before: list[tuple[ModuleType, str, Any]] = []
-        for place in _PLACES:
-            for theirs, ours in OURS.items():
-                self._put(place, theirs.__name__, ours)
-        # torch.compile leaves instances of `torch.nn.LSTM` out of its graphs unless allow_rnn is set.
-        self._put(importlib.import_module("torch._dynamo.config"), "allow_rnn", True)
+    def __init__(self, *packages: str) -> None:
+        self._before: list[tuple[Any, str, Any]] = []
+        known = ("torch", *foreign_calls.PLACES)
+        for package in packages:
+            if package not in known:
+                expected = ", ".join(map(repr, known))
+                raise ValueError(f"expected packages to be among {expected}, got {package!r}")
+        found = [foreign_calls.replacement(one) for one in packages if one != "torch"]
+        if not packages or "torch" in packages:
+            for place in _PLACES:
+                for theirs, ours in OURS.items():
+                    self._put(place, theirs.__name__, ours)
+            # torch.compile leaves instances of `torch.nn.LSTM` out of its graphs unless allow_rnn is set.
+            self._put(importlib.import_module("torch._dynamo.config"), "allow_rnn", True)
+        for of_package in found:
+            self._put(*of_package)
 
-    def _put(self, place: ModuleType, name: str, value: Any) -> None:
+    def _put(self, place: Any, name: str, value: Any) -> None:
         self._before.append((place, name, getattr(place, name)))
         setattr(place, name, value)
 

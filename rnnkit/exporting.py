@@ -33,14 +33,14 @@ def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
     """The results of `reference.run`, as one node of an ONNX graph.
 
     ONNX's operators take padded sequences with their lengths. They have no projection, resets, recurrent dropout,
-    zoneout, layer normalization or cells of one's own, and of the states after each step they return only h. A call
-    that needs more is exported as the reference's steps, for the T of the export.
+    zoneout, layer normalization, heads or cells of one's own, and of the states after each step they return only h. A
+    call that needs more is exported as the reference's steps, for the T of the export.
 
     Source: https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and onnx__RNN.html.
     """
     beyond = call.normalizes or call.projects or call.outputs > 1 or call.reset is not None
     beyond |= call.operand_mask is not None or len(call.zoneout) > 0
-    beyond |= call.cell not in CELLS
+    beyond |= call.cell not in CELLS or call.heads > 1 or not call.multiplies_input
     if beyond and call.batch_sizes is not None:
         raise RuntimeError(
             "expected a dense input, without lengths, to export a layer to ONNX that its operators do not have"

@@ -183,6 +183,11 @@ class gradient_flow:
             weights = []
             if place not in self._weights:
                 weights = [w.detach().clone() for w in call.of_kind("w_hh") if w is not None]
+            if call.heads > 1:  # [heads, R*H, P] of each direction
+                weights = [
+                    torch.stack(weights[k : k + call.heads])
+                    for k in range(0, len(weights), call.heads)
+                ]
         with _lock:
             self._calls.setdefault(place, []).append(found)
             self._weights.setdefault(place, weights)
@@ -325,21 +330,22 @@ def _leaves(tensor: Tensor) -> Iterator[Tensor]:
 def _norms(back: BackwardCall, state: int, flow: Tensor) -> Tensor:
     """The norm at each time step, [D, T], in float64: the squares of small gradients are not in float32's range."""
     call = back.call
-    of_rows = flow.reshape(*flow.shape[:-1], call.directions, call.state_width(state))
+    directions = call.directions // call.heads
+    of_rows = flow.reshape(*flow.shape[:-1], directions, call.heads * call.state_width(state))
     if call.batch_sizes is None:
         # of [T, N, D, width]
         norms: Tensor = torch.linalg.vector_norm(of_rows, dim=(1, 3), dtype=torch.float64)
         return norms.t()
     squares = of_rows.double().square().sum(-1)  # [rows, D]
     times = torch.arange(call.steps).repeat_interleave(call.batch_sizes).to(flow.device)
-    sums = squares.new_zeros(call.steps, call.directions).index_add_(0, times, squares)
+    sums = squares.new_zeros(call.steps, directions).index_add_(0, times, squares)
     return sums.sqrt().t()
 
 
 def _spectral_norms(w_hh: Tensor, gates: int) -> Tensor:
-    """The spectral norm of each gate's matrix in w_hh, [gates]."""
-    norms: Tensor = torch.linalg.matrix_norm(w_hh.double().unflatten(0, (gates, -1)), 2)
-    return norms
+    """The spectral norm of each gate's matrix in w_hh, [gates]; of several heads the largest."""
+    norms: Tensor = torch.linalg.matrix_norm(w_hh.double().unflatten(-2, (gates, -1)), 2)
+    return norms if norms.dim() == 1 else norms.amax(0)
 
 
 def _saturated(back: BackwardCall, has_reserve: bool) -> Tensor | None:

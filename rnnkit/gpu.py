@@ -323,8 +323,8 @@ def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def serving(call: LayerCall) -> Scans | None:
-    """The scans that compute the call; None if the reference does, as it does for cells of one's own."""
-    if call.cell not in CELLS:
+    """The scans that compute the call; None if the reference does: for cells of one's own, heads, and without W_ih."""
+    if call.cell not in CELLS or call.heads > 1 or not call.multiplies_input:
         return None
     run = scans(call.input.device)
     if run is None or not call.normalizes:

@@ -157,7 +157,8 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
 
     Returns:
         For each of rnnkit's ops, a function that does the same in ATen's ops. It raises RuntimeError for the backward
-        pass, and for calls with `all_states` of an LSTM, `reset`, recurrent dropout, zoneout or layer normalization.
+        pass, and for calls with `all_states` of an LSTM, `reset`, recurrent dropout, zoneout, layer normalization or
+        heads.
     """
     return {
         torch.ops.rnnkit.layer_forward.default: of_call(_forward_as_aten),
@@ -182,6 +183,10 @@ def _forward_as_aten(call: LayerCall, packed: Tensor | None, keep: int) -> Resul
         )
     if call.normalizes:
         raise RuntimeError("expected a layer without layer_norm: ATen's operators have none")
+    if call.heads > 1 or not call.multiplies_input:
+        raise RuntimeError(
+            "expected a layer of one head that multiplies its input: ATen's operators have no other"
+        )
     call = exporting.of_torchs_cell(call)
     states, batch_sizes = call.states, call.batch_sizes
     if not states:
@@ -226,8 +231,8 @@ def _backward_flops(back: BackwardCall) -> int:
         found -= _product(call.rows, call.of_kind("w_ih"))
     # Without a gradient of h_0, there is no product with W_hh at each direction's first step.
     if not (call.states and needs[1]):
-        for step, w_hh in zip((0, -1), call.of_kind("w_hh"), strict=False):
-            found -= _product(call.counts[step], [w_hh])
+        for d, w_hh in enumerate(call.of_kind("w_hh")):
+            found -= _product(call.counts[-1 if call.reverses(d) else 0], [w_hh])
     return found
 
 

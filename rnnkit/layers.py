@@ -98,6 +98,7 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
     recurrent_dropout: float = 0.0
     zoneout: Zoneout = 0.0
     _packed: tuple[Tensor, ...] = ()
+    _heads = 1
     _torchs: ClassVar[type[nn.RNNBase]]
     _cell: str  #: The cell's name in `specs.CELLS`.
 
@@ -139,7 +140,9 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
         if not self.frozen or torch.compiler.is_compiling():
             return ()
         if not self._packed:
-            self._packed = stack.pack(self._cell, weights, directions=self._directions)
+            self._packed = stack.pack(
+                self._cell, weights, directions=self._directions, heads=self._heads
+            )
         return self._packed
 
     @property
@@ -217,6 +220,7 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
             weights,
             batch_sizes,
             directions=self._directions,
+            heads=self._heads,
             dropout=self.dropout if self.training else 0.0,
             keep=self._keep,
             packed=packed,
@@ -248,7 +252,7 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
 
     def _check_projected(self, weights: Weights) -> None:
         """Checks the weights against hidden_size and proj_size; torch.nn's own check covers input_size."""
-        expected, w_hh = self.proj_size or self.hidden_size, weights[0][1]
+        expected, w_hh = (self.proj_size or self.hidden_size) // self._heads, weights[0][1]
         if w_hh is not None and w_hh.size(-1) != expected:
             raise RuntimeError(
                 f"expected {self._all_weights[0][1]} to have {expected} columns, got shape {tuple(w_hh.shape)}"
@@ -291,7 +295,8 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
 
     def _forward(self, input: Any, hx: Any, asked: _Asked) -> Any:
         weights = self._weights()
-        beyond = self._normalizes or (self.training and self.dropout > 0)  # the fast path has none
+        beyond = self._normalizes or self._heads > 1  # the fast path has none of these
+        beyond = beyond or (self.training and self.dropout > 0)
         noise = self.weight_dropout, self.recurrent_dropout, self.zoneout
         if self.grad_clip is not None or self.grad_cut is not None or noise != _NO_NOISE:
             options.check(options.changed(self))  # they may have been assigned to

@@ -173,16 +173,16 @@ _define(
     composite=of_backward(backward_composite),
 )
 # Packs a layer's weights for many calls of layer_forward without gradients. The result is stale once a weight changes.
-library.define("pack_weights(str cell, Tensor?[] weights) -> Tensor")
+library.define("pack_weights(str cell, Tensor?[] weights, int heads=1) -> Tensor")
 
 
 @torch.library.impl(library, "pack_weights", "CompositeExplicitAutograd")
-def _pack_composite(cell: str, weights: Sequence[Tensor | None]) -> Tensor:
+def _pack_composite(cell: str, weights: Sequence[Tensor | None], heads: int = 1) -> Tensor:
     input = torch.empty(1, 1, 0)
     w_ih = weights[0] if weights else None
     if w_ih is not None and w_ih.dim() == 2:  # any other w_ih is refused, whatever the input
         input = torch.empty(1, 1, w_ih.size(1), dtype=w_ih.dtype, device=w_ih.device)
-    LayerCall(cell, input, [], weights).check()
+    LayerCall(cell, input, [], weights, heads=heads).check()
     return torch.empty(0, dtype=torch.uint8, device="cpu")
 
 

@@ -13,7 +13,7 @@ from rnnkit import interop, parameters, stack
 from rnnkit.cells import _Cell
 from rnnkit.definition import Cell
 from rnnkit.init import Initializer
-from rnnkit.layers import _NOTHING, Device, Lengths, Rows, _asked, _Layers
+from rnnkit.layers import _NOTHING, Device, Lengths, Rows, Weights, _asked, _Layers
 
 States = Tensor | Sequence[Tensor]
 
@@ -25,16 +25,25 @@ class _OfCell(nn.Module):
     """The base of both: a module that has a cell of one's own."""
 
     cell: Cell
+    heads: int
     _cell: str
 
-    def _set_cell(self, cell: Cell) -> None:
+    def _set_cell(self, cell: Cell, heads: int, **sizes: int) -> None:
         if not isinstance(cell, Cell):
             raise TypeError(f"expected cell to be made by rnnkit.cell, got {cell!r}")
-        vars(self)["cell"], vars(self)["_cell"] = cell, cell.op_name
+        if not isinstance(heads, int) or isinstance(heads, bool):
+            raise TypeError(f"expected heads to be an int, got {heads!r}")
+        if heads < 1:
+            raise ValueError(f"expected heads to be at least 1, got {heads}")
+        for name, size in sizes.items():
+            if isinstance(size, int) and size % heads != 0:
+                raise ValueError(f"expected {name} to be a multiple of heads={heads}, got {size}")
+        vars(self).update(cell=cell, heads=heads, _cell=cell.op_name)
 
     def extra_repr(self) -> str:
-        """The cell, and what torch.nn's modules show."""
-        return f"{self.cell.name}, {super().extra_repr()}"
+        """The cell, what torch.nn's modules show, and the heads if there are several."""
+        heads = f", heads={self.heads}" * (self.heads > 1)
+        return f"{self.cell.name}, {super().extra_repr()}{heads}"
 
     @torch.no_grad()
     def _start(self, suffix: str = "") -> None:
@@ -50,13 +59,28 @@ class _OfCell(nn.Module):
                 setattr(self, name, tensor)
 
     def _as_call(self, names: Sequence[str], given: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The weights of one direction as a call takes them, from its parameters, whose names `_names` tells.
+        """The weights of one direction, of all its heads, from its parameters, whose names `_names` tells.
 
         The cell's own become one, [U, H].
         """
         found = dict(zip(names, given, strict=True))
         own = [tensor for name in self.cell.parameters if (tensor := found[name]) is not None]
         return [*map(found.get, parameters.KINDS), *([torch.stack(own)] if own else [])]
+
+    def _of_heads(self, given: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
+        """The weights of each head as a call takes them, from what `_as_call` returns."""
+        if self.heads == 1:
+            return [list(given)]
+        apart: list[Sequence[Tensor | None]] = []
+        for k, weight in enumerate(given):
+            if weight is None:
+                apart.append([None] * self.heads)
+            elif k < len(parameters.KINDS):
+                by_head = weight if weight.dim() == 3 else weight.unflatten(0, (self.heads, -1))
+                apart.append(by_head.unbind(0))
+            else:
+                apart.append(weight.unflatten(-1, (self.heads, -1)).unbind(1))
+        return [list(of_head) for of_head in zip(*apart, strict=True)]
 
 
 class _OwnWeights(_OfCell, nn.RNNBase):
@@ -109,14 +133,15 @@ def _names(module: _OfCell, bias: bool, projected: int = 0) -> list[str]:
 
 def _shapes(module: Any, inputs: int, projected: int = 0) -> dict[str, tuple[int, ...]]:
     """The parameters of one layer and direction: name without suffix -> shape."""
-    hidden = module.hidden_size
+    hidden, heads = module.hidden_size, module.heads
     gates, recurrent = len(module.cell.gates) * hidden, len(module.cell.recurrent) * hidden
-    shapes = (
+    of_heads = (heads,) * (heads > 1)
+    shapes: tuple[tuple[int, ...], ...] = (
         (gates, inputs),
-        (recurrent, projected or hidden),
+        (*of_heads, recurrent // heads, (projected or hidden) // heads),
         (gates,),
         (recurrent,),
-        (projected, hidden),
+        (*of_heads, projected // heads, hidden // heads),
     )
     of_kind = dict(zip(parameters.KINDS, shapes, strict=True))
     return {name: of_kind.get(name, (hidden,)) for name in _names(module, module.bias, projected)}
@@ -146,10 +171,14 @@ class Recurrent(_Layers, _OwnWeights):
         learn_initial_state: whether the states before the first step are parameters, `h_0` and so on, by the states'
             names. Default False.
         init: a callable that takes the module and initializes its parameters. Default None.
+        heads: how many heads the hidden units are divided into, of H / heads consecutive units each. The recurrent
+            product of a head multiplies the h of its own units alone. Default 1.
 
     Parameters: `weight_ih_l0` [G*H, I or D*(P or H)], `weight_hh_l0` [R*H, P or H], `bias_ih_l0` [G*H], `bias_hh_l0`
     [R*H], `weight_hr_l0` [P, H], and the cell's own [H] by their names, such as `p_i_l0`; G gates with an input part,
-    R with a recurrent part. Names of the second direction end in `_reverse`.
+    R with a recurrent part. Names of the second direction end in `_reverse`. With E > 1 heads `weight_hh_l0` is
+    [E, R*H/E, P/E or H/E], `weight_hr_l0` is [E, P/E, H/E], and the rows of `weight_ih_l0` and of biases are blocks of
+    heads, each with its gates: [E, G, H/E].
 
     Shape:
         input [T, N, I], [T, I] or a PackedSequence. `hx`: the initial states, of a cell with one state a tensor
@@ -186,8 +215,9 @@ class Recurrent(_Layers, _OwnWeights):
         zoneout: float | tuple[float, ...] = 0.0,
         learn_initial_state: bool = False,
         init: Initializer | None = None,
+        heads: int = 1,
     ) -> None:
-        self._set_cell(cell)
+        self._set_cell(cell, heads, hidden_size=hidden_size, proj_size=proj_size)
         if proj_size and not cell.spec.projects:
             raise ValueError(
                 f"expected proj_size to be 0 for {cell.name}, whose step reads h itself, got {proj_size}"
@@ -212,6 +242,10 @@ class Recurrent(_Layers, _OwnWeights):
         return self.cell.name
 
     @property
+    def _heads(self) -> int:  # type: ignore[override]
+        return self.heads
+
+    @property
     def _state_names(self) -> tuple[str, ...]:
         return self.cell.states
 
@@ -220,6 +254,13 @@ class Recurrent(_Layers, _OwnWeights):
 
     def _of_direction(self, given: list[Tensor | None]) -> list[Tensor | None]:
         return self._as_call(_names(self, bool(self.bias), self.proj_size), given)
+
+    def _weights(self) -> Weights:
+        """Those of each layer, direction and head."""
+        found = super()._weights()
+        if self.heads == 1:
+            return found
+        return [of_head for of_direction in found for of_head in self._of_heads(of_direction)]
 
     def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
         """torch.nn's checks, for any number of states."""
@@ -282,9 +323,10 @@ class RecurrentCell(_Cell, _OwnCellWeights):
         bias: whether the module has `b_ih` and `b_hh`. Default True.
         device, dtype: device and dtype of the parameters.
         init: a callable that takes the module and initializes its parameters. Default None.
+        heads: how many heads the hidden units are divided into, see `Recurrent`. Default 1.
 
     Parameters: `weight_ih` [G*H, I], `weight_hh` [R*H, H], `bias_ih` [G*H], `bias_hh` [R*H], and the cell's own [H] by
-    their names; G gates with an input part, R with a recurrent part.
+    their names; G gates with an input part, R with a recurrent part. With several heads as in `Recurrent`.
 
     Shape:
         input [N, I] or [I]; `hx`, of a cell with one state a tensor [N, H] or [H], of others a tuple of one for each
@@ -306,8 +348,9 @@ class RecurrentCell(_Cell, _OwnCellWeights):
         dtype: torch.dtype | None = None,
         *,
         init: Initializer | None = None,
+        heads: int = 1,
     ) -> None:
-        self._set_cell(cell)
+        self._set_cell(cell, heads, hidden_size=hidden_size)
         super().__init__(input_size, hidden_size, bias=bias, device=device, dtype=dtype, init=init)
 
     @property
@@ -326,5 +369,5 @@ class RecurrentCell(_Cell, _OwnCellWeights):
             states = stack.as_states(hx)
         else:
             states = stack.as_several_states(self.cell.states, self.cell.name, hx)
-        finals = self._step(input, states, self._as_call(names, weights))
+        finals = self._step(input, states, *self._of_heads(self._as_call(names, weights)))
         return finals[0] if len(finals) == 1 else finals

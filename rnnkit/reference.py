@@ -112,6 +112,13 @@ def _normalized(values: Tensor, factor: Tensor, bias: Tensor | None = None) -> T
     return layer_norm(values, factor.shape, factor, bias, NORM_EPSILON)
 
 
+def _input_parts(x: Tensor, of: DirectionWeights, bias: Tensor | None = None) -> Tensor:
+    """x W_ih^T + bias, or x + bias where the input is the product already."""
+    if of.w_ih is not None:
+        return linear(x, of.w_ih, bias)
+    return x if bias is None else x + bias
+
+
 def _step(
     call: LayerCall, of: DirectionWeights, x: Tensor, operand: Tensor, states: list[Tensor]
 ) -> list[Tensor]:
@@ -122,7 +129,7 @@ def _step(
     spec = call.spec
     gates = spec.gates
     if not call.normalizes:
-        of_x = linear(x, of.w_ih, of.b_ih).chunk(gates, -1)
+        of_x = _input_parts(x, of, of.b_ih).chunk(gates, -1)
         of_h: Sequence[Tensor] = ()
         if of.w_hh is not None:
             of_h = linear(operand, of.w_hh, of.b_hh).chunk(spec.recurrent, -1)
@@ -130,7 +137,7 @@ def _step(
         return list(spec.step(of_x, of_h, states, *parameters))
     assert of.w_hh is not None and of.norm_ih is not None and of.norm_hh is not None
     parts = (
-        _normalized(linear(x, of.w_ih), of.norm_ih, of.b_ih),
+        _normalized(_input_parts(x, of), of.norm_ih, of.b_ih),
         _normalized(linear(operand, of.w_hh), of.norm_hh, of.b_hh),
     )
     of_state = []
@@ -158,18 +165,21 @@ def _scan(
     mask = None if call.operand_mask is None else call.operand_mask[d]
     stays = [_of_direction(call, d, k) for k in range(call.spec.states)]
     clips = call.grad_clip > 0 and torch.is_grad_enabled()
-    for t in reversed(times) if d else times:
+    reverses = call.reverses(d)
+    for t in reversed(times) if reverses else times:
         x = steps[t]
+        if not call.multiplies_input:
+            x = x.unflatten(-1, (call.directions, -1))[..., d, :]
         rows = x.size(0)
         active = [state[:rows] for state in states]
-        cuts = call.grad_cut > 0 and (t + d) % call.grad_cut == 0
+        cuts = call.grad_cut > 0 and (t + reverses) % call.grad_cut == 0
         continuing = min(before, rows)
         stopped = continuing if cuts else 0
         if clips or (stopped > 0 and torch.is_grad_enabled()):
             limit = call.grad_clip or math.inf
             active = [_PassBack.apply(state, limit, stopped) for state in active]
         if resets and continuing > 0:
-            begins = resets[t + d][:continuing]
+            begins = resets[t + reverses][:continuing]
             if continuing < rows:
                 begins = torch.cat([begins, begins.new_zeros(rows - continuing)])
             new_states = [state[:rows] for state in put_back]
@@ -188,4 +198,4 @@ def _scan(
         if rows < states[0].size(0):
             new = [torch.cat([n, s[rows:]]) for n, s in zip(new, states, strict=True)]
         states = new
-    return after[::-1] if d else after, states
+    return after[::-1] if reverses else after, states

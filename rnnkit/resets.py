@@ -63,19 +63,23 @@ def check_states(
 
 
 def at_first_step(
-    states: Sequence[Tensor], reset_to: Sequence[Tensor], reset: Tensor, directions: int
+    states: Sequence[Tensor],
+    reset_to: Sequence[Tensor],
+    reset: Tensor,
+    directions: int,
+    heads: int = 1,
 ) -> Sequence[Tensor]:
     """The initial states [L*D, N, width], put back where `reset`, [T, N] or [rows], has True in its first N elements.
 
-    `states` and `reset_to` are empty for zeros. Only the forward direction begins at the first time.
+    `states` and `reset_to` are empty for zeros. Only the first `heads` of the D begin at the first time.
     """
     if not states and not reset_to:
         return states
     some = states or reset_to
     batch = some[0].size(1)
     first = reset[0] if reset.dim() == 2 else reset[:batch]
-    begins = first if directions == 1 else torch.stack([first, torch.zeros_like(first)])
-    mask = begins.view(1, directions, batch, 1)
+    begins = [first if d < heads else torch.zeros_like(first) for d in range(directions)]
+    mask = torch.stack(begins).view(1, directions, batch, 1)
     found = []
     for k, state in enumerate(some):
         old = states[k] if states else torch.zeros_like(state)

@@ -22,6 +22,7 @@ def run(
     batch_sizes: Tensor | None = None,
     *,
     directions: int = 1,
+    heads: int = 1,
     dropout: float = 0.0,
     step: bool = False,
     keep: Keep = Keep.EVERYTHING,
@@ -41,10 +42,10 @@ def run(
         cell: a name in `specs.CELLS`.
         input: [T, N, I], or the data [rows, I] of a PackedSequence with its `batch_sizes`.
         states: h [L*D, N, P] and, for the LSTM, c [L*D, N, H]; empty for zeros.
-        weights: for each layer and direction, the five of `specs.WEIGHTS`, and with layer normalization the four of
-            `specs.NORMS`.
+        weights: for each layer, direction and head, those of `LayerCall`.
         batch_sizes: int64 [T] on the CPU, not increasing.
         directions: D, 1 or 2.
+        heads: of each direction; H and P are those of all heads, one after the other.
         dropout: probability of zeroing an element between layers; 0 when not training.
         step: whether this is the one step of a cell module, which uses only the final states.
         keep: what the forward pass keeps for the backward pass, if gradients are needed.
@@ -78,8 +79,11 @@ def run(
     )
     _check_like(input, given, weights)
     states, reset_to = given[: len(states)], given[len(states) :]
+    if heads > 1:
+        states, reset_to = _apart(states, heads), _apart(reset_to, heads)
+    directions *= heads  # as a call counts them
     if reset is not None:
-        states = [*resets.at_first_step(states, reset_to, reset, directions), *reset_to]
+        states = [*resets.at_first_step(states, reset_to, reset, directions, heads), *reset_to]
     layers = len(weights) // directions
     if packed and len(packed) != layers:
         raise RuntimeError(f"expected packed weights of {layers} layers, got {len(packed)}")
@@ -99,6 +103,7 @@ def run(
             grad_clip=grad_clip,
             grad_cut=grad_cut,
             reset=reset,
+            heads=heads,
         )
         if recurrent_dropout > 0 or len(zoneout) > 0:
             call = noise.drawn(call, recurrent_dropout, zoneout, draws)
@@ -106,10 +111,19 @@ def run(
         outputs, final = autograd.run(call, keep=keep, packed=packed_here)
         finals.append(final)
     final_states = finals[0] if layers == 1 else [torch.cat(s) for s in zip(*finals, strict=True)]
+    if heads > 1:
+        final_states = [
+            s.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2) for s in final_states
+        ]
     if result_dtypes is not None:
         outputs = [s.to(result_dtypes[min(k, 1)]) for k, s in enumerate(outputs)]
         final_states = [s.to(result_dtypes[min(k, 1)]) for k, s in enumerate(final_states)]
     return outputs, tuple(final_states)
+
+
+def _apart(states: Sequence[Tensor], heads: int) -> list[Tensor]:
+    """States [L*D, N, H] with the units of each head apart, [L*D*heads, N, H/heads]."""
+    return [s.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1) for s in states]
 
 
 def with_dropped_weights(
@@ -125,14 +139,14 @@ def with_dropped_weights(
 
 
 def pack(
-    cell: str, weights: Sequence[Sequence[Tensor | None]], *, directions: int = 1
+    cell: str, weights: Sequence[Sequence[Tensor | None]], *, directions: int = 1, heads: int = 1
 ) -> tuple[Tensor, ...]:
     """For each layer, its weights in the kernels' layout, for `run`; stale once a weight has changed."""
     flat = [w for of_direction in weights for w in of_direction]
-    size = directions * len(weights[0])
+    size = directions * heads * len(weights[0])
     with torch.no_grad():
         return tuple(
-            torch.ops.rnnkit.pack_weights(cell, flat[start : start + size])
+            torch.ops.rnnkit.pack_weights(cell, flat[start : start + size], heads)
             for start in range(0, len(flat), size)
         )
 

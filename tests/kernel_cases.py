@@ -49,6 +49,8 @@ class Case:
         zoneout: the probability of the first two states (further ones have one of their own), and `expects`: whether
             for the expectation, without masks.
         norm: whether the layer has layer normalization.
+        heads: of each direction; H and P are those of a head.
+        multiplies: whether there are w_ih; else the input has the width that this needs, whatever I.
     """
 
     cell: str
@@ -70,6 +72,8 @@ class Case:
     zoneout: tuple[float, float] = (0.0, 0.0)
     expects: bool = False
     norm: bool = False
+    heads: int = 1
+    multiplies: bool = True
 
     def scan(self, backward: bool, precise: bool = True) -> plan.Scan:
         """What decides how its scan runs."""
@@ -98,6 +102,8 @@ class Case:
             operand_mask=False,
             zoneout=(0.0, 0.0),
             norm=False,
+            heads=1,
+            multiplies=True,
         )
 
     def __str__(self) -> str:
@@ -115,6 +121,8 @@ class Case:
             + [f"resets{self.resets}"] * (self.resets > 0)
             + ["resetstates"] * self.reset_states
             + ["masked"] * self.operand_mask
+            + [f"heads{self.heads}"] * (self.heads > 1)
+            + ["given"] * (not self.multiplies)
             + [f"{'expects' if self.expects else 'zone'}{self.zoneout}"] * any(self.zoneout)
         )
         parts += [str(self.dtype).removeprefix("torch."), *[self.device] * (self.device != "cpu")]
@@ -203,7 +211,8 @@ class Call(LayerCall):
 
     def gradient_names(self) -> list[str]:
         """Names of the gradients that are returned when all are needed."""
-        suffixes = ("", "_reverse")[: self.directions]
+        ends = [f" of head {head}" * (self.heads > 1) for head in range(self.heads)]
+        suffixes = [way + end for way in ("", "_reverse") for end in ends][: self.directions]
         weights = [name + suffix for suffix in suffixes for name in self.kinds]
         states = [f"{name}_0" for name in STATES[: len(self.initial_states)]]
         states += [f"{name} reset to" for name in STATES[: len(self.reset_states)]]
@@ -240,8 +249,12 @@ def call(case: Case, seed: int = 0) -> Call:
         )
         rows = (sum(case.lengths),)
     spec, projected = spec_of(case.cell), case.projected or hidden
+    directions = case.directions * case.heads
+    if not case.multiplies:
+        inputs = directions * spec.gates * hidden
     of_input, recurrent = spec.gates * hidden, spec.recurrent * hidden
-    shapes = [(of_input, inputs), (recurrent, projected) if spec.recurrent else None]
+    shapes = [(of_input, inputs) if case.multiplies else None]
+    shapes += [(recurrent, projected) if spec.recurrent else None]
     shapes += [(of_input,) if case.bias else None]
     shapes += [(recurrent,) if case.bias and spec.recurrent else None]
     shapes += [(projected, hidden) if case.projected else None]
@@ -275,9 +288,9 @@ def call(case: Case, seed: int = 0) -> Call:
         return found
 
     widths = [projected, *[hidden] * (spec.states - 1)]
-    state_shapes = [(case.directions, batch, width) for width in widths]
+    state_shapes = [(directions, batch, width) for width in widths]
     output_widths = widths if case.all_states else widths[:1]
-    output_shapes = [(*rows, case.directions * width) for width in output_widths]
+    output_shapes = [(*rows, directions * width) for width in output_widths]
     zoneout = (*case.zoneout, 0.25, 0.15)[: spec.states]
     zoneout = zoneout if any(case.zoneout[: spec.states]) else ()
 
@@ -285,13 +298,13 @@ def call(case: Case, seed: int = 0) -> Call:
         return torch.rand(shape, generator=random) < p
 
     mask = coins(0.7, *state_shapes[0]) / 0.7 if case.operand_mask else None
-    kept = [coins(p, *rows, case.directions * hidden) for p in zoneout if p > 0]
+    kept = [coins(p, *rows, directions * hidden) for p in zoneout if p > 0]
     twice = 2 if case.resets and case.reset_states else 1
     return Call(
         cell=case.cell,
-        input=given(*rows, inputs),
+        input=given(*rows, inputs) / (1 if case.multiplies else 2),  # a product is smaller
         states=[given(*shape) for shape in twice * state_shapes if case.states],
-        weights=[w for _ in range(case.directions) for w in weights()],
+        weights=[w for _ in range(directions) for w in weights()],
         batch_sizes=batch_sizes,
         all_states=case.all_states,
         grad_clip=case.grad_clip,
@@ -300,6 +313,7 @@ def call(case: Case, seed: int = 0) -> Call:
         operand_mask=None if mask is None else mask.to(case.dtype),
         zoneout=zoneout,
         kept=torch.stack(kept) if kept and not case.expects else None,
+        heads=case.heads,
         grads=[normal(*shape) for shape in [*output_shapes, *state_shapes]],
     ).on(case.device)
 
@@ -420,6 +434,12 @@ NORMS: tuple[dict, ...] = (
     {"norm": True, "lengths": tuple(range(45, 0, -1)), **RESETS_AND_NOISE},
 )
 
+#: The same with several heads, and of inputs that are products already.
+NORMS_OF_HEADS: tuple[dict, ...] = (
+    {"norm": True, "heads": 2, "lengths": (5, 3, 3, 1)},
+    {"norm": True, "heads": 2, "multiplies": False},
+)
+
 #: The same of a cell with several states that may be projected.
 NORMS_OF_LSTM: tuple[dict, ...] = (
     {"norm": True, "all_states": True, "zoneout": (0.0, 0.3), "lengths": (5, 3, 3, 1)},
@@ -432,6 +452,16 @@ NORMS_OF_FEW: tuple[dict, ...] = (
     *({**norm, "lengths": (4, 3, 3, 1)} if "lengths" in norm else norm for norm in NORMS),
     {"norm": True, "operand_mask": True, "resets": 0.4, "grad_clip": 0.1, "lengths": (5, 4, 2, 1)},
     {"norm": True, "bias": False, "states": False},
+)
+
+#: Several heads, in one direction (every case also runs in two), and inputs that are products already.
+HEADS: tuple[dict, ...] = (
+    {"heads": 3},
+    {"heads": 2, "lengths": (5, 3, 3, 1), "states": False},
+    {"multiplies": False, "lengths": (9,) * 8 + (4,) * 9 + (1,) * 16},
+    {"heads": 3, "multiplies": False, "bias": False},
+    {"heads": 4, "multiplies": False, "grad_clip": 0.1, "grad_cut": 2, "lengths": (5, 4, 2, 1)},
+    {"heads": 2, **RESETS_AND_NOISE, "lengths": tuple(range(45, 0, -1))},
 )
 
 #: What may vary beside the sizes.
@@ -451,6 +481,7 @@ _VARIANTS: tuple[dict, ...] = (
     {"grad_cut": 2},
     *RESETS,
     *NOISE,
+    *HEADS,
 )
 _ALL_STATES: tuple[dict, ...] = (
     {"all_states": True, "lengths": (5, 3, 3, 1)},
@@ -466,6 +497,7 @@ _PROJECTIONS: tuple[dict, ...] = (
     {"projected": 15, "bias": False, "states": False},
     {"projected": 3, "resets": 0.4, "reset_states": True, "lengths": (6, 5, 2)},
     {"projected": 3, "operand_mask": True, "zoneout": (0.0, 0.3), "lengths": (6, 5, 2)},
+    {"projected": 3, "heads": 2, "multiplies": False, "all_states": True, "resets": 0.4},
 )
 
 
@@ -493,7 +525,7 @@ def cases() -> list[Case]:
         normalized = [sizes for sizes in SIZES if sizes[0] < 20][2 :: 4 if cell in TWINS else 2]
         found += [Case(cell, sizes, directions, dtype=dtype, norm=True) for sizes in normalized]
         wide = Case(cell, (2, 18, 34, 64), directions, dtype=dtype)
-        found += [replace(wide, **norm) for norm in NORMS if cell not in TWINS]
+        found += [replace(wide, **n) for n in (*NORMS, *NORMS_OF_HEADS) if cell not in TWINS]
         if CELLS[cell].has_source:
             found += [replace(wide, **norm) for norm in NORMS_OF_LSTM]
         for sizes, projected in (((3, 70, 2, 9), 7), ((3, 6, 5, 130), 70)):

@@ -144,14 +144,28 @@ class FormulaLoop(Loop):
             return getattr(layer, kind + end, None)
 
         def step(x: Tensor, h: Tensor, states: list[Tensor]) -> list[Tensor]:
-            of_x = linear(x, own("weight_ih"), own("bias_ih")).chunk(len(cell.gates), -1)
+            of_x = gates_of(linear(x, own("weight_ih"), own("bias_ih")), len(cell.gates))
             of_h: Parts = ()
             if cell.recurrent:
-                of_h = linear(h, own("weight_hh"), own("bias_hh")).chunk(len(cell.recurrent), -1)
+                of_h = of_heads(h, own("weight_hh"))
+                if layer.bias:
+                    of_h = of_h + own("bias_hh")
+                of_h = gates_of(of_h, len(cell.recurrent))
             new = list(FORMULAS[cell.name](of_x, of_h, states, [own(n) for n in cell.parameters]))
             if layer.proj_size:
-                new[0] = new[0] @ own("weight_hr").t()
+                new[0] = of_heads(new[0], own("weight_hr"))
             return new
+
+        def of_heads(value: Tensor, weight: Tensor) -> Tensor:
+            """Each head's product, one after the other."""
+            each = weight.unbind(0) if layer.heads > 1 else [weight]
+            parts = zip(value.chunk(layer.heads, -1), each, strict=True)
+            return torch.cat([part @ of_head.t() for part, of_head in parts], -1)
+
+        def gates_of(product: Tensor, count: int) -> Parts:
+            """Each gate of all heads; the product has heads, each with its gates."""
+            heads = [of_head.chunk(count, -1) for of_head in product.chunk(layer.heads, -1)]
+            return [torch.cat(of_gate, -1) for of_gate in zip(*heads, strict=True)]
 
         return step
 
@@ -196,6 +210,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "reset": {"bidirectional": True},
     "zeros": {"bidirectional": True},
     "recompute": {"recompute": True},
+    "heads": {"heads": 2},
+    "heads, lengths": {"heads": 4, "bidirectional": True},
+    "heads, reset": {"heads": 2, "bidirectional": True},
+    "heads, projected": {"heads": 2, "proj_size": 2, "bidirectional": True, "bias": False},
+    "heads, learned": {"heads": 2, "learn_initial_state": True, "batch_first": True},
 }
 
 
@@ -205,7 +224,7 @@ def test_layers_are_the_formula(name: str, way: str) -> None:
     """The output, all states and all gradients."""
     options = dict(WAYS[way])
     cell = getattr(library, name)
-    if way == "projected" and not cell.spec.projects:
+    if "projected" in way and not cell.spec.projects:
         with pytest.raises(ValueError, match=f"proj_size to be 0 for {name}, whose step reads h"):
             made(name, **options)
         return
@@ -214,14 +233,14 @@ def test_layers_are_the_formula(name: str, way: str) -> None:
     layer = made(name, **options).eval()
     x = torch.randn(T, N, I, dtype=torch.float64, requires_grad=True)
     states, hx, given = states_of(layer), None, list[Tensor]()
-    if way == "learned":
+    if "learned" in way:
         states = [getattr(layer, s).unsqueeze(1).expand(-1, N, -1) for s in layer._learned_names()]
     elif way == "zeros":
         states = [torch.zeros_like(state) for state in states]
     else:
         hx, given = as_hx(states), states
-    lengths = LENGTHS if way in ("packed", "lengths") else [T] * N
-    reset = torch.rand(T, N) < 0.3 if way == "reset" else None
+    lengths = LENGTHS if way == "packed" or "lengths" in way else [T] * N
+    reset = torch.rand(T, N) < 0.3 if "reset" in way else None
     zoneout = layer.zoneout if isinstance(layer.zoneout, tuple) else [layer.zoneout] * len(states)
     loop = FormulaLoop(reset, [torch.zeros_like(s) for s in states], lengths, (), zoneout)
     every, finals = loop(layer, x, states)
@@ -230,21 +249,22 @@ def test_layers_are_the_formula(name: str, way: str) -> None:
         output, last, all_states = layer(packed, hx, all_states=True)
         assert torch.equal(output.data, as_list(all_states)[0].data)
         found = [pad_packed_sequence(rows)[0] for rows in as_list(all_states)]
-    elif way == "batch first":
+    elif layer.batch_first:
         _, last, all_states = layer(x.transpose(0, 1), hx, all_states=True)
         found = [state.transpose(0, 1) for state in as_list(all_states)]
     else:
-        arguments = {"lengths": LENGTHS} if way == "lengths" else {"reset": reset}
+        arguments = {"lengths": LENGTHS} if "lengths" in way else {"reset": reset}
         _, last, all_states = layer(x, hx, all_states=True, **arguments)
         found = as_list(all_states)
     wanted = [x, *given, *layer.parameters()]
     assert_same([*found, *as_list(last)], [*every, *finals], wanted)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
 @each_cell
-def test_one_step_is_the_layers(name: str) -> None:
-    layer = made(name, num_layers=1)
-    one = rnnkit.RecurrentCell(layer.cell, I, H).double()
+def test_one_step_is_the_layers(name: str, heads: int) -> None:
+    layer = made(name, num_layers=1, heads=heads)
+    one = rnnkit.RecurrentCell(layer.cell, I, H, heads=heads).double()
     one.load_state_dict({key.removesuffix("_l0"): v for key, v in layer.state_dict().items()})
     x, states = torch.randn(N, I, dtype=torch.float64), states_of(layer)
     found = as_list(one(x, as_hx([state[0] for state in states])))

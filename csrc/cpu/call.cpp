@@ -31,7 +31,7 @@ template <class... Others>
     py::module_::import("rnnkit.call")
         .attr("refuse")(op, call.cell.name, call.input, call.states, call.weights.vec(), call.batch_sizes,
                         call.all_states, call.rule.clip, call.rule.cut, call.masks.reset, call.masks.operand,
-                        call.masks.zoneout, call.masks.kept, others...);
+                        call.masks.zoneout, call.masks.kept, call.heads, others...);
   } catch (py::error_already_set& error) {
     error.restore();
   }
@@ -47,7 +47,8 @@ void throw_python_error() {
 }
 
 Call::Call(std::string_view name, const Tensor& x, at::TensorList initial, const OptionalTensors& w,
-           const std::optional<Tensor>& sizes, bool all, const GradientRule& of_gradients, Masks of_states)
+           const std::optional<Tensor>& sizes, bool all, const GradientRule& of_gradients, Masks of_states,
+           int64_t heads_of_each)
     : cell(find_cell(name)),
       input(x),
       states(initial.vec()),
@@ -55,18 +56,19 @@ Call::Call(std::string_view name, const Tensor& x, at::TensorList initial, const
       batch_sizes(sizes),
       all_states(all),
       rule(of_gradients),
-      masks(std::move(of_states)) {
+      masks(std::move(of_states)),
+      heads(heads_of_each) {
   if (!fits()) refuse("layer_forward", *this);
 }
 
 bool Call::fits() {
-  if (!(rule.clip >= 0) || rule.cut < 0) return false;
+  if (!(rule.clip >= 0) || rule.cut < 0 || heads < 1) return false;
   const int64_t count = weights.size();
   if (cell.registered != nullptr)
     kinds = kWeights + (cell.parameters > 0 ? 1 : 0);
   else
-    kinds = count > 0 && count % (kWeights + kNorms) == 0 ? kWeights + kNorms : kWeights;
-  if (count != kinds && count != 2 * kinds) return false;
+    kinds = count > 0 && count % ((kWeights + kNorms) * heads) == 0 ? kWeights + kNorms : kWeights;
+  if (heads > count || (count != heads * kinds && count != 2 * heads * kinds)) return false;
   directions = count / kinds;
   if (!input.is_floating_point() || input.dim() != (batch_sizes ? 2 : 3) || !has_memory(input)) return false;
   input_size = input.size(-1);
@@ -134,12 +136,17 @@ bool Call::batch_sizes_fit() {
 
 bool Call::weights_fit() {
   const bool recurs = cell.recurrent > 0;
-  for (int64_t d = 0; d < directions; ++d)
-    for (int64_t k = 0; k < (recurs ? 2 : 1); ++k)
-      if (!weight(d, k) || weight(d, k)->dim() != 2) return false;
+  const bool multiplies = multiplies_input();
+  for (int64_t d = 0; d < directions; ++d) {
+    if (weight(d, 0).has_value() != multiplies || (multiplies && weight(d, 0)->dim() != 2)) return false;
+    if (recurs && (!weight(d, 1) || weight(d, 1)->dim() != 2)) return false;
+  }
   const bool projects = weight(0, 4).has_value();
   if (projects && (!cell.projects || weight(0, 4)->dim() != 2)) return false;
-  hidden = recurs ? weight(0, 1)->size(0) / cell.recurrent : weight(0, 0)->size(0) / cell.gates;
+  hidden = recurs       ? weight(0, 1)->size(0) / cell.recurrent
+           : multiplies ? weight(0, 0)->size(0) / cell.gates
+                        : input_size / (directions * cell.gates);
+  if (!multiplies && input_size != directions * cell.gates * hidden) return false;
   projected = recurs ? weight(0, 1)->size(1) : projects ? weight(0, 4)->size(0) : hidden;
   if (!projects && projected != hidden) return false;
   const int64_t gates = cell.gates * hidden, recurrent = cell.recurrent * hidden;
@@ -208,7 +215,8 @@ std::vector<int64_t> Call::reserve_shape(Keep keep) const {
 
 int Call::threads() const {
   if (forked.load(std::memory_order_relaxed) || at::in_parallel_region()) return 1;
-  const double work = double(rows()) * directions * cell.gates * hidden * (input_size + projected);
+  const double width = double(multiplies_input() ? input_size : 1) + projected;
+  const double work = double(rows()) * directions * cell.gates * hidden * width;
   constexpr double kWorthOneThread = 200'000;  // multiply-adds
   return static_cast<int>(std::min<double>(at::get_num_threads(), 1 + work / kWorthOneThread));
 }

@@ -41,12 +41,14 @@ struct Call {
   const bool all_states;
   const GradientRule rule;
   const Masks masks;
+  const int64_t heads;  // of each direction; `directions` counts them all, see layer.h
   int64_t steps = 0, batch = 0, input_size = 0, hidden = 0, projected = 0, directions = 0;
   int64_t kinds = kWeights;      // weights of one direction
   std::vector<int64_t> offsets;  // of a packed sequence: the row where each step begins, then rows(); else empty
 
   Call(std::string_view name, const at::Tensor& x, at::TensorList initial, const OptionalTensors& w,
-       const std::optional<at::Tensor>& sizes, bool all_states, const GradientRule& rule = {}, Masks masks = {});
+       const std::optional<at::Tensor>& sizes, bool all_states, const GradientRule& rule = {}, Masks masks = {},
+       int64_t heads = 1);
 
   // Checks the other arguments of layer_backward. Throws the error of `BackwardCall.check` if they do not fit.
   void check_backward(const OptionalTensors& grads, const at::Tensor& output, const at::Tensor& reserve, int64_t keep,
@@ -54,6 +56,7 @@ struct Call {
 
   std::optional<at::Tensor> weight(int64_t d, int64_t k) const { return weights.get(d * kinds + k); }
   bool normalizes() const { return kinds == kWeights + kNorms; }
+  bool multiplies_input() const { return weight(0, 0).has_value(); }
   int64_t rows() const { return offsets.empty() ? steps * batch : offsets.back(); }
   bool empty() const { return rows() == 0 || hidden == 0; }
 

@@ -185,7 +185,7 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
         op_of<decltype(layer_forward)>("rnnkit::layer_forward")
             .call(call.cell, call.x, call.states, OptionalTensors(call.weights), std::nullopt, /*all_states=*/false,
                   call.rule.clip, call.rule.cut, /*reset=*/std::nullopt, /*operand_mask=*/std::nullopt,
-                  /*zoneout=*/std::nullopt, /*kept=*/std::nullopt, /*packed=*/std::nullopt, call.keep);
+                  /*zoneout=*/std::nullopt, /*kept=*/std::nullopt, /*heads=*/1, /*packed=*/std::nullopt, call.keep);
     const Tensor output = outputs[0];
     ctx->set_materialize_grads(false);
     auto& data = ctx->saved_data;
@@ -274,7 +274,8 @@ class LayerWithGradients : public torch::autograd::Function<LayerWithGradients> 
           op_of<decltype(layer_backward)>("rnnkit::layer_backward")
               .call(cell, x, states, OptionalTensors(weights), std::nullopt, /*all_states=*/false, grad_clip, grad_cut,
                     /*reset=*/std::nullopt, /*operand_mask=*/std::nullopt, /*zoneout=*/std::nullopt,
-                    /*kept=*/std::nullopt, OptionalTensors(op_grads), output, reserve, keep, needs, /*flow=*/false);
+                    /*kept=*/std::nullopt, /*heads=*/1, OptionalTensors(op_grads), output, reserve, keep, needs,
+                    /*flow=*/false);
       for (size_t i = 0, next = 0; i < n; ++i)
         if (needs.get(places[i])) found[1 + i] = needed.at(next++);
     } else {
@@ -314,7 +315,7 @@ Results without_gradients(const OpCall& call, const std::optional<Tensor>& packe
       op_of<decltype(layer_forward)>("rnnkit::layer_forward")
           .call(call.cell, call.x, call.states, OptionalTensors(call.weights), std::nullopt, /*all_states=*/false,
                 call.rule.clip, call.rule.cut, /*reset=*/std::nullopt, /*operand_mask=*/std::nullopt,
-                /*zoneout=*/std::nullopt, /*kept=*/std::nullopt, packed, int64_t(Keep::nothing));
+                /*zoneout=*/std::nullopt, /*kept=*/std::nullopt, /*heads=*/1, packed, int64_t(Keep::nothing));
   return {outputs[0], finals};
 }
 

@@ -16,15 +16,16 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor> layer_f
     std::string_view cell, const at::Tensor& input, at::TensorList states, const OptionalTensors& weights,
     const std::optional<at::Tensor>& batch_sizes, bool all_states, double grad_clip, int64_t grad_cut,
     const std::optional<at::Tensor>& reset, const std::optional<at::Tensor>& operand_mask,
-    std::optional<at::ArrayRef<double>> zoneout, const std::optional<at::Tensor>& kept,
+    std::optional<at::ArrayRef<double>> zoneout, const std::optional<at::Tensor>& kept, int64_t heads,
     const std::optional<at::Tensor>& packed, int64_t keeps);
 
 std::vector<at::Tensor> layer_backward(
     std::string_view cell, const at::Tensor& input, at::TensorList states, const OptionalTensors& weights,
     const std::optional<at::Tensor>& batch_sizes, bool all_states, double grad_clip, int64_t grad_cut,
     const std::optional<at::Tensor>& reset, const std::optional<at::Tensor>& operand_mask,
-    std::optional<at::ArrayRef<double>> zoneout, const std::optional<at::Tensor>& kept, const OptionalTensors& grads,
-    const at::Tensor& output, const at::Tensor& reserve, int64_t keep, const c10::List<bool>& needs, bool flow);
+    std::optional<at::ArrayRef<double>> zoneout, const std::optional<at::Tensor>& kept, int64_t heads,
+    const OptionalTensors& grads, const at::Tensor& output, const at::Tensor& reserve, int64_t keep,
+    const c10::List<bool>& needs, bool flow);
 
 int64_t gates_of(std::string_view cell);
 int64_t states_of(std::string_view cell);

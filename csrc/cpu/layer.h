@@ -1,10 +1,15 @@
-// What the torch side (register.cpp) hands to the kernels, which know nothing of torch: one layer, one or two
-// directions, as plain pointers. All arrays are contiguous. S is the type of what is multiplied: float, double or
-// BFloat16; everything else is of the type Sum<S> that it is computed in.
+// What the torch side (register.cpp) hands to the kernels, which know nothing of torch: one layer as plain pointers. All
+// arrays are contiguous. S is the type of what is multiplied: float, double or BFloat16; everything else is of the type
+// Sum<S> that it is computed in.
+//
+// A layer has one or two directions, and each has `heads` heads, which share the input and nothing else. A head of a
+// direction is a recurrence of its own, just as a direction is: here and in the kernels `direction` is one of these, D
+// counts them all, and those that go forward come first.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "common/dtypes.h"
 #include "common/states.h"
@@ -23,7 +28,7 @@ struct Norms {
 // One direction's weights, and where the backward pass writes their gradients; null: not needed.
 template <class S>
 struct Direction {
-  const S* w_ih;       // [G*H, I]
+  const S* w_ih;       // [G*H, I]; null: the input is the product already, see Layer::x
   const S* w_hh;       // [R*H, P], null if R = 0; R is G but for some registered cells
   const Sum<S>* b_ih;  // [G*H] or null
   const Sum<S>* b_hh;  // [R*H] or null
@@ -56,15 +61,30 @@ struct State {
   T* flow;              // like all: the gradient of the state after each step; null: not asked for
 };
 
+// One E for each direction. Two need no memory of their own: few layers have more.
+template <class E>
+class PerDirection {
+ public:
+  PerDirection() = default;
+  explicit PerDirection(int64_t directions) : more_(directions > 2 ? directions : 0) {}
+
+  E& operator[](int64_t d) { return more_.empty() ? two_[d] : more_[d]; }
+  const E& operator[](int64_t d) const { return more_.empty() ? two_[d] : more_[d]; }
+
+ private:
+  E two_[2] = {};
+  std::vector<E> more_;
+};
+
 template <class S>
 struct Layer {
   using T = Sum<S>;
 
-  int64_t steps, batch, input, hidden, projected, directions;  // T, N, I, H, P, D
+  int64_t steps, batch, input, hidden, projected, directions, heads;  // T, N, I, H, P, D and D's heads
   const int64_t* offsets;  // [T + 1]: the row where each step begins; a step's rows do not increase. Null: N rows each
-  Direction<S> direction[2];
+  PerDirection<Direction<S>> direction;
   const std::byte* packed;  // these weights as Kernels::pack left them; null: they are packed in the call
-  const S* x;               // [rows, I]
+  const S* x;               // [rows, I], or [rows, D, G, H]: x W_ihᵀ of each direction, whose w_ih are null
   S* y;                     // [rows, D*P]: h after each step. The backward pass reads it
   State<T> states[kMaxStates];
   Keep keep;
@@ -91,6 +111,8 @@ struct Layer {
   const RegisteredCell* cell;  // null: a built-in cell
 
   bool normalizes() const { return direction[0].norms.ih != nullptr; }
+  bool multiplies_input() const { return direction[0].w_ih != nullptr; }
+  bool reverses(int64_t d) const { return d >= heads; }
   int64_t begin(int64_t t) const { return offsets == nullptr ? t * batch : offsets[t]; }  // the row where step t begins
   int64_t rows() const { return begin(steps); }
   int64_t count(int64_t t) const { return begin(t + 1) - begin(t); }

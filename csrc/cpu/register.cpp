@@ -79,6 +79,8 @@ Layer<S> make_layer(const Call& call, Operands& operands) {
   layer.hidden = call.hidden;
   layer.projected = call.projected;
   layer.directions = call.directions;
+  layer.heads = call.heads;
+  layer.direction = PerDirection<Direction<S>>(call.directions);
   layer.offsets = call.offsets.empty() ? nullptr : call.offsets.data();
   for (int64_t d = 0; d < call.directions; ++d) {
     Direction<S>& direction = layer.direction[d];
@@ -156,12 +158,12 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> layer_forward(
     std::string_view cell, const Tensor& input, at::TensorList states, const OptionalTensors& weights,
     const std::optional<Tensor>& batch_sizes, bool all_states, double grad_clip, int64_t grad_cut,
     const std::optional<Tensor>& reset, const std::optional<Tensor>& operand_mask,
-    std::optional<at::ArrayRef<double>> zoneout, const std::optional<Tensor>& kept, const std::optional<Tensor>& packed,
-    int64_t keeps) {
+    std::optional<at::ArrayRef<double>> zoneout, const std::optional<Tensor>& kept, int64_t heads,
+    const std::optional<Tensor>& packed, int64_t keeps) {
   TORCH_CHECK(keeps >= 0 && keeps <= 2, "expected keep to be 0, 1 or 2, got ", keeps);
   const Keep keep = static_cast<Keep>(keeps);
   const Call call(cell, input, states, weights, batch_sizes, all_states, {grad_clip, grad_cut},
-                  {reset, operand_mask, zoneout ? zoneout->vec() : std::vector<double>(), kept});
+                  {reset, operand_mask, zoneout ? zoneout->vec() : std::vector<double>(), kept}, heads);
   const auto result = [&](const std::vector<int64_t>& shape, const at::TensorOptions& options) {
     return call.empty() ? at::zeros(shape, options) : allocate(shape, options);
   };
@@ -202,12 +204,12 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> layer_forward(
 
 namespace {
 
-Tensor pack_weights(std::string_view cell, const OptionalTensors& weights) {
+Tensor pack_weights(std::string_view cell, const OptionalTensors& weights, int64_t heads) {
   Tensor input = at::empty({1, 1, 0}, at::kFloat);
   const std::optional<Tensor> w_ih = weights.empty() ? std::nullopt : weights.get(0);
   if (w_ih && w_ih->dim() == 2)  // any other w_ih is refused, whatever the input
     input = at::empty({1, 1, w_ih->size(1)}, w_ih->options());
-  const Call call(cell, input, {}, weights, std::nullopt, /*all_states=*/false);
+  const Call call(cell, input, {}, weights, std::nullopt, /*all_states=*/false, {}, {}, heads);
   Tensor packed = at::empty({0}, at::kByte);
   with_operand_type(call, [&](auto operand) {
     using S = decltype(operand);
@@ -227,10 +229,10 @@ std::vector<Tensor> layer_backward(std::string_view cell, const Tensor& input, a
                                    bool all_states, double grad_clip, int64_t grad_cut,
                                    const std::optional<Tensor>& reset, const std::optional<Tensor>& operand_mask,
                                    std::optional<at::ArrayRef<double>> zoneout, const std::optional<Tensor>& kept,
-                                   const OptionalTensors& grads, const Tensor& output, const Tensor& reserve,
-                                   int64_t keep, const c10::List<bool>& needs, bool flow) {
+                                   int64_t heads, const OptionalTensors& grads, const Tensor& output,
+                                   const Tensor& reserve, int64_t keep, const c10::List<bool>& needs, bool flow) {
   const Call call(cell, input, states, weights, batch_sizes, all_states, {grad_clip, grad_cut},
-                  {reset, operand_mask, zoneout ? zoneout->vec() : std::vector<double>(), kept});
+                  {reset, operand_mask, zoneout ? zoneout->vec() : std::vector<double>(), kept}, heads);
   call.check_backward(grads, output, reserve, keep, needs, flow);
   std::vector<Tensor> wanted = {input};
   wanted.insert(wanted.end(), call.states.begin(), call.states.end());

@@ -31,13 +31,17 @@ class Backward {
         masked_(layer, max_rows_, beginnings_, arena_),
         recompute_(layer, max_rows_, beginnings_, masked_, arena_),
         weight_gradients_(layer, projects_, max_rows_, grads_, normalized_, beginnings_, masked_, arena_),
-        stop_(layer.wants_to_stop, /*work=*/1e6) {
+        stop_(layer.wants_to_stop, /*work=*/1e6),
+        w_hh_(layer.directions),
+        w_ih_(layer.directions),
+        w_hr_(layer.directions) {
     const int64_t D = layer.directions, N = layer.batch, H = layer.hidden, P = layer.projected, I = layer.input;
     grad_h_ = arena_.take<T>(D * N * P);
     grad_others_ = arena_.take<T>(D * N * shape().others * H);
     const int64_t K = shape().gates * H, recurrent = shape().recurrent * H;
     const bool pack_hh = Matrix<S>::must_pack(P) || is_worth_packing(layer.batch, layer.steps);
-    const bool pack_ih = layer.grad_x != nullptr && (Matrix<S>::must_pack(I) || is_worth_packing(layer.rows()));
+    const bool pack_ih = layer.grad_x != nullptr && layer.multiplies_input() &&
+                         (Matrix<S>::must_pack(I) || is_worth_packing(layer.rows()));
     for (int64_t d = 0; d < D; ++d) {
       const Direction<S>& weights = layer.direction[d];
       w_hh_[d] = {weights.w_hh, recurrent, P, arena_.take<S>(pack_hh ? Matrix<S>::packed_size(recurrent, P) : 0)};
@@ -70,7 +74,7 @@ class Backward {
         if (normalized_.there()) normalized_.end(segment, grads_.gates, thread, threads, row_of);
         all.wait();
         for (int64_t d = 0; d < layer_.directions; ++d) {
-          if (d > 0) all.wait();  // both directions add to grad_x
+          if (d > 0 && layer_.multiplies_input()) all.wait();  // all directions add to grad_x
           input_gradient(segment, d, thread, threads);
           weight_gradients_.add(segment, d, thread, threads);
         }
@@ -117,7 +121,7 @@ class Backward {
       for (int64_t k = 0; k < shape().others; ++k)
         copy_row(at(layer_.states[k + 1].grad_final, i * H), H, grad_others_ + (i * shape().others + k) * H);
     }
-    if (layer_.grad_x != nullptr && layer_.directions > 1) {  // with one direction it is written, not added to
+    if (layer_.grad_x != nullptr && adds_to_grad_x()) {
       const Range own = range_of(layer_.rows() * layer_.input, thread, threads, 64);
       std::memset(layer_.grad_x + own.begin, 0, own.size() * sizeof(T));
     }
@@ -553,9 +557,14 @@ class Backward {
     }
   }
 
-  // grad_x, the sum over directions of the gates' gradients times W_ih.
+  // Whether directions add to grad_x, instead of writing it.
+  bool adds_to_grad_x() const { return layer_.directions > 1 && layer_.multiplies_input(); }
+
+  // grad_x, the sum over directions of the gates' gradients times W_ih, or these gradients themselves if x holds the
+  // products.
   void input_gradient(const Segment& segment, int64_t d, int thread, int threads) {
     if (layer_.grad_x == nullptr) return;
+    if (!layer_.multiplies_input()) return copy_input_gradient(segment, d, thread, threads);
     constexpr int64_t block = 96;  // rows of one product
     const int64_t H = layer_.hidden, I = layer_.input;
     const int64_t count = segment.rows[d].size(), blocks = (count + block - 1) / block;
@@ -566,7 +575,7 @@ class Backward {
       const Range rows = range_of(count, task / panels, blocks);
       const int64_t row = segment.rows[d].begin + rows.begin;
       const int64_t first = task % panels * kPanel, next = (task + 1) % panels * kPanel;
-      bool add = layer_.directions > 1;
+      bool add = adds_to_grad_x();
       if (normalized_.there()) {
         w_ih_[d].multiply(rows.size(), min_of(kPanel, I - first), shape().gates * H,
                           rows_of(normalized_.input.at(segment, d, row), normalized_.input.width()), 0, first,
@@ -581,6 +590,20 @@ class Backward {
                           fetch ? w_ih_[d].ahead(after * H, after > 0 ? first : next) : nullptr);
         add = true;
       });
+    }
+  }
+
+  void copy_input_gradient(const Segment& segment, int64_t d, int thread, int threads) const {
+    const int64_t H = layer_.hidden, gates = shape().gates;
+    const Range own = range_of(segment.rows[d].size(), thread, threads);
+    for (int64_t r = own.begin; r < own.end; ++r) {
+      const int64_t row = segment.rows[d].begin + r;
+      T* to = layer_.grad_x + row * layer_.input + d * gates * H;
+      for (int64_t g = 0; g < gates; ++g) {
+        const S* from = normalized_.there() ? normalized_.input.at(segment, d, row) + g * H
+                                            : grads_.gates.at(segment, d, row) + shape().input_grad[g] * H;
+        copy_row(from, H, to + g * H);
+      }
     }
   }
 
@@ -602,7 +625,7 @@ class Backward {
   // Gradients of the states between two steps. grad_h_ has no part through W_hh: of a row that no step has reached it
   // is the gradient of the final h; after that, what the cell's backward returned for the previous h.
   T *grad_h_, *grad_others_;  // [D, N, P], [D, N, others, H]
-  Matrix<S> w_hh_[2], w_ih_[2], w_hr_[2];
+  PerDirection<Matrix<S>> w_hh_, w_ih_, w_hr_;
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

@@ -49,7 +49,7 @@ struct ActiveRows {
   Range range;  // of the batch
 
   // Where step s stands in x and y. It is its own inverse.
-  int64_t time(int64_t s) const { return direction == 0 ? s : layer.steps - 1 - s; }
+  int64_t time(int64_t s) const { return layer.reverses(direction) ? layer.steps - 1 - s : s; }
 
   // How many rows of the range step s has, from the first on; none before the first and after the last step.
   int64_t active(int64_t s) const {

@@ -31,7 +31,7 @@ class Forward {
     unprojected_ = arena_.take<S>(projects<Cell>(layer) ? D * N * layer.hidden : 0);
     const int64_t row_size = gates_.panels() * gates_.input_width();
     ahead_size_ = max_of(min_of(most_ahead_, layer.rows() * row_size), N * row_size);
-    gathered_size_ = round_up(kRowsAhead * layer.input, 64);
+    gathered_size_ = layer.multiplies_input() ? round_up(kRowsAhead * layer.input, 64) : 0;
     // The products and, of a cell with a source, what is made of them, of the rows that a thread normalizes.
     const int64_t values = 2 * shape().gates + (Cell::has_source ? shape().gates + 1 : 0);
     normalized_size_ = has_norms<Cell>(layer) ? round_up(kRowsNormalized * values * layer.hidden, 64) : 0;
@@ -142,10 +142,14 @@ class Forward {
     for (int64_t s = 0; s < layer_.steps;) {
       int64_t end = s, count = 0;
       while (end < layer_.steps && (end == s || count + rows.active(end) <= max_rows)) count += rows.active(end++);
-      const S* x = gather_input(rows, s, end, reinterpret_cast<S*>(gathered));
-      for (int64_t p = own.begin; count > 0 && p < own.end; ++p)
-        gates_.w_ih[d].multiply(count, x, p, fetch_input && p + 1 < own.end ? p + 1 : p,
-                                ahead + (p - first_panel) * count * width);
+      const bool multiplies = layer_.multiplies_input();
+      const S* x = multiplies ? gather_input(rows, s, end, reinterpret_cast<S*>(gathered)) : nullptr;
+      for (int64_t p = own.begin; count > 0 && p < own.end; ++p) {
+        T* to = ahead + (p - first_panel) * count * width;
+        if (multiplies) gates_.input(d, p, fetch_input && p + 1 < own.end ? p + 1 : p, count, x, to);
+        for (int64_t t = s; !multiplies && t < end; to += rows.active(t++) * width)
+          gates_.input(d, p, p, rows.active(t), layer_.x + rows.first(t) * layer_.input, to);
+      }
       for (int64_t done = 0; s < end; ++s) {
         if (stop_.before(s, thread, partition.meets)) return;
         const Sweep sweep(own, s);
@@ -172,7 +176,7 @@ class Forward {
   // the range is the whole batch and time goes forward. Otherwise they are gathered, for one product of many rows.
   const S* gather_input(const ActiveRows<S>& rows, int64_t s, int64_t end, S* gathered) const {
     const int64_t I = layer_.input;
-    const bool together = end - s == 1 || (rows.range.size() == layer_.batch && rows.direction == 0);
+    const bool together = end - s == 1 || (rows.range.size() == layer_.batch && !layer_.reverses(rows.direction));
     if (together && rows.active(s) > 0) return layer_.x + rows.first(s) * I;
     S* to = gathered;
     for (; s < end; ++s) {

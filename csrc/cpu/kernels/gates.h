@@ -1,4 +1,4 @@
-// The weights and biases that make the gates, for both directions, and the cell's forward on a row of gates. Gates come
+// The weights and biases that make the gates, for all directions, and the cell's forward on a row of gates. Gates come
 // in panels of some hidden units (Cell::units), so that the cell works on a product that is still in L1.
 #pragma once
 
@@ -25,17 +25,18 @@ class Gates {
   using OfGates = TransposedMatrix<S, typename PanelOf<Cell>::Type>;
   using OfProjection = TransposedMatrix<S, FixedPanel<1, kPanel>>;
 
-  OfGates w_ih[2], w_hh[2];  // one for each direction
-  OfProjection w_hr[2];
+  PerDirection<OfGates> w_ih, w_hh;
+  PerDirection<OfProjection> w_hr;
 
   // A matrix that is not packed is read where the layer has it.
   Gates(const Layer<S>& layer, bool pack_input, bool pack_recurrent, bool pack_projection, Arena& arena)
-      : layer_(layer) {
+      : w_ih(layer.directions), w_hh(layer.directions), w_hr(layer.directions), layer_(layer), bias_(layer.directions) {
     const int64_t I = layer.input, H = layer.hidden, P = layer.projected;
     const auto of_input = panel(shape().gates), of_recurrent = panel(shape().recurrent);
     for (int64_t d = 0; d < layer.directions; ++d) {
       const Direction<S>& weights = layer.direction[d];
-      w_ih[d] = {of_input, weights.w_ih, H, I, arena.take<S>(pack_input ? OfGates::packed_size(of_input, H, I) : 0)};
+      w_ih[d] = {of_input, weights.w_ih, H, I,
+                 arena.take<S>(pack_input && weights.w_ih != nullptr ? OfGates::packed_size(of_input, H, I) : 0)};
       w_hh[d] = {of_recurrent, weights.w_hh, H, P,
                  arena.take<S>(pack_recurrent ? OfGates::packed_size(of_recurrent, H, P) : 0)};
       w_hr[d] = {{}, weights.w_hr, P, H, arena.take<S>(pack_projection ? OfProjection::packed_size({}, P, H) : 0)};
@@ -78,6 +79,16 @@ class Gates {
   // The biases of panel p, those of the input's and of the recurrent parts, and a registered cell's parameters:
   // [G + R + U, units].
   const T* bias(int64_t d, int64_t p) const { return bias_[d] + p * bias_size(); }
+
+  // to[count, input_width] = panel p of the input's parts of the gates, for rows of x. `next`: as in multiply.
+  void input(int64_t d, int64_t p, int64_t next, int64_t count, const S* x, T* to) const {
+    if (layer_.multiplies_input()) return w_ih[d].multiply(count, x, p, next, to);
+    const int64_t H = layer_.hidden, gates = shape().gates;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t g = 0; g < gates; ++g)
+        copy_row(x + i * layer_.input + (d * gates + g) * H + p * units(), units_in(p),
+                 to + i * input_width() + g * units());
+  }
 
   // Writes a row of panel p of a product to its row of all gates, [G, H].
   void unpack(const T* panel, int64_t p, T* row) const {
@@ -148,7 +159,7 @@ class Gates {
   int64_t bias_size() const { return input_width() + recurrent_width() + shape().parameters * units(); }
 
   const Layer<S>& layer_;
-  T* bias_[2];  // [panels, G + R + U, units]
+  PerDirection<T*> bias_;  // [panels, G + R + U, units]
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

@@ -35,10 +35,10 @@ inline uint64_t hash_of(const char* name) {
 
 // Aligned like the panels that follow it.
 struct alignas(64) PackedHeader {
-  char magic[8] = "rnnkit2", isa[16] = RNNKIT_STRING(RNNKIT_CAPABILITY);
+  char magic[8] = "rnnkit3", isa[16] = RNNKIT_STRING(RNNKIT_CAPABILITY);
   uint64_t cell;
   PanelFormat format;
-  int64_t input, hidden, projected, directions;
+  int64_t input, hidden, projected, directions, heads;
 
   template <class S>
   PackedHeader(const char* name, const Layer<S>& layer)
@@ -47,7 +47,8 @@ struct alignas(64) PackedHeader {
         input(layer.input),
         hidden(layer.hidden),
         projected(layer.projected),
-        directions(layer.directions) {}
+        directions(layer.directions),
+        heads(layer.heads) {}
   bool operator==(const PackedHeader&) const = default;
 };
 

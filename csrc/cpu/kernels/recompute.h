@@ -76,7 +76,7 @@ class Recompute {
     const T* others = shape().others > 0 ? layer_.reserve + (d * layer_.rows() + row) * reserve_row + unit : nullptr;
     T* saved = saved_.at(segment, d, row) + unit;
     alignas(64) T input[most], recurrent[most];
-    gates_.w_ih[d].multiply(count, layer_.x + row * layer_.input, p, p, input);
+    gates_.input(d, p, p, count, layer_.x + row * layer_.input, input);
     if (shape().recurrent > 0) gates_.w_hh[d].multiply(count, operand, p, p, recurrent);
     if (has_norms<Cell>(layer_)) {
       T* products = products_.at(segment, d, row);

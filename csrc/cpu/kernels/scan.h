@@ -123,7 +123,7 @@ void for_partitions(const Layer<S>& layer, int64_t gates, int64_t units, int64_t
   }
   for (int64_t i = thread; i < layer.directions * split.blocks; i += threads) {
     const int64_t d = i % layer.directions;
-    const Range times = d == 0 ? Range{begin, end} : Range{layer.steps - end, layer.steps - begin};
+    const Range times = layer.reverses(d) ? Range{layer.steps - end, layer.steps - begin} : Range{begin, end};
     body(Partition<S>{{layer, d, row_block(layer, times, i / layer.directions, split.blocks)}, 0, 1, false});
   }
 }

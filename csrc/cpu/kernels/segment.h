@@ -11,7 +11,7 @@ constexpr int64_t kSegmentRows = 192;  // at most, in each direction; one step i
 // Steps begin to end - 1 of the forward scan, and their rows of x and y in each direction.
 struct Segment {
   int64_t begin, end, index;
-  Range rows[2];
+  PerDirection<Range> rows;
 };
 
 // All segments of a layer, the last steps first.
@@ -19,8 +19,8 @@ template <class S>
 std::vector<Segment> segments_of(const Layer<S>& layer) {
   std::vector<Segment> segments;
   const auto rows_of = [&](int64_t begin, int64_t end, int64_t d) -> Range {
-    if (d == 0) return {layer.begin(begin), layer.begin(end)};
-    return {layer.begin(layer.steps - end), layer.begin(layer.steps - begin)};
+    if (layer.reverses(d)) return {layer.begin(layer.steps - end), layer.begin(layer.steps - begin)};
+    return {layer.begin(begin), layer.begin(end)};
   };
   for (int64_t end = layer.steps; end > 0; end = segments.back().begin) {
     int64_t begin = end - 1;
@@ -28,7 +28,8 @@ std::vector<Segment> segments_of(const Layer<S>& layer) {
            rows_of(begin - 1, end, layer.directions - 1).size() <= kSegmentRows)
       --begin;
     const auto index = static_cast<int64_t>(segments.size());
-    segments.push_back({begin, end, index, {rows_of(begin, end, 0), rows_of(begin, end, 1)}});
+    segments.push_back({begin, end, index, PerDirection<Range>(layer.directions)});
+    for (int64_t d = 0; d < layer.directions; ++d) segments.back().rows[d] = rows_of(begin, end, d);
   }
   return segments;
 }
@@ -68,7 +69,7 @@ class RecurrentOperands {
   RecurrentOperands(const Layer<S>& layer, const Segment& segment, int64_t d, const Beginnings<S>& beginnings)
       : rows_{layer, d, {0, layer.batch}},
         first_(segment.rows[d].begin),
-        t_(d == 0 ? segment.begin : layer.steps - segment.end),
+        t_(layer.reverses(d) ? layer.steps - segment.end : segment.begin),
         beginnings_(beginnings) {}
 
   const S* row(int64_t r) {
@@ -89,9 +90,10 @@ class RecurrentOperands {
   int64_t stride(int64_t r, int64_t n) const {
     const int64_t N = rows_.layer.batch, R = rows_.layer.rows();
     const bool dense = R == rows_.layer.steps * N;
-    const bool continue_all = rows_.direction == 0 ? first_ + r >= N : first_ + r + n <= R - N;
+    const bool reverses = rows_.layer.reverses(rows_.direction);
+    const bool continue_all = reverses ? first_ + r + n <= R - N : first_ + r >= N;
     if (!dense || !continue_all) return 0;
-    const bool* resets = at(rows_.layer.reset, first_ + r + (rows_.direction == 0 ? 0 : N));
+    const bool* resets = at(rows_.layer.reset, first_ + r + (reverses ? N : 0));
     if (resets != nullptr && std::memchr(resets, 1, n) != nullptr) return 0;
     return rows_.layer.directions * rows_.layer.projected;
   }

@@ -30,9 +30,12 @@ class WeightGradients {
         grads_(grads),
         normalized_(normalized),
         beginnings_(beginnings),
-        masked_(masked) {
+        masked_(masked),
+        packed_x_(layer.directions),
+        packed_h_(layer.directions),
+        packed_unprojected_(layer.directions) {
     for (int64_t d = 0; d < layer.directions; ++d) {
-      packed_x_[d] = arena.take<S>(max_rows * round_up(layer.input, kPanel));
+      packed_x_[d] = arena.take<S>(layer.multiplies_input() ? max_rows * round_up(layer.input, kPanel) : 0);
       packed_h_[d] = arena.take<S>(max_rows * round_up(layer.projected, kPanel));
       packed_unprojected_[d] = arena.take<S>(projects ? max_rows * round_up(layer.hidden, kPanel) : 0);
     }
@@ -226,9 +229,8 @@ class WeightGradients {
   const NormalizedGrads<Cell, S>& normalized_;
   const Beginnings<S> beginnings_;
   const MaskedOperands<S>& masked_;
-  S *packed_x_[2], *packed_h_[2],
-      *packed_unprojected_[2];  // [rows, columns] of a segment, in panels of kPanel columns
-  S* copies_;                   // for each thread [kSegmentRows, kTileRows]
+  PerDirection<S*> packed_x_, packed_h_, packed_unprojected_;  // [rows, columns] of a segment, in panels of kPanel
+  S* copies_;                                                  // for each thread [kSegmentRows, kTileRows]
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY
