@@ -189,7 +189,7 @@ class LayerCall:
     @property
     def multiplies_input(self) -> bool:
         """Whether there are `w_ih`."""
-        return self.direction(0).w_ih is not None
+        return not self.weights or self.weights[0] is not None
 
     def direction(self, d: int) -> DirectionWeights:
         """The weights of direction d."""

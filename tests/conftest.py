@@ -61,10 +61,33 @@ def _no_gpu() -> str:
     return ""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--one-in",
+        type=int,
+        default=0,
+        metavar="N",
+        help="run one in N of each test's cases; by default all, but one in 3 of tests marked `thinned`",
+    )
+
+
+def _left_out(config: pytest.Config, items: list[pytest.Item]) -> list[pytest.Item]:
+    """What --one-in leaves out."""
+    of_test: dict[tuple[Path, str], int] = {}
+    found = []
+    for item in items:
+        thinned = item.get_closest_marker("thinned") and not item.get_closest_marker("gpu")
+        test = item.path, getattr(item, "originalname", item.name)
+        of_test[test] = of_test.get(test, -1) + 1
+        if of_test[test] % (config.getoption("one_in") or (3 if thinned else 1)) != 0:
+            found.append(item)
+    return found
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """GPU tests run where there is a GPU, and on rnnkit's kernels alone: the reference is as on the CPU.
 
-    Triton's kernels are for a GPU only.
+    Triton's kernels are for a GPU only. Of thinned tests some cases run, see --one-in.
     """
     gpu = [item for item in items if item.get_closest_marker("gpu")]
 
@@ -73,6 +96,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     doubled = {item for item in gpu if backend_of(item) == "reference"}
     doubled |= {item for item in items if backend_of(item) == "triton"} - set(gpu)
+    doubled |= set(_left_out(config, items))
     if doubled:
         config.hook.pytest_deselected(items=list(doubled))
         items[:] = [item for item in items if item not in doubled]

@@ -172,6 +172,7 @@ NUMBERS: dict[str, tuple[Any, ...]] = {
     "batch_first": (0, 1, None, True, "yes"),
     "grad_clip": (-1.0, 0.0, 0.5, 1e300, float("inf"), float("nan"), None, "x"),
     "grad_cut": (-1, 0, 1, 2, 3, 2**62, 2**64, None, 1.5),
+    "heads": (-1, 0, 1, 2, 3, 2**31, 2**62, -(2**63), 2**64, None, 1.5),
 }
 
 LISTS: dict[str, Callable[[list[Any]], Any]] = {
@@ -264,15 +265,22 @@ def _op_case(rng: random.Random) -> kernel_cases.Case:
         zoneout=(0.0 if projected else 0.2 * zones, 0.4 * zones),
         expects=rng.random() < 0.5,
         norm=rng.random() < 0.25,
+        heads=rng.choice((1, 1, 1, 2, 3)),
+        multiplies=rng.random() < 0.8,
     )
 
 
 def _op(kind: str, rng: random.Random) -> Call:
-    it = kernel_cases.call(_op_case(rng), rng.getrandbits(30))
+    case = _op_case(rng)
+    if kind == "pack_weights":
+        case = replace(case, multiplies=True)
+    it = kernel_cases.call(case, rng.getrandbits(30))
     keep = rng.choice((0, 1, 2))
     own: dict[str, Any] = {name: getattr(it, name) for name in CALL}
     if kind == "layer_forward":
-        packed = torch.ops.rnnkit.pack_weights(it.cell, it.weights) if rng.random() < 0.5 else None
+        packed = None
+        if case.multiplies and rng.random() < 0.5:
+            packed = torch.ops.rnnkit.pack_weights(it.cell, it.weights, it.heads)
         own |= {"packed": packed, "keep": keep if packed is None else 0}
     elif kind == "layer_backward":
         keep = max(keep, 1)
@@ -283,18 +291,20 @@ def _op(kind: str, rng: random.Random) -> Call:
         flow = rng.random() < 0.3 and it.input.dtype == it.sum_dtype
         own |= {"needs": needs, "flow": flow}
     else:
-        own = {"cell": it.cell, "weights": it.weights}
+        own = {"cell": it.cell, "weights": it.weights, "heads": it.heads}
     before = dict(own)
     words = change(own, rng)
     # What belongs to other arguments says nothing where those changed.
     belonging: tuple[str, ...] = ()
     if kind == "layer_backward":
-        belonging = ("cell", "input", "states", "weights", "output", "reserve", "keep")
+        belonging = ("cell", "input", "states", "weights", "output", "reserve", "keep", "heads")
     elif own.get("packed") is not None:
-        belonging = ("cell", "weights", "packed")
+        belonging = ("cell", "weights", "packed", "heads")
     kept = all(_same(own[name], before[name]) for name in belonging)
     foreign = own.get("packed") is not before.get("packed")
     foreign |= any(own.get(name) is not before.get(name) for name in ("output", "reserve"))
+    # Sums of low precision, see above.
+    foreign |= own.get("flow") is not before.get("flow") and it.input.dtype != it.sum_dtype
     return Call(
         f"{kind}: {words}",
         lambda: getattr(torch.ops.rnnkit, kind)(*own.values()),

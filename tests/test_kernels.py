@@ -83,7 +83,10 @@ def test_random_cases(device: str, case: Case, seed: int) -> None:
 def test_empty(
     device: str, cell: str, dtype: torch.dtype, directions: int, sizes: tuple[int, int, int, int]
 ) -> None:
-    assert_matches_reference(call(Case(cell, sizes, directions, dtype=dtype, device=device)))
+    case = Case(cell, sizes, directions, dtype=dtype, device=device)
+    assert_matches_reference(call(case))
+    assert_matches_reference(call(replace(case, heads=3)))
+    assert_matches_reference(call(replace(case, heads=2, multiplies=False)))
 
 
 @pytest.mark.parametrize("lengths", [(3, 2, 1), (2, 2)])
@@ -367,6 +370,7 @@ def test_denormals(device: str, cell: str, place: str) -> None:
 
 
 LSTM = Case("lstm", (3, 4, 5, 6), 2, projected=2)
+GIVEN = Case("lstm", (3, 2, 5, 6), heads=2, multiplies=False)
 NORMALIZED = Case("lstm", (3, 4, 5, 6), 2, norm=True)
 RAGGED = Case("gru", (0, 0, 5, 6), 1, (3, 2, 2, 1))
 MASKED = Case(
@@ -458,7 +462,16 @@ BAD_CALLS: dict[str, tuple[Case, Change, str]] = {
         "expected norm_c_bias of direction 1 to be torch.float32 like the input, got torch.float64"),
     "weights of three directions": (LSTM, lambda it: {"weights": it.weights + it.weights[:5]},
         "expected weights to hold 5 tensors, or 9 with layer normalization, for each of 1 or 2 directions, got 15"),
-    "w_ih absent": (LSTM, _with("weights", 0, lambda _: None), "expected w_ih of direction 0 to be a tensor, got None"),
+    "w_ih absent": (LSTM, _with("weights", 0, lambda _: None),
+        "expected w_ih in all directions or in none, got it in direction 1 alone"),
+    "w_ih absent in the second direction": (LSTM, _with("weights", 5, lambda _: None),
+        "expected w_ih in all directions or in none, got it in direction 0 alone"),
+    "no w_ih and a narrow input": (GIVEN, lambda it: {"input": it.input[..., :-1]},
+        "expected input without w_ih to have the 48 input parts of all gates, got shape [3, 2, 47]"),
+    "heads zero": (LSTM, lambda _: {"heads": 0}, "expected heads to be at least 1, got 0"),
+    "weights of other heads": (GIVEN, lambda _: {"heads": 3},
+        "expected weights to hold 5 tensors, or 9 with layer normalization, for each of 3 heads of 1 or 2 directions, "
+        "got 10"),
     "w_hh absent": (LSTM, _with("weights", 1, lambda _: None), "expected w_hh of direction 0 to be a tensor, got None"),
     "w_ih narrow": (LSTM, _with("weights", 0, _narrower), "expected w_ih of direction 0 of shape [24, 5], got [24, 4]"),
     "w_ih short": (LSTM, _with("weights", 0, _shorter), "expected w_ih of direction 0 of shape [24, 5], got [23, 5]"),

@@ -150,6 +150,7 @@ def cases() -> Iterator[tuple[Case, str, Keep]]:
         for case, kernel, keep in cases()
     ],
 )
+@pytest.mark.thinned
 def test_against_reference(case: Case, kernel: str, keep: Keep) -> None:
     with plan.forced(kernel):
         assert_case_matches_reference(case, keep)
@@ -180,6 +181,7 @@ VARIED = [
     ],
     ids=str,
 )
+@pytest.mark.thinned
 def test_every_variant(case: Case, kernel: str) -> None:
     with plan.forced(kernel):
         assert_case_matches_reference(case)
@@ -210,6 +212,7 @@ def test_every_variant(case: Case, kernel: str) -> None:
 )
 @pytest.mark.parametrize("states", (True, False), ids=("states", "nostates"))
 @each_dtype
+@pytest.mark.thinned
 def test_projection(device: str, dtype: torch.dtype, states: bool, variant: dict) -> None:
     case = Case("lstm", (2, 3, 4, 17), 2, projected=5, dtype=dtype, device=device, **variant)
     assert_case_matches_reference(replace(case, states=states))
@@ -222,6 +225,7 @@ def test_projection(device: str, dtype: torch.dtype, states: bool, variant: dict
     "noise", ({}, {"operand_mask": True, "zoneout": (0.0, 0.3)}), ids=("plain", "noise")
 )
 @pytest.mark.parametrize(("cell", "projected"), (("lstm", 0), ("lstm", 5), ("gru", 0)))
+@pytest.mark.thinned
 def test_recomputed_reserve_has_the_same_bits(
     device: str,
     cell: str,
@@ -255,6 +259,7 @@ def test_recomputed_reserve_has_the_same_bits(
     ),
     ids=("lstm", "projected", "gru", "rnn", "given"),
 )
+@pytest.mark.thinned
 def test_recomputed_products_have_the_same_bits(
     device: str, cell: str, options: dict[str, Any], lengths: tuple[int, ...], kernel: str
 ) -> None:
@@ -389,6 +394,7 @@ def test_tanh_of_small_values(device: str, exponent: int) -> None:
 @pytest.mark.parametrize("grad_clip", (0.0, 0.1))
 @pytest.mark.parametrize("place", ("input", "state", "grad"))
 @pytest.mark.parametrize("cell", ("lstm", "gru"))
+@pytest.mark.thinned
 def test_nan_stays_in_its_row(
     device: str, cell: str, place: str, grad_clip: float, kernel: str
 ) -> None:
@@ -440,6 +446,7 @@ def test_same_bits_again(device: str, cell: str, kernel: str) -> None:
         test_kernels.test_what_is_kept_changes_no_bit,
     ],
 )
+@pytest.mark.thinned
 def test_as_the_other_kernels(check: Callable[[Case], None], case: Case) -> None:
     check(case)
 
@@ -457,6 +464,7 @@ def test_empty(device: str, cell: str, sizes: tuple[int, int, int, int]) -> None
 
 
 @pytest.mark.parametrize("what", test_kernels.BAD_CALLS)
+@pytest.mark.thinned
 def test_bad_calls_are_refused(device: str, what: str) -> None:
     test_kernels.test_bad_calls_are_refused(device, what)
 

@@ -38,7 +38,7 @@ def builds(target: tuple[str, ...]) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "target", [("cuda", "90"), ("hip", "gfx942", "3"), ("hip", "gfx90a", "3")], ids="-".join
+    "target", [("cuda", "90", "3"), ("hip", "gfx942", "3"), ("hip", "gfx90a", "3")], ids="-".join
 )
 def test_every_kernel_compiles(target: tuple[str, ...]) -> None:
     """Both passes of every cell with both plans: on matrix units, with a barrier between two steps.

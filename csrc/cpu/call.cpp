@@ -62,13 +62,13 @@ Call::Call(std::string_view name, const Tensor& x, at::TensorList initial, const
 }
 
 bool Call::fits() {
-  if (!(rule.clip >= 0) || rule.cut < 0 || heads < 1) return false;
   const int64_t count = weights.size();
+  if (!(rule.clip >= 0) || rule.cut < 0 || heads < 1 || heads > count) return false;
   if (cell.registered != nullptr)
     kinds = kWeights + (cell.parameters > 0 ? 1 : 0);
   else
     kinds = count > 0 && count % ((kWeights + kNorms) * heads) == 0 ? kWeights + kNorms : kWeights;
-  if (heads > count || (count != heads * kinds && count != 2 * heads * kinds)) return false;
+  if (count != heads * kinds && count != 2 * heads * kinds) return false;
   directions = count / kinds;
   if (!input.is_floating_point() || input.dim() != (batch_sizes ? 2 : 3) || !has_memory(input)) return false;
   input_size = input.size(-1);

@@ -28,7 +28,7 @@ struct Norms {
 // One direction's weights, and where the backward pass writes their gradients; null: not needed.
 template <class S>
 struct Direction {
-  const S* w_ih;       // [G*H, I]; null: the input is the product already, see Layer::x
+  const S* w_ih;       // [G*H, I], see Layer::multiplies_input
   const S* w_hh;       // [R*H, P], null if R = 0; R is G but for some registered cells
   const Sum<S>* b_ih;  // [G*H] or null
   const Sum<S>* b_hh;  // [R*H] or null
@@ -84,7 +84,8 @@ struct Layer {
   const int64_t* offsets;  // [T + 1]: the row where each step begins; a step's rows do not increase. Null: N rows each
   PerDirection<Direction<S>> direction;
   const std::byte* packed;  // these weights as Kernels::pack left them; null: they are packed in the call
-  const S* x;               // [rows, I], or [rows, D, G, H]: x W_ihᵀ of each direction, whose w_ih are null
+  bool multiplies_input;    // false: the input is the product already
+  const S* x;               // [rows, I], or without products [rows, D, G, H]: x W_ihᵀ of each direction
   S* y;                     // [rows, D*P]: h after each step. The backward pass reads it
   State<T> states[kMaxStates];
   Keep keep;
@@ -111,7 +112,6 @@ struct Layer {
   const RegisteredCell* cell;  // null: a built-in cell
 
   bool normalizes() const { return direction[0].norms.ih != nullptr; }
-  bool multiplies_input() const { return direction[0].w_ih != nullptr; }
   bool reverses(int64_t d) const { return d >= heads; }
   int64_t begin(int64_t t) const { return offsets == nullptr ? t * batch : offsets[t]; }  // the row where step t begins
   int64_t rows() const { return begin(steps); }

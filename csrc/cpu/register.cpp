@@ -80,6 +80,7 @@ Layer<S> make_layer(const Call& call, Operands& operands) {
   layer.projected = call.projected;
   layer.directions = call.directions;
   layer.heads = call.heads;
+  layer.multiplies_input = call.multiplies_input();
   layer.direction = PerDirection<Direction<S>>(call.directions);
   layer.offsets = call.offsets.empty() ? nullptr : call.offsets.data();
   for (int64_t d = 0; d < call.directions; ++d) {

@@ -40,7 +40,7 @@ class Backward {
     grad_others_ = arena_.take<T>(D * N * shape().others * H);
     const int64_t K = shape().gates * H, recurrent = shape().recurrent * H;
     const bool pack_hh = Matrix<S>::must_pack(P) || is_worth_packing(layer.batch, layer.steps);
-    const bool pack_ih = layer.grad_x != nullptr && layer.multiplies_input() &&
+    const bool pack_ih = layer.grad_x != nullptr && layer.multiplies_input &&
                          (Matrix<S>::must_pack(I) || is_worth_packing(layer.rows()));
     for (int64_t d = 0; d < D; ++d) {
       const Direction<S>& weights = layer.direction[d];
@@ -74,7 +74,7 @@ class Backward {
         if (normalized_.there()) normalized_.end(segment, grads_.gates, thread, threads, row_of);
         all.wait();
         for (int64_t d = 0; d < layer_.directions; ++d) {
-          if (d > 0 && layer_.multiplies_input()) all.wait();  // all directions add to grad_x
+          if (d > 0 && layer_.multiplies_input) all.wait();  // all directions add to grad_x
           input_gradient(segment, d, thread, threads);
           weight_gradients_.add(segment, d, thread, threads);
         }
@@ -558,13 +558,13 @@ class Backward {
   }
 
   // Whether directions add to grad_x, instead of writing it.
-  bool adds_to_grad_x() const { return layer_.directions > 1 && layer_.multiplies_input(); }
+  bool adds_to_grad_x() const { return layer_.directions > 1 && layer_.multiplies_input; }
 
   // grad_x, the sum over directions of the gates' gradients times W_ih, or these gradients themselves if x holds the
   // products.
   void input_gradient(const Segment& segment, int64_t d, int thread, int threads) {
     if (layer_.grad_x == nullptr) return;
-    if (!layer_.multiplies_input()) return copy_input_gradient(segment, d, thread, threads);
+    if (!layer_.multiplies_input) return copy_input_gradient(segment, d, thread, threads);
     constexpr int64_t block = 96;  // rows of one product
     const int64_t H = layer_.hidden, I = layer_.input;
     const int64_t count = segment.rows[d].size(), blocks = (count + block - 1) / block;

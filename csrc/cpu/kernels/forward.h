@@ -31,7 +31,7 @@ class Forward {
     unprojected_ = arena_.take<S>(projects<Cell>(layer) ? D * N * layer.hidden : 0);
     const int64_t row_size = gates_.panels() * gates_.input_width();
     ahead_size_ = max_of(min_of(most_ahead_, layer.rows() * row_size), N * row_size);
-    gathered_size_ = layer.multiplies_input() ? round_up(kRowsAhead * layer.input, 64) : 0;
+    gathered_size_ = layer.multiplies_input ? round_up(kRowsAhead * layer.input, 64) : 0;
     // The products and, of a cell with a source, what is made of them, of the rows that a thread normalizes.
     const int64_t values = 2 * shape().gates + (Cell::has_source ? shape().gates + 1 : 0);
     normalized_size_ = has_norms<Cell>(layer) ? round_up(kRowsNormalized * values * layer.hidden, 64) : 0;
@@ -142,7 +142,7 @@ class Forward {
     for (int64_t s = 0; s < layer_.steps;) {
       int64_t end = s, count = 0;
       while (end < layer_.steps && (end == s || count + rows.active(end) <= max_rows)) count += rows.active(end++);
-      const bool multiplies = layer_.multiplies_input();
+      const bool multiplies = layer_.multiplies_input;
       const S* x = multiplies ? gather_input(rows, s, end, reinterpret_cast<S*>(gathered)) : nullptr;
       for (int64_t p = own.begin; count > 0 && p < own.end; ++p) {
         T* to = ahead + (p - first_panel) * count * width;

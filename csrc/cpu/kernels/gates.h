@@ -36,7 +36,7 @@ class Gates {
     for (int64_t d = 0; d < layer.directions; ++d) {
       const Direction<S>& weights = layer.direction[d];
       w_ih[d] = {of_input, weights.w_ih, H, I,
-                 arena.take<S>(pack_input && weights.w_ih != nullptr ? OfGates::packed_size(of_input, H, I) : 0)};
+                 arena.take<S>(pack_input && layer.multiplies_input ? OfGates::packed_size(of_input, H, I) : 0)};
       w_hh[d] = {of_recurrent, weights.w_hh, H, P,
                  arena.take<S>(pack_recurrent ? OfGates::packed_size(of_recurrent, H, P) : 0)};
       w_hr[d] = {{}, weights.w_hr, P, H, arena.take<S>(pack_projection ? OfProjection::packed_size({}, P, H) : 0)};
@@ -82,7 +82,7 @@ class Gates {
 
   // to[count, input_width] = panel p of the input's parts of the gates, for rows of x. `next`: as in multiply.
   void input(int64_t d, int64_t p, int64_t next, int64_t count, const S* x, T* to) const {
-    if (layer_.multiplies_input()) return w_ih[d].multiply(count, x, p, next, to);
+    if (layer_.multiplies_input) return w_ih[d].multiply(count, x, p, next, to);
     const int64_t H = layer_.hidden, gates = shape().gates;
     for (int64_t i = 0; i < count; ++i)
       for (int64_t g = 0; g < gates; ++g)

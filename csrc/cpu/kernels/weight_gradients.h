@@ -35,7 +35,7 @@ class WeightGradients {
         packed_h_(layer.directions),
         packed_unprojected_(layer.directions) {
     for (int64_t d = 0; d < layer.directions; ++d) {
-      packed_x_[d] = arena.take<S>(layer.multiplies_input() ? max_rows * round_up(layer.input, kPanel) : 0);
+      packed_x_[d] = arena.take<S>(layer.multiplies_input ? max_rows * round_up(layer.input, kPanel) : 0);
       packed_h_[d] = arena.take<S>(max_rows * round_up(layer.projected, kPanel));
       packed_unprojected_[d] = arena.take<S>(projects ? max_rows * round_up(layer.hidden, kPanel) : 0);
     }
