@@ -301,10 +301,10 @@ def _op(kind: str, rng: random.Random) -> Call:
     elif own.get("packed") is not None:
         belonging = ("cell", "weights", "packed", "heads")
     kept = all(_same(own[name], before[name]) for name in belonging)
+    if it.input.dtype != it.sum_dtype:  # see `flow` above
+        kept &= own.get("flow") is before.get("flow")
     foreign = own.get("packed") is not before.get("packed")
     foreign |= any(own.get(name) is not before.get(name) for name in ("output", "reserve"))
-    # Sums of low precision, see above.
-    foreign |= own.get("flow") is not before.get("flow") and it.input.dtype != it.sum_dtype
     return Call(
         f"{kind}: {words}",
         lambda: getattr(torch.ops.rnnkit, kind)(*own.values()),
