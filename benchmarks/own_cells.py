@@ -12,6 +12,7 @@ out, too.
 
 import argparse
 import importlib
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -173,7 +174,7 @@ def jax_step(of: rnnkit.Recurrent, x: Tensor, grad: Tensor) -> Run:
     return lambda: jax.block_until_ready(training_step(*given))
 
 
-def packages(case: Case, x: Tensor) -> dict[str, Run]:
+def packages(case: Case, with_compiled: bool) -> dict[str, Run]:
     """The sLSTM of xlstm and of TiRex, eager and compiled; each over products that are there already."""
     found: dict[str, Run] = {}
     cells: dict[str, Callable[[], Any]] = {}
@@ -201,7 +202,7 @@ def packages(case: Case, x: Tensor) -> dict[str, Run]:
 
         parameters = list(cell.parameters())
         found[name] = step(run, products, grad, parameters)
-        if (compiled := compiled_in_time(run, products)) is not None:
+        if with_compiled and (compiled := compiled_in_time(run, products)) is not None:
             found[f"{name} compiled"] = step(compiled, products, grad, parameters)
 
         def patched(plain: Run = found[name], package: str = name.lower()) -> Any:
@@ -213,20 +214,24 @@ def packages(case: Case, x: Tensor) -> dict[str, Run]:
 
 
 def compiled_in_time(run: Callable[..., Tensor], *given: Tensor) -> Callable[..., Tensor] | None:
-    """The function under torch.compile; None if its first training step takes more than TIME_LIMIT or fails.
+    """The function under torch.compile; None if its first training step takes more than TIME_LIMIT, or fails."""
 
-    torch.compile cannot be ended from outside: a slow one takes its time, and is then left out.
-    """
-    compiled = torch.compile(run, fullgraph=True)
-    start = time.perf_counter()
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not compiled within {TIME_LIMIT:.0f} s")
+
+    compiled, start = torch.compile(run), time.perf_counter()
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(int(TIME_LIMIT))
     try:
         compiled(*given).sum().backward()
-    except Exception as error:
-        print(f"torch.compile: {str(error).splitlines()[0]}", file=sys.stderr)
+    except Exception as error:  # torch.compile may wrap the one above
+        print(f"  torch.compile: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         return None
-    took = time.perf_counter() - start
-    print(f"  compiled in {took:.0f} s", file=sys.stderr)
-    return compiled if took <= TIME_LIMIT else None
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    print(f"  compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    return compiled
 
 
 def ways(case: Case, with_compiled: bool) -> dict[str, Run]:
@@ -249,19 +254,19 @@ def ways(case: Case, with_compiled: bool) -> dict[str, Run]:
     if case.heads == 1:
         with suppress(ImportError):
             found[JAX] = jax_step(of, x, grad)
-    return found | (packages(case, x) if case.cell == "slstm" else {})
+    return found | (packages(case, with_compiled) if case.cell == "slstm" else {})
 
 
 def measured(case: Case, rounds: int, with_compiled: bool) -> dict[str, Any]:
     """Milliseconds of each way, and how often rnnkit's time they take."""
     runs = ways(case, with_compiled)
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(1 + rounds):
+    for _ in range(rounds):
         for name, run in runs.items():
+            run()  # while threads of the way before still look for work
             start = time.perf_counter()
             run()
-            if round_ > 0:
-                samples[name].append(1e3 * (time.perf_counter() - start))
+            samples[name].append(1e3 * (time.perf_counter() - start))
     return {
         name: {"ms": Figure.of(of).document(), "ratio": Figure.ratio(of, samples[OWN]).document()}
         for name, of in samples.items()
