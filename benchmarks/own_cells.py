@@ -12,6 +12,7 @@ out, too.
 
 import argparse
 import importlib
+import importlib.metadata
 import signal
 import sys
 import time
@@ -32,7 +33,6 @@ from benchmarks.surroundings import surroundings
 from benchmarks.tables import markdown
 from rnnkit.graph.trace import order
 
-FORMAT = "rnnkit own cells 1"
 OWN, BUILT_IN = "rnnkit", "built-in"
 LOOP, COMPILED, JAX = "loop", "compiled loop", "jax"
 TIME_LIMIT = 300.0  # seconds that torch.compile may take
@@ -298,7 +298,10 @@ def section(document: dict[str, Any], link: str) -> list[str]:
         own = Figure.read(entries[OWN]["ms"]).text("{:.3g}")
         lines.append([row["case"], own, ", ".join(others)])
     name = link.rsplit("/", 1)[-1]
-    return [f"{about}, [{name}]({link}).", "", *markdown(lines, left=1)]
+    title = "### Cells of one's own"
+    told = "A loop, compiled or not, multiplies the whole input at once, as `rnnkit.Recurrent` and JAX's scan do; "
+    told += "xlstm and TiRex get that product. A patched one is the same cell under `rnnkit.patch`."
+    return [title, "", f"{about}, [{name}]({link}). {told}", "", *markdown(lines, left=1)]
 
 
 def installed() -> dict[str, str]:
@@ -320,7 +323,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch._dynamo.config.recompile_limit = 64
-    document = {"format": FORMAT, **surroundings("cpu"), "threads": given.threads}
+    document = {"format": results.OWN_CELLS_FORMAT, **surroundings("cpu"), "threads": given.threads}
     document |= {"isa": results.isa_of(document), "packages": installed(), "cases": []}
     for case in CASES:
         if given.only in str(case):

@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import page, summary
+from benchmarks import own_cells, page, summary
 from benchmarks.base import ROOT
 from benchmarks.plots import draw, pictures
 from benchmarks.results import (
     FOLDER,
     GPU_FORMAT,
+    OWN_CELLS_FORMAT,
     ResultsError,
     load,
     newest,
@@ -44,22 +45,28 @@ class Results(NamedTuple):
     cpu: dict[Path, Document]
     gpu: tuple[Path, Document] | None
     features: dict[Path, Document]
+    own_cells: tuple[Path, Document] | None
     digest: str
 
     @classmethod
     def read(cls, paths: Sequence[Path]) -> "Results":
         loaded = {path.resolve(): load(path) for path in paths}
         digests = "".join(digest for _, digest in loaded.values())
-        gpu = None
-        try:
-            source = newest(next(iter(loaded)).parent, GPU_FORMAT, parts=True)
-            gpu = (source, load(source, GPU_FORMAT)[0])
-        except ResultsError:
-            pass  # there was no run on a GPU
-        told = newest_with_features(next(iter(loaded)).parent)
+        folder = next(iter(loaded)).parent
+        gpu, own = (_newest(folder, form) for form in (GPU_FORMAT, OWN_CELLS_FORMAT))
+        told = newest_with_features(folder)
         features = {path: load(path)[0] for path in told}
         documents = {path: document for path, (document, _) in loaded.items()}
-        return cls(documents, gpu, features, hashlib.sha256(digests.encode()).hexdigest())
+        return cls(documents, gpu, features, own, hashlib.sha256(digests.encode()).hexdigest())
+
+
+def _newest(folder: Path, form: str) -> tuple[Path, Document] | None:
+    """The newest file of another format; None if there was no such run."""
+    try:
+        source = newest(folder, form, parts=True)
+    except ResultsError:
+        return None
+    return source, load(source, form)[0]
 
 
 def insert(text: str, block: str, path: Path) -> str:
@@ -90,6 +97,10 @@ def expected(found: Results, readme: Path, performance: Path, folder: Path) -> d
         ),
         performance: page.text(sections, gpu, link(path, performance), features),
     }
+    if found.own_cells is not None:
+        source, document = found.own_cells
+        section = own_cells.section(document, link(source, performance))
+        blocks[performance] += "\n".join(["", "", *section])
     texts = {}
     for file, block in blocks.items():
         texts[file] = insert(file.read_text("utf-8") if file.exists() else "", block, file)

@@ -12,6 +12,7 @@ from benchmarks.isa import ISAS, of_torch
 
 FORMAT = "rnnkit benchmarks 1"
 GPU_FORMAT = "rnnkit gpu benchmarks 1"  # of `python -m benchmarks.gpu`
+OWN_CELLS_FORMAT = "rnnkit own cells 1"
 FOLDER = ROOT / "benchmarks" / "results"
 
 Document = dict[str, Any]

@@ -98,7 +98,7 @@ class LayerCall:
             for zeros. h has none in a layer with a projection.
         kept: bool, for each state that has zoneout, one after the other, where units keep it: [K, ...], K shaped like
             these states' outputs. None for the expectation: p * old state + (1 - p) * new state.
-        heads: of each direction.
+        heads: how many of the D directions go forward; the others, as many or none, go backward.
     """
 
     cell: str

@@ -131,7 +131,9 @@ _PLACES: tuple[ModuleType, ...] = (nn, nn.modules, nn.modules.rnn)
 
 
 class patch:
-    """Replaces torch.nn's RNN, LSTM, GRU and cells by rnnkit's, in a `with` block or, without one, from now on.
+    """Replaces torch.nn's RNN, LSTM, GRU and cells, or recurrences of other packages, by rnnkit's.
+
+    In a `with` block or, without one, from now on.
 
     Code that calls `torch.nn.LSTM(...)`, or imports it from torch.nn, builds rnnkit's layers while the patch is
     active. Classes that were imported before stay torch.nn's. So do modules that exist already: until `convert`
@@ -144,8 +146,10 @@ class patch:
 
     Args:
         packages: whose recurrences to replace instead of torch.nn's: any of "torch", "xlstm" (the sLSTM of backend
-            "vanilla"), "tirex", "tirex2" (their sLSTM) and "flashrnn" (its function `flashrnn`; see `rnnkit.flashrnn`).
-            Theirs are replaced in models that exist already, too; parameters stay as they are.
+            "vanilla"), "tirex", "tirex2" (their sLSTM) and "flashrnn" (the package's function `flashrnn`, for code that
+            looks it up there from then on; see `rnnkit.flashrnn`). The sLSTMs are replaced in models that exist
+            already, too; parameters stay as they are. On other devices than the CPU, and where rnnkit has no such
+            function or rule for gradients, the packages' own code runs.
 
     Raises:
         ValueError: a package is not one of these.
@@ -180,6 +184,6 @@ class patch:
         self.undo()
 
     def undo(self) -> None:
-        """Restores torch.nn's classes; the end of a `with` block does it, too."""
+        """Restores what was replaced; the end of a `with` block does it, too."""
         while self._before:
             setattr(*self._before.pop())

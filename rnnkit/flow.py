@@ -314,7 +314,7 @@ def _leaves(tensor: Tensor) -> Iterator[Tensor]:
     A leaf that hooks of saved tensors have replaced is found, too: its node knows the leaf itself.
     """
     if not tensor.requires_grad:
-        yield tensor
+        yield tensor if tensor._base is None else tensor._base  # heads are views of a parameter
         return
     waiting, seen = [torch.autograd.graph.get_gradient_edge(tensor).node], set()
     while waiting:

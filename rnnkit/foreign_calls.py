@@ -4,6 +4,7 @@ Sources of layouts and gates: https://github.com/NX-AI/flashrnn, https://github.
 https://github.com/NX-AI/tirex and https://pypi.org/project/tirex-2.
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +24,10 @@ _COUNTS = {"elman": (1, 1, 1, 1), "lstm": (2, 4, 4, 4), "gru": (1, 3, 3, 4), "sl
 _AXES = {"input": "BTGHD", "recurrent": "GHDP", "bias": "GHD", "output": "SBTHD"}
 
 
+#: What a config may ask for that rnnkit does not have.
+_RULES = ("gradient_recurrent_cut", "gradient_recurrent_clipval", "forward_clipval")
+
+
 def flashrnn(
     Wx: Tensor,
     R: Tensor,
@@ -35,13 +40,14 @@ def flashrnn(
 ) -> tuple[Tensor, Tensor]:
     r"""FlashRNN's `flashrnn`: a recurrence with heads over inputs that are products already, on rnnkit's kernels.
 
-    Code written for it runs with one import changed, on a machine without CUDA and without a compiler for it, and with
-    gradients of any order. The functions, of each head alone:
+    Code written for it runs with one import changed, without CUDA and without nvcc, and with gradients of any order.
+    The functions, of each head alone:
 
     - `"elman"`: :math:`h_t = \tanh(W x_t + R h_{t-1} + b)`;
     - `"lstm"`: as `torch.nn.LSTM`, with the gates i, f, z (its g), o;
     - `"gru"`: as `torch.nn.GRU`; `Wx` has the gates r, z, n, `R` n, r, z, and `b` the n of R, r, z and the n of W;
-    - `"slstm"`: as `rnnkit.library.slstm`, with the gates i, f, z, o.
+    - `"slstm"`: as `rnnkit.library.slstm`, with the gates i, f, z, o. FlashRNN sets an n below 1 to 1. Sequences that
+      begin with zeros have none; here, given states with such an n go on as they are.
 
     Args:
         Wx: the products of the input [B, T, G, N, D]: batch, time, gates, heads, units of a head.
@@ -50,7 +56,8 @@ def flashrnn(
         states: the states before the first step [S, B, 1, N, D]; zeros if None. h comes first, then c, n and m.
         function: `"elman"`, `"lstm"`, `"gru"` or `"slstm"`.
         config: a `flashrnn.FlashRNNConfig`, or an object with some of its attributes: `function`, `input_shape`,
-            `recurrent_shape`, `bias_shape` and `output_shape`, which name other orders of the axes.
+            `recurrent_shape`, `bias_shape` and `output_shape`, which name other orders of the axes, and `initial_val`,
+            what each state begins with where there are no `states`.
         backend: not used: rnnkit picks it.
         dtype: not used: rnnkit computes in the dtype of `Wx`, and casts the others to it.
 
@@ -60,7 +67,7 @@ def flashrnn(
     Raises:
         TypeError: an argument is no Tensor.
         ValueError: there is no such function, or a rule for gradients is asked for that rnnkit does not have.
-        RuntimeError: a shape does not fit.
+        RuntimeError: a shape or device does not fit, a tensor is not dense, or there is no time step or head.
 
     Source: Pöppel et al. 2024, "FlashRNN: I/O-aware optimization of traditional RNNs on modern hardware".
     """
@@ -69,14 +76,18 @@ def flashrnn(
     if function not in _COUNTS:
         known = ", ".join(map(repr, _COUNTS))
         raise ValueError(f"expected function to be one of {known}, got {function!r}")
-    for name in ("gradient_recurrent_cut", "gradient_recurrent_clipval", "forward_clipval"):
+    for name in _RULES:
         if value := getattr(config, name, None):
             raise ValueError(
                 f"expected no {name}, got {value}: rnnkit.Recurrent has grad_clip and grad_cut, for all states"
             )
     n_states, of_input, recurrent, biases = _COUNTS[function]
     x = _in_order("Wx", Wx, axes["input"], "TBHGD", {"G": of_input})
-    _, batch, heads, _, units = x.shape
+    steps, batch, heads, _, units = x.shape
+    if steps == 0 or heads == 0:
+        raise RuntimeError(
+            f"expected Wx to have at least one time step and one head, got shape {list(Wx.shape)}"
+        )
     sizes = {"B": batch, "H": heads, "D": units, "P": units}
     r = _in_order("R", R, axes["recurrent"], "HGDP", {**sizes, "G": recurrent})
     bias = _in_order("b", b, axes["bias"], "HGD", {**sizes, "G": biases})
@@ -85,6 +96,9 @@ def flashrnn(
         of_states = {**sizes, "S": n_states, "T": 1}
         given = _in_order("states", states, axes["output"], "STHBD", of_states)
         initial = given.squeeze(1).unbind(0)
+    elif value := getattr(config, "initial_val", 0.0):
+        values = value if isinstance(value, Sequence) else [value] * n_states
+        initial = [x.new_full((heads, batch, units), one) for one in values]
     of_h = None
     if function == "gru":  # the n of R has a bias of its own
         of_h = torch.cat([torch.zeros_like(bias[:, :2]), bias[:, :1]], 1)
@@ -130,7 +144,11 @@ def recurrence(
         found = {"w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh}
         weights += map(found.get, WEIGHTS)
     initial = [state.to(x.dtype) for state in states]
-    return autograd.run(LayerCall(cell, x, initial, weights, None, all_states, heads=heads))
+    call = LayerCall(cell, x, initial, weights, None, all_states, heads=heads)
+    if not torch.is_autocast_enabled(x.device.type):
+        return autograd.run(call)
+    with torch.autocast(x.device.type, enabled=False):  # it is computed in the dtype of x
+        return autograd.run(call)
 
 
 def _cell(function: str) -> str:
@@ -172,7 +190,7 @@ def _xlstm_impl(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def _impl(self: Any, training: bool, input: Tensor, state: Tensor) -> Tensor:
         config = self.config
-        if config.function not in ("slstm", "lstm"):
+        if config.function not in ("slstm", "lstm") or not _is_ours(input, config):
             result: Tensor = original(self, training, input, state)
             return result
         sizes = config.num_gates, config.num_heads, config.head_dim
@@ -194,6 +212,9 @@ def _tirex_impl(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def _impl_torch(self: Any, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
+        if not _is_ours(input, config):
+            result: tuple[Tensor, Tensor] = original(self, input, state)
+            return result
         heads, gates, units = config.num_heads, config.num_gates, config.head_dim
         x = input.float().transpose(2, 3)
         r = self._recurrent_kernel_.view(heads, units, gates, units).permute(0, 2, 3, 1)
@@ -210,16 +231,34 @@ def _tirex2_flashrnn(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def slstm_flashrnn(
         self: Any, Wx: Tensor, R: Tensor, b: Tensor, config: Any, states: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Any:
+        if not _is_ours(Wx, config):
+            return original(self, Wx, R, b, config, states)
         return flashrnn(Wx, R, b, states, config=config)
 
     return slstm_flashrnn
 
 
+def _flashrnn_or(original: Callable[..., Any]) -> Callable[..., Any]:
+    """FlashRNN's `flashrnn`."""
+
+    @functools.wraps(original)
+    def either(Wx: Tensor, *arguments: Any, **options: Any) -> Any:
+        config = options.get("config", arguments[4] if len(arguments) > 4 else None)
+        return (flashrnn if _is_ours(Wx, config) else original)(Wx, *arguments, **options)
+
+    return either
+
+
+def _is_ours(x: Tensor, config: Any) -> bool:
+    """Whether rnnkit computes it: on the CPU, where the packages have no kernels, and with a rule that rnnkit has."""
+    return x.device.type == "cpu" and not any(getattr(config, name, None) for name in _RULES)
+
+
 #: For each package: a module, a class in it or nothing, the name of what is replaced there, and what makes of it the
 #: function that takes its place.
 PLACES: dict[str, tuple[str, str, str, Callable[[Any], Any]]] = {
-    "flashrnn": ("flashrnn", "", "flashrnn", lambda _: flashrnn),
+    "flashrnn": ("flashrnn", "", "flashrnn", _flashrnn_or),
     "tirex": ("tirex.models.slstm.cell", "sLSTMCell", "_impl_torch", _tirex_impl),
     "tirex2": (
         "tirex2.model.component.flashrnn_slstm",

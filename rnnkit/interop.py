@@ -158,7 +158,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     Returns:
         For each of rnnkit's ops, a function that does the same in ATen's ops. It raises RuntimeError for the backward
         pass, and for calls with `all_states` of an LSTM, `reset`, recurrent dropout, zoneout, layer normalization or
-        heads.
+        heads, or without W_ih.
     """
     return {
         torch.ops.rnnkit.layer_forward.default: of_call(_forward_as_aten),

@@ -272,8 +272,8 @@ def slstm(x, r, s):
     """LSTM with exponential gates: i = exp(x.i + r.i), f = σ(x.f + r.f); c' = f c + i tanh(x.z + r.z); n' = f n + i.
 
     h' = σ(x.o + r.o) c' / n'. c and n are kept divided by exp(m), where m' is the larger of log f + m and log i; at the
-    start, where n is 0, log i. Gates i, f, z, o; states h, c, n, m. Zoneout is for h alone: zoneout=(p, 0, 0, 0). W_hh
-    is dense: the paper's heads, blocks on its diagonal, are not there yet.
+    start, where n is 0, log i. Gates i, f, z, o; states h, c, n, m. Zoneout is for h alone: zoneout=(p, 0, 0, 0).
+    `Recurrent(..., heads=4)` has the paper's heads.
 
     Source: Beck et al. 2024, "xLSTM: extended long short-term memory".
     """

@@ -180,6 +180,8 @@ library.define("pack_weights(str cell, Tensor?[] weights, int heads=1) -> Tensor
 def _pack_composite(cell: str, weights: Sequence[Tensor | None], heads: int = 1) -> Tensor:
     input = torch.empty(1, 1, 0)
     w_ih = weights[0] if weights else None
+    if weights and w_ih is None:
+        raise RuntimeError("expected w_ih of direction 0 to be a tensor, got None")
     if w_ih is not None and w_ih.dim() == 2:  # any other w_ih is refused, whatever the input
         input = torch.empty(1, 1, w_ih.size(1), dtype=w_ih.dtype, device=w_ih.device)
     LayerCall(cell, input, [], weights, heads=heads).check()

@@ -25,7 +25,7 @@ class _OfCell(nn.Module):
     """The base of both: a module that has a cell of one's own."""
 
     cell: Cell
-    heads: int
+    heads: int = 1
     _cell: str
 
     def _set_cell(self, cell: Cell, heads: int, **sizes: int) -> None:
@@ -189,7 +189,7 @@ class Recurrent(_Layers, _OwnWeights):
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: the input's rank or dtype does not fit; in the constructor, an option has no such value or is not
-            for this cell.
+            for this cell, or `hidden_size` or `proj_size` is not a multiple of `heads`.
         RuntimeError: a size does not fit, or there is no time step.
     """
 
@@ -334,7 +334,7 @@ class RecurrentCell(_Cell, _OwnCellWeights):
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: a rank does not fit.
+        ValueError: a rank does not fit; in the constructor, `hidden_size` is not a multiple of `heads`.
         RuntimeError: a size does not fit.
     """
 

@@ -81,15 +81,15 @@ def run(
     states, reset_to = given[: len(states)], given[len(states) :]
     if heads > 1:
         states, reset_to = _apart(states, heads), _apart(reset_to, heads)
-    directions *= heads  # as a call counts them
+    recurrences = directions * heads  # what a call counts as its directions
     if reset is not None:
-        states = [*resets.at_first_step(states, reset_to, reset, directions, heads), *reset_to]
-    layers = len(weights) // directions
+        states = [*resets.at_first_step(states, reset_to, reset, recurrences, heads), *reset_to]
+    layers = len(weights) // recurrences
     if packed and len(packed) != layers:
         raise RuntimeError(f"expected packed weights of {layers} layers, got {len(packed)}")
     outputs, finals = [input], []
     for index in range(layers):
-        of_layer = slice(index * directions, (index + 1) * directions)
+        of_layer = slice(index * recurrences, (index + 1) * recurrences)
         output = outputs[0]
         if index > 0 and dropout > 0:
             output = drop(output, dropout, training=True)
@@ -112,9 +112,7 @@ def run(
         finals.append(final)
     final_states = finals[0] if layers == 1 else [torch.cat(s) for s in zip(*finals, strict=True)]
     if heads > 1:
-        final_states = [
-            s.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2) for s in final_states
-        ]
+        final_states = _together(final_states, heads)
     if result_dtypes is not None:
         outputs = [s.to(result_dtypes[min(k, 1)]) for k, s in enumerate(outputs)]
         final_states = [s.to(result_dtypes[min(k, 1)]) for k, s in enumerate(final_states)]
@@ -124,6 +122,11 @@ def run(
 def _apart(states: Sequence[Tensor], heads: int) -> list[Tensor]:
     """States [L*D, N, H] with the units of each head apart, [L*D*heads, N, H/heads]."""
     return [s.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1) for s in states]
+
+
+def _together(states: Sequence[Tensor], heads: int) -> list[Tensor]:
+    """The inverse of `_apart`. Never a view, since users may detach a result in place."""
+    return [torch.cat(s.unflatten(0, (-1, heads)).unbind(1), -1) for s in states]
 
 
 def with_dropped_weights(

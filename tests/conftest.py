@@ -96,10 +96,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     doubled = {item for item in gpu if backend_of(item) == "reference"}
     doubled |= {item for item in items if backend_of(item) == "triton"} - set(gpu)
-    doubled |= set(_left_out(config, items))
-    if doubled:
-        config.hook.pytest_deselected(items=list(doubled))
-        items[:] = [item for item in items if item not in doubled]
+
+    def leave_out(left: set[pytest.Item]) -> None:
+        if left:
+            config.hook.pytest_deselected(items=list(left))
+            items[:] = [item for item in items if item not in left]
+
+    leave_out(doubled)
+    leave_out(set(_left_out(config, items)))
     if reason := _no_gpu():
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason=reason))

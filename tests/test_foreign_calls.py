@@ -142,6 +142,25 @@ def test_under_compile_and_twice_differentiated() -> None:
     assert torch.autograd.gradgradcheck(run, small)
 
 
+def test_initial_values_of_a_config() -> None:
+    given = arguments("lstm")
+    config = SimpleNamespace(function="lstm", initial_val=[0.5, -0.25])
+    states = (
+        torch.tensor([0.5, -0.25], dtype=torch.float64).view(2, 1, 1, 1, 1).expand(2, B, 1, N, D)
+    )
+    expected = loop("lstm", *given[:3], states)
+    assert_same(rnnkit.flashrnn(*given[:3], config=config), expected, given[:3])
+
+
+@pytest.mark.parametrize("function", ["lstm", "slstm"])
+def test_under_autocast_it_is_computed_in_the_dtype_of_the_input(function: str) -> None:
+    given = arguments(function, torch.float32)
+    expected = rnnkit.flashrnn(*given, function=function)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = rnnkit.flashrnn(*given, function=function)
+    assert_same(found, expected, given, tolerance=1e-6)
+
+
 def test_wrong_arguments() -> None:
     Wx, R, b, states = arguments("lstm")
 
@@ -150,6 +169,7 @@ def test_wrong_arguments() -> None:
             rnnkit.flashrnn(*given, **options)
 
     refused(ValueError, "function to be one of 'elman', .*, got 'GRU'", Wx, R, b, function="GRU")
+    refused(RuntimeError, "Wx to have at least one time step and one head", Wx[:, :0], R, b)
     refused(TypeError, "R to be a Tensor, got list", Wx, [R], b)
     refused(
         RuntimeError,
@@ -201,7 +221,7 @@ class StandIn(nn.Module):
 def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Modules in the place of the packages."""
     modules = {
-        "flashrnn": {"flashrnn": lambda *_: "their own"},
+        "flashrnn": {"flashrnn": lambda *_, **__: "their own"},
         "tirex.models.slstm.cell": {"sLSTMCell": type("sLSTMCell", (StandIn,), {})},
         "tirex2.model.component.flashrnn_slstm": {"_FlashRNNLayer": type("_L", (StandIn,), {})},
         "xlstm.blocks.slstm.cell": {"sLSTMCell_vanilla": type("sLSTMCell", (StandIn,), {})},
@@ -266,10 +286,24 @@ def test_tirex2_and_flashrnn(packages: None) -> None:
     )
     config = SimpleNamespace(function="slstm", recurrent_shape="HPGD", bias_shape="HGD")
     with rnnkit.patch("tirex2", "flashrnn"):
-        assert sys.modules["flashrnn"].flashrnn is rnnkit.flashrnn
+        of_package = sys.modules["flashrnn"].flashrnn(*given, function="slstm")
         found = layer.slstm_flashrnn(Wx, R.permute(1, 3, 0, 2), b.transpose(0, 1), config, states)
     assert_same(found, loop("slstm", *given), given)
+    assert_same(of_package, loop("slstm", *given), given)
     assert sys.modules["flashrnn"].flashrnn() == layer.slstm_flashrnn() == "their own"
+
+
+def test_what_rnnkit_does_not_have_is_left_to_the_packages(packages: None) -> None:
+    """Rules for gradients, and other devices than the CPU."""
+    given = arguments("slstm")
+    layer = sys.modules["tirex2.model.component.flashrnn_slstm"]._FlashRNNLayer(*given[1:3])
+    config = SimpleNamespace(function="slstm", gradient_recurrent_clipval=0.1)
+    on_meta = [tensor.to("meta") for tensor in given[:3]]
+    with rnnkit.patch("tirex2", "flashrnn"):
+        run = sys.modules["flashrnn"].flashrnn
+        assert run(*given, "slstm", config) == run(*given, config=config) == "their own"
+        assert run(*on_meta) == "their own"
+        assert layer.slstm_flashrnn(*given[:3], config) == "their own"
 
 
 def test_a_patch_of_packages_leaves_torch(packages: None) -> None:

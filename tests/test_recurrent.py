@@ -315,6 +315,64 @@ def test_transforms() -> None:
     assert torch.equal(loss(other, x), changed(x)[0].square().sum())
 
 
+@pytest.mark.parametrize("heads", [2, 4])  # of two units, and of one
+@pytest.mark.parametrize("batch", [1, 3])
+def test_results_of_heads_are_no_views(heads: int, batch: int) -> None:
+    """What users may do with torch.nn's: detach states in place, from one window to the next."""
+    layer = rnnkit.Recurrent(lstm, 3, 4, heads=heads)
+    one = rnnkit.RecurrentCell(lstm, 3, 4, heads=heads)
+    output, states = layer(torch.randn(5, batch, 3))
+    of_one = one(torch.randn(batch, 3))
+    for result in (output, *states, *of_one):
+        assert not result._is_view()
+    sum(result.square().sum() for result in (output, *states, *of_one)).backward()
+    assert all(p.grad is not None for module in (layer, one) for p in module.parameters())
+    for result in (*states, *of_one):
+        result.detach_()
+    alone = one(torch.randn(3))
+    assert [state.shape for state in alone] == [(4,), (4,)]
+
+
+def test_gradient_flow_of_heads() -> None:
+    """Of all heads together, also where W_hh needs no gradient."""
+    layer = rnnkit.Recurrent(gru, 3, 4, bidirectional=True, heads=2).double()
+    layer.weight_hh_l0.requires_grad_(False)
+    x = torch.randn(5, 2, 3).double()
+    with rnnkit.gradient_flow(layer) as flow:
+        output = layer(x)[0]
+        output.square().sum().backward()
+    assert flow[""].h.shape == (1, 2, 5)
+    apart = layer.weight_hh_l0.unflatten(1, (3, 2))
+    expected = torch.linalg.matrix_norm(apart, 2).amax(0)
+    found = torch.stack([norm[0, 0] for norm in flow[""].spectral_norms.values()])
+    torch.testing.assert_close(found, expected.detach())
+    # At the last time of the forward direction the gradient is that of the output alone.
+    last = (2 * output[-1, :, :4]).norm()
+    torch.testing.assert_close(flow[""].h[0, 0, -1], last.detach())
+
+
+def test_wrong_heads() -> None:
+    for cls in (rnnkit.Recurrent, rnnkit.RecurrentCell):
+        with pytest.raises(ValueError, match="hidden_size to be a multiple of heads=3, got 4"):
+            cls(lstm, 3, 4, heads=3)
+        with pytest.raises(ValueError, match="heads to be at least 1, got 0"):
+            cls(lstm, 3, 4, heads=0)
+        with pytest.raises(TypeError, match=r"heads to be an int, got 2\.0"):
+            cls(lstm, 3, 4, heads=2.0)
+    with pytest.raises(ValueError, match="proj_size to be a multiple of heads=2, got 3"):
+        rnnkit.Recurrent(lstm, 3, 4, proj_size=3, heads=2)
+    assert repr(rnnkit.Recurrent(lstm, 3, 4, heads=2)) == "Recurrent(lstm, 3, 4, heads=2)"
+
+
+def test_frozen_heads() -> None:
+    layer = rnnkit.Recurrent(lstm, 3, 4, 2, bidirectional=True, heads=2)
+    x = torch.randn(5, 2, 3)
+    with torch.no_grad():
+        expected = flat(layer(x))
+        rnnkit.freeze(layer)
+        torch.testing.assert_close(flat(layer(x)), expected)
+
+
 def test_gradients_of_gradients() -> None:
     layer = rnnkit.Recurrent(odd, 2, 2).double()
     x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)

@@ -208,6 +208,7 @@ namespace {
 Tensor pack_weights(std::string_view cell, const OptionalTensors& weights, int64_t heads) {
   Tensor input = at::empty({1, 1, 0}, at::kFloat);
   const std::optional<Tensor> w_ih = weights.empty() ? std::nullopt : weights.get(0);
+  TORCH_CHECK(weights.empty() || w_ih, "expected w_ih of direction 0 to be a tensor, got None");
   if (w_ih && w_ih->dim() == 2)  // any other w_ih is refused, whatever the input
     input = at::empty({1, 1, w_ih->size(1)}, w_ih->options());
   const Call call(cell, input, {}, weights, std::nullopt, /*all_states=*/false, {}, {}, heads);

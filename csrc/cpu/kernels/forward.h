@@ -22,8 +22,8 @@ class Forward {
         gates_(layer, packs(layer, layer.rows()), packs(layer, layer.batch, layer.steps),
                projects<Cell>(layer) && packs(layer, layer.batch, layer.steps),
                layer.packed != nullptr ? packed_ : arena_),
-        stop_(layer.wants_to_stop,
-              double(layer.batch) * shape().gates * layer.hidden * (layer.input + layer.projected)) {
+        stop_(layer.wants_to_stop, double(layer.batch) * shape().gates * layer.hidden *
+                                       ((layer.multiplies_input ? layer.input : 1) + layer.projected)) {
     const int64_t D = layer.directions, N = layer.batch, P = layer.projected;
     h_ = arena_.take<S>(D * 2 * N * P);
     masked_ = arena_.take<S>(layer.operand_mask != nullptr ? D * 2 * N * P : 0);

@@ -38,7 +38,7 @@ struct alignas(64) PackedHeader {
   char magic[8] = "rnnkit3", isa[16] = RNNKIT_STRING(RNNKIT_CAPABILITY);
   uint64_t cell;
   PanelFormat format;
-  int64_t input, hidden, projected, directions, heads;
+  int64_t input, hidden, projected, directions, heads, multiplies_input;
 
   template <class S>
   PackedHeader(const char* name, const Layer<S>& layer)
@@ -48,7 +48,8 @@ struct alignas(64) PackedHeader {
         hidden(layer.hidden),
         projected(layer.projected),
         directions(layer.directions),
-        heads(layer.heads) {}
+        heads(layer.heads),
+        multiplies_input(layer.multiplies_input) {}
   bool operator==(const PackedHeader&) const = default;
 };
 
