@@ -13,12 +13,11 @@
 namespace rnnkit {
 
 // The operations on registers, by their names in rnnkit.graph.
-#define RNNKIT_OPERATIONS(X)                                                                                      \
-  X(add)                                                                                                          \
-  X(sub)                                                                                                          \
-  X(mul)                                                                                                          \
-  X(div) X(neg) X(abs) X(exp) X(log1p) X(sigmoid) X(logsigmoid) X(tanh) X(relu) X(softplus) X(maximum) X(minimum) \
-      X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(where)
+// clang-format off: its versions break these lines in different places
+#define RNNKIT_OPERATIONS(X) \
+  X(add) X(sub) X(mul) X(div) X(neg) X(abs) X(exp) X(log1p) X(sigmoid) X(logsigmoid) X(tanh) X(relu) X(softplus) \
+  X(maximum) X(minimum) X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(where)
+// clang-format on
 
 // The members of ForwardBlock and BackwardBlock that are read, and that are written.
 #define RNNKIT_SOURCES(X) \
