@@ -298,6 +298,7 @@ def _op(kind: str, rng: random.Random) -> Call:
     belonging: tuple[str, ...] = ()
     if kind == "layer_backward":
         belonging = ("cell", "input", "states", "weights", "output", "reserve", "keep", "heads")
+        belonging += ("reset", "operand_mask", "zoneout", "kept")
     elif own.get("packed") is not None:
         belonging = ("cell", "weights", "packed", "heads")
     kept = all(_same(own[name], before[name]) for name in belonging)
