@@ -31,6 +31,7 @@ from benchmarks import results
 from benchmarks.figures import Figure
 from benchmarks.surroundings import surroundings
 from benchmarks.tables import markdown
+from rnnkit.graph.builtin import GRAPHS
 from rnnkit.graph.trace import order
 
 OWN, BUILT_IN = "rnnkit", "built-in"
@@ -40,22 +41,8 @@ TIME_LIMIT = 300.0  # seconds that torch.compile may take
 Run = Callable[[], Any]
 
 
-@rnnkit.cell(gates="i f g o", states="h c")
-def lstm(x: Any, r: Any, s: Any) -> Any:
-    """torch.nn's LSTM."""
-    i, f, o = (torch.sigmoid(getattr(x, k) + getattr(r, k)) for k in "ifo")
-    c = f * s.c + i * torch.tanh(x.g + r.g)
-    return {"h": o * torch.tanh(c), "c": c}
-
-
-@rnnkit.cell(gates="r z n", states="h")
-def gru(x: Any, r: Any, s: Any) -> Any:
-    """torch.nn's GRU."""
-    n = torch.tanh(x.n + torch.sigmoid(x.r + r.r) * r.n)
-    return {"h": n + torch.sigmoid(x.z + r.z) * (s.h - n)}
-
-
-BUILT_INS = {"lstm": (lstm, rnnkit.LSTM), "gru": (gru, rnnkit.GRU)}
+#: Cells that are built in, for which `rnnkit.Recurrent` has the same equations as a cell of one's own.
+BUILT_INS = {"lstm": rnnkit.LSTM, "gru": rnnkit.GRU}
 
 
 @dataclass(frozen=True)
@@ -86,7 +73,10 @@ CASES = (
 
 def layer(case: Case) -> rnnkit.Recurrent:
     """The case's layer."""
-    cell = BUILT_INS[case.cell][0] if case.cell in BUILT_INS else getattr(rnnkit.library, case.cell)
+    if case.cell in BUILT_INS:
+        cell = rnnkit.Cell(case.cell, GRAPHS[case.cell])
+    else:
+        cell = getattr(rnnkit.library, case.cell)
     torch.manual_seed(0)
     return rnnkit.Recurrent(cell, case.H, case.H, heads=case.heads)
 
@@ -242,7 +232,7 @@ def ways(case: Case, with_compiled: bool) -> dict[str, Run]:
     weights = list(of.parameters())
     found = {OWN: step(lambda x: of(x)[0], x, grad, weights)}
     if case.cell in BUILT_INS:
-        built_in = BUILT_INS[case.cell][1](case.H, case.H)
+        built_in = BUILT_INS[case.cell](case.H, case.H)
         built_in.load_state_dict(of.state_dict())
         theirs = list(built_in.parameters())
         return found | {BUILT_IN: step(lambda x: built_in(x)[0], x, grad, theirs)}
