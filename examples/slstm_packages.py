@@ -35,6 +35,8 @@ NEEDED = (
     "dacite",
     "einops",
     "scikit-learn",
+    "safetensors",
+    "setuptools>=77",
     "pandas",
     "huggingface_hub",
     "lightning",
