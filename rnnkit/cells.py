@@ -211,7 +211,8 @@ class GRUCell(UpdateGate, _Cell, nn.GRUCell):
         n &= \tanh(W_n x + b_n + r \odot (W_{hn} h + b_{hn})) \\
         h' &= (1 - z) \odot n + z \odot h
 
-    or, if the update gate z `"writes"`, :math:`h' = z \odot n + (1 - z) \odot h`.
+    or, if the update gate z `"writes"`, :math:`h' = z \odot n + (1 - z) \odot h`, and if the reset gate r comes
+    `"before"` the product, :math:`n = \tanh(W_n x + b_n + W_{hn} (r \odot h) + b_{hn})`.
 
     Args:
         input_size: I, features of the input.
@@ -223,6 +224,8 @@ class GRUCell(UpdateGate, _Cell, nn.GRUCell):
         device, dtype: device and dtype of the parameters.
         update_gate: what z = 1 does: `"keeps"` the unit's state, as in torch.nn, or `"writes"` the new value. Default
             `"keeps"`. See `rnnkit.GRU`.
+        reset: whether the reset gate multiplies `"after"` the recurrent product or `"before"` it. Default `"after"`. See
+            `rnnkit.GRU`.
 
     Shape:
         input [N, I] or [I]; `hx` [N, H] or [H], zeros if None. Returns h', shaped like `hx`.
@@ -244,8 +247,9 @@ class GRUCell(UpdateGate, _Cell, nn.GRUCell):
         *,
         init: Initializer | None = None,
         update_gate: str = "keeps",
+        reset: str = "after",
     ) -> None:
-        self._set_update_gate(update_gate)
+        self._set_gates(update_gate, reset)
         super().__init__(input_size, hidden_size, bias, device, dtype, init=init)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """Exports one layer to ONNX as its standard operators `RNN`, `LSTM` and `GRU`."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -23,10 +24,26 @@ _ACTIVATIONS = {"rnn_tanh": "Tanh", "rnn_relu": "Relu"}
 
 def of_torchs_cell(call: LayerCall) -> LayerCall:
     """The call by a cell that torch.nn has, and ONNX: "gru_writes" is "gru" with the rows of z negated."""
-    if call.cell != "gru_writes":
+    before = _before()
+    keeps = {"gru_writes": "gru", before["writes"]: before["keeps"]}.get(call.cell)
+    if keeps is None:
         return call
     weights = [None if weight is None else with_other_gate(weight) for weight in call.weights]
-    return replace(call, cell="gru", weights=weights)
+    return replace(call, cell=keeps, weights=weights)
+
+
+def _before() -> Mapping[str, str]:
+    """The cells of a GRU whose reset gate comes before the product; ONNX has it, torch.nn has not."""
+    from rnnkit.graph.builtin import RESET_BEFORE
+
+    return RESET_BEFORE
+
+
+def _operator(cell: str) -> tuple[str, tuple[int, ...], dict[str, int]] | None:
+    """What `OPERATORS` has for a cell; None if ONNX has none."""
+    if cell == _before()["keeps"]:
+        return "GRU", OPERATORS["gru"][1], {"linear_before_reset": 0}
+    return OPERATORS.get(cell)
 
 
 def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
@@ -40,15 +57,17 @@ def run(call: LayerCall) -> tuple[list[Tensor], list[Tensor]]:
     """
     beyond = call.normalizes or call.projects or call.outputs > 1 or call.reset is not None
     beyond |= call.operand_mask is not None or len(call.zoneout) > 0
-    beyond |= call.cell not in CELLS or call.heads > 1 or not call.multiplies_input
+    known = call.cell in CELLS or call.cell in _before().values()
+    beyond |= not known or call.heads > 1 or not call.multiplies_input
     if beyond and call.batch_sizes is not None:
         raise RuntimeError(
             "expected a dense input, without lengths, to export a layer to ONNX that its operators do not have"
         )
     call = call if beyond else of_torchs_cell(call)
-    if beyond or call.cell not in OPERATORS:
+    operator = None if beyond else _operator(call.cell)
+    if operator is None:
         return reference.run(call)
-    name, order, attributes = OPERATORS[call.cell]
+    name, order, attributes = operator
     input, hidden, directions, states = call.input, call.hidden, call.directions, call.spec.states
     there = lengths = None
     if call.batch_sizes is not None:

@@ -27,8 +27,9 @@ def from_keras(module: Module, weights: Sequence[Any]) -> Module:
     `merge_mode="concat"` fit a layer with `bidirectional=True`. Keras's input is [N, T, I], as with `batch_first=True`.
 
     The weights do not tell how the Keras layer computes. It must have Keras's defaults: activation tanh (a SimpleRNN:
-    the module's `nonlinearity`), recurrent_activation sigmoid and, in a GRU, `reset_after=True`. The biases of a GRU
-    with `reset_after=False` have another shape, which is an error; if it has none, this cannot be noticed.
+    the module's `nonlinearity`) and recurrent_activation sigmoid. A GRU with `reset_after=False` fits one of rnnkit with
+    `reset="before"`, one with `reset_after=True`, the default, any other; their biases have different shapes, so that the
+    other one is an error, which cannot be noticed where there are none.
 
     With FSDP2 every process has to call this. After a forward pass FSDP2's root module keeps its parameters unsharded,
     as plain tensors, and what is written to these is lost when it shards them again: call `reshard()` of the model
@@ -38,17 +39,17 @@ def from_keras(module: Module, weights: Sequence[Any]) -> Module:
         module: an RNN, LSTM, GRU or cell of rnnkit or torch.nn. Its parameters stay the same objects, with their dtype
             and device.
         weights: arrays or tensors, as the Keras layer's `get_weights()` returns them: for each layer and direction
-            kernel [I, G*H], recurrent_kernel [H, G*H] and, if `module` has biases, bias [G*H] (in a GRU [2, 3*H], of
-            the input and of the recurrent part). Gate order i, f, c, o (LSTM) or z, r, h (GRU). The forward direction
+            kernel [I, G*H], recurrent_kernel [H, G*H] and, if `module` has biases, bias [G*H] (in a GRU with
+            `reset_after=True` [2, 3*H], of the input and of the recurrent part). Gate order i, f, c, o (LSTM) or z, r, h (GRU). The forward direction
             comes before the backward one. For several layers join their lists, `first + second`, as the
             `get_weights()` of a keras.Sequential of them does.
 
     Returns:
-        `module`. In an RNN or LSTM, Keras's bias is now `bias_ih`, and `bias_hh` is zero.
+        `module`. Where Keras has one bias it is now `bias_ih`, and `bias_hh` is zero.
 
     Raises:
         TypeError: `module` is no layer or cell, or `weights` no list of arrays.
-        ValueError: the number of arrays or a shape does not fit, or the biases are of a GRU with `reset_after=False`.
+        ValueError: the number of arrays or a shape does not fit, or the biases are of a GRU with the other `reset_after`.
             Or `module` has a projection or is on the meta device.
         RuntimeError: a parametrization or hook computes a weight of `module`.
 
@@ -68,17 +69,18 @@ def from_keras(module: Module, weights: Sequence[Any]) -> Module:
         )
     given = [_as_tensor(f"weights[{k}]", value) for k, value in enumerate(weights)]
     for k, (value, like) in enumerate(zip(given, expected, strict=True)):
-        if kind == "GRU" and value.shape == like.shape[1:]:
+        if kind == "GRU" and like.shape in (value.shape[1:], (2, *value.shape)):
+            after = value.dim() == 2
             raise ValueError(
                 f"expected weights[{k}], the bias, of shape {tuple(like.shape)}, got {tuple(value.shape)}: the GRU has "
-                "reset_after=False, a recurrence that torch's GRU does not have"
+                f"reset_after={after}, and so fits a rnnkit.GRU with reset={'after' if after else 'before'!r}"
             )
         _check_shape(f"weights[{k}]", value, like)
     per_direction = 3 if module.bias else 2
     loaded = []
     for start in range(0, len(given), per_direction):
         kernel, recurrent_kernel, *bias = given[start : start + per_direction]
-        biases = [pair for b in bias for pair in (b if kind == "GRU" else (b, torch.zeros_like(b)))]
+        biases = [pair for b in bias for pair in (b if b.dim() == 2 else (b, torch.zeros_like(b)))]
         loaded.append([kernel, recurrent_kernel, *biases])
     return _load(module, _KERAS[kind], loaded)
 
@@ -91,7 +93,8 @@ def to_keras(module: nn.Module) -> list[Any]:
 
     Returns:
         Numpy arrays for `set_weights()` of the Keras layer; for several layers, of a keras.Sequential of them. They are
-        copies, float32 for bfloat16. In an RNN or LSTM, bias is the sum of `bias_ih` and `bias_hh`.
+        copies, float32 for bfloat16. Where Keras has one bias it is the sum of `bias_ih` and `bias_hh`. A GRU with
+        `reset="before"` is one with `reset_after=False`.
 
     Raises:
         TypeError: `module` is no layer or cell.
@@ -204,6 +207,10 @@ def _checked_kind(module: nn.Module, library: str, orders: Mapping[str, Sequence
         raise ValueError(
             f"expected module to have no projection, as {library}'s layers, got proj_size={module.proj_size}"
         )
+    if library == "haste" and update_gate.resets_before(module):
+        raise ValueError(
+            "expected module to have reset='after', as haste's GRU, got reset='before'"
+        )
     if library == "Keras" and getattr(module, "layer_norm", False):
         raise ValueError(
             "expected module to have no layer_norm, as Keras's layers, got one with it"
@@ -262,7 +269,8 @@ def _as_keras(module: nn.Module, kind: str) -> list[Tensor]:
         )
         arrays += [kernel, recurrent_kernel]
         if biases:
-            arrays.append(torch.stack(biases) if kind == "GRU" else biases[0] + biases[1])
+            after = kind == "GRU" and not update_gate.resets_before(module)
+            arrays.append(torch.stack(biases) if after else biases[0] + biases[1])
     return arrays
 
 

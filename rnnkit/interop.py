@@ -129,6 +129,8 @@ def unlike_torchs(module: Any, of_call: tuple[Any] | None = None) -> str:
         return "has a cell of its own"
     if update_gate.writes(module):
         return "has update_gate='writes': call convert_update_gate('keeps') first"
+    if update_gate.resets_before(module):
+        return "has reset='before', which torch.nn's have not"
     if getattr(module, "layer_norm", False):
         return "has layer_norm, which torch.nn's have not"
     now = options.CHANGING

@@ -830,7 +830,8 @@ class GRU(UpdateGate, _LayersOfOneState):
         n &= \tanh(W_n x_t + b_n + r \odot (W_{hn} h_{t-1} + b_{hn})) \\
         h_t &= (1 - z) \odot n + z \odot h_{t-1}
 
-    or, if the update gate z `"writes"`, :math:`h_t = z \odot n + (1 - z) \odot h_{t-1}`.
+    or, if the update gate z `"writes"`, :math:`h_t = z \odot n + (1 - z) \odot h_{t-1}`, and if the reset gate r comes
+    `"before"` the product, :math:`n = \tanh(W_n x_t + b_n + W_{hn} (r \odot h_{t-1}) + b_{hn})`.
 
     Args:
         input_size: I, features of the input.
@@ -845,6 +846,9 @@ class GRU(UpdateGate, _LayersOfOneState):
         update_gate: what z = 1 does: `"keeps"` the unit's state, as in torch.nn, or `"writes"` the new value, as in
             Chung et al. 2014 and most textbooks. Default `"keeps"`. `convert_update_gate` turns a trained layer of one
             kind into one of the other.
+        reset: whether the reset gate multiplies `"after"` the recurrent product, as in torch.nn, or `"before"`, as in
+            Cho et al. 2014 and in Keras with `reset_after=False`: a second product in each step, which has to wait for
+            the first. Weights of one kind are of no use to the other. Default `"after"`.
         grad_clip: x to clip, in the backward pass, what each step passes back, the gradients of the states before it,
             elementwise to [-x, x]; Graves 2013 did so with the gradients of the gates' arguments. None for no limit.
             Default None.
@@ -886,18 +890,25 @@ class GRU(UpdateGate, _LayersOfOneState):
             for this cell.
         RuntimeError: a size does not fit, or there is no time step.
 
-    Source: Cho et al. 2014, with r multiplying the recurrent part after its bias, as in PyTorch; parameters and
-    messages as in `torch.nn.GRU`.
+    Source: Cho et al. 2014; by default with r multiplying the recurrent part after its bias, as in PyTorch; parameters
+    and messages as in `torch.nn.GRU`.
     """
 
     _torchs = nn.GRU
 
     def _init(
-        self, *args: Any, device: Device = None, update_gate: str = "keeps", **kwargs: Any
+        self,
+        *args: Any,
+        device: Device = None,
+        update_gate: str = "keeps",
+        reset: str = "after",
+        **kwargs: Any,
     ) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        self._set_update_gate(update_gate)
+        self._set_gates(update_gate, reset)
+        if self._resets_before and kwargs.get("layer_norm"):
+            raise ValueError("expected layer_norm to be False with reset='before', got True")
         super().__init__("GRU", *args, device=device, **kwargs)
 
     @_implemented_by(_init)
@@ -915,6 +926,7 @@ class GRU(UpdateGate, _LayersOfOneState):
         dtype: torch.dtype | None = None,
         recompute: bool = False,
         update_gate: str = "keeps",
+        reset: str = "after",
         grad_clip: float | None = None,
         grad_cut: int | None = None,
         weight_dropout: float = 0.0,

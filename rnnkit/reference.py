@@ -5,7 +5,7 @@ to differentiate twice, transform or trace.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -83,6 +83,11 @@ class _PassBack(torch.autograd.Function):
         return tangent.view_as(tangent)
 
 
+def _masked(mask: Tensor | None, operand: Tensor) -> Tensor:
+    """An operand of the recurrent product, times its rows of the mask; as it is without one."""
+    return operand if mask is None else operand * mask[: operand.size(0)]
+
+
 def _reset(states: list[Tensor], rows: Tensor, put_back: list[Tensor]) -> list[Tensor]:
     """The states, with those of `rows`, a mask, put back: to `put_back`, or to zeros if it is empty."""
     mask = rows.unsqueeze(-1)
@@ -119,10 +124,26 @@ def _input_parts(x: Tensor, of: DirectionWeights, bias: Tensor | None = None) ->
     return x if bias is None else x + bias
 
 
+def _recurrent_parts(
+    operand: Tensor, of: DirectionWeights, hidden: int, gates: range
+) -> Sequence[Tensor]:
+    """operand W_hh^T + b_hh of some gates that follow one another."""
+    assert of.w_hh is not None
+    w_hh, b_hh = of.w_hh, of.b_hh
+    if len(gates) * hidden < w_hh.size(0):
+        rows = slice(gates.start * hidden, gates.stop * hidden)
+        w_hh, b_hh = w_hh[rows], None if b_hh is None else b_hh[rows]
+    return linear(operand, w_hh, b_hh).chunk(len(gates), -1)
+
+
 def _step(
-    call: LayerCall, of: DirectionWeights, x: Tensor, operand: Tensor, states: list[Tensor]
+    call: LayerCall,
+    of: DirectionWeights,
+    x: Tensor,
+    states: list[Tensor],
+    masked: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
-    """The states after one step, before a projection. `operand`: h as the recurrent product reads it.
+    """The states after one step, before a projection. `masked`: h as the recurrent product reads it.
 
     With layer normalization its factors come before the biases, and h' is made of the normalized c'.
     """
@@ -130,15 +151,19 @@ def _step(
     gates = spec.gates
     if not call.normalizes:
         of_x = _input_parts(x, of, of.b_ih).chunk(gates, -1)
-        of_h: Sequence[Tensor] = ()
-        if of.w_hh is not None:
-            of_h = linear(operand, of.w_hh, of.b_hh).chunk(spec.recurrent, -1)
         parameters = () if of.unit is None else (of.unit.unbind(0),)
-        return list(spec.step(of_x, of_h, states, *parameters))
+        early = spec.recurrent - spec.late
+        of_h = _recurrent_parts(masked(states[0]), of, call.hidden, range(early)) if early else []
+        if spec.operand is None:
+            return list(spec.step(of_x, of_h, states, *parameters))
+        operand, known = spec.operand(of_x, of_h, states, *parameters)
+        late = range(early, spec.recurrent)
+        of_h = [*of_h, *_recurrent_parts(masked(operand), of, call.hidden, late)]
+        return list(spec.step(of_x, of_h, states, *parameters, known=known))
     assert of.w_hh is not None and of.norm_ih is not None and of.norm_hh is not None
     parts = (
         _normalized(_input_parts(x, of), of.norm_ih, of.b_ih),
-        _normalized(linear(operand, of.w_hh), of.norm_hh, of.b_hh),
+        _normalized(linear(masked(states[0]), of.w_hh), of.norm_hh, of.b_hh),
     )
     of_state = []
     if of.norm_c is not None:
@@ -187,8 +212,7 @@ def _scan(
                 new_states = [_PassBack.apply(state, call.grad_clip, 0) for state in new_states]
             active = _reset(active, begins, new_states)
         before = rows
-        operand = active[0] if mask is None else active[0] * mask[:rows]
-        new = _step(call, of_direction, x, operand, active)
+        new = _step(call, of_direction, x, active, partial(_masked, mask))
         if w_hr is not None:
             new[0] = linear(new[0], w_hr)
         for k, p in enumerate(call.zoneout):

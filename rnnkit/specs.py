@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,10 @@ class CellSpec:
         parameters: U, the number of vectors of one value for each hidden unit. A cell that has any gets them as a
             fourth argument of `step`, each [H].
         uses_h: whether the kernel's backward pass reads h; by default, if it saves nothing else.
+        late: how many recurrent gates, the last ones, have a recurrent part made of the second operand in place of h. A
+            cell that has any does not project.
+        operand: (input parts, recurrent parts of the other gates, states, parameters) -> the second operand, [N, H], and
+            what `step` of such a cell takes as `known`: values that need not be computed again.
     """
 
     name: str
@@ -60,6 +65,8 @@ class CellSpec:
     recurrent_gates: int | None = None
     parameters: int = 0
     uses_h: bool | None = None
+    late: int = 0
+    operand: Callable[..., tuple[Tensor, Any]] | None = None
 
     @property
     def recurrent(self) -> int:

@@ -1,5 +1,6 @@
-"""`UpdateGate`: the base of GRU and GRUCell that knows which way their update gate z works."""
+"""`UpdateGate`: the base of GRU and GRUCell that knows which way their update gate z works, and where the reset gate is."""
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -14,19 +15,39 @@ Module = TypeVar("Module", bound="UpdateGate")
 
 
 class UpdateGate(nn.Module):
-    """Has `update_gate` and the conversion between its two values."""
+    """Has `reset`, `update_gate` and the conversion between the latter's two values."""
 
     _cell = CELLS["keeps"]
+    _resets_before = False
 
-    def _set_update_gate(self, update_gate: str) -> None:
+    def _set_gates(self, update_gate: str, reset: str) -> None:
         _check(update_gate)
-        if update_gate != self.update_gate:
-            self._cell = CELLS[update_gate]
+        if reset not in ("after", "before"):
+            raise ValueError(f"expected reset to be 'after' or 'before', got {reset!r}")
+        if reset == "before":
+            self._resets_before = True
+        cell = self._cells[update_gate]
+        if cell != self._cell:
+            self._cell = cell
+
+    @property
+    def _cells(self) -> Mapping[str, str]:
+        """What z = 1 means -> the cell's name in ops."""
+        if not self._resets_before:
+            return CELLS
+        from rnnkit.graph.builtin import RESET_BEFORE
+
+        return RESET_BEFORE
+
+    @property
+    def reset(self) -> str:
+        """Where the reset gate multiplies: `"after"` the product, r⊙(W_hn h + b_hn), or `"before"`, W_hn (r⊙h) + b_hn."""
+        return "before" if self._resets_before else "after"
 
     @property
     def update_gate(self) -> str:
         """`"keeps"`, h' = (1 - z)⊙n + z⊙h, or `"writes"`, h' = z⊙n + (1 - z)⊙h."""
-        return "keeps" if self._cell == CELLS["keeps"] else "writes"
+        return "keeps" if self._cell == self._cells["keeps"] else "writes"
 
     def convert_update_gate(self: Module, to: str) -> Module:
         """Changes `update_gate`, and the weights with it, so that the module computes the same as before.
@@ -58,18 +79,24 @@ class UpdateGate(nn.Module):
                 if weight is not None:
                     values = with_other_gate(sharding.whole(weight))
                     weight.copy_(sharding.sharded_like(weight, values))
-        self._cell = CELLS[to]
+        self._cell = self._cells[to]
         vars(self).pop("_packed", None)  # packed weights of a frozen layer
         return self
 
     def extra_repr(self) -> str:
-        """The other options, followed by `update_gate` if the gate writes."""
-        return super().extra_repr() + ", update_gate=writes" * writes(self)
+        """The other options, followed by `update_gate` if the gate writes and `reset` if that gate comes before."""
+        before = ", reset=before" * self._resets_before
+        return super().extra_repr() + ", update_gate=writes" * writes(self) + before
 
 
 def writes(module: nn.Module) -> bool:
     """Whether it is a GRU or GRUCell with `update_gate="writes"`."""
     return isinstance(module, UpdateGate) and module.update_gate == "writes"
+
+
+def resets_before(module: nn.Module) -> bool:
+    """Whether it is a GRU or GRUCell with `reset="before"`."""
+    return isinstance(module, UpdateGate) and module._resets_before
 
 
 def names_of_z(module: nn.Module) -> list[str]:

@@ -22,6 +22,7 @@ class Cell:
     states: str
     saved: int
     parameters: str = ""
+    late: str = ""
 
     def graph(self) -> Graph:
         return trace(
@@ -33,18 +34,27 @@ class Cell:
         )
 
     def on_tensors(self, *leaves: list[Tensor]) -> tuple[Tensor, ...]:
-        """What the function itself returns for tensors: x, r, states, parameters."""
+        """What the function itself returns for tensors: x, r, states, parameters.
+
+        Of a cell with late gates the second operand is the last, if what is returned is made of their parts.
+        """
         names = (self.inputs, self.recurrent, self.states, self.parameters)
         named = [
             Named(dict(zip(n.split(), of, strict=True)))
             for n, of in zip(names, leaves, strict=True)
         ]
+        operands: list[Tensor] = []
+        for name in self.late.split():
+            part = getattr(named[1], name)
+            setattr(named[1], name, lambda value, part=part: (operands.append(value), part)[1])
         returned = self.step(*named if self.parameters else named[:3])
         if isinstance(returned, dict):
             order = [*self.states.split(), *(["output"] if "output" in returned else [])]
             returned = tuple(returned[name] for name in order)
         like = leaves[0][0]
-        return tuple(t if isinstance(t, Tensor) else torch.full_like(like, t) for t in returned)
+        operand = operands[:1] if self.graph().late else ()
+        every = (*returned, *operand)
+        return tuple(t if isinstance(t, Tensor) else torch.full_like(like, t) for t in every)
 
 
 class Named:
@@ -136,6 +146,64 @@ def every_operation(x, r, s, p):
     d = torch.where(x.a == x.b, c, torch.where(x.b <= 0.5, torch.exp(-abs(c)), c.relu()))
     return (torch.where(d > 0, torch.maximum(d, b), d * a),)
 
+
+def reset_before(x, r, s):
+    """The GRU of Cho et al. 2014."""
+    reset, z = torch.sigmoid(x.r + r.r), torch.sigmoid(x.z + r.z)
+    n = torch.tanh(x.n + r.n(reset * s.h))
+    return (n + z * (s.h - n),)
+
+
+def minimal_rnn(x, r, s):
+    """A gate with two recurrent parts, one of them of what the input made."""
+    z = torch.tanh(x.z)
+    u = torch.sigmoid(r.u + r.z(z))
+    return (u * s.h + (1 - u) * z,)
+
+
+def multiplicative_lstm(x, r, s, p):
+    """Most gates are late, and parameters before and after the second product."""
+    m = p.m * x.m * r.m
+    i, f, o = (torch.sigmoid(x_ + r_(m)) for x_, r_ in ((x.i, r.i), (x.f, r.f), (x.o, r.o)))
+    c = f * s.c + i * torch.tanh(x.g + r.g(m)) * p.g
+    return o * torch.tanh(c), c
+
+
+def new_state_is_multiplied(x, r, s):
+    """The second operand is a state after the step, on which the other one depends."""
+    z = 0.5 * s.z + torch.sigmoid(r.a) * torch.tanh(x.a)
+    return {"z": z, "y": 0.5 * s.y + torch.tanh(x.b + r.b(z))}
+
+
+def all_late(x, r, s):
+    """No recurrent part of h itself; the second operand is no state, and in it h is squared."""
+    return (torch.tanh(x.a + r.a(torch.tanh(s.h) * s.h)) + 0.5 * s.h,)
+
+
+def four_states_late(x, r, s, p):
+    """Four states, fewer input than recurrent gates, and the gradients of all parts differ."""
+    k = torch.sigmoid(x.a * r.a + s.d)
+    value = k * s.c - p.v * s.h
+    b, e = r.b(value), r.e(value)
+    c = torch.tanh(b * x.a + s.h)
+    return {
+        "h": c * torch.sigmoid(e + k),
+        "c": c,
+        "d": 0.5 * s.d + e * p.v,
+        "f": s.f * (1 - 0.1 * k) + value,
+    }
+
+
+LATE = {
+    "reset_before": Cell(reset_before, "r z n", "r z n", "h", 3, late="n"),
+    "minimal_rnn": Cell(minimal_rnn, "z", "u z", "h", 2, late="z"),
+    "multiplicative_lstm": Cell(
+        multiplicative_lstm, "m i f g o", "m i f o g", "h c", 7, "m g", late="i f o g"
+    ),
+    "new_state_is_multiplied": Cell(new_state_is_multiplied, "a b", "a b", "y z", 4, late="b"),
+    "all_late": Cell(all_late, "a", "a", "h", 1, late="a"),
+    "four_states_late": Cell(four_states_late, "a", "a b e", "h c d f", 8, "v", late="b e"),
+}
 
 BUILTIN = {
     name: Cell(

@@ -12,16 +12,18 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from graph_cells import BUILTIN, CELLS, Cell
+from graph_cells import BUILTIN, CELLS, LATE, Cell
 from hypothesis import strategies as st
 from torch import Tensor
 
 from rnnkit import specs
 from rnnkit.graph import Derived, Graph, builtin, derive, run, trace
 from rnnkit.graph.derive import run_backward
-from rnnkit.graph.trace import LEAVES, OPERATIONS, evaluate
+from rnnkit.graph.trace import LEAVES, OPERATIONS, evaluate, second_operand
 
+EVERY = CELLS | LATE
 each_cell = pytest.mark.parametrize("name", CELLS)
+each_or_late = pytest.mark.parametrize("name", EVERY)
 each_builtin = pytest.mark.parametrize("name", BUILTIN)
 
 Leaves = list[list[Tensor]]
@@ -65,7 +67,7 @@ def assert_derives(
     derived = derive(cell.graph(), projects)
     save, previous = saved(derived, leaves), leaves[2][0]
     every = [leaf.requires_grad_() for of_kind in leaves for leaf in of_kind]
-    results = cell.on_tensors(*leaves)
+    results = cell.on_tensors(*leaves)  # and last the second operand
     grads = [torch.randn_like(result) for result in results]
     unread = torch.full_like(previous, torch.nan)
     h = results[0].detach() if derived.uses_h else unread
@@ -73,14 +75,26 @@ def assert_derives(
     parameters = [p.detach() for p in leaves[3]]
     states, columns = run_backward(derived, save, h, previous, grads, parameters)
     actual = [columns[k] for k in derived.input_grads] + columns[: len(leaves[1])] + states
-    for parameter, grad in zip(parameters, columns[derived.grads :], strict=True):
+    of_parameters = columns[derived.grads :][: len(parameters)]
+    for parameter, grad in zip(parameters, of_parameters, strict=True):
         actual.append(grad.sum(0) if parameter.dim() == 1 else grad)
     for a, e in zip(actual, autograds(results, every, grads), strict=True):
         torch.testing.assert_close(a, e, rtol=rtol, atol=atol)
 
     known, of_leaves = derived.known(save, h, previous), {"grad": grads, "parameter": parameters}
     whole = evaluate(derived.nodes, derived.grad_states, of_leaves, h, known)
-    of_graph = run(derived.graph, *leaves)  # in which equal values are one tensor
+    graph = derived.graph
+    every = (*graph.results, *(() if graph.operand is None else (graph.operand,)))
+    of_kind = dict(zip(LEAVES, leaves, strict=False))
+    of_graph = evaluate(graph.nodes, every, of_kind, previous)  # equal values are one tensor
+    if graph.operand is not None:
+        assert columns[-1].equal(results[-1])
+        late = {number: columns[number] for number in derived.late_columns}
+        alone = [derived.columns[number] for number in late]  # made without the operand's gradient
+        of_leaves_before = {"grad": grads[:-1], "parameter": parameters}
+        before = evaluate(derived.nodes, alone, of_leaves_before, previous, known)
+        for a, number in zip(before, late, strict=True):
+            assert a.equal(late[number])
     for a, result in zip(whole, of_graph, strict=False):
         if result.requires_grad:
             (e,) = autograds(of_graph, [result], grads)
@@ -92,36 +106,41 @@ def assert_derives(
 
 def assert_runs(cell: Cell, leaves: Leaves) -> None:
     """The graph gives the function's own bits."""
-    for a, e in zip(run(cell.graph(), *leaves), cell.on_tensors(*leaves), strict=True):
+    graph = cell.graph()
+    found = run(graph, *leaves)
+    if graph.late:
+        operand, known = second_operand(graph, leaves[0], leaves[1][: graph.early], *leaves[2:])
+        found = (*run(graph, *leaves, known), operand)
+    for a, e in zip(found, cell.on_tensors(*leaves), strict=True):
         assert a.dtype == e.dtype
         torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=True)
 
 
-@each_cell
+@each_or_late
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_the_graph_gives_the_functions_bits(name: str, dtype: torch.dtype) -> None:
-    assert_runs(CELLS[name], drawn(CELLS[name], dtype))
+    assert_runs(EVERY[name], drawn(EVERY[name], dtype))
     special = torch.tensor(
         [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, 300, -300], dtype=dtype
     )
-    leaves = drawn(CELLS[name], dtype)
+    leaves = drawn(EVERY[name], dtype)
     for of_kind in leaves[:3]:
         for k, leaf in enumerate(of_kind):
             leaf.view(-1)[k : k + len(special)] = special
-    assert_runs(CELLS[name], leaves)
+    assert_runs(EVERY[name], leaves)
 
 
-@each_cell
+@each_or_late
 @pytest.mark.parametrize("scale", [0.1, 1.5, 20.0])
 def test_derived_gradients_are_autograds(name: str, scale: float) -> None:
-    assert_derives(CELLS[name], drawn(CELLS[name], scale=scale))
+    assert_derives(EVERY[name], drawn(EVERY[name], scale=scale))
 
 
-@each_cell
+@each_or_late
 def test_gradients_where_operands_are_equal_or_zero(name: str) -> None:
-    leaves = [[leaf.round() for leaf in of_kind] for of_kind in drawn(CELLS[name])]
+    leaves = [[leaf.round() for leaf in of_kind] for of_kind in drawn(EVERY[name])]
     leaves[2] = [state + 1 for state in leaves[2]]
-    assert_derives(CELLS[name], leaves)
+    assert_derives(EVERY[name], leaves)
 
 
 @pytest.mark.parametrize("name", [n for n in CELLS if "c" in CELLS[n].states.split()[1:]])
@@ -134,9 +153,16 @@ def test_a_cell_that_reads_h_does_not_project() -> None:
         derive(builtin.GRAPHS["gru"], projects=True)
 
 
-@each_cell
+@each_or_late
 def test_least_is_saved(name: str) -> None:
-    assert len(derive(CELLS[name].graph()).saved) == CELLS[name].saved
+    assert len(derive(EVERY[name].graph()).saved) == EVERY[name].saved
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_late_gates(name: str) -> None:
+    cell, graph = LATE[name], LATE[name].graph()
+    assert " ".join(graph.recurrent[graph.early :]) == cell.late
+    assert graph.late == len(cell.late.split()) and graph.operand is not None
 
 
 def test_every_own_cell_has_a_graph() -> None:
@@ -167,8 +193,8 @@ def test_own_cells_are_the_references(name: str, dtype: torch.dtype) -> None:
 NUMBERS = [-2.0, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 2.0, 25.0]
 
 
-def program(random: Random) -> Cell:
-    """A cell of a random graph: two gates, a recurrent one, two states and a parameter."""
+def program(random: Random, late: bool = False) -> Cell:
+    """A cell of a random graph: two gates, a recurrent one, two states and a parameter; and a late gate."""
     numeric = [op for op in OPERATIONS if OPERATIONS[op].gives == "n"]
     compare = [op for op in OPERATIONS if OPERATIONS[op].gives == "t"]
     lines = [
@@ -179,7 +205,9 @@ def program(random: Random) -> Cell:
 
     def step(x: Any, r: Any, s: Any, p: Any) -> tuple[Any, ...]:
         values = [x.a, x.b, r.a, s.h, s.c, p.v]
-        for op, comparison, places in lines:
+        for k, (op, comparison, places) in enumerate(lines):
+            if late and k == len(lines) // 2:
+                values.append(r.l(values[-1]))
             operands = [values[int(place * len(values))] for place in places]
             takes = OPERATIONS[op].takes
             if len(takes) > 1 and op not in ("maximum", "minimum") and places[3] < 0.3:
@@ -189,24 +217,24 @@ def program(random: Random) -> Cell:
             values.append(OPERATIONS[op].on_tensors(*operands[: len(takes)]))
         return values[-1], values[-2] * values[-1]
 
-    return Cell(step, "a b", "a", "h c", -1, "v")
+    return Cell(step, "a b", "a l" if late else "a", "h c", -1, "v", late="l" * late)
 
 
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-@hypothesis.settings(max_examples=200)
-@hypothesis.given(seed=SEEDS)
-def test_random_graphs(seed: int) -> None:
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(seed=SEEDS, late=st.booleans())
+def test_random_graphs(seed: int, late: bool) -> None:
     """Of random values, and of few different ones, which meet ties; where all values are small."""
     random = Random(seed)
-    cell = program(random)
+    cell = program(random, late)
     of_each = [
         [random.choice(NUMBERS) if k % 2 else random.gauss(0, 1) for k in range(20)]
         for _ in range(6)
     ]
     a, b, c, h, other, v = torch.tensor(of_each, dtype=torch.float64).unsqueeze(1)
-    leaves = [[a, b], [c], [h, other], [v]]
+    leaves = [[a, b], [c, torch.linspace(-2, 2, 20).double()[None]][: 1 + late], [h, other], [v]]
     graph = cell.graph()
     assert Graph.from_json(graph.to_json()) == graph
     assert_runs(cell, leaves)
@@ -223,9 +251,9 @@ def test_random_graphs_have_every_operation() -> None:
     assert seen >= set(OPERATIONS)
 
 
-@each_cell
+@each_or_late
 def test_json(name: str) -> None:
-    graph = CELLS[name].graph()
+    graph = EVERY[name].graph()
     text = graph.to_json()
     assert "\n" not in text and " " not in text
     again = Graph.from_json(text)
@@ -358,6 +386,18 @@ REFUSED = {
 }
 
 
+REFUSED |= {
+    "y = r.a()": "a recurrent part of no value: give it one value",
+    "y = r.a(x.a, x.b)": "a recurrent part of no value: give it one value",
+    "y = r.a(2.0)": "a recurrent part of no value: give it one value",
+    "y = r.a(x.a > 0)": "a recurrent part takes a comparison where a number is needed",
+    "y = x.a(x.b)": "a call of a value: only a gate's recurrent part, r.name, can be called",
+    "y = (r.a + x.a)(x.b)": "a call of a value: only a gate's recurrent part, r.name, can be called",
+    "y = r.a(x.a) + r.b(x.b)": "recurrent parts of two values: a step has one such value beside h",
+    "y = r.b(r.a(x.a))": "recurrent parts of two values: a step has one such value beside h",
+}
+
+
 def failing_step(line: str) -> Callable[..., Any]:
     """A step with this line, from a file that can be shown."""
     import linecache
@@ -377,7 +417,7 @@ def failing_step(line: str) -> Callable[..., Any]:
 @pytest.mark.parametrize("line", REFUSED)
 def test_refused_lines(line: str) -> None:
     with pytest.raises(TypeError, match=rf"^/steps/\d+.py:2: `.*`: .*{REFUSED[line]}") as error:
-        trace(failing_step(line), inputs="a b", recurrent="", states="h")
+        trace(failing_step(line), inputs="a b", recurrent="a b", states="h")
     assert f"`{line}`" in str(error.value)
 
 
@@ -416,6 +456,72 @@ def test_wrong_results(what: str) -> None:
     at = "" if what == "no line" else rf"^{__file__}:\d+: <lambda> "
     with pytest.raises(kind, match=f"{at}.*{words}"):
         trace(step, inputs="a", recurrent="a", states="h c")
+
+
+def test_products_of_h_itself_are_not_late() -> None:
+    def step(x: Any, r: Any, s: Any) -> Any:
+        return (torch.tanh(x.h + r.h(s.h)),)
+
+    assert trace(step, inputs="h", recurrent="h", states="h") == builtin.GRAPHS["rnn_tanh"]
+
+
+def test_products_that_nothing_is_made_of() -> None:
+    def step(x: Any, r: Any, s: Any) -> Any:
+        r.h(2 * s.h)
+        return (torch.tanh(x.h + r.h),)
+
+    assert trace(step, inputs="h", recurrent="h", states="h") == builtin.GRAPHS["rnn_tanh"]
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (lambda x, r, s: (r.a(x.a) + r.a,), r"uses r.a and r.a\(value\): use one of them"),
+        (lambda x, r, s: (r.b(r.b * x.a),), r"uses r.b and r.b\(value\): use one of them"),
+        (
+            lambda x, r, s: (r.a(x.a) + r.b,),
+            r"uses r.name\(value\) of a: let the last of the recurrent gates be these",
+        ),
+    ],
+)
+def test_wrong_late_gates(step: Callable[..., Any], words: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{__file__}:\d+: <lambda> {words}"):
+        trace(step, inputs="a", recurrent="a b", states="h")
+
+
+@pytest.mark.parametrize(
+    ("new", "words"),
+    [
+        ({"late": 0}, "expected late to be 1 to 3, got 0"),
+        ({"late": 4}, "expected late to be 1 to 3, got 4"),
+        ({"late": True}, "expected late to be 1 to 3, got True"),
+        ({"late": []}, r"expected late to be 1 to 3, got \[\]"),
+        ({"late": -1}, "expected late to be 1 to 3, got -1"),
+        ({"late": 2}, ""),
+        ({"late": 3}, "expected operand to be made of no late gate, got 14"),
+        ({"operand": 99}, "expected operand to be the number of a node, got 99"),
+        ({"operand": None}, "expected operand to be the number of a node, got None"),
+        ({"operand": 16}, "expected operand to be made of no late gate, got 16"),
+    ],
+    ids=str,
+)
+def test_malformed_json_of_late_gates(new: dict[str, Any], words: str) -> None:
+    content = json.loads(LATE["reset_before"].graph().to_json())
+    assert content["late"] == 1 and content["operand"] == 14
+    if not words:  # z, too, from the same value
+        assert Graph.from_json(json.dumps(content | new)).early == 1
+        return
+    with pytest.raises(ValueError, match=words):
+        Graph.from_json(json.dumps(content | new))
+
+
+def test_late_without_operand_in_json() -> None:
+    content = json.loads(LATE["reset_before"].graph().to_json())
+    del content["operand"]
+    with pytest.raises(
+        ValueError, match="expected the JSON of a graph, with inputs.*late, operand"
+    ):
+        Graph.from_json(json.dumps(content))
 
 
 @pytest.mark.parametrize(

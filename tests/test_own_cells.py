@@ -20,7 +20,17 @@ from typing import Any
 
 import pytest
 import torch
-from graph_cells import BUILTIN, CELLS, Cell, coupled_lstm, ind_rnn, janet, light_gru, peephole_lstm
+from graph_cells import (
+    BUILTIN,
+    CELLS,
+    LATE,
+    Cell,
+    coupled_lstm,
+    ind_rnn,
+    janet,
+    light_gru,
+    peephole_lstm,
+)
 from kernel_cases import (
     DTYPES,
     NOISE_OF_FEW,
@@ -75,7 +85,7 @@ OTHERS = {
     "ind_rnn": Cell(ind_rnn, "h", "", "h", 0, "u"),
     "xlstm": Cell(xlstm, "i f z o", "i f z o", "h c n m", 7),
     "two_to_one": Cell(two_to_one, "f n", "a", "h", 3),
-}
+} | LATE
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -164,16 +174,17 @@ def test_against_reference(name: str, kind: str, case: Case) -> None:
 
 
 def draw(name: str) -> tuple[Cell, list[list[Tensor]]] | None:
-    """A random cell and values for it; None if some value in it is large."""
+    """A random cell and values for it, with a late gate or without; None if some value in it is large."""
     random = Random(name)
-    cell = program(random)
+    cell = program(random, late=int(name) % 2 == 1)
     of_each = [
         [random.choice(NUMBERS) if k % 2 else random.gauss(0, 1) for k in range(35)]
         for _ in range(6)
     ]
     a, b, c, h, other, v = torch.tensor(of_each, dtype=torch.float64).view(6, 7, 5)
-    leaves = [[a, b], [c[:1].expand(7, 5)], [h, other], [v[0]]]
     graph = cell.graph()
+    of_r = [c[:1].expand(7, 5), c[1:2].expand(7, 5)][: len(graph.recurrent)]
+    leaves = [[a, b], of_r, [h, other], [v[0]]]
     every = evaluate(
         graph.nodes, range(len(graph.nodes)), dict(zip(LEAVES, leaves, strict=False)), a
     )
@@ -190,7 +201,10 @@ RANDOM = [name for name in map(str, range(300)) if draw(name) is not None]
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_random_graphs(kind: str, name: str, dtype: torch.dtype) -> None:
-    """A step of a layer whose products are the values: W_ih is the identity, W_hh is 0, b_hh is the recurrent part."""
+    """A step of a layer whose products are the values: W_ih is the identity, W_hh is 0, b_hh is the recurrent part.
+
+    With a late gate W_hh is random, so that the second operand has a gradient.
+    """
     drawn = draw(name)
     assert drawn is not None
     cell, leaves = drawn
@@ -198,11 +212,19 @@ def test_random_graphs(kind: str, name: str, dtype: torch.dtype) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RNNKIT_COMPILE", "01"[kind == "compiled"])
         assert kernels.register(own) == kind
-    (a, b), (c,), states, (v,) = [[t.to(dtype) for t in of_kind] for of_kind in leaves]
-    weights = [torch.eye(10, dtype=dtype), torch.zeros(5, 5, dtype=dtype)]
-    weights += [torch.zeros(10, dtype=dtype), c[0].clone(), None, v[None].clone()]
-    it = call(Case("lstm"))
+    (a, b), of_r, states, (v,) = [[t.to(dtype) for t in of_kind] for of_kind in leaves]
     generator = torch.Generator().manual_seed(0)
+    w_hh = torch.zeros(5 * len(of_r), 5, dtype=dtype)
+    if len(of_r) > 1:
+        w_hh.uniform_(-0.1, 0.1, generator=generator)
+    weights = [torch.eye(10, dtype=dtype), w_hh]
+    weights += [
+        torch.zeros(10, dtype=dtype),
+        torch.cat([c[0] for c in of_r]),
+        None,
+        v[None].clone(),
+    ]
+    it = call(Case("lstm"))
     grads = [torch.randn(1, 7, 5, generator=generator, dtype=dtype) for _ in range(3)]
     it = replace(
         it,

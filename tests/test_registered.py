@@ -102,7 +102,7 @@ def describe(library: ctypes.CDLL, spec: CellSpec, name: str) -> dict[str, Any]:
             ctypes.cast(getattr(library, f"{name}_{function}_{dtype}"), ctypes.c_void_p).value or 0
             for function in functions
         ]
-        return [*found, *[0] * (4 - len(found))]
+        return [*found, *[0] * (6 - len(found))]
 
     return {
         "gates": spec.gates,
@@ -307,7 +307,10 @@ def test_registering_again(library: ctypes.CDLL) -> None:
         ),
         ("new", {"input_grads": [0, 1, 2, -1]}, "expected the gradients of new's input gates"),
         ("new", {"uses_h": True}, "expected new to read neither h nor the previous h"),
-        ("new", {"f32": [0, 0, 0, 0]}, "expected addresses of all functions of new, got 0"),
+        ("new", {"f32": [0] * 6}, "expected addresses of all functions of new, got 0"),
+        ("new", {"late": 5, "projects": False}, "expected new to have 0 to 4 late gates, got 5"),
+        ("new", {"late": 1}, "expected new to have no late gates, since it is to support proj"),
+        ("new", {"late": 1, "projects": False}, "expected addresses of all functions of new"),
     ],
 )
 def test_refused_descriptions(library: ctypes.CDLL, name: str, change: dict, message: str) -> None:

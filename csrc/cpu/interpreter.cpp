@@ -37,8 +37,9 @@ Program read(const WrittenProgram& written) {
 
 }  // namespace
 
-const Programs* make_programs(const std::array<WrittenProgram, 4>& written) {
-  return new Programs{read(written[0]), read(written[1]), read(written[2]), read(written[3])};
+const Programs* make_programs(const std::array<WrittenProgram, kFunctions>& written) {
+  return new Programs{read(written[0]), read(written[1]), read(written[2]),
+                      read(written[3]), read(written[4]), read(written[5])};
 }
 
 }  // namespace rnnkit

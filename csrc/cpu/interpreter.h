@@ -20,8 +20,10 @@ namespace rnnkit {
 // clang-format on
 
 // The members of ForwardBlock and BackwardBlock that are read, and that are written.
-#define RNNKIT_SOURCES(X) \
-  X(x) X(h) X(x_bias) X(h_bias) X(parameters) X(previous_h) X(other_states) X(saved) X(grad_h) X(grad_others)
+#define RNNKIT_SOURCES(X)                                                                                \
+  X(x)                                                                                                   \
+  X(h) X(x_bias) X(h_bias) X(parameters) X(previous_h) X(other_states) X(saved) X(grad_h) X(grad_others) \
+      X(grad_operand)
 #define RNNKIT_TARGETS(X) X(states) X(saved) X(result) X(grad)
 
 #define X(name) name,
@@ -45,7 +47,7 @@ struct Program {
 
 // The context of the functions below: a program for each function of Pointwise.
 struct Programs {
-  Program forward, backward, grad_states, output;
+  Program forward, backward, grad_states, output, operand, late_grads;
 };
 
 // The functions that run programs, built for one ISA.
@@ -69,7 +71,7 @@ Interpreter interpreter();
 using WrittenInstruction = std::tuple<std::string, int32_t, int32_t, int32_t, int32_t, double>;
 using WrittenProgram = std::tuple<int64_t, std::vector<WrittenInstruction>>;
 
-// The programs of forward, backward, grad_states and output, for good. Throws if there is no such name.
-const Programs* make_programs(const std::array<WrittenProgram, 4>& written);
+// The programs of Pointwise's functions, in their order, for good. Throws if there is no such name.
+const Programs* make_programs(const std::array<WrittenProgram, kFunctions>& written);
 
 }  // namespace rnnkit

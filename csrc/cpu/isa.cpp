@@ -71,6 +71,7 @@ void check(const std::string& name, const RegisteredCell& cell, bool projects) {
   };
   check_count("gates", cell.gates, 1, kMaxGates);
   check_count("recurrent gates", cell.recurrent, 0, kMaxGates);
+  check_count("late gates", cell.late, 0, cell.recurrent);
   check_count("states", cell.states, 1, kMaxStates);
   check_count("saved values", cell.saved, 0, kMaxSaved);
   check_count("parameters", cell.parameters, 0, kMaxSaved);
@@ -80,9 +81,12 @@ void check(const std::string& name, const RegisteredCell& cell, bool projects) {
                 "'s input gates to be among its ", cell.grads, ", got number ", cell.input_grad[g]);
   TORCH_CHECK(!projects || !(cell.uses_h || cell.uses_previous_h), "expected ", shown(name),
               " to read neither h nor the previous h, since it is to support projections");
+  TORCH_CHECK(!projects || cell.late == 0, "expected ", shown(name),
+              " to have no late gates, since it is to support projections, got ", cell.late);
   const auto complete = [&](const auto& of) {
     return of.forward != nullptr && of.backward != nullptr && (cell.states == 1 || of.grad_states != nullptr) &&
-           (!projects || of.output != nullptr);
+           (!projects || of.output != nullptr) &&
+           (cell.late == 0 || (of.operand != nullptr && of.late_grads != nullptr));
   };
   TORCH_CHECK(complete(cell.f32) && complete(cell.f64), "expected addresses of all functions of ", shown(name),
               ", got 0");
@@ -90,7 +94,7 @@ void check(const std::string& name, const RegisteredCell& cell, bool projects) {
 
 bool are_same(const RegisteredCell& a, const RegisteredCell& b) {
   const auto description = [](const RegisteredCell& cell) {
-    return std::make_tuple(cell.gates, cell.recurrent, cell.states, cell.saved, cell.grads, cell.parameters,
+    return std::make_tuple(cell.gates, cell.recurrent, cell.late, cell.states, cell.saved, cell.grads, cell.parameters,
                            cell.uses_h, cell.uses_previous_h);
   };
   return description(a) == description(b) && std::equal(a.input_grad, a.input_grad + a.gates, b.input_grad);
@@ -111,8 +115,9 @@ void register_cell(const std::string& name, const RegisteredCell& cell, bool pro
   entry.name = name;
   entry.cell = cell;
   entry.cell.name = entry.name.c_str();
+  entry.cell.early = cell.recurrent - cell.late;
   entry.cell.others = cell.states - 1;
-  entry.cell.columns = cell.grads + cell.parameters;
+  entry.cell.columns = cell.grads + cell.parameters + (cell.late > 0 ? 1 : 0);
   // As many as make a panel of up to 128 columns.
   entry.cell.units = std::clamp<int64_t>(128 / std::max(cell.gates, cell.recurrent) / 16 * 16, 16, kMostUnits);
   entry.kernels = {.name = entry.cell.name,

@@ -15,6 +15,9 @@ struct Block {
 };
 
 // A step of the forward pass. Only the first `units` units of each value are there.
+//
+// The recurrent parts of a cell's late gates, the last L of R, are not the product of h but of the second operand, a value
+// that the step makes of everything else.
 template <class T>
 struct ForwardBlock {
   int64_t rows, units;
@@ -22,7 +25,7 @@ struct ForwardBlock {
   Block<const T> x_bias, h_bias;            // [G], [R]
   Block<const T> parameters;                // [U]
   Block<const T> previous_h, other_states;  // [1], [S - 1]: the states before the step
-  Block<T> states;                          // [S], on return: the states after the step
+  Block<T> states;                          // [S], on return: the states after the step; see Pointwise::operand
   Block<T> saved;                           // on return what the backward pass needs; null: not wanted
 };
 
@@ -33,8 +36,9 @@ struct BackwardBlock {
   Block<const T> saved, parameters;    // as in the forward pass
   Block<const T> h, previous_h;        // [1]: h after and before the step; null unless the cell uses it
   Block<const T> grad_h, grad_others;  // [1], [S - 1]: the gradients of the states after the step
+  Block<const T> grad_operand;         // [1]: the gradient of the second operand; null without late gates
   Block<T> result;                     // see Pointwise
-  Block<T> grad;                       // [W + U], on return: the gradients of the gates, then of the parameters
+  Block<T> grad;  // [W + U], on return: the gradients of the gates, then of the parameters; with late gates [W + U + 1]
 };
 
 // A cell's functions for one type. `context` is what was registered with them.
@@ -42,7 +46,8 @@ template <class T>
 struct Pointwise {
   void (*forward)(const void* context, const ForwardBlock<T>& block);
 
-  // result: on return the gradients of the states before the step [S], without what comes through W_hh.
+  // result: on return the gradients of the states before the step [S], without what comes through W_hh times h. The last
+  // value of `grad` is the second operand, and the late gates' gradients there are left as they are.
   void (*backward)(const void* context, const BackwardBlock<T>& block);
 
   // result: on return the whole gradients of the states after the step [S], with what the states of the step pass to
@@ -52,6 +57,16 @@ struct Pointwise {
   // result: on return h after the step before its projection [1]. Null: h cannot be projected. Only saved and
   // parameters are there.
   void (*output)(const void* context, const BackwardBlock<T>& block);
+
+  // The following are called only if the cell has late gates. states: on return the second operand [1]. Of h and h_bias
+  // only the other gates' are there.
+  void (*operand)(const void* context, const ForwardBlock<T>& block);
+
+  // result: on return the gradients of the late gates [L]. `grad` and grad_operand are not there.
+  void (*late_grads)(const void* context, const BackwardBlock<T>& block);
 };
+
+// How many functions that are.
+constexpr int kFunctions = 6;
 
 }  // namespace rnnkit

@@ -302,22 +302,25 @@ std::vector<CellFacts> list_cells() {
 
 // The functions of a registered cell at these addresses, in the order of Pointwise; 0: not there.
 template <class T>
-Pointwise<T> pointwise_at(const std::array<uintptr_t, 4>& addresses) {
+Pointwise<T> pointwise_at(const std::array<uintptr_t, kFunctions>& addresses) {
   using Forward = decltype(Pointwise<T>::forward);
   using Backward = decltype(Pointwise<T>::backward);
   return {.forward = reinterpret_cast<Forward>(addresses[0]),
           .backward = reinterpret_cast<Backward>(addresses[1]),
           .grad_states = reinterpret_cast<Backward>(addresses[2]),
-          .output = reinterpret_cast<Backward>(addresses[3])};
+          .output = reinterpret_cast<Backward>(addresses[3]),
+          .operand = reinterpret_cast<Forward>(addresses[4]),
+          .late_grads = reinterpret_cast<Backward>(addresses[5])};
 }
 
 void register_cell_at(const std::string& name, int64_t gates, int64_t recurrent, int64_t states, int64_t saved,
                       int64_t parameters, const std::vector<int64_t>& input_grads, bool uses_h, bool uses_previous_h,
-                      bool projects, const std::array<uintptr_t, 4>& f32, const std::array<uintptr_t, 4>& f64,
-                      uintptr_t context) {
+                      bool projects, const std::array<uintptr_t, kFunctions>& f32,
+                      const std::array<uintptr_t, kFunctions>& f64, uintptr_t context, int64_t late) {
   RegisteredCell cell{};
   cell.gates = gates;
   cell.recurrent = recurrent;
+  cell.late = late;
   cell.states = states;
   cell.saved = saved;
   cell.parameters = parameters;
@@ -335,12 +338,13 @@ void register_cell_at(const std::string& name, int64_t gates, int64_t recurrent,
 }
 
 template <class T>
-std::array<uintptr_t, 4> addresses(const Pointwise<T>& functions) {
-  return {reinterpret_cast<uintptr_t>(functions.forward), reinterpret_cast<uintptr_t>(functions.backward),
-          reinterpret_cast<uintptr_t>(functions.grad_states), reinterpret_cast<uintptr_t>(functions.output)};
+std::array<uintptr_t, kFunctions> addresses(const Pointwise<T>& functions) {
+  return {reinterpret_cast<uintptr_t>(functions.forward),     reinterpret_cast<uintptr_t>(functions.backward),
+          reinterpret_cast<uintptr_t>(functions.grad_states), reinterpret_cast<uintptr_t>(functions.output),
+          reinterpret_cast<uintptr_t>(functions.operand),     reinterpret_cast<uintptr_t>(functions.late_grads)};
 }
 
-py::dict interpret(const std::array<WrittenProgram, 4>& programs) {
+py::dict interpret(const std::array<WrittenProgram, kFunctions>& programs) {
   py::dict functions;
   functions["f32"] = addresses(isa().interpreter.f32);
   functions["f64"] = addresses(isa().interpreter.f64);
@@ -377,15 +381,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "cache_sizes", [] { return std::make_tuple(cache_sizes().l1, cache_sizes().l2, cache_sizes().l3); },
       "Bytes of L1 (for data), L2 and L3; 0 if the size of L3 is unknown.");
-  m.def("register_cell", register_cell_at, py::arg("name"), py::kw_only(), py::arg("gates"), py::arg("recurrent"),
-        py::arg("states"), py::arg("saved"), py::arg("parameters"), py::arg("input_grads"), py::arg("uses_h"),
-        py::arg("uses_previous_h"), py::arg("projects"), py::arg("f32"), py::arg("f64"), py::arg("context") = 0,
-        "Makes the ops find a cell, for good. f32, f64: the addresses of forward, backward, grad_states and output of "
-        "csrc/cpu/pointwise.h, 0 for those that the cell does not need; the other arguments as in "
-        "rnnkit.specs.CellSpec.");
+  m.def(
+      "register_cell", register_cell_at, py::arg("name"), py::kw_only(), py::arg("gates"), py::arg("recurrent"),
+      py::arg("states"), py::arg("saved"), py::arg("parameters"), py::arg("input_grads"), py::arg("uses_h"),
+      py::arg("uses_previous_h"), py::arg("projects"), py::arg("f32"), py::arg("f64"), py::arg("context") = 0,
+      py::arg("late") = 0,
+      "Makes the ops find a cell, for good. f32, f64: the addresses of the functions in csrc/cpu/pointwise.h, in their "
+      "order, 0 for those that the cell does not need; the other arguments as in rnnkit.specs.CellSpec.");
   m.def("interpret", interpret,
-        "The arguments f32, f64 and context of register_cell for a cell whose functions, forward, backward, "
-        "grad_states and output, are programs (csrc/cpu/interpreter.h).");
+        "The arguments f32, f64 and context of register_cell for a cell whose functions are programs "
+        "(csrc/cpu/interpreter.h), in the same order.");
   m.def("cells", list_cells,
         "(name, gates, states, saved, input_grads, projects, has_source) of each cell, as in rnnkit.specs.CELLS.");
 }

@@ -22,11 +22,12 @@ constexpr int kMostUnits = 64;
 struct RegisteredCell {
   const char* name;
   int64_t gates, recurrent;  // G, R: input gates and recurrent gates. R = 0: no recurrent product and no W_hh
+  int64_t late, early;       // L, recurrent gates that are made of the second operand, and R - L
   int64_t states, others;    // S, and S - 1
   int64_t saved;
   int64_t grads;                  // W, gradients of gates: those of the recurrent parts first, in gate order
   int64_t parameters;             // U, vectors of one value for each hidden unit
-  int64_t columns;                // W + U
+  int64_t columns;                // W + U, with late gates W + U + 1: then the last is the second operand
   int64_t units;                  // hidden units in one panel of packed weights
   int64_t input_grad[kMaxGates];  // the gradient column of each input gate
   bool uses_h, uses_previous_h;   // see cells/all.h

@@ -48,6 +48,23 @@ def gru_writes(x: Any, r: Any, s: Any) -> Any:
     return (s.h + z * (n - s.h),)
 
 
+def gru_before(x: Any, r: Any, s: Any) -> Any:
+    """As `gru`, with the reset gate before the product: n = tanh(x + the recurrent part of r⊙h). Cho et al. 2014."""
+    z, n = _gates_before(x, r, s)
+    return (n + z * (s.h - n),)
+
+
+def gru_before_writes(x: Any, r: Any, s: Any) -> Any:
+    """As `gru_writes`, with the reset gate before the product."""
+    z, n = _gates_before(x, r, s)
+    return (s.h + z * (n - s.h),)
+
+
+def _gates_before(x: Any, r: Any, s: Any) -> Any:
+    reset = torch.sigmoid(x.r + r.r)
+    return torch.sigmoid(x.z + r.z), torch.tanh(x.n + r.n(reset * s.h))
+
+
 #: The cells by their names in `specs.CELLS`.
 GRAPHS = {
     "rnn_tanh": trace(rnn_tanh, inputs="h", recurrent="h", states="h"),
@@ -55,4 +72,10 @@ GRAPHS = {
     "lstm": trace(lstm, inputs="i f g o", recurrent="i f g o", states="h c"),
     "gru": trace(gru, inputs="r z n", recurrent="r z n", states="h"),
     "gru_writes": trace(gru_writes, inputs="r z n", recurrent="r z n", states="h"),
+}
+
+#: The names in ops of the cells of a GRU whose reset gate comes before the product, by what its update gate does.
+RESET_BEFORE = {
+    gate: trace(step, inputs="r z n", recurrent="r z n", states="h").to_json()
+    for gate, step in (("keeps", gru_before), ("writes", gru_before_writes))
 }

@@ -26,7 +26,8 @@ from rnnkit import backends
 from rnnkit.graph import cpp
 from rnnkit.graph.derive import Derived
 
-#: The addresses of forward, backward, grad_states and output, for each of `_C.register_cell`'s arguments.
+#: The addresses of the functions of csrc/cpu/pointwise.h, in their order, for each of `_C.register_cell`'s arguments; 0
+#: for one that the cell does not need.
 Functions = dict[str, list[int]]
 
 #: The names of libraries in the cache, see `_key`.
@@ -57,6 +58,7 @@ def wanted() -> bool:
 def source(derived: Derived) -> str:
     """The text of a C++ file with the functions of csrc/cpu/pointwise.h, named cell_forward_f32 and so on."""
     macro = "RNNKIT_COMPILED_CELL" + "_THAT_PROJECTS" * derived.projects
+    macro += "_WITH_LATE_GATES" * (derived.graph.late > 0)
     return f"""#include "cpu/compiled_cell.h"
 
 namespace rnnkit::RNNKIT_CAPABILITY {{
@@ -88,12 +90,17 @@ def load(derived: Derived) -> Functions | None:
 
 
 def _addresses(library: ctypes.CDLL, derived: Derived) -> Functions:
-    names = ["forward", "backward", "grad_states", *["output"] * derived.projects]
+    late = derived.graph.late > 0
+    there = {"forward": True, "backward": True, "grad_states": True, "output": derived.projects}
+    there |= {"operand": late, "late_grads": late}
+
+    def address(name: str) -> int:
+        return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
 
     def of(dtype: str) -> list[int]:
-        functions = (getattr(library, f"cell_{name}_{dtype}") for name in names)
-        found = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
-        return [*found, *[0] * (4 - len(found))]
+        return [
+            address(f"cell_{name}_{dtype}") if is_there else 0 for name, is_there in there.items()
+        ]
 
     return {"f32": of("f32"), "f64": of("f64")}
 

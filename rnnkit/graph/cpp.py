@@ -84,16 +84,25 @@ def _functions(derived: Derived) -> Iterator[str]:
         yield _function(derived, "void grad_states", arguments, known, stores)
 
     arguments = ["const V* save", "V h", "V previous_h", "V* grad_state", "V* grad"]
-    stores = _array("grad", derived.columns) | _array("grad_state", derived.previous_grads)
+    stores = _array("grad", derived.columns)
+    late = [stores.pop(f"grad[{k}]") for k in derived.late_columns]
+    stores |= _array("grad_state", derived.previous_grads)
     yield _function(derived, "void backward", arguments, known, stores)
+
+    if graph.operand is not None:
+        made, last = {"const V operand": graph.operand}, "return operand;"
+        of_step = ["const V* x", "const V* h", "const V* state"]
+        yield _function(derived, "V operand", of_step, {}, made, [last])
+        yield _function(derived, "void late_grads", arguments, known, _array("grad", late))
 
 
 def struct(derived: Derived, name: str) -> str:
     """The text of the struct `name`."""
     graph = derived.graph
     flag = {True: "true", False: "false"}
+    late = f", late = {graph.late}" * (graph.late > 0)
     return f"""struct {name} {{
-  static constexpr int gates = {len(graph.inputs)}, recurrent = {len(graph.recurrent)};
+  static constexpr int gates = {len(graph.inputs)}, recurrent = {len(graph.recurrent)}{late};
   static constexpr int states = {len(graph.states)}, parameters = {len(graph.parameters)};
   static constexpr int units = {_UNITS.get(len(graph.inputs), 16)};
   static constexpr int saved = {len(derived.saved)}, grads = {derived.grads};

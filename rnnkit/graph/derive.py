@@ -17,8 +17,9 @@ T = TypeVar("T")
 class Derived:
     """A cell with its backward pass.
 
-    The gradients are made of the leaves "grad", one for each result of the step, of saved nodes, of parameters, and
-    of h after and before the step (nodes `h` and `previous_h`) where these are at hand.
+    The gradients are made of the leaves "grad", one for each result of the step and, of a cell with late gates, one for
+    the second operand, of saved nodes, of parameters, and of h after and before the step (nodes `h` and `previous_h`)
+    where these are at hand. The gradients of late gates come first: the second operand's is made of them.
 
     Attributes:
         graph: the cell.
@@ -59,8 +60,15 @@ class Derived:
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """All columns: of recurrent parts, of input parts, of parameters."""
-        return self.recurrent_columns + self.input_columns + self.parameter_columns
+        """All columns: of recurrent parts, of input parts, of parameters; last a value, the second operand."""
+        operand = self.graph.operand
+        of_operand = () if operand is None else (operand,)
+        return self.recurrent_columns + self.input_columns + self.parameter_columns + of_operand
+
+    @property
+    def late_columns(self) -> range:
+        """The places of the late gates' gradients among the columns."""
+        return range(self.graph.early, len(self.graph.recurrent))
 
     def known(self, save: Sequence[T], h: T, previous_h: T) -> dict[int, T]:
         """What the backward pass is given, by the node: what is saved, and h where the gradients may read it."""
@@ -177,7 +185,8 @@ def _gradients(nodes: _Shortened, graph: Graph) -> dict[int, Value]:
         if share is not None and nodes.nodes[number].op != "constant":
             grads[number] = nodes.total(grads[number], share) if number in grads else share
 
-    for k, result in enumerate(graph.results):
+    operand = () if graph.operand is None else (graph.operand,)
+    for k, result in enumerate((*graph.results, *operand)):
         add(result, nodes.leaf("grad", k))
     for number in reversed(range(len(graph.nodes))):
         if number in grads:
@@ -208,11 +217,12 @@ def derive(graph: Graph, projects: bool = False) -> Derived:
     input_columns = list(dict.fromkeys(n for n in of["x"] if n not in of["r"]))
     columns = of["r"] + input_columns
     grad_states = [gradients.get(n, zero).node for n in graph.results[: len(graph.states)]]
-    roots = (*columns, *of["parameter"], *of["state"])
+    operand = () if graph.operand is None else (graph.operand,)
+    roots = (*columns, *of["parameter"], *of["state"], *operand)
 
     # Where h is the only state it is in the output after each step.
     previous_h = nodes.number(Node("state", (), 0))
-    reads = previous_h in order(graph.nodes, graph.results)
+    reads = previous_h in order(graph.nodes, (*graph.results, *operand))
     if projects and reads:
         raise ValueError(f"expected a cell that projects not to read its state {graph.states[0]}")
     at_hand = len(graph.states) == 1 and not projects and not graph.has_output
@@ -309,11 +319,12 @@ def run_backward(
         save: the saved values.
         h: h after the step.
         previous_h: h before the step.
-        grads: the gradient of each result of the step.
+        grads: the gradient of each result of the step, and of the second operand if there is one.
         parameters: the parameters, [H].
 
     Returns:
-        The gradients of the states before the step, without what comes through the recurrent parts, and the columns.
+        The gradients of the states before the step, without what comes through the recurrent parts of h, and the
+        columns.
     """
     known = derived.known(save, h, previous_h)
     roots = (*derived.previous_grads, *derived.columns)

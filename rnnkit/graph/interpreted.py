@@ -102,14 +102,21 @@ def _array(member: str, nodes: Sequence[int]) -> list[tuple[Place, int]]:
 
 
 def programs(derived: Derived) -> Iterator[Program]:
-    """The programs of forward, backward, grad_states and output."""
+    """The programs of the functions of csrc/cpu/pointwise.h, in their order; empty ones of those that there are not."""
     graph, nodes = derived.graph, derived.nodes
     save = [("saved", k) for k in range(len(derived.saved))]
     known = derived.known(save, ("h", 0), ("previous_h", 0))
+    grad_operand = Node("grad", (), len(graph.results))
+    if grad_operand in nodes:
+        known[nodes.index(grad_operand)] = "grad_operand", 0
     yield _program(nodes, {}, _array("states", graph.results) + _array("saved", derived.saved))
-    yield _program(
-        nodes, known, _array("result", derived.previous_grads) + _array("grad", derived.columns)
-    )
+    columns = _array("grad", derived.columns)
+    late = [columns[k][1] for k in derived.late_columns]
+    del columns[derived.late_columns.start : derived.late_columns.stop]
+    yield _program(nodes, known, _array("result", derived.previous_grads) + columns)
     several = derived.grad_states if len(graph.states) > 1 else ()
     yield _program(nodes, known, _array("result", several))
     yield _program(nodes, known, _array("result", graph.results[:1] if derived.projects else ()))
+    operand = () if graph.operand is None else (graph.operand,)
+    yield _program(nodes, {}, _array("states", operand))
+    yield _program(nodes, known, _array("result", late))

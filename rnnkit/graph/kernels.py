@@ -2,14 +2,14 @@
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 
 from torch import Tensor
 
 from rnnkit import backends, specs
 from rnnkit.graph.derive import Derived, derive
-from rnnkit.graph.trace import Graph, Node, run
+from rnnkit.graph.trace import Graph, Node, run, second_operand
 from rnnkit.specs import CellSpec
 
 
@@ -17,7 +17,8 @@ from rnnkit.specs import CellSpec
 def derived_of(graph: Graph) -> Derived:
     """The backward pass. h may be projected if it is not the only state, and the step reads others alone."""
     reads_h = Node("state", (), 0) in graph.nodes
-    return derive(graph, projects=len(graph.states) > 1 and not reads_h and not graph.has_output)
+    alone = len(graph.states) == 1 or reads_h or graph.has_output or graph.late
+    return derive(graph, projects=not alone)
 
 
 def spec_of(text: str) -> CellSpec:
@@ -42,7 +43,16 @@ def spec_of(text: str) -> CellSpec:
         recurrent_gates=len(graph.recurrent),
         parameters=len(graph.parameters),
         uses_h=derived.uses_h,
+        late=graph.late,
+        operand=partial(_operand, graph) if graph.late else None,
     )
+
+
+def _operand(
+    graph: Graph, x: Sequence[Tensor], *others: Sequence[Tensor]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    operand, known = second_operand(graph, x, *others)
+    return operand.expand_as(x[0]), known
 
 
 def _step(
@@ -51,8 +61,9 @@ def _step(
     r: Sequence[Tensor],
     states: Sequence[Tensor],
     parameters: Sequence[Tensor] = (),
+    known: Mapping[int, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    after = run(graph, x, r, states, parameters)
+    after = run(graph, x, r, states, parameters, known)
     # A state of parameters alone is [H].
     return tuple(t.expand_as(x[0]) if t.dim() < x[0].dim() else t for t in after)
 
@@ -111,6 +122,7 @@ def register(name: str) -> str:
                     uses_h=derived.uses_h,
                     uses_previous_h=derived.uses_previous_h,
                     projects=spec.projects,
+                    late=spec.late,
                     **functions,
                 )
             except RuntimeError as error:

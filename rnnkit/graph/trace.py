@@ -64,7 +64,7 @@ OPERATIONS = {
 }
 
 #: The leaves: a gate's input part and recurrent part, a state before the step, a parameter of a unit, and the gradient
-#: of a result of the step.
+#: of a result of the step or, after these, of the second operand.
 LEAVES = ("x", "r", "state", "parameter", "grad")
 
 #: torch's functions and methods by their names, where these are not the operation's.
@@ -90,7 +90,8 @@ class Node(NamedTuple):
     """A node of a graph.
 
     Attributes:
-        op: a name of `OPERATIONS` or `LEAVES`, or "constant".
+        op: a name of `OPERATIONS` or `LEAVES`, or "constant"; while a step is traced also "product", the recurrent part
+            of a gate, its first operand, with the second operand in place of h.
         args: the numbers of the operands' nodes.
         of: which leaf of its kind, counted from 0, or the constant as Python writes it.
     """
@@ -198,6 +199,21 @@ class Value:
             _refuse(f"a cell cannot use .{name}", _ALLOWED)
         return partial(_apply, op, f".{name}", self)
 
+    def __call__(self, *operands: Any) -> "Value":
+        """`r.n(value)`: the recurrent part of a gate with `value` in place of h, W_hh value + b_hh."""
+        leaf = self.nodes.nodes[self.node]
+        if leaf.op != "r":
+            _refuse("a call of a value", "only a gate's recurrent part, r.name, can be called")
+        if len(operands) != 1 or not isinstance(operands[0], Value):
+            _refuse("a recurrent part of no value", "give it one value, such as r.n(a * s.h)")
+        nodes, number = self.nodes, _operand(self.nodes, operands[0], "n", "a recurrent part")
+        if nodes.nodes[number] == Node("state", (), 0):
+            return self
+        products = {node.args[1] for node in nodes.nodes if node.op == "product"}
+        if products - {number}:
+            _refuse("recurrent parts of two values", "a step has one such value beside h")
+        return Value(nodes, nodes.apply("product", self.node, number))
+
     def _operator(self, op: str, *other: Any) -> "Value":
         return _apply(op, op, self, *other)
 
@@ -296,6 +312,9 @@ class Graph:
         parameters: the names of the parameters that each unit has one of.
         nodes: every node once, operands first, leaves first of all, in an order that follows from the graph alone.
         results: the nodes of the states after the step, and last of the output if that is not the first state.
+        late: how many of the recurrent gates, the last ones, have a recurrent part that is not made of h.
+        operand: the node of what theirs is made of, the second operand; None without late gates. It is made of no
+            recurrent part of theirs.
     """
 
     inputs: tuple[str, ...]
@@ -304,6 +323,13 @@ class Graph:
     parameters: tuple[str, ...]
     nodes: tuple[Node, ...]
     results: tuple[int, ...]
+    late: int = 0
+    operand: int | None = None
+
+    @property
+    def early(self) -> int:
+        """How many of the recurrent gates have a recurrent part that is made of h."""
+        return len(self.recurrent) - self.late
 
     @property
     def has_output(self) -> bool:
@@ -320,7 +346,7 @@ class Graph:
 
     def to_json(self) -> str:
         """The graph as one line of JSON; of equal graphs it is the same."""
-        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        content = {name: getattr(self, name) for name in _members(self.late)}
         content["nodes"] = [
             [node.op, *node.args] if node.op in OPERATIONS else [node.op, node.of]
             for node in self.nodes
@@ -338,10 +364,10 @@ class Graph:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"expected the JSON of a graph: {error}") from None
-        names = [field.name for field in fields(Graph)]
+        names = _members("late" in content if isinstance(content, dict) else 0)
         if not isinstance(content, dict) or sorted(content) != sorted(names):
             raise ValueError(f"expected the JSON of a graph, with {', '.join(names)}")
-        for name in names:
+        for name in _members(0):
             if not isinstance(content[name], list):
                 raise ValueError(f"expected {name} to be a list, got {content[name]!r}")
         of_leaves = [checked_names(name, content[name]) for name in names[:4]]
@@ -356,7 +382,24 @@ class Graph:
         for one in results:
             if not _is_index(one, len(nodes.nodes)) or Value(nodes, one).kind != "n":
                 raise ValueError(f"expected results to be numbers of nodes, got {one!r}")
-        return _graph(of_leaves, nodes.nodes, results)
+        if "late" not in content:
+            return _graph(of_leaves, nodes.nodes, results)
+        late, operand = content["late"], content["operand"]
+        if not _is_index(late - 1 if _is_index(late, 1 << 31) else -1, counts["r"]):
+            raise ValueError(f"expected late to be 1 to {counts['r']}, got {late!r}")
+        if not _is_index(operand, len(nodes.nodes)) or Value(nodes, operand).kind != "n":
+            raise ValueError(f"expected operand to be the number of a node, got {operand!r}")
+        for number in order(nodes.nodes, [operand]):
+            op, _, of = nodes.nodes[number]
+            if op == "r" and int(of) >= counts["r"] - late:
+                raise ValueError(f"expected operand to be made of no late gate, got {operand!r}")
+        return _graph(of_leaves, nodes.nodes, results, late, operand)
+
+
+def _members(late: object) -> list[str]:
+    """What the JSON of a graph has; of one with late gates also how many, and the second operand."""
+    names = [field.name for field in fields(Graph)]
+    return names if late else names[:-2]
 
 
 def _is_index(number: Any, count: int) -> bool:
@@ -401,11 +444,17 @@ def order(nodes: Sequence[Node], roots: Iterable[int], known: Iterable[int] = ()
     return list(done)
 
 
-def _graph(names: Sequence[tuple[str, ...]], nodes: list[Node], results: Sequence[int]) -> Graph:
+def _graph(
+    names: Sequence[tuple[str, ...]],
+    nodes: list[Node],
+    results: Sequence[int],
+    late: int = 0,
+    operand: int | None = None,
+) -> Graph:
     """The graph with its nodes in the one order: by depth, then by their operands' places, then by name."""
     depth: dict[int, int] = {}
     levels: dict[int, list[int]] = {}
-    for number in order(nodes, results):
+    for number in order(nodes, [*results, *([] if operand is None else [operand])]):
         depth[number] = 1 + max((depth[a] for a in nodes[number].args), default=-1)
         levels.setdefault(depth[number], []).append(number)
     made, place = Nodes(), dict[int, int]()
@@ -417,7 +466,26 @@ def _graph(names: Sequence[tuple[str, ...]], nodes: list[Node], results: Sequenc
             place[number] = made.number(node)
     inputs, recurrent, states, parameters = names
     new = tuple(place[result] for result in results)
-    return Graph(inputs, recurrent, states, parameters, tuple(made.nodes), new)
+    second = None if operand is None else place[operand]
+    return Graph(inputs, recurrent, states, parameters, tuple(made.nodes), new, late, second)
+
+
+def _late(nodes: list[Node], results: Sequence[int], recurrent: Sequence[str]) -> int:
+    """How many recurrent gates, the last ones, are made of the second operand.
+
+    Raises:
+        ValueError: others than the last ones are, or one is also made of h.
+    """
+    used = [nodes[n] for n in order(nodes, results)]
+    late = {int(nodes[node.args[0]].of) for node in used if node.op == "product"}
+    without = [n._replace(args=n.args[1:]) if n.op == "product" else n for n in nodes]
+    of_h = {int(without[n].of) for n in order(without, results) if without[n].op == "r"}
+    for gate in sorted(late & of_h):
+        raise ValueError(f"r.{recurrent[gate]} and r.{recurrent[gate]}(value): use one of them")
+    if late and min(late) != len(recurrent) - len(late):
+        names = ", ".join(recurrent[gate] for gate in sorted(late))
+        raise ValueError(f"r.name(value) of {names}: let the last of the recurrent gates be these")
+    return len(late)
 
 
 def _key(node: Node) -> tuple[Any, ...]:
@@ -457,7 +525,8 @@ def trace(
             returns the states after the step, a tuple in the order of `states` or a dict by their names; a dict may
             also have an "output" that is no state. It computes with torch's functions, and runs on tensors as well.
         inputs: names of the gates with an input part; in one string, with spaces between them, or a sequence.
-        recurrent: names of the gates with a recurrent part.
+        recurrent: names of the gates with a recurrent part. In the function `r.name` is it, made of h, and
+            `r.name(value)` is made of a value instead; the gates of which it takes that are the last ones.
         states: names of the states. The first is h, which the recurrent parts are made of.
         parameters: names of the parameters of each unit.
 
@@ -478,14 +547,26 @@ def trace(
         raise
     except TypeError as error:
         raise _with_line(error) from error
-    return _graph(names, nodes.nodes, _results(step, returned, names[2], nodes))
+    results = _results(step, returned, names[2], nodes)
+    try:
+        late = _late(nodes.nodes, results, names[1])
+    except ValueError as error:
+        raise ValueError(f"{_where(step)} uses {error}") from None
+    operand = next((node.args[1] for node in nodes.nodes if node.op == "product" and late), None)
+    leaves = [nodes.nodes[n.args[0]] if n.op == "product" else n for n in nodes.nodes]
+    return _graph(names, leaves, results, late, operand)
+
+
+def _where(step: Step) -> str:
+    """The place of the function's first line, and its name."""
+    code = getattr(step, "__code__", None)
+    at = f"{code.co_filename}:{code.co_firstlineno}: " if code else ""
+    return f"{at}{getattr(step, '__name__', step)}"
 
 
 def _results(step: Step, returned: Any, states: tuple[str, ...], nodes: Nodes) -> list[int]:
     """The nodes of what the function returned, the states in order and then the output."""
-    code = getattr(step, "__code__", None)
-    at = f"{code.co_filename}:{code.co_firstlineno}: " if code else ""
-    where, wanted = f"{at}{getattr(step, '__name__', step)} returned", ", ".join(states)
+    where, wanted = f"{_where(step)} returned", ", ".join(states)
     if isinstance(returned, Mapping):
         extra = ("output",) if "output" in returned and "output" not in states else ()
         if set(returned) != {*states, *extra}:
@@ -542,6 +623,7 @@ def run(
     r: Sequence[Tensor],
     states: Sequence[Tensor],
     parameters: Sequence[Tensor] = (),
+    known: Mapping[int, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """One step on tensors: the states after it, and last the output if the cell has one of its own.
 
@@ -551,6 +633,26 @@ def run(
         r: the recurrent part of each gate, [N, H].
         states: the states before the step, [N, H].
         parameters: the parameters, [H].
+        known: the values of nodes that are there already, see `second_operand`.
     """
     leaves = dict(zip(LEAVES, (x, r, states, parameters), strict=False))
-    return tuple(evaluate(graph.nodes, graph.results, leaves, x[0]))
+    return tuple(evaluate(graph.nodes, graph.results, leaves, x[0], known))
+
+
+def second_operand(
+    graph: Graph,
+    x: Sequence[Tensor],
+    r: Sequence[Tensor],
+    states: Sequence[Tensor],
+    parameters: Sequence[Tensor] = (),
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """What the late gates' recurrent parts are made of, [N, H], and the values of the nodes that it is made of.
+
+    `r`: the recurrent parts of the other gates.
+    """
+    nodes, operand = graph.nodes, graph.operand
+    assert operand is not None, "the graph has no late gates"
+    leaves = dict(zip(LEAVES, (x, r, states, parameters), strict=False))
+    numbers = [n for n in order(nodes, [operand]) if n == operand or nodes[n].op != "constant"]
+    known = dict(zip(numbers, evaluate(nodes, numbers, leaves, x[0]), strict=True))
+    return known[operand], known

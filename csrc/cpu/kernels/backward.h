@@ -33,18 +33,23 @@ class Backward {
         weight_gradients_(layer, projects_, max_rows_, grads_, normalized_, beginnings_, masked_, arena_),
         stop_(layer.wants_to_stop, /*work=*/1e6),
         w_hh_(layer.directions),
+        w_late_(layer.directions),
         w_ih_(layer.directions),
         w_hr_(layer.directions) {
     const int64_t D = layer.directions, N = layer.batch, H = layer.hidden, P = layer.projected, I = layer.input;
     grad_h_ = arena_.take<T>(D * N * P);
     grad_others_ = arena_.take<T>(D * N * shape().others * H);
-    const int64_t K = shape().gates * H, recurrent = shape().recurrent * H;
+    given_ = arena_.take<T>(shape().late > 0 ? D * N * H : 0);
+    const int64_t K = shape().gates * H, recurrent = shape().early * H, late = shape().late * H;
     const bool pack_hh = Matrix<S>::must_pack(P) || is_worth_packing(layer.batch, layer.steps);
     const bool pack_ih = layer.grad_x != nullptr && layer.multiplies_input &&
                          (Matrix<S>::must_pack(I) || is_worth_packing(layer.rows()));
     for (int64_t d = 0; d < D; ++d) {
       const Direction<S>& weights = layer.direction[d];
       w_hh_[d] = {weights.w_hh, recurrent, P, arena_.take<S>(pack_hh ? Matrix<S>::packed_size(recurrent, P) : 0)};
+      if (late > 0)
+        w_late_[d] = {weights.w_hh + recurrent * P, late, P,
+                      arena_.take<S>(pack_hh ? Matrix<S>::packed_size(late, P) : 0)};
       w_ih_[d] = {weights.w_ih, K, I, arena_.take<S>(pack_ih ? Matrix<S>::packed_size(K, I) : 0)};
       w_hr_[d] = {weights.w_hr, P, H, arena_.take<S>(projects_ ? Matrix<S>::packed_size(P, H) : 0)};
     }
@@ -107,7 +112,7 @@ class Backward {
   void prepare(int thread, int threads) {
     const int64_t H = layer_.hidden, P = layer_.projected;
     for (int64_t d = 0; d < layer_.directions; ++d)
-      for (const Matrix<S>* matrix : {&w_hh_[d], &w_ih_[d], &w_hr_[d]}) matrix->pack(thread, threads);
+      for (const Matrix<S>* matrix : {&w_hh_[d], &w_late_[d], &w_ih_[d], &w_hr_[d]}) matrix->pack(thread, threads);
     recompute_.pack(thread, threads);
     const Range rows = range_of(layer_.directions * layer_.batch, thread, threads);
     for (int64_t i = rows.begin; i < rows.end; ++i) {
@@ -141,7 +146,13 @@ class Backward {
       });
     }
     meet.wait();
-    if constexpr (!kIsRegistered<Cell>) {
+    if constexpr (kIsRegistered<Cell>) {
+      if (shape().late == 0) return;
+      for_panels(layer_.hidden, partition, s, [&](int64_t first, int64_t width, int64_t next) {
+        step_of_operand(segment, partition.rows, s, first, width, fetch ? next : first);
+      });
+      meet.wait();
+    } else {
       if (!normalized_.there()) return;
       const Range own = range_of(partition.rows.active(s), partition.member, partition.members);
       for (int64_t n = own.begin; n < own.end; ++n) step_of_row(segment, partition.rows, s, n);
@@ -177,13 +188,14 @@ class Backward {
   // its dh is grad_h_. A row that begins at s + 1 writes dh to the gradient of its initial h. A row that is put back
   // before s + 1 adds dh to the gradient of State::reset, and goes on with zero. All rows but those that begin add dY and
   // run the cell's backward of step s; with a projection they write dh to grads_.projected instead, for
-  // step_before_projection. `next`: the first column of the next panel, which is prefetched; `first`: none.
+  // step_before_projection. Of a cell with late gates only these gates' gradients are made, for step_of_operand. `next`:
+  // the first column of the next panel, which is prefetched; `first`: none.
   void step_of_h(const Segment& segment, const ActiveRows<S>& rows, int64_t s, int64_t first, int64_t width,
                  int64_t next) {
-    const int64_t d = rows.direction, P = layer_.projected, K = shape().recurrent * layer_.hidden;
+    const int64_t d = rows.direction, P = layer_.projected, K = shape().early * layer_.hidden;
     const Carry here = rows.before(s), after = rows.before(s + 1);
     const bool cuts = rows.cuts(s + 1);
-    const bool has_product = shape().recurrent > 0;
+    const bool has_product = shape().early > 0;
     const bool needs_product = has_product && (!cuts || after.active > after.continuing || layer_.reset != nullptr);
     const Segment& of_after = s + 1 < segment.end ? segment : segments_[max_of(0, segment.index - 1)];
     const SegmentValues<S>& grads_of_product = normalized_.there() ? normalized_.recurrent : grads_.gates;
@@ -225,6 +237,7 @@ class Backward {
         if (has_cell) add_grad_all(of, row, d, first, width);
         // Where the cell's backward follows for all units or all rows at once, its gradient of h.
         T* given = normalized_.there()   ? normalized_.given(d, n) + first
+                   : shape().late > 0    ? given_ + state
                    : kIsRegistered<Cell> ? grads + i * kPanel
                                          : nullptr;
         const bool is_reset = before == Before::previous && rows.resets(s + 1, m + i), stops = cuts || is_reset;
@@ -250,8 +263,44 @@ class Backward {
           }
         });
       }
-      if constexpr (kIsRegistered<Cell>)
-        if (!projects_) registered_cell(segment, rows, s, m, min_of(count, here.active - m), first, width, grads);
+      if constexpr (kIsRegistered<Cell>) {
+        const int64_t n_rows = min_of(count, here.active - m);
+        if (shape().late > 0)
+          registered_cell(segment, rows, s, m, n_rows, first, width, given(rows, m, first), {}, Part::late);
+        else if (!projects_)
+          registered_cell(segment, rows, s, m, n_rows, first, width, {grads, kPanel, 0});
+      }
+    }
+  }
+
+  // The gradient of h after a step of a cell with late gates, from row m of the range and unit `first` on.
+  Block<const T> given(const ActiveRows<S>& rows, int64_t m, int64_t first) const {
+    const int64_t n = rows.direction * layer_.batch + rows.range.begin + m;
+    return {given_ + n * layer_.hidden + first, layer_.hidden, 0};
+  }
+
+  // Backward of a step of a cell with late gates, for units first to first + width - 1, once these gates' gradients are
+  // there: that of the second operand, dgates(s) times the late gates' part of W_hh, and then the cell's backward.
+  void step_of_operand(const Segment& segment, const ActiveRows<S>& rows, int64_t s, int64_t first, int64_t width,
+                       int64_t next) {
+    const int64_t d = rows.direction, H = layer_.hidden, active = rows.active(s);
+    const S* ahead = next != first ? w_late_[d].ahead(0, next) : nullptr;
+    alignas(64) T grads[kRowBlock * kPanel];
+    for (int64_t m = 0; m < active; m += kRowBlock) {
+      const int64_t count = min_of(kRowBlock, active - m);
+      const S* late = grads_.gates.at(segment, d, rows.first(s) + m) + shape().early * H;
+      w_late_[d].multiply(count, round_up(width, kLanes<T>), shape().late * H, rows_of(late, grads_.gates.width()), 0,
+                          first, grads, kPanel, false, m == 0 ? ahead : nullptr);
+      const auto mask = [&](int64_t i) {
+        return layer_.operand_mask + (d * layer_.batch + rows.range.begin + m + i) * H + first;
+      };
+      for (int64_t i = 0; layer_.operand_mask != nullptr && i < count; ++i)
+        masked<T>(grads + i * kPanel, mask(i), width, grads + i * kPanel);
+      registered_cell(segment, rows, s, m, count, first, width, given(rows, m, first), {grads, kPanel, 0}, Part::rest);
+      for (int64_t i = 0; layer_.operand_mask != nullptr && i < count; ++i) {
+        S* operand = grads_.gates.at(segment, d, rows.first(s) + m + i) + (shape().columns - 1) * H + first;
+        masked<T>(operand, mask(i), width, operand);
+      }
     }
   }
 
@@ -266,7 +315,7 @@ class Backward {
       w_hr_[d].multiply(count, round_up(width, kLanes<T>), P,
                         rows_of(grads_.projected.at(segment, d, rows.first(s) + m), P), 0, first, grads, kPanel, false);
       if constexpr (kIsRegistered<Cell>) {
-        registered_cell(segment, rows, s, m, count, first, width, grads);
+        registered_cell(segment, rows, s, m, count, first, width, {grads, kPanel, 0});
         continue;
       }
       for (int64_t i = 0; i < count; ++i) {
@@ -453,11 +502,15 @@ class Backward {
     return grad_state[0];
   }
 
-  // A registered cell's backward for rows m to m + count - 1 of the range and units first to first + width - 1. grad_h:
-  // [count, kPanel], the gradient of h after the step; the part of that of h before it which does not come through the
+  // What registered_cell does: everything, or of a cell with late gates these gates' gradients, and later the rest.
+  enum class Part { whole, late, rest };
+
+  // A registered cell's backward for rows m to m + count - 1 of the range and units first to first + width - 1. grad_h,
+  // grad_operand: as in BackwardBlock. The part of the gradient of h before the step which does not come through the
   // gates is written to grad_h_, unless h is projected.
   void registered_cell(const Segment& segment, const ActiveRows<S>& rows, int64_t s, int64_t m, int64_t count,
-                       int64_t first, int64_t width, const T* grad_h) const {
+                       int64_t first, int64_t width, Block<const T> grad_h, Block<const T> grad_operand = {},
+                       Part which = Part::whole) const {
     constexpr int64_t kRows = 16;  // of a call, whose blocks then stay in L1
     const int64_t d = rows.direction, H = layer_.hidden, states = shape().states;
     const Pointwise<T>& pointwise = layer_.cell->template pointwise<T>();
@@ -473,12 +526,13 @@ class Backward {
     const auto store_states = [&](const Vector<T>* from, int64_t i, int64_t u, auto lanes, T* to) {
       for (int64_t k = 0; k < states; ++k) store(to + (i * states + k) * kPanel + u, from[k], lanes);
     };
-    for (; count > 0; m += kRows, count -= kRows, grad_h += kRows * kPanel) {
+    const auto advance = [](Block<const T>& block) { block.base = at(block.base, kRows * block.row); };
+    for (; count > 0; m += kRows, count -= kRows, advance(grad_h), advance(grad_operand)) {
       const int64_t n_rows = min_of(kRows, count), row = rows.first(s) + m;
       RowOfCell of[kRows];
       for (int64_t i = 0; i < n_rows; ++i) {
         of[i] = row_of_cell(segment, rows, s, m + i, here);
-        add_grad_all(of[i], row + i, d, first, width);
+        if (which != Part::rest) add_grad_all(of[i], row + i, d, first, width);
         if (shape().uses_previous_h) copy_row(of[i].previous_h + first, width, previous_h + i * kPanel);
       }
       const auto for_values = [&](const auto& body) {
@@ -492,21 +546,27 @@ class Backward {
                              .parameters = {at(layer_.direction[d].unit, first), 0, H},
                              .h = {at(of[0].h, first), layer_.directions * H, 0},
                              .previous_h = {previous_h, kPanel, 0},
-                             .grad_h = {grad_h, kPanel, 0},
+                             .grad_h = grad_h,
                              .grad_others = {at(of[0].grad_others, first), shape().others * H, H},
+                             .grad_operand = grad_operand,
                              .result = {result, states * kPanel, kPanel},
                              .grad = {of[0].grads + first, shape().columns * H, H}};
       if (of[0].given != nullptr) block.h = {of[0].given + first, reserve_row_.values * H, 0};
       if (zones_) {
         for_values([&](int64_t i, int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
           Vector<T> now[kMostStates<Cell>], old[kMostStates<Cell>];
-          load_grads(of[i], first + u, lanes, load(grad_h + i * kPanel + u, lanes), now);
+          load_grads(of[i], first + u, lanes, load(grad_h.base + i * grad_h.row + u, lanes), now);
           part(of[i], first + u, lanes, now, old);
           store_states(now, i, u, lanes, of_now);
           store_states(old, i, u, lanes, of_old);
         });
         block.grad_h = {of_now, states * kPanel, 0};
         block.grad_others = {of_now + kPanel, states * kPanel, kPanel};
+      }
+      if (which == Part::late) {
+        block.result = {of[0].grads + shape().early * H + first, shape().columns * H, H};
+        pointwise.late_grads(context, block);
+        continue;
       }
       if (states > 1 && layer_.states[1].flow != nullptr) {
         pointwise.grad_states(context, block);
@@ -625,7 +685,8 @@ class Backward {
   // Gradients of the states between two steps. grad_h_ has no part through W_hh: of a row that no step has reached it
   // is the gradient of the final h; after that, what the cell's backward returned for the previous h.
   T *grad_h_, *grad_others_;  // [D, N, P], [D, N, others, H]
-  PerDirection<Matrix<S>> w_hh_, w_ih_, w_hr_;
+  T* given_;  // [D, N, H]: between the two parts of a step, the gradient of h after it; null without late gates
+  PerDirection<Matrix<S>> w_hh_, w_late_, w_ih_, w_hr_;
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY

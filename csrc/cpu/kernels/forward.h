@@ -36,7 +36,9 @@ class Forward {
     const int64_t values = 2 * shape().gates + (Cell::has_source ? shape().gates + 1 : 0);
     normalized_size_ = has_norms<Cell>(layer) ? round_up(kRowsNormalized * values * layer.hidden, 64) : 0;
     of_threads_ = arena_.take<T>(layer.threads * (ahead_size_ + gathered_size_ + normalized_size_));
-    products_ = arena_.take<T>(has_norms<Cell>(layer) ? D * N * row_size : 0);
+    const bool late = shape().late > 0;
+    products_ = arena_.take<T>(has_norms<Cell>(layer) || late ? D * N * gates_.panels() * gates_.recurrent_width() : 0);
+    operand_ = arena_.take<S>(late ? D * N * layer.hidden : 0);
   }
 
   int64_t scratch() const { return arena_.used(); }
@@ -162,6 +164,11 @@ class Forward {
             normalized_step(rows, s, range_of(rows.active(s), partition.member, partition.members),
                             ahead + done * width, count, gathered + gathered_size_);
           }
+        } else if (shape().late > 0) {
+          meet.wait();
+          for (int64_t i = 0; i < sweep.size(); ++i)
+            late_step(rows, s, sweep[i], fetch ? sweep.next(i) : sweep[i],
+                      ahead + ((sweep[i] - first_panel) * count + done) * width);
         }
         done += rows.active(s);
         meet.wait();
@@ -188,28 +195,60 @@ class Forward {
   }
 
   // One step of panel p's units, for all active rows. `input`: the rows' panel of x W_ihᵀ. With layer normalization only
-  // the product, which normalized_step goes on with.
+  // the product, which normalized_step goes on with; of a cell with late gates only the second operand and the product
+  // that it is made of, with which late_step goes on.
   void step(const ActiveRows<S>& rows, int64_t s, int64_t p, int64_t next, const T* input) {
     const int64_t d = rows.direction, P = layer_.projected, active = rows.active(s);
     const int64_t input_width = gates_.input_width(), width = gates_.recurrent_width();
     const S* operands = operand(d, s % 2) + rows.range.begin * P;
     const bool zeros = s == 0 && layer_.states[0].initial == nullptr && active > 0 && gates_.w_hh[d].is_finite(p);
-    const bool normalizes = has_norms<Cell>(layer_);
+    const bool normalizes = has_norms<Cell>(layer_), late = shape().late > 0;
     alignas(64) T block[kRowBlock * kMostWidth<Cell>];
     for (int64_t m = 0; m < active; m += kRowBlock) {
       const int64_t count = min_of(kRowBlock, active - m);
-      T* recurrent = normalizes ? products(rows, p, m) : block;
+      T* recurrent = normalizes || late ? products(rows, p, m) : block;
       if (zeros)
         std::memset(recurrent, 0, count * width * sizeof(T));
-      else if (shape().recurrent > 0)
-        gates_.w_hh[d].multiply(count, operands + m * P, p, m == 0 ? next : p, recurrent);
-      if constexpr (kIsRegistered<Cell>)
-        registered_cell(rows, s, p, m, count, input + m * input_width, recurrent);
-      else if (!normalizes)
+      else if (shape().early > 0)
+        gates_.w_hh[d].multiply(count, operands + m * P, p, m == 0 ? next : p, recurrent, width);
+      if constexpr (kIsRegistered<Cell>) {
+        if (late)
+          second_operand(rows, s, p, m, count, input + m * input_width, recurrent);
+        else
+          registered_cell(rows, s, p, m, count, input + m * input_width, recurrent);
+      } else if (!normalizes)
         cell(rows, s, p, m, count, input + m * input_width, recurrent,
              [&, bias = gates_.bias(d, p)](int64_t, const T* x, const T* h, int64_t u, auto lanes, Vector<T>* state,
                                            Vector<T>* save)
                  RNNKIT_INLINE_LAMBDA { GatesOf::cell(x, h, bias, u, lanes, state, save); });
+    }
+  }
+
+  // Of a cell with late gates: the second operand of panel p's units, for rows m to m + count - 1 of the range.
+  void second_operand(const ActiveRows<S>& rows, int64_t s, int64_t p, int64_t m, int64_t count, const T* input,
+                      const T* recurrent) {
+    const int64_t d = rows.direction, H = layer_.hidden, units = shape().units, unit = p * units;
+    const int64_t n = rows.range.begin + m, place = (d * layer_.batch + n) * H + unit;
+    gates_.call(d, p, count, {input, gates_.input_width(), units}, {recurrent, gates_.recurrent_width(), units},
+                {h(d, s % 2) + n * H + unit, H, 0},
+                {at(others_, (d * layer_.batch + n) * shape().others * H + unit), shape().others * H, H},
+                {operand_ + place, H, 0}, {}, true);
+    if (layer_.operand_mask == nullptr) return;
+    for (int64_t i = 0; i < count; ++i)
+      masked<T>(operand_ + place + i * H, layer_.operand_mask + place + i * H, gates_.units_in(p),
+                operand_ + place + i * H);
+  }
+
+  // The rest of a step of a cell with late gates, once the second operand of all units is there.
+  void late_step(const ActiveRows<S>& rows, int64_t s, int64_t p, int64_t next, const T* input) {
+    const int64_t d = rows.direction, H = layer_.hidden, active = rows.active(s);
+    const S* operands = operand_ + (d * layer_.batch + rows.range.begin) * H;
+    for (int64_t m = 0; m < active; m += kRowBlock) {
+      const int64_t count = min_of(kRowBlock, active - m);
+      T* recurrent = products(rows, p, m);
+      gates_.w_late[d].multiply(count, operands + m * H, p, m == 0 ? next : p,
+                                recurrent + shape().early * shape().units, gates_.recurrent_width());
+      registered_cell(rows, s, p, m, count, input + m * gates_.input_width(), recurrent);
     }
   }
 
@@ -223,9 +262,10 @@ class Forward {
     T* saved = nullptr;
     if (layer_.keep == Keep::everything && shape().saved > 0)
       saved = layer_.reserve + (d * layer_.rows() + rows.first(s) + m) * values * H + unit;
-    gates_.call(d, p, count, input, recurrent, {h(d, s % 2) + n * P + unit, P, 0},
-                {at(others_, (d * layer_.batch + n) * shape().others * H + unit), shape().others * H, H}, after,
-                {saved, values * H, H});
+    gates_.call(d, p, count, {input, gates_.input_width(), units}, {recurrent, gates_.recurrent_width(), units},
+                {h(d, s % 2) + n * P + unit, P, 0},
+                {at(others_, (d * layer_.batch + n) * shape().others * H + unit), shape().others * H, H},
+                {after, states * units, units}, {saved, values * H, H});
     cell(rows, s, p, m, count, input, recurrent,
          [&](int64_t i, const T*, const T*, int64_t u, auto lanes, Vector<T>* state, Vector<T>*) RNNKIT_INLINE_LAMBDA {
            for_most<kMostStates<Cell>>(states, [&](int64_t k, bool is_there) RNNKIT_INLINE_LAMBDA {
@@ -234,7 +274,7 @@ class Forward {
          });
   }
 
-  // With layer normalization: panel p of h W_hhᵀ, from row m of the range on.
+  // With layer normalization, or late gates: panel p of h W_hhᵀ, from row m of the range on.
   T* products(const ActiveRows<S>& rows, int64_t p, int64_t m) const {
     return products_ +
            ((rows.direction * gates_.panels() + p) * layer_.batch + rows.range.begin + m) * gates_.recurrent_width();
@@ -425,7 +465,8 @@ class Forward {
   T* others_;       // [D, N, others, H]: the states other than h
   S* unprojected_;  // [D, N, H], null without a projection
   T* of_threads_;  // for each thread: x W_ihᵀ of the steps ahead, the gathered rows of x, and normalized_step's scratch
-  T* products_;    // [D, panels, N, G*units]: h W_hhᵀ of a step; null without layer normalization
+  T* products_;    // [D, panels, N, R*units]: h W_hhᵀ of a step; null without layer normalization and late gates
+  S* operand_;     // [D, N, H]: the second operand of a step; null without late gates
   int64_t ahead_size_, gathered_size_, normalized_size_;
 };
 

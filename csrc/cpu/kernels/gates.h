@@ -25,20 +25,28 @@ class Gates {
   using OfGates = TransposedMatrix<S, typename PanelOf<Cell>::Type>;
   using OfProjection = TransposedMatrix<S, FixedPanel<1, kPanel>>;
 
-  PerDirection<OfGates> w_ih, w_hh;
+  PerDirection<OfGates> w_ih, w_hh, w_late;  // w_hh: of the recurrent gates that are made of h; w_late: of the others
   PerDirection<OfProjection> w_hr;
 
   // A matrix that is not packed is read where the layer has it.
   Gates(const Layer<S>& layer, bool pack_input, bool pack_recurrent, bool pack_projection, Arena& arena)
-      : w_ih(layer.directions), w_hh(layer.directions), w_hr(layer.directions), layer_(layer), bias_(layer.directions) {
+      : w_ih(layer.directions),
+        w_hh(layer.directions),
+        w_late(layer.directions),
+        w_hr(layer.directions),
+        layer_(layer),
+        bias_(layer.directions) {
     const int64_t I = layer.input, H = layer.hidden, P = layer.projected;
-    const auto of_input = panel(shape().gates), of_recurrent = panel(shape().recurrent);
+    const auto of_input = panel(shape().gates), of_recurrent = panel(shape().early), of_late = panel(shape().late);
     for (int64_t d = 0; d < layer.directions; ++d) {
       const Direction<S>& weights = layer.direction[d];
       w_ih[d] = {of_input, weights.w_ih, H, I,
                  arena.take<S>(pack_input && layer.multiplies_input ? OfGates::packed_size(of_input, H, I) : 0)};
       w_hh[d] = {of_recurrent, weights.w_hh, H, P,
                  arena.take<S>(pack_recurrent ? OfGates::packed_size(of_recurrent, H, P) : 0)};
+      if (shape().late > 0)
+        w_late[d] = {of_late, weights.w_hh + shape().early * H * P, H, P,
+                     arena.take<S>(pack_recurrent ? OfGates::packed_size(of_late, H, P) : 0)};
       w_hr[d] = {{}, weights.w_hr, P, H, arena.take<S>(pack_projection ? OfProjection::packed_size({}, P, H) : 0)};
       bias_[d] = arena.take<T>(panels() * bias_size());
     }
@@ -60,6 +68,7 @@ class Gates {
       const Direction<S>& weights = layer_.direction[d];
       w_ih[d].pack(p);
       w_hh[d].pack(p);
+      if (shape().late > 0) w_late[d].pack(p);
       T* const bias = bias_[d] + p * bias_size();
       std::memset(bias, 0, bias_size() * sizeof(T));
       const auto lay_out = [&](const T* from, int64_t count, T* to) {
@@ -122,23 +131,24 @@ class Gates {
     Cell::forward(x, h, state, save);
   }
 
-  // A registered cell's forward for some rows of panel p: `count` rows of w_ih's and of w_hh's product. h, others, saved:
-  // as in ForwardBlock, from the panel's first unit on. states: [count, S, units], on return after the step.
-  void call(int64_t d, int64_t p, int64_t count, const T* input, const T* recurrent, Block<const T> h,
-            Block<const T> others, T* states, Block<T> saved) const {
+  // A registered cell's forward for some rows of panel p, or with `operand` what makes its second operand. input,
+  // recurrent: `count` rows of the products, `row` elements apart. h, others, states, saved: as in ForwardBlock, from the
+  // panel's first unit on.
+  void call(int64_t d, int64_t p, int64_t count, Block<const T> input, Block<const T> recurrent, Block<const T> h,
+            Block<const T> others, Block<T> states, Block<T> saved, bool operand = false) const {
     const T *x_bias = bias(d, p), *h_bias = x_bias + input_width(), *parameters = h_bias + recurrent_width();
-    layer_.cell->template pointwise<T>().forward(layer_.cell->context,
-                                                 {.rows = count,
-                                                  .units = units_in(p),
-                                                  .x = {input, input_width(), units()},
-                                                  .h = {recurrent, recurrent_width(), units()},
-                                                  .x_bias = {x_bias, 0, units()},
-                                                  .h_bias = {h_bias, 0, units()},
-                                                  .parameters = {parameters, 0, units()},
-                                                  .previous_h = h,
-                                                  .other_states = others,
-                                                  .states = {states, shape().states * units(), units()},
-                                                  .saved = saved});
+    const Pointwise<T>& pointwise = layer_.cell->template pointwise<T>();
+    (operand ? pointwise.operand : pointwise.forward)(layer_.cell->context, {.rows = count,
+                                                                             .units = units_in(p),
+                                                                             .x = input,
+                                                                             .h = recurrent,
+                                                                             .x_bias = {x_bias, 0, units()},
+                                                                             .h_bias = {h_bias, 0, units()},
+                                                                             .parameters = {parameters, 0, units()},
+                                                                             .previous_h = h,
+                                                                             .other_states = others,
+                                                                             .states = states,
+                                                                             .saved = saved});
   }
 
   // Stores what a cell saves of some units to [Cell::saved, H].

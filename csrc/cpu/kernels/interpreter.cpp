@@ -20,17 +20,10 @@ class Machine {
 
  public:
   static void forward(const void* context, const ForwardBlock<T>& block) {
-    Machine machine;
-    machine.source(Source::x) = block.x;
-    machine.source(Source::h) = block.h;
-    machine.source(Source::x_bias) = block.x_bias;
-    machine.source(Source::h_bias) = block.h_bias;
-    machine.source(Source::parameters) = block.parameters;
-    machine.source(Source::previous_h) = block.previous_h;
-    machine.source(Source::other_states) = block.other_states;
-    machine.target(Target::states) = block.states;
-    machine.target(Target::saved) = block.saved;
-    machine.run(programs(context).forward, block.rows, block.units);
+    Machine(block).run(programs(context).forward, block.rows, block.units);
+  }
+  static void operand(const void* context, const ForwardBlock<T>& block) {
+    Machine(block).run(programs(context).operand, block.rows, block.units);
   }
 
   static void backward(const void* context, const BackwardBlock<T>& block) {
@@ -42,9 +35,22 @@ class Machine {
   static void output(const void* context, const BackwardBlock<T>& block) {
     Machine(block).run(programs(context).output, block.rows, block.units);
   }
+  static void late_grads(const void* context, const BackwardBlock<T>& block) {
+    Machine(block).run(programs(context).late_grads, block.rows, block.units);
+  }
 
  private:
-  Machine() = default;
+  explicit Machine(const ForwardBlock<T>& block) {
+    source(Source::x) = block.x;
+    source(Source::h) = block.h;
+    source(Source::x_bias) = block.x_bias;
+    source(Source::h_bias) = block.h_bias;
+    source(Source::parameters) = block.parameters;
+    source(Source::previous_h) = block.previous_h;
+    source(Source::other_states) = block.other_states;
+    target(Target::states) = block.states;
+    target(Target::saved) = block.saved;
+  }
   explicit Machine(const BackwardBlock<T>& block) {
     source(Source::saved) = block.saved;
     source(Source::parameters) = block.parameters;
@@ -52,6 +58,7 @@ class Machine {
     source(Source::previous_h) = block.previous_h;
     source(Source::grad_h) = block.grad_h;
     source(Source::grad_others) = block.grad_others;
+    source(Source::grad_operand) = block.grad_operand;
     target(Target::result) = block.result;
     target(Target::grad) = block.grad;
   }
@@ -161,7 +168,8 @@ class Machine {
 
 template <class T>
 Pointwise<T> pointwise() {
-  return {Machine<T>::forward, Machine<T>::backward, Machine<T>::grad_states, Machine<T>::output};
+  return {Machine<T>::forward, Machine<T>::backward, Machine<T>::grad_states,
+          Machine<T>::output,  Machine<T>::operand,  Machine<T>::late_grads};
 }
 
 }  // namespace

@@ -60,15 +60,18 @@ class TransposedMatrix {
   }
 
   // to[M, width] = panel p of a Wᵀ, for a [M, K]; columns beyond the units are 0 or not written. `next`: the panel that
-  // is multiplied after this one, which is prefetched; p itself: none.
-  void multiply(int64_t M, const S* a, int64_t p, int64_t next, Sum<S>* to) const {
+  // is multiplied after this one, which is prefetched; p itself: none. `ldto`: elements from row to row of `to`.
+  void multiply(int64_t M, const S* a, int64_t p, int64_t next, Sum<S>* to, int64_t ldto) const {
     if (packed_ == nullptr) {
       for (int64_t g = 0; g < of_.gates; ++g)
-        dot(M, units_in(p), K_, a, K_, rows_of_gate(g, p), K_, to + g * of_.units, width());
+        dot(M, units_in(p), K_, a, K_, rows_of_gate(g, p), K_, to + g * of_.units, ldto);
       return;
     }
-    gemm<S>(M, width(), K_, rows_of(a, K_), MatrixB<S>::packed(panel(p), K_, width()), to, width(), false,
+    gemm<S>(M, width(), K_, rows_of(a, K_), MatrixB<S>::packed(panel(p), K_, width()), to, ldto, false,
             next != p ? panel(next) : nullptr);
+  }
+  void multiply(int64_t M, const S* a, int64_t p, int64_t next, Sum<S>* to) const {
+    multiply(M, a, p, next, to, width());
   }
 
   // Whether panel p has neither NaN nor infinity, so that its product with zeros is zeros.

@@ -22,8 +22,11 @@ class Recompute {
         masked_(masked),
         gates_(layer, needed(layer), needed(layer), false, arena),
         saved_(arena, 1, needed(layer) ? layer.directions : 0, max_rows, shape().saved * layer.hidden),
-        products_(arena, 1, needed(layer) && has_norms<Cell>(layer) ? layer.directions : 0, max_rows,
-                  2 * shape().gates * layer.hidden),
+        products_(arena, 1, needed(layer) && (has_norms<Cell>(layer) || shape().late > 0) ? layer.directions : 0,
+                  max_rows,
+                  shape().late > 0 ? gates_.panels() * (gates_.input_width() + gates_.recurrent_width())
+                                   : 2 * shape().gates * layer.hidden),
+        operand_(arena, 1, needed(layer) && shape().late > 0 ? layer.directions : 0, max_rows, layer.hidden),
         h_(arena, 1, needed(layer) ? layer.directions : 0, max_rows, layer.projected) {}
 
   static bool needed(const Layer<S>& layer) {
@@ -44,13 +47,21 @@ class Recompute {
         copy_row(operands.row(r), layer_.projected, h_.begin(segment, d) + r * layer_.projected);
     }
     all.wait();
-    const int64_t panels = gates_.panels();
-    const Range tasks = range_of(layer_.directions * panels, thread, threads);
-    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-      const int64_t d = task / panels, p = task % panels, count = segment.rows[d].size();
-      for (int64_t m = 0; m < count; m += kRowBlock) step(segment, d, p, m, min_of(kRowBlock, count - m));
-    }
-    all.wait();
+    const auto for_blocks = [&](const auto& body) {
+      const int64_t panels = gates_.panels();
+      const Range tasks = range_of(layer_.directions * panels, thread, threads);
+      for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+        const int64_t d = task / panels, p = task % panels, count = segment.rows[d].size();
+        for (int64_t m = 0; m < count; m += kRowBlock) body(d, p, m, min_of(kRowBlock, count - m));
+      }
+      all.wait();
+    };
+    if constexpr (kIsRegistered<Cell>)
+      if (shape().late > 0) {
+        for_blocks([&](auto... block) { late_step(segment, block..., true); });
+        return for_blocks([&](auto... block) { late_step(segment, block..., false); });
+      }
+    for_blocks([&](auto... block) { step(segment, block...); });
     if constexpr (!kIsRegistered<Cell>) {
       if (!has_norms<Cell>(layer_)) return;
       for (int64_t d = 0; d < layer_.directions; ++d) {
@@ -88,8 +99,9 @@ class Recompute {
     }
     if constexpr (kIsRegistered<Cell>) {
       alignas(64) T after[kRowBlock * kMostStates<Cell> * kMostUnits];
-      gates_.call(d, p, count, input, recurrent, {h + unit, P, 0}, {others, reserve_row, H}, after,
-                  {saved, shape().saved * H, H});
+      const int64_t units = shape().units;
+      gates_.call(d, p, count, {input, width, units}, {recurrent, recurrent_width, units}, {h + unit, P, 0},
+                  {others, reserve_row, H}, {after, shape().states * units, units}, {saved, shape().saved * H, H});
     } else {
       for (int64_t i = 0; i < count; ++i)
         for_vectors<T>(gates_.units_in(p), [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
@@ -98,6 +110,39 @@ class Recompute {
           GatesOf::cell(input + i * width, recurrent + i * recurrent_width, gates_.bias(d, p), u, lanes, state, save);
           GatesOf::store_saved(save, H, lanes, saved + i * Cell::saved * H + u);
         });
+    }
+  }
+
+  // step() of a cell with late gates: first the products and the second operand; then, when that of all units is there,
+  // the rest.
+  void late_step(const Segment& segment, int64_t d, int64_t p, int64_t first, int64_t count, bool operand) const {
+    const int64_t width = gates_.input_width(), recurrent_width = gates_.recurrent_width(), units = shape().units;
+    const int64_t H = layer_.hidden, unit = p * units;
+    const int64_t row = segment.rows[d].begin + first, reserve_row = kept_values() * H;
+    const S *h = h_.at(segment, d, row), *operands = masked_.there() ? masked_.of(segment, d).row(first) : h;
+    const T* others = shape().others > 0 ? layer_.reserve + (d * layer_.rows() + row) * reserve_row + unit : nullptr;
+    T* input = products_.at(segment, d, row) + p * (width + recurrent_width);
+    T* recurrent = input + width;
+    S* to = operand_.at(segment, d, row);
+    const int64_t ld = products_.width();
+    alignas(64) T after[kRowBlock * kMostStates<Cell> * kMostUnits];
+    if (operand) {
+      alignas(64) T block[kRowBlock * kMostWidth<Cell>];
+      gates_.input(d, p, p, count, layer_.x + row * layer_.input, block);
+      for (int64_t i = 0; i < count; ++i) copy_row(block + i * width, width, input + i * ld);
+      if (shape().early > 0) gates_.w_hh[d].multiply(count, operands, p, p, recurrent, ld);
+    } else {
+      gates_.w_late[d].multiply(count, to, p, p, recurrent + shape().early * units, ld);
+    }
+    gates_.call(d, p, count, {input, ld, units}, {recurrent, ld, units}, {h + unit, H, 0}, {others, reserve_row, H},
+                operand ? Block<T>{to + unit, H, 0} : Block<T>{after, shape().states * units, units},
+                operand ? Block<T>{} : Block<T>{saved_.at(segment, d, row) + unit, shape().saved * H, H}, operand);
+    if (!operand || layer_.operand_mask == nullptr) return;
+    RecurrentOperands<S> of_rows(layer_, segment, d, beginnings_);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t n = of_rows.batch_row(first + i);
+      masked<T>(to + i * H + unit, layer_.operand_mask + (d * layer_.batch + n) * H + unit, gates_.units_in(p),
+                to + i * H + unit);
     }
   }
 
@@ -127,7 +172,8 @@ class Recompute {
   const MaskedOperands<S>& masked_;
   GatesOf gates_;
   SegmentValues<T> saved_;     // [D, rows, Cell::saved, H]
-  SegmentValues<T> products_;  // [D, rows, 2, G, H]
+  SegmentValues<T> products_;  // [D, rows, 2, G, H]; with late gates [D, rows, panels, G + R, units]
+  SegmentValues<S> operand_;   // [D, rows, H]: the second operand of a cell with late gates
   SegmentValues<S> h_;         // [D, rows, P]: h before each row's step
 };
 

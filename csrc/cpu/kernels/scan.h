@@ -28,7 +28,9 @@ struct Split {
     const double weights = double(gates) * layer.hidden * layer.projected, rows = layer.batch;
     const double alone = cycles_of_step<S>(rows, weights);
     const double by_rows = cycles_of_step<S>((layer.batch + available - 1) / available, weights);
-    const int meetings = 1 + (layer.direction[0].w_hr != nullptr ? 1 : 0) + (layer.normalizes() ? 1 : 0);
+    const bool late = layer.cell != nullptr && layer.cell->late > 0;
+    const int meetings =
+        1 + (layer.direction[0].w_hr != nullptr ? 1 : 0) + (layer.normalizes() ? 1 : 0) + (late ? 1 : 0);
     const double meeting = kMeeting * threads * meetings;
     // Cycles to read h of the units that other cores wrote: about one for each byte.
     const double from_others = rows * layer.projected * (available - 1) / available * sizeof(S);

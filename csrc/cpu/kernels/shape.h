@@ -19,7 +19,8 @@ inline constexpr bool kIsRegistered<Registered> = true;
 // A built-in cell's; the members are those of RegisteredCell.
 template <class Cell>
 struct FixedShape {
-  static constexpr int64_t gates = Cell::gates, recurrent = Cell::gates, states = Cell::states, others = states - 1;
+  static constexpr int64_t gates = Cell::gates, recurrent = Cell::gates, late = 0, early = recurrent;
+  static constexpr int64_t states = Cell::states, others = states - 1;
   static constexpr int64_t saved = Cell::saved, grads = Cell::grads, parameters = 0, columns = grads;
   static constexpr int64_t units = Cell::units;
   static constexpr const auto& input_grad = Cell::input_grad;

@@ -12,7 +12,7 @@ namespace rnnkit::RNNKIT_CAPABILITY {
 // What the reverse scan leaves of a segment's rows.
 template <class S>
 struct SegmentGrads {
-  SegmentValues<S> gates;        // [columns, H]: gradients of the gates, then of a registered cell's parameters
+  SegmentValues<S> gates;        // [columns, H], see RegisteredCell: gradients, and the second operand
   SegmentValues<S> projected;    // [P]: the gradient of the projected h; empty without a projection
   SegmentValues<S> unprojected;  // [H]: h before its projection, a value; empty without a projection
 };
@@ -33,10 +33,12 @@ class WeightGradients {
         masked_(masked),
         packed_x_(layer.directions),
         packed_h_(layer.directions),
+        packed_operand_(layer.directions),
         packed_unprojected_(layer.directions) {
     for (int64_t d = 0; d < layer.directions; ++d) {
       packed_x_[d] = arena.take<S>(layer.multiplies_input ? max_rows * round_up(layer.input, kPanel) : 0);
       packed_h_[d] = arena.take<S>(max_rows * round_up(layer.projected, kPanel));
+      packed_operand_[d] = arena.take<S>(shape().late > 0 ? max_rows * round_up(layer.hidden, kPanel) : 0);
       packed_unprojected_[d] = arena.take<S>(projects ? max_rows * round_up(layer.hidden, kPanel) : 0);
     }
     copies_ = arena.take<S>(layer.threads * kSegmentRows * kTileRows);
@@ -48,10 +50,12 @@ class WeightGradients {
       const Direction<S>& weights = layer_.direction[d];
       const int64_t rows = segment.rows[d].size();
       if (weights.grad_w_ih != nullptr) pack(inputs(segment, d), rows, layer_.input, packed_x_[d], thread, threads);
-      if (weights.grad_w_hh != nullptr)
+      if (weights.grad_w_hh != nullptr && shape().early > 0)
         with_operands(segment, d, [&](const auto& operands) {
           pack(operands, rows, layer_.projected, packed_h_[d], thread, threads);
         });
+      if (weights.grad_w_hh != nullptr && shape().late > 0)
+        pack(second_operands(segment, d), rows, layer_.hidden, packed_operand_[d], thread, threads);
       if (weights.grad_w_hr != nullptr)
         pack(unprojected(segment, d), rows, layer_.hidden, packed_unprojected_[d], thread, threads);
     }
@@ -68,8 +72,13 @@ class WeightGradients {
                      at(weights.grad_b_ih, gate * H)};
     };
     with_operands(segment, d, [&](const auto& operands) {
-      const auto with_h = [&](int64_t gate) {
-        return Product{operands, packed_h_[d], P, at(weights.grad_w_hh, gate * H * P), at(weights.grad_b_hh, gate * H)};
+      const auto with = [&](const auto& of_product, const S* packed, int64_t gate) {
+        return Product{of_product, packed, P, at(weights.grad_w_hh, gate * H * P), at(weights.grad_b_hh, gate * H)};
+      };
+      // Calls run with what the recurrent part of a gate is made of.
+      const auto with_h = [&](int64_t gate, const auto& run) {
+        if (gate < shape().early) return run(with(operands, packed_h_[d], gate));
+        if constexpr (kIsRegistered<Cell>) run(with(second_operands(segment, d), packed_operand_[d], gate));
       };
       if (normalized_.there()) {  // normalized_ sums the gradients of biases itself
         const Sums all{of.add, of.rows, shape().gates * H, thread, threads};
@@ -83,13 +92,14 @@ class WeightGradients {
       const int64_t both = min_of(shape().gates, shape().recurrent);
       for (int64_t g = 0; g < max_of(shape().gates, shape().recurrent);) {
         int64_t end = g;
-        while (end < both && shape().input_grad[end] == end) ++end;
+        const int64_t alike = g < shape().early ? min_of(both, shape().early) : both;  // made of the same operand
+        while (end < alike && shape().input_grad[end] == end) ++end;
         if (end > g) {
-          products(of, gates + g * H, (end - g) * H, with_x(g), with_h(g));
+          with_h(g, [&](const auto& of_h) { products(of, gates + g * H, (end - g) * H, with_x(g), of_h); });
         } else {
           end = g + 1;
           if (g < shape().gates) products(of, gates + shape().input_grad[g] * H, H, with_x(g));
-          if (g < shape().recurrent) products(of, gates + g * H, H, with_h(g));
+          if (g < shape().recurrent) with_h(g, [&](const auto& of_h) { products(of, gates + g * H, H, of_h); });
         }
         g = end;
       }
@@ -109,6 +119,9 @@ class WeightGradients {
   // The right-hand operands of products over a segment's rows: EvenRows, or RecurrentOperands.
   EvenRows<S> inputs(const Segment& segment, int64_t d) const {
     return {layer_.x + segment.rows[d].begin * layer_.input, layer_.input};
+  }
+  EvenRows<S> second_operands(const Segment& segment, int64_t d) const {
+    return {grads_.gates.begin(segment, d) + (shape().columns - 1) * layer_.hidden, grads_.gates.width()};
   }
   EvenRows<S> unprojected(const Segment& segment, int64_t d) const {
     return {grads_.unprojected.begin(segment, d), layer_.hidden};
@@ -229,8 +242,9 @@ class WeightGradients {
   const NormalizedGrads<Cell, S>& normalized_;
   const Beginnings<S> beginnings_;
   const MaskedOperands<S>& masked_;
-  PerDirection<S*> packed_x_, packed_h_, packed_unprojected_;  // [rows, columns] of a segment, in panels of kPanel
-  S* copies_;                                                  // for each thread [kSegmentRows, kTileRows]
+  PerDirection<S*> packed_x_, packed_h_, packed_operand_,
+      packed_unprojected_;  // [rows, columns] of a segment, in panels
+  S* copies_;               // for each thread [kSegmentRows, kTileRows]
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY
