@@ -718,6 +718,17 @@ def _(package: ModuleType, device: str) -> None:
     assert_close(theirs(packed)[0].data, expected)
 
 
+@probe(BEYOND, '`GRU(reset="before")`, the reset gate before the product, trained in one graph')
+def _(package: ModuleType, device: str) -> None:
+    layer = package.GRU(3, 4, reset="before", bidirectional=True, device=device)
+    i = x(device)
+    expected = layer(i)[0]
+    graph = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found = graph(i)[0]
+    assert_close(found, expected)
+    found.sum().backward()
+
+
 @probe(BEYOND, "`grad_clip` and `grad_cut`: gradients clipped and truncated inside the scan")
 def _(package: ModuleType, device: str) -> None:
     clipped = package.LSTM(3, 4, bidirectional=True, grad_clip=0.01, device=device)

@@ -20,6 +20,7 @@ from rnnkit.recurrent import Recurrent, RecurrentCell
 
 if TYPE_CHECKING:
     from rnnkit import library
+    from rnnkit.foreign_cells import from_torchrecurrent
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "freeze",
     "from_haste",
     "from_keras",
+    "from_torchrecurrent",
     "gradient_flow",
     "init",
     "library",
@@ -57,9 +59,11 @@ __all__ = [
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        """`rnnkit.library`, imported when it is used: a program without its cells does not wait for them."""
-        if name == "library":
+        """The library and what belongs to it, imported when it is used: a program without does not wait for it."""
+        if name in ("library", "from_torchrecurrent"):
             import importlib
 
-            return importlib.import_module("rnnkit.library")
+            module = "library" if name == "library" else "foreign_cells"
+            found = importlib.import_module(f"rnnkit.{module}")
+            return found if name == "library" else getattr(found, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

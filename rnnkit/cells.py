@@ -24,6 +24,7 @@ class _Cell(Initialized, Interop, nn.RNNCellBase):
     hidden_size: int
     _torchs: ClassVar[type[nn.RNNCellBase]]
     _cell: str  #: The cell's name in `specs.CELLS`.
+    _has_output = False  #: Whether the output is no state, see `stack.run`.
 
     def _forward(self, input: Tensor, hx: Any) -> Any:
         """Returns h' or (h', c')."""
@@ -51,7 +52,10 @@ class _Cell(Initialized, Interop, nn.RNNCellBase):
     def _step(
         self, input: Tensor, states: Sequence[Tensor], *weights: Sequence[Tensor | None]
     ) -> tuple[Tensor, ...]:
-        """One step: input [N, I] or [I], states [N, H] or [H] (empty for zeros), weights of each head -> new states."""
+        """One step: input [N, I] or [I], states [N, H] or [H] (empty for zeros), weights of each head -> new states.
+
+        An output that is no state is the first result.
+        """
         stack.check_plain("input", input)
         name = self._kind
         if input.dim() not in (1, 2):
@@ -64,15 +68,17 @@ class _Cell(Initialized, Interop, nn.RNNCellBase):
                 )
         _check_sizes(self, input, states)
         batched = input.dim() == 2
-        finals = stack.run(
+        outputs, finals = stack.run(
             self._cell,
             input.unsqueeze(0) if batched else input[None, None],
             [state.unsqueeze(0) if batched else state[None, None] for state in states],
             weights,
             heads=len(weights),
             step=True,
-        )[1]
-        return tuple(stack.reshaped(s, "squeeze", 0) if batched else s[0, 0] for s in finals)
+            has_output=self._has_output,
+        )
+        found = (*(outputs if self._has_output else ()), *finals)
+        return tuple(stack.reshaped(s, "squeeze", 0) if batched else s[0, 0] for s in found)
 
 
 def _check_sizes(module: nn.RNNCellBase, input: Tensor, states: Sequence[Tensor]) -> None:
@@ -224,8 +230,8 @@ class GRUCell(UpdateGate, _Cell, nn.GRUCell):
         device, dtype: device and dtype of the parameters.
         update_gate: what z = 1 does: `"keeps"` the unit's state, as in torch.nn, or `"writes"` the new value. Default
             `"keeps"`. See `rnnkit.GRU`.
-        reset: whether the reset gate multiplies `"after"` the recurrent product or `"before"` it. Default `"after"`. See
-            `rnnkit.GRU`.
+        reset: whether the reset gate multiplies `"after"` the recurrent product or `"before"` it. Default `"after"`.
+            See `rnnkit.GRU`.
 
     Shape:
         input [N, I] or [I]; `hx` [N, H] or [H], zeros if None. Returns h', shaped like `hx`.

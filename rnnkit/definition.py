@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # imported where it is used: a program without such cells doe
 Names = str | Sequence[str]
 #: The initial value of a parameter, or what writes it: takes the tensor [H].
 Start = float | Callable[[Tensor], Any]
+#: What makes the matrix that h is multiplied with of the parameter `weight_hh`.
+Prepare = Callable[[Tensor], Tensor]
 
 #: Names that a parameter cannot have, besides those of a module's methods: `RecurrentCell` has them.
 _TAKEN = {*parameters.KINDS, "bias", "cell", "hidden_size", "input_size", "training"}
@@ -30,13 +32,29 @@ class Cell:
         states: the names of the states; the first is h, which the recurrent parts are made of.
         parameters: the names of the parameters that each hidden unit has one of.
         init: the initial values of parameters, by their names.
-        graph: what the function computes.
+        prepare: what makes the matrix that h is multiplied with of `weight_hh`; None for the parameter itself.
+        has_output: whether the output is another value than h.
+        graph: what the function computes; an output that is no state is one here, the last.
     """
 
-    def __init__(self, name: str, graph: "Graph", init: Mapping[str, Start] | None = None) -> None:
-        self.name, self.graph, self.init = name, graph, dict(init or {})
+    def __init__(
+        self,
+        name: str,
+        graph: "Graph",
+        init: Mapping[str, Start] | None = None,
+        prepare: Prepare | None = None,
+        has_output: bool = False,
+    ) -> None:
+        self.name, self.init, self.prepare = name, dict(init or {}), prepare
+        self.has_output = has_output or graph.has_output
+        self.graph = graph = graph.with_output_as_state()
         self.gates, self.recurrent = graph.inputs, graph.recurrent
-        self.states, self.parameters = graph.states, graph.parameters
+        self.states = graph.states[: len(graph.states) - self.has_output]
+        self.parameters = graph.parameters
+        if prepare is not None and not callable(prepare):
+            raise TypeError(f"expected prepare to be a function of weight_hh, got {prepare!r}")
+        if prepare is not None and not self.recurrent:
+            raise ValueError("expected prepare to be None for a cell without W_hh, got a function")
         for parameter in self.parameters:
             if parameter in _TAKEN or hasattr(nn.RNNCellBase, parameter):
                 raise ValueError(
@@ -59,7 +77,7 @@ class Cell:
         s: Sequence[Tensor],
         p: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
-        """One step on tensors: the states after it.
+        """One step on tensors: the states after it, and last the output if it is no state.
 
         Args:
             x: the input part of each gate, [N, H].
@@ -90,7 +108,7 @@ class Cell:
     def __reduce__(self) -> Any:
         """Without functions in `init` that cannot be pickled, such as lambdas."""
         init = {name: start for name, start in self.init.items() if _pickles(start)}
-        return _unpickled, (self.name, self.op_name, init)
+        return _unpickled, (self.name, self.op_name, init, self.prepare, self.has_output)
 
     def __deepcopy__(self, memo: Any) -> "Cell":
         return self  # it does not change
@@ -104,10 +122,16 @@ def _pickles(start: Start) -> bool:
     return True
 
 
-def _unpickled(name: str, op_name: str, init: Mapping[str, Start]) -> Cell:
+def _unpickled(
+    name: str,
+    op_name: str,
+    init: Mapping[str, Start],
+    prepare: Prepare | None = None,
+    has_output: bool = False,
+) -> Cell:
     from rnnkit.graph.trace import Graph
 
-    return Cell(name, Graph.from_json(op_name), init)
+    return Cell(name, Graph.from_json(op_name), init, prepare, has_output)
 
 
 @overload
@@ -119,6 +143,7 @@ def cell(
     recurrent: Names | None = None,
     parameters: Names = (),
     init: Mapping[str, Start] | None = None,
+    prepare: Prepare | None = None,
 ) -> Callable[[Callable[..., Any]], Cell]: ...
 @overload
 def cell(
@@ -129,6 +154,7 @@ def cell(
     recurrent: Names | None = None,
     parameters: Names = (),
     init: Mapping[str, Start] | None = None,
+    prepare: Prepare | None = None,
 ) -> Cell: ...
 def cell(
     function: Callable[..., Any] | None = None,
@@ -138,6 +164,7 @@ def cell(
     recurrent: Names | None = None,
     parameters: Names = (),
     init: Mapping[str, Start] | None = None,
+    prepare: Prepare | None = None,
 ) -> Any:
     r"""Make a recurrent cell of a function that computes one step.
 
@@ -160,14 +187,19 @@ def cell(
             the gates' input parts, their recurrent parts, the states and the parameters. It may compute with + - * /,
             comparisons, and torch's abs, exp, log1p, maximum, minimum, neg, relu, sigmoid, tanh, where,
             torch.nn.functional.logsigmoid and softplus, each unit for itself, and returns a dict or a tuple of the
-            states after the step.
+            states after the step. `r.n(value)` is the recurrent part of the gate n with a value of the step in place of
+            h, W_hh value + b_hh: for one value of a step, and of the last recurrent gates. A dict may have an "output"
+            that is no state.
         gates: the gates' names, in one string or a sequence. The rows of weights are blocks in this order.
-        states: the states' names. The first is h, the output, which W_hh multiplies.
+        states: the states' names. The first is h, which W_hh multiplies, and the output if there is no other.
         recurrent: the names of the gates that have a recurrent part, in the order of the blocks of W_hh; `()` for a
             cell without W_hh. Default `gates`.
         parameters: names of parameters that each hidden unit has one of, [H] in each layer and direction.
         init: for some of these, the initial value or a function that writes it in place, as those of `torch.nn.init`.
             The others begin like weights. A pickled cell loses functions that cannot be pickled, such as lambdas.
+        prepare: a differentiable function that makes what multiplies h, [R*H, H], of the parameter `weight_hh`, with
+            several heads of each head's; it is called once in a call of the layer. Pickle takes it by its name, so that
+            it cannot be a lambda in a cell that is pickled. Default None: the parameter itself.
 
     The CPU kernels take up to 4 states, 16 gates, 64 parameters and 64 values that a step saves; larger cells run under
     `rnnkit.backend("reference")` alone.
@@ -181,7 +213,7 @@ def cell(
     """
     if function is None:
         given = {"gates": gates, "states": states, "recurrent": recurrent, "parameters": parameters}
-        return functools.partial(cell, **given, init=init)
+        return functools.partial(cell, **given, init=init, prepare=prepare)
     from rnnkit.graph.trace import Refused, checked_names, trace
 
     gates = checked_names("gates", gates)
@@ -195,7 +227,5 @@ def cell(
         )
     except Refused as error:  # its text names the line; the way there is of no use
         raise TypeError(str(error)) from None
-    if graph.has_output:
-        raise ValueError("expected the first state to be the output, got an output of its own")
     name = getattr(function, "__name__", type(function).__name__)
-    return functools.update_wrapper(Cell(name, graph, init), function, updated=())
+    return functools.update_wrapper(Cell(name, graph, init, prepare), function, updated=())

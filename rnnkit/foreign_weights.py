@@ -27,9 +27,9 @@ def from_keras(module: Module, weights: Sequence[Any]) -> Module:
     `merge_mode="concat"` fit a layer with `bidirectional=True`. Keras's input is [N, T, I], as with `batch_first=True`.
 
     The weights do not tell how the Keras layer computes. It must have Keras's defaults: activation tanh (a SimpleRNN:
-    the module's `nonlinearity`) and recurrent_activation sigmoid. A GRU with `reset_after=False` fits one of rnnkit with
-    `reset="before"`, one with `reset_after=True`, the default, any other; their biases have different shapes, so that the
-    other one is an error, which cannot be noticed where there are none.
+    the module's `nonlinearity`) and recurrent_activation sigmoid. A GRU with `reset_after=False` fits rnnkit's with
+    `reset="before"`, one with `reset_after=True`, the default, any other. Their biases have different shapes, so that a
+    mistake is an error; if there are none, it cannot be noticed.
 
     With FSDP2 every process has to call this. After a forward pass FSDP2's root module keeps its parameters unsharded,
     as plain tensors, and what is written to these is lost when it shards them again: call `reshard()` of the model
@@ -40,17 +40,17 @@ def from_keras(module: Module, weights: Sequence[Any]) -> Module:
             and device.
         weights: arrays or tensors, as the Keras layer's `get_weights()` returns them: for each layer and direction
             kernel [I, G*H], recurrent_kernel [H, G*H] and, if `module` has biases, bias [G*H] (in a GRU with
-            `reset_after=True` [2, 3*H], of the input and of the recurrent part). Gate order i, f, c, o (LSTM) or z, r, h (GRU). The forward direction
-            comes before the backward one. For several layers join their lists, `first + second`, as the
-            `get_weights()` of a keras.Sequential of them does.
+            `reset_after=True` [2, 3*H], of the input and of the recurrent part). Gate order i, f, c, o (LSTM) or z, r,
+            h (GRU). The forward direction comes before the backward one. For several layers join their lists,
+            `first + second`, as the `get_weights()` of a keras.Sequential of them does.
 
     Returns:
         `module`. Where Keras has one bias it is now `bias_ih`, and `bias_hh` is zero.
 
     Raises:
         TypeError: `module` is no layer or cell, or `weights` no list of arrays.
-        ValueError: the number of arrays or a shape does not fit, or the biases are of a GRU with the other `reset_after`.
-            Or `module` has a projection or is on the meta device.
+        ValueError: the number of arrays or a shape does not fit, or the biases are of a GRU with the other
+            `reset_after`. Or `module` has a projection or is on the meta device.
         RuntimeError: a parametrization or hook computes a weight of `module`.
 
     Source: keras/src/layers/rnn/simple_rnn.py, lstm.py and gru.py.

@@ -99,6 +99,7 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
     zoneout: Zoneout = 0.0
     _packed: tuple[Tensor, ...] = ()
     _heads = 1
+    _has_output = False  #: Whether the output is no state, see `stack.run`.
     _torchs: ClassVar[type[nn.RNNBase]]
     _cell: str  #: The cell's name in `specs.CELLS`.
 
@@ -233,13 +234,14 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
             recurrent_dropout=self.recurrent_dropout if self.training else 0.0,
             zoneout=self._zoneouts(),
             draws=self.training,
+            has_output=self._has_output,
         )
 
     def _zoneouts(self) -> tuple[float, ...]:
         """`zoneout` for each state; empty for none."""
         if self.zoneout == 0:
             return ()
-        states = self._spec.states
+        states = len(self._state_names)
         given = self.zoneout
         found = tuple(given) if isinstance(given, tuple | list) else (given,) * states
         if len(found) != states:
@@ -456,16 +458,16 @@ class _Layers(Initialized, Interop, InitialStates, LayerNorms):
         """What a call returns: the states have the form of `hx`."""
         if not all_states:
             return outputs[0], self._as_hx(finals)
-        return outputs[0], self._as_hx(finals), self._as_hx(outputs)
+        return outputs[0], self._as_hx(finals), self._as_hx(outputs[self._has_output :])
 
     def _as_states(self, hx: Any, name: str = "hx") -> tuple[Tensor, ...]:
         """The states from `hx`, or another argument of this form; empty, which stands for zeros, if it is None."""
-        if self._spec.states == 1:
+        if len(self._state_names) == 1:
             return stack.as_states(hx, name)
         return stack.as_several_states(self._state_names, self._kind.lower(), hx, name)
 
     def _as_hx(self, states: Sequence[Any]) -> Any:
-        return states[0] if self._spec.states == 1 else tuple(states)
+        return states[0] if len(self._state_names) == 1 else tuple(states)
 
     @property
     def _kind(self) -> str:

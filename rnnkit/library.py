@@ -5,35 +5,55 @@
 In the equations x.g is the input part W_ih x_t + b_ih of the gate g, r.g its recurrent part W_hh h_{t-1} + b_hh; other
 letters without an index are the states before the step, and those with a prime the states after it. Products are
 elementwise. Initial values are those of the cells' own parameters; weights and biases begin as torch.nn's do. Where a
-paper has one number for all units, a cell here has one for each.
+paper learns one number for all units, a cell here has one for each. Cells with numbers that are not learned are
+functions of these:
+
+    layer = rnnkit.Recurrent(rnnkit.library.cornn(dt=0.05), 64, 128)
 """
 
+from functools import partial
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from rnnkit.definition import cell
+from rnnkit.definition import Cell, cell
 
 __all__ = [
+    "antisymmetric_rnn",
     "atr",
+    "br",
     "cfn",
+    "cornn",
     "coupled_lstm",
     "fast_grnn",
     "fast_rnn",
+    "gated_antisymmetric_rnn",
     "ind_rnn",
     "janet",
+    "lem",
     "light_gru",
+    "light_ru",
     "lstm_without_forget_gate",
     "lstm_without_input_gate",
     "lstm_without_output_gate",
+    "mgu",
     "min_gru",
     "min_lstm",
+    "minimal_rnn",
+    "multiplicative_lstm",
+    "mut1",
+    "nas",
+    "nbr",
     "peephole_lstm",
     "ran",
+    "scrn",
+    "sgrn",
     "slstm",
     "sru",
     "star",
     "ugrnn",
+    "unicornn",
 ]
 
 
@@ -284,3 +304,245 @@ def slstm(x, r, s):
     c = f * s.c + i * torch.tanh(x.z + r.z)
     n = f * s.n + i
     return {"h": torch.sigmoid(x.o + r.o) * c / n, "c": c, "n": n, "m": m}
+
+
+@cell(gates="f n", states="h")
+def mgu(x, r, s):
+    """Minimal gated unit: f = σ(x.f + r.f); h' = (1 - f) h + f tanh(x.n + r.n), where r.n is made of f h.
+
+    Gates f, n, the latter with a recurrent part of f h in place of h; state h.
+
+    Source: Zhou et al. 2016, "Minimal gated unit for recurrent neural networks".
+    """
+    f = torch.sigmoid(x.f + r.f)
+    return {"h": (1 - f) * s.h + f * torch.tanh(x.n + r.n(f * s.h))}
+
+
+@cell(gates="z", recurrent="u z", states="h")
+def minimal_rnn(x, r, s):
+    """RNN whose states are of the inputs' kind: z = tanh(x.z); u = σ(r.u + r.z); h' = u h + (1 - u) z.
+
+    Gate z, and u without an input part; r.z is made of z in place of h; state h. The paper has one bias in u.
+
+    Source: Chen 2017, "MinimalRNN: toward more interpretable and trainable recurrent neural networks".
+    """
+    z = torch.tanh(x.z)
+    u = torch.sigmoid(r.u + r.z(z))
+    return {"h": u * s.h + (1 - u) * z}
+
+
+@cell(gates="m i f g o", states="h c")
+def multiplicative_lstm(x, r, s):
+    """LSTM whose gates see m = x.m r.m in place of h: i, f, o = σ(x + r); c' = f c + i tanh(x.g + r.g).
+
+    h' = o tanh(c'). Gates m, i, f, g, o, all but the first with recurrent parts of m; states h, c. The paper has no
+    biases in m.
+
+    Source: Krause et al. 2016, "Multiplicative LSTM for sequence modelling".
+    """
+    m = x.m * r.m
+    i, f, o = (torch.sigmoid(of_x + of_r(m)) for of_x, of_r in ((x.i, r.i), (x.f, r.f), (x.o, r.o)))
+    c = f * s.c + i * torch.tanh(x.g + r.g(m))
+    return {"h": o * torch.tanh(c), "c": c}
+
+
+@cell(gates="z q n", recurrent="q n", states="h")
+def mut1(x, r, s):
+    """Found by search: z = σ(x.z); q = σ(x.q + r.q); h' = z tanh(tanh(x.n) + r.n) + (1 - z) h; r.n is made of q h.
+
+    Gates z, q, n, the first without a recurrent part, the last with one of q h; state h. The paper has tanh of the
+    input itself in place of tanh(x.n).
+
+    Source: Jozefowicz, Zaremba & Sutskever 2015, "An empirical exploration of recurrent network architectures".
+    """
+    z, q = torch.sigmoid(x.z), torch.sigmoid(x.q + r.q)
+    return {"h": z * torch.tanh(torch.tanh(x.n) + r.n(q * s.h)) + (1 - z) * s.h}
+
+
+@cell(gates="a c n", recurrent=(), states="h", parameters="w_a w_c")
+def br(x, r, s, p):
+    """Bistable cell: a = 1 + tanh(x.a + w_a h); c = σ(x.c + w_c h); h' = c h + (1 - c) tanh(x.n + a h).
+
+    Gates a, c, n; state h; parameters w_a, w_c. There is no W_hh.
+
+    Source: Vecoven, Ernst & Drion 2021, "A bio-inspired bistable recurrent cell allows for long-lasting memory".
+    """
+    a, c = 1 + torch.tanh(x.a + p.w_a * s.h), torch.sigmoid(x.c + p.w_c * s.h)
+    return {"h": c * s.h + (1 - c) * torch.tanh(x.n + a * s.h)}
+
+
+@cell(gates="a c n", recurrent="a c", states="h")
+def nbr(x, r, s):
+    """Neuromodulated bistable cell: a = 1 + tanh(x.a + r.a); c = σ(x.c + r.c); h' = c h + (1 - c) tanh(x.n + a h).
+
+    Gates a, c, n, the last without a recurrent part; state h.
+
+    Source: Vecoven, Ernst & Drion 2021, "A bio-inspired bistable recurrent cell allows for long-lasting memory".
+    """
+    a, c = 1 + torch.tanh(x.a + r.a), torch.sigmoid(x.c + r.c)
+    return {"h": c * s.h + (1 - c) * torch.tanh(x.n + a * s.h)}
+
+
+@cell(gates="n f", recurrent="f", states="h")
+def light_ru(x, r, s):
+    """One gate, and content of the input alone: f = σ(x.f + r.f); h' = (1 - f) h + f tanh(x.n).
+
+    Gates n, f, the first without a recurrent part; state h.
+
+    Source: Ye et al. 2024, "Light recurrent unit: towards an interpretable recurrent neural network for modeling
+    long-range dependency".
+    """
+    f = torch.sigmoid(x.f + r.f)
+    return {"h": (1 - f) * s.h + f * torch.tanh(x.n)}
+
+
+@cell(gates="n", states="h")
+def sgrn(x, r, s):
+    """One product each way: f = σ(x.n + r.n); h' = tanh((1 - f) x.n + f h).
+
+    Gate n; state h.
+
+    Source: https://doi.org/10.1049/gtd2.12056, "simple gated recurrent network".
+    """
+    f = torch.sigmoid(x.n + r.n)
+    return {"h": torch.tanh((1 - f) * x.n + f * s.h)}
+
+
+@cell(gates="a b c d e f g k", states="h c")
+def nas(x, r, s):
+    """Found by search: c' = tanh(tanh(σ(a) relu(b)) + c) tanh(σ(c) + relu(d)), where each letter is x + r of that gate.
+
+    h' = tanh(c' tanh(tanh(tanh(e) σ(f)) + σ(tanh(g) + σ(k)))). Gates a, b, c, d, e, f, g, k; states h, c.
+
+    Source: Zoph & Le 2017, "Neural architecture search with reinforcement learning", as torchrecurrent has it.
+    """
+    a, b, c, d, e, f, g, k = (of_x + of_r for of_x, of_r in zip(x, r, strict=True))
+    content = torch.tanh(torch.tanh(torch.sigmoid(a) * torch.relu(b)) + s.c)
+    new = content * torch.tanh(torch.sigmoid(c) + torch.relu(d))
+    inner = torch.tanh(torch.tanh(e) * torch.sigmoid(f))
+    outer = torch.tanh(inner + torch.sigmoid(torch.tanh(g) + torch.sigmoid(k)))
+    return {"h": torch.tanh(new * outer), "c": new}
+
+
+def antisymmetric_rnn(epsilon: float = 0.01, gamma: float = 0.01) -> Cell:
+    """RNN as a stable differential equation: h' = h + ε tanh(x.n + r.n), where W_hh is W - W^T - γ 1.
+
+    Gate n; state h. W is the parameter `weight_hh`.
+
+    Args:
+        epsilon: ε, the length of a step.
+        gamma: γ, the diffusion.
+
+    Source: Chang et al. 2019, "AntisymmetricRNN: a dynamical system view on recurrent neural networks".
+    """
+
+    @cell(gates="n", states="h", prepare=partial(_antisymmetric, gamma=float(gamma)))
+    def antisymmetric_rnn(x, r, s):
+        return {"h": s.h + epsilon * torch.tanh(x.n + r.n)}
+
+    return antisymmetric_rnn
+
+
+def gated_antisymmetric_rnn(epsilon: float = 0.01, gamma: float = 0.01) -> Cell:
+    """`antisymmetric_rnn` with a gate of the same recurrent part: h' = h + ε σ(x.z + r.n) tanh(x.n + r.n).
+
+    Gates z, n, the first without a recurrent part of its own; state h.
+
+    Args:
+        epsilon: ε, the length of a step.
+        gamma: γ, the diffusion.
+
+    Source: Chang et al. 2019, "AntisymmetricRNN: a dynamical system view on recurrent neural networks".
+    """
+    prepare = partial(_antisymmetric, gamma=float(gamma))
+
+    @cell(gates="z n", recurrent="n", states="h", prepare=prepare)
+    def gated_antisymmetric_rnn(x, r, s):
+        return {"h": s.h + epsilon * torch.sigmoid(x.z + r.n) * torch.tanh(x.n + r.n)}
+
+    return gated_antisymmetric_rnn
+
+
+def _antisymmetric(weight: Tensor, gamma: float) -> Tensor:
+    return weight - weight.t() - gamma * torch.eye(len(weight)).to(weight)
+
+
+def cornn(dt: float = 0.05, gamma: float = 1.0, epsilon: float = 1.0) -> Cell:
+    """Coupled oscillators: v' = v + dt (tanh(x.y + r.y + r.v) - γ y - ε v); y' = y + dt v'; r.v is made of v.
+
+    Gate y, and v without an input part; states y, v.
+
+    Args:
+        dt: the length of a step.
+        gamma: γ, the oscillators' frequency.
+        epsilon: ε, their damping.
+
+    Source: Rusch & Mishra 2021, "Coupled oscillatory recurrent neural network (coRNN)".
+    """
+
+    @cell(gates="y", recurrent="y v", states="y v")
+    def cornn(x, r, s):
+        v = s.v + dt * (torch.tanh(x.y + r.y + r.v(s.v)) - gamma * s.y - epsilon * s.v)
+        return {"y": s.y + dt * v, "v": v}
+
+    return cornn
+
+
+def lem(dt: float = 1.0) -> Cell:
+    """Long expressive memory: a, b = dt σ(x + r); z' = (1 - b) z + b tanh(x.z + r.z).
+
+    y' = (1 - a) y + a tanh(x.y + r.y), where r.y is made of z'. Gates a, b, z, y; states y, z.
+
+    Args:
+        dt: the length of a step.
+
+    Source: Rusch et al. 2022, "Long expressive memory for sequence modeling".
+    """
+
+    @cell(gates="a b z y", states="y z")
+    def lem(x, r, s):
+        a, b = dt * torch.sigmoid(x.a + r.a), dt * torch.sigmoid(x.b + r.b)
+        z = (1 - b) * s.z + b * torch.tanh(x.z + r.z)
+        return {"y": (1 - a) * s.y + a * torch.tanh(x.y + r.y(z)), "z": z}
+
+    return lem
+
+
+def scrn(alpha: float = 0.95) -> Cell:
+    """RNN with a slow context c: c' = (1 - α) x.c + α c; h' = σ(x.h + r.h + r.c), where r.c is made of c'.
+
+    Gates c, h; states h, c. The paper's context has a size of its own and its output is made of both.
+
+    Args:
+        alpha: α, what the context keeps in a step.
+
+    Source: Mikolov et al. 2015, "Learning longer memory in recurrent neural networks".
+    """
+
+    @cell(gates="c h", recurrent="h c", states="h c")
+    def scrn(x, r, s):
+        c = (1 - alpha) * x.c + alpha * s.c
+        return {"h": torch.sigmoid(x.h + r.h + r.c(c)), "c": c}
+
+    return scrn
+
+
+def unicornn(dt: float = 0.05, alpha: float = 1.0) -> Cell:
+    """Oscillators apart: v' = v - dt σ(c) (tanh(x.y + w y) + α y); y' = y + dt σ(c) v'.
+
+    Gate y; states y, v; parameters w, c. There is no W_hh.
+
+    Args:
+        dt: the length of a step.
+        alpha: α, how the oscillators are drawn to 0.
+
+    Source: Rusch & Mishra 2021, "UnICORNN: a recurrent model for learning very long time dependencies".
+    """
+
+    @cell(gates="y", recurrent=(), states="y v", parameters="w c")
+    def unicornn(x, r, s, p):
+        step = dt * torch.sigmoid(p.c)
+        v = s.v - step * (torch.tanh(x.y + p.w * s.y) + alpha * s.y)
+        return {"y": s.y + step * v, "v": v}
+
+    return unicornn

@@ -64,8 +64,27 @@ class _OfCell(nn.Module):
         The cell's own become one, [U, H].
         """
         found = dict(zip(names, given, strict=True))
+        if self.cell.prepare is not None:
+            found["weight_hh"] = self._prepared(found["weight_hh"])
         own = [tensor for name in self.cell.parameters if (tensor := found[name]) is not None]
         return [*map(found.get, parameters.KINDS), *([torch.stack(own)] if own else [])]
+
+    def _prepared(self, weight_hh: Tensor | None) -> Tensor | None:
+        """What the cell's `prepare` makes of `weight_hh`, of each head for itself."""
+        prepare = self.cell.prepare
+        if prepare is None or weight_hh is None:
+            return weight_hh
+        made = [
+            prepare(of_head) for of_head in (weight_hh.unbind(0) if self.heads > 1 else [weight_hh])
+        ]
+        for of_head in made:
+            expected = weight_hh.shape[-2:]
+            if not isinstance(of_head, Tensor) or of_head.shape != expected:
+                got = tuple(of_head.shape) if isinstance(of_head, Tensor) else repr(of_head)
+                raise ValueError(
+                    f"expected prepare of {self.cell.name} to return a Tensor of shape {tuple(expected)}, got {got}"
+                )
+        return torch.stack(made) if self.heads > 1 else made[0]
 
     def _of_heads(self, given: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
         """The weights of each head as a call takes them, from what `_as_call` returns."""
@@ -183,7 +202,8 @@ class Recurrent(_Layers, _OwnWeights):
     Shape:
         input [T, N, I], [T, I] or a PackedSequence. `hx`: the initial states, of a cell with one state a tensor
         [L*D, N, P or H], of others a tuple of one for each state [L*D, N, H]; zeros or the learned states if None.
-        Returns the output [T, N, D*(P or H)] (or [T, ·], or a PackedSequence) and the final states in the form of `hx`.
+        Returns the output [T, N, D*(P or H)] (or [T, ·], or a PackedSequence), which is h unless the step returns
+        another, and the final states in the form of `hx`.
         `lengths`, `reset`, `reset_to` and `all_states` are those of `rnnkit.LSTM`.
 
     Raises:
@@ -218,9 +238,10 @@ class Recurrent(_Layers, _OwnWeights):
         heads: int = 1,
     ) -> None:
         self._set_cell(cell, heads, hidden_size=hidden_size, proj_size=proj_size)
-        if proj_size and not cell.spec.projects:
+        if proj_size and (cell.has_output or not cell.spec.projects):
+            why = "output is not h" if cell.has_output else "step reads h itself"
             raise ValueError(
-                f"expected proj_size to be 0 for {cell.name}, whose step reads h itself, got {proj_size}"
+                f"expected proj_size to be 0 for {cell.name}, whose {why}, got {proj_size}"
             )
         super().__init__(
             *(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional),
@@ -248,6 +269,10 @@ class Recurrent(_Layers, _OwnWeights):
     @property
     def _state_names(self) -> tuple[str, ...]:
         return self.cell.states
+
+    @property
+    def _has_output(self) -> bool:  # type: ignore[override]
+        return self.cell.has_output
 
     def _kinds(self) -> int:
         return len(_names(self, bool(self.bias), self.proj_size))
@@ -330,7 +355,8 @@ class RecurrentCell(_Cell, _OwnCellWeights):
 
     Shape:
         input [N, I] or [I]; `hx`, of a cell with one state a tensor [N, H] or [H], of others a tuple of one for each
-        state; zeros if None. Returns the new states in the form of `hx`.
+        state; zeros if None. Returns the new states in the form of `hx`; of a cell whose output is not h, a pair of the
+        output and these.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -357,6 +383,10 @@ class RecurrentCell(_Cell, _OwnCellWeights):
     def _kind(self) -> str:
         return self.cell.name
 
+    @property
+    def _has_output(self) -> bool:  # type: ignore[override]
+        return self.cell.has_output
+
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Take one step; see the class."""
         if interop.is_traced(input, hx):
@@ -369,5 +399,7 @@ class RecurrentCell(_Cell, _OwnCellWeights):
             states = stack.as_states(hx)
         else:
             states = stack.as_several_states(self.cell.states, self.cell.name, hx)
-        finals = self._step(input, states, *self._of_heads(self._as_call(names, weights)))
-        return finals[0] if len(finals) == 1 else finals
+        found = self._step(input, states, *self._of_heads(self._as_call(names, weights)))
+        finals = found[self.cell.has_output :]
+        new = finals[0] if len(finals) == 1 else finals
+        return (found[0], new) if self.cell.has_output else new

@@ -50,8 +50,8 @@ class CellSpec:
         uses_h: whether the kernel's backward pass reads h; by default, if it saves nothing else.
         late: how many recurrent gates, the last ones, have a recurrent part made of the second operand in place of h. A
             cell that has any does not project.
-        operand: (input parts, recurrent parts of the other gates, states, parameters) -> the second operand, [N, H], and
-            what `step` of such a cell takes as `known`: values that need not be computed again.
+        operand: (input parts, recurrent parts of the other gates, states, parameters) -> the second operand, [N, H],
+            and what `step` of such a cell takes as `known`: values that need not be computed again.
     """
 
     name: str

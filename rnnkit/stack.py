@@ -35,6 +35,7 @@ def run(
     recurrent_dropout: float = 0.0,
     zoneout: Sequence[float] = (),
     draws: bool = False,
+    has_output: bool = False,
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Run a stack of layers.
 
@@ -58,10 +59,12 @@ def run(
         recurrent_dropout: see `noise.drawn`; 0 when not training.
         zoneout: see `LayerCall`.
         draws: see `noise.drawn`.
+        has_output: whether the cell's last state is its output, [T, N, D*H]. It is not among `states`, `reset_to` and
+            the states that are returned.
 
     Returns:
         The last layer's output [T, N, D*P] or [rows, D*P], followed by its other states after each step if
-        `all_states`; and the final states, shaped like `states`.
+        `all_states`, h among them if that is not the output; and the final states, shaped like `states`.
 
     Raises:
         RuntimeError: there is no time step, or a tensor's dtype or device is not the input's.
@@ -79,6 +82,9 @@ def run(
     )
     _check_like(input, given, weights)
     states, reset_to = given[: len(states)], given[len(states) :]
+    if has_output:
+        states, reset_to = _with_output(states), _with_output(reset_to)
+        zoneout = (*zoneout, 0.0) if zoneout else ()
     if heads > 1:
         states, reset_to = _apart(states, heads), _apart(reset_to, heads)
     recurrences = directions * heads  # what a call counts as its directions
@@ -90,7 +96,7 @@ def run(
     outputs, finals = [input], []
     for index in range(layers):
         of_layer = slice(index * recurrences, (index + 1) * recurrences)
-        output = outputs[0]
+        output = outputs[-1 if has_output else 0]
         if index > 0 and dropout > 0:
             output = drop(output, dropout, training=True)
         call = LayerCall(
@@ -99,7 +105,7 @@ def run(
             states if layers == 1 else [state[of_layer] for state in states],
             [w for direction in weights[of_layer] for w in direction],
             batch_sizes,
-            all_states and index == layers - 1,
+            has_output or (all_states and index == layers - 1),
             grad_clip=grad_clip,
             grad_cut=grad_cut,
             reset=reset,
@@ -110,6 +116,10 @@ def run(
         packed_here = packed[index] if packed and result_dtypes is None else None
         outputs, final = autograd.run(call, keep=keep, packed=packed_here)
         finals.append(final)
+    if has_output:
+        *after, output = outputs
+        outputs = [output, *after] if all_states else [output]
+        finals = [final[:-1] for final in finals]
     final_states = finals[0] if layers == 1 else [torch.cat(s) for s in zip(*finals, strict=True)]
     if heads > 1:
         final_states = _together(final_states, heads)
@@ -117,6 +127,11 @@ def run(
         outputs = [s.to(result_dtypes[min(k, 1)]) for k, s in enumerate(outputs)]
         final_states = [s.to(result_dtypes[min(k, 1)]) for k, s in enumerate(final_states)]
     return outputs, tuple(final_states)
+
+
+def _with_output(states: Sequence[Tensor]) -> list[Tensor]:
+    """States with one for the output, which no step reads; none stay none."""
+    return [*states, *(torch.zeros_like(state) for state in states[:1])]
 
 
 def _apart(states: Sequence[Tensor], heads: int) -> list[Tensor]:

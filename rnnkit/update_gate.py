@@ -1,4 +1,4 @@
-"""`UpdateGate`: the base of GRU and GRUCell that knows which way their update gate z works, and where the reset gate is."""
+"""`UpdateGate`: the base of GRU and GRUCell that knows which way their update gate z works, and where the other is."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -41,7 +41,7 @@ class UpdateGate(nn.Module):
 
     @property
     def reset(self) -> str:
-        """Where the reset gate multiplies: `"after"` the product, r⊙(W_hn h + b_hn), or `"before"`, W_hn (r⊙h) + b_hn."""
+        """Where the reset gate is: `"after"` the product, r⊙(W_hn h + b_hn), or `"before"`, W_hn (r⊙h) + b_hn."""
         return "before" if self._resets_before else "after"
 
     @property

@@ -23,6 +23,8 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gru": ("GRU", {}),
     "gru bidirectional, batch_first": ("GRU", {"bidirectional": True, "batch_first": True}),
     "gru writes, two layers": ("GRU", {"update_gate": "writes", "num_layers": 2}),
+    "gru before": ("GRU", {"reset": "before", "bidirectional": True}),
+    "gru before writes": ("GRU", {"reset": "before", "update_gate": "writes", "num_layers": 2}),
     "lstm with a rule for gradients": ("LSTM", {"grad_clip": 0.1, "grad_cut": 2}),
     "rnn": ("RNN", {"bias": False}),
     "rnn_relu bidirectional": ("RNN", {"bidirectional": True, "nonlinearity": "relu"}),
@@ -106,6 +108,7 @@ class Encoder(nn.Module):
         ("lstm bidirectional, two layers", True),
         ("gru bidirectional, batch_first", True),
         ("gru writes, two layers", True),
+        ("gru before", True),
         ("rnn_relu bidirectional", False),
     ],
 )

@@ -153,14 +153,51 @@ def test_a_bidirectional_layer_s_directions_differ(keras: Any) -> None:
     assert_equal(rnnkit.to_keras(module), model.get_weights())
 
 
-def test_a_gru_with_reset_before(keras: Any) -> None:
+@pytest.mark.parametrize("update_gate", ["keeps", "writes"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gru_with_reset_before(
+    keras: Any, bias: bool, bidirectional: bool, update_gate: str
+) -> None:
+    """In float32, to which Keras rounds this GRU also in float64."""
+    case = Case("gru", batch_first=True, bidirectional=bidirectional, bias=bias)
+    model = keras_layers(keras, case, reset_after=False)
+    module = case.make(rnnkit, reset="before", update_gate=update_gate)
+    model.set_weights(drawn(model.get_weights()))
+    rnnkit.from_keras(module, model.get_weights())
+    input = case.leaves()["input"].detach()
+    assert_close(case, module(input)[0], model(input))
+    if bias:
+        assert module.bias_hh_l0.eq(0).all()
+        torch.nn.init.uniform_(module.bias_hh_l0)
+    model.set_weights(rnnkit.to_keras(module))
+    assert_close(case, module(input)[0], model(input))
+
+
+def test_a_gru_cell_with_reset_before(keras: Any) -> None:
+    case = Case("gru_cell")
+    theirs = keras.layers.GRUCell(case.hidden_size, reset_after=False, dtype="float32")
+    theirs.build((None, case.input_size))
+    theirs.set_weights(drawn(theirs.get_weights()))
+    ours = rnnkit.from_keras(case.make(rnnkit, reset="before"), theirs.get_weights())
+    leaves = case.leaves()
+    input, h = leaves["input"].detach(), torch.rand(case.batch, case.hidden_size)
+    assert_close(case, ours(input, h), theirs(input, h)[0])
+
+
+def test_the_other_reset(keras: Any) -> None:
     case = Case("gru", bidirectional=True)
-    weights = keras_layers(keras, case, reset_after=False).get_weights()
-    with pytest.raises(
-        ValueError,
-        match=r"expected weights\[2\], the bias, of shape \(2, 18\), got \(18,\): the GRU has reset_after=False",
-    ):
-        rnnkit.from_keras(case.make(rnnkit), weights)
+    for reset, after in (("after", False), ("before", True)):
+        weights = keras_layers(keras, case, reset_after=after).get_weights()
+        shapes = r"\(2, 18\), got \(18,\)" if reset == "after" else r"\(18,\), got \(2, 18\)"
+        other = "before" if reset == "after" else "after"
+        words = rf"reset_after={after}, and so fits a rnnkit.GRU with reset='{other}'"
+        with pytest.raises(
+            ValueError, match=rf"weights\[2\], the bias, of shape {shapes}: .*{words}"
+        ):
+            rnnkit.from_keras(case.make(rnnkit, reset=reset), weights)
+    with pytest.raises(ValueError, match="reset='after', as haste's GRU, got reset='before'"):
+        rnnkit.to_haste(rnnkit.GRU(4, 6, reset="before"))
 
 
 def test_keras_in_bfloat16(keras: Any) -> None:

@@ -519,7 +519,7 @@ def test_late_without_operand_in_json() -> None:
     content = json.loads(LATE["reset_before"].graph().to_json())
     del content["operand"]
     with pytest.raises(
-        ValueError, match="expected the JSON of a graph, with inputs.*late, operand"
+        ValueError, match=r"expected the JSON of a graph, with inputs.*late, operand"
     ):
         Graph.from_json(json.dumps(content))
 

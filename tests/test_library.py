@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnkit
-from rnnkit import library
+from rnnkit import foreign_cells, library
 from rnnkit.graph import Graph
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -129,7 +129,99 @@ def slstm(x: Parts, r: Parts, s: Parts, p: Parts) -> Parts:
     return sigma(x[3] + r[3]) * c / n, c, n, scale
 
 
-Formula = Callable[[Parts, Parts, Parts, Parts], Parts]
+def mgu(x: Parts, r: Any, s: Parts, p: Parts) -> Parts:
+    f = sigma(x[0] + r[0])
+    return (f * torch.tanh(x[1] + r[1](f * s[0])) + (1 - f) * s[0],)
+
+
+def minimal_rnn(x: Parts, r: Any, s: Parts, p: Parts) -> Parts:
+    z = torch.tanh(x[0])
+    u = sigma(r[0] + r[1](z))
+    return (z + u * (s[0] - z),)
+
+
+def multiplicative_lstm(x: Parts, r: Any, s: Parts, p: Parts) -> Parts:
+    m = x[0] * r[0]
+    i, f, g, o = (x[k] + r[k](m) for k in (1, 2, 3, 4))
+    return lstm_of(sigma(i), sigma(f), g, sigma(o), s[1])
+
+
+def mut1(x: Parts, r: Any, s: Parts, p: Parts) -> Parts:
+    z, q = sigma(x[0]), sigma(x[1] + r[0])
+    return (torch.tanh(r[1](q * s[0]) + torch.tanh(x[2])) * z + s[0] * (1 - z),)
+
+
+def br(x: Parts, r: Any, s: Parts, p: Parts) -> Parts:
+    return nbr(x, [p[0] * s[0], p[1] * s[0]], s, p)
+
+
+def nbr(x: Parts, r: Any, s: Parts, p: Parts) -> Parts:
+    a, c = 1 + torch.tanh(x[0] + r[0]), sigma(x[1] + r[1])
+    return (c * s[0] + (1 - c) * torch.tanh(x[2] + a * s[0]),)
+
+
+def light_ru(x: Parts, r: Parts, s: Parts, p: Parts) -> Parts:
+    f = sigma(x[1] + r[0])
+    return ((1 - f) * s[0] + f * torch.tanh(x[0]),)
+
+
+def sgrn(x: Parts, r: Parts, s: Parts, p: Parts) -> Parts:
+    f = sigma(x[0] + r[0])
+    return (torch.tanh((1 - f) * x[0] + f * s[0]),)
+
+
+def nas(x: Parts, r: Parts, s: Parts, p: Parts) -> Parts:
+    g = [of_x + of_r for of_x, of_r in zip(x, r, strict=True)]
+    tanh = torch.tanh
+    first = tanh(tanh(sigma(g[0]) * g[1].clamp(min=0)) + s[1])
+    c = first * tanh(sigma(g[2]) + g[3].clamp(min=0))
+    last = tanh(tanh(tanh(g[4]) * sigma(g[5])) + sigma(tanh(g[6]) + sigma(g[7])))
+    return tanh(c * last), c
+
+
+def antisymmetric_rnn(x: Parts, r: Parts, s: Parts, p: Parts) -> Parts:
+    return (s[0] + 0.2 * torch.tanh(x[0] + r[0]),)
+
+
+def gated_antisymmetric_rnn(x: Parts, r: Parts, s: Parts, p: Parts) -> Parts:
+    return (s[0] + 0.2 * sigma(x[0] + r[0]) * torch.tanh(x[1] + r[0]),)
+
+
+def cornn(x: Parts, r: Any, s: Parts, p: Parts) -> Parts:
+    y, v = s
+    v = v + 0.3 * torch.tanh(x[0] + r[0] + r[1](v)) - 0.3 * 1.5 * y - 0.3 * 0.7 * v
+    return y + 0.3 * v, v
+
+
+def lem(x: Parts, r: Any, s: Parts, p: Parts) -> Parts:
+    a, b = 0.6 * sigma(x[0] + r[0]), 0.6 * sigma(x[1] + r[1])
+    z = s[1] + b * (torch.tanh(x[2] + r[2]) - s[1])
+    return s[0] + a * (torch.tanh(x[3] + r[3](z)) - s[0]), z
+
+
+def scrn(x: Parts, r: Any, s: Parts, p: Parts) -> Parts:
+    c = 0.2 * x[0] + 0.8 * s[1]
+    return sigma(x[1] + r[0] + r[1](c)), c
+
+
+def unicornn(x: Parts, r: Parts, s: Parts, p: Parts) -> Parts:
+    y, v = s
+    v = v - 0.3 * sigma(p[1]) * (torch.tanh(x[0] + p[0] * y) + 0.8 * y)
+    return y + 0.3 * sigma(p[1]) * v, v
+
+
+#: Cells that are made of numbers.
+MADE = {
+    "antisymmetric_rnn": library.antisymmetric_rnn(epsilon=0.2, gamma=0.3),
+    "cornn": library.cornn(dt=0.3, gamma=1.5, epsilon=0.7),
+    "gated_antisymmetric_rnn": library.gated_antisymmetric_rnn(epsilon=0.2, gamma=0.3),
+    "lem": library.lem(dt=0.6),
+    "scrn": library.scrn(alpha=0.8),
+    "unicornn": library.unicornn(dt=0.3, alpha=0.8),
+}
+CELLS = {name: MADE.get(name, getattr(library, name)) for name in library.__all__}
+
+Formula = Callable[[Parts, Any, Parts, Parts], Parts]
 FORMULAS: dict[str, Formula] = {name: globals()[name] for name in library.__all__}
 each_cell = pytest.mark.parametrize("name", FORMULAS)
 
@@ -145,19 +237,37 @@ class FormulaLoop(Loop):
 
         def step(x: Tensor, h: Tensor, states: list[Tensor]) -> list[Tensor]:
             of_x = gates_of(linear(x, own("weight_ih"), own("bias_ih")), len(cell.gates))
-            of_h: Parts = ()
+            of_h: Any = ()
             if cell.recurrent:
-                of_h = of_heads(h, own("weight_hh"))
-                if layer.bias:
-                    of_h = of_h + own("bias_hh")
-                of_h = gates_of(of_h, len(cell.recurrent))
+                early = cell.graph.early
+                late = [
+                    lambda value, k=k: parts_of(value)[k] for k in range(early, len(cell.recurrent))
+                ]
+                of_h = [*parts_of(h)[:early], *late]
             new = list(FORMULAS[cell.name](of_x, of_h, states, [own(n) for n in cell.parameters]))
             if layer.proj_size:
                 new[0] = of_heads(new[0], own("weight_hr"))
             return new
 
-        def of_heads(value: Tensor, weight: Tensor) -> Tensor:
+        def parts_of(value: Tensor) -> Parts:
+            """The recurrent parts of all gates, made of a value."""
+            product = of_heads(value, own("weight_hh"), prepared)
+            if layer.bias:
+                product = product + own("bias_hh")
+            return gates_of(product, len(cell.recurrent))
+
+        def prepared(weight: Tensor) -> Tensor:
+            if "antisymmetric" not in cell.name:
+                return weight
+            return weight - weight.mT - 0.3 * torch.eye(weight.size(-1)).double()
+
+        def of_heads(
+            value: Tensor,
+            weight: Tensor,
+            prepare: Callable[[Tensor], Tensor] = lambda weight: weight,
+        ) -> Tensor:
             """Each head's product, one after the other."""
+            weight = prepare(weight)
             each = weight.unbind(0) if layer.heads > 1 else [weight]
             parts = zip(value.chunk(layer.heads, -1), each, strict=True)
             return torch.cat([part @ of_head.t() for part, of_head in parts], -1)
@@ -172,7 +282,7 @@ class FormulaLoop(Loop):
 
 def made(name: str, **options: Any) -> Any:
     """Two layers with arbitrary parameters, in float64."""
-    cell = getattr(library, name)
+    cell = CELLS[name]
     layer = rnnkit.Recurrent(cell, I, H, **{"num_layers": 2, **options}).double()
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -223,7 +333,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_layers_are_the_formula(name: str, way: str) -> None:
     """The output, all states and all gradients."""
     options = dict(WAYS[way])
-    cell = getattr(library, name)
+    cell = CELLS[name]
     if "projected" in way and not cell.spec.projects:
         with pytest.raises(ValueError, match=f"proj_size to be 0 for {name}, whose step reads h"):
             made(name, **options)
@@ -275,7 +385,7 @@ def test_one_step_is_the_layers(name: str, heads: int) -> None:
 
 @each_cell
 def test_gradcheck(name: str) -> None:
-    layer = rnnkit.Recurrent(getattr(library, name), 2, 2).double()
+    layer = rnnkit.Recurrent(CELLS[name], 2, 2).double()
     names = [key for key, _ in layer.named_parameters()]
     inputs = [torch.randn(3, 2, 2, dtype=torch.float64).requires_grad_()]
     inputs += [parameter.detach().clone().requires_grad_() for parameter in layer.parameters()]
@@ -290,7 +400,7 @@ def test_gradcheck(name: str) -> None:
 
 @each_cell
 def test_json_and_pickle(name: str) -> None:
-    cell = getattr(library, name)
+    cell = CELLS[name]
     graph = Graph.from_json(cell.op_name)
     assert graph == cell.graph and graph.to_json() == cell.op_name
     again = pickle.loads(pickle.dumps(cell))
@@ -299,16 +409,20 @@ def test_json_and_pickle(name: str) -> None:
 
 @each_cell
 def test_docstrings_name_everything(name: str) -> None:
-    cell = getattr(library, name)
-    words = cell.__doc__.replace(",", " ").replace(";", " ").replace(".", " ").split()
+    cell = CELLS[name]
+    words = (
+        getattr(library, name).__doc__.replace(",", " ").replace(";", " ").replace(".", " ").split()
+    )
     assert {*cell.gates, *cell.states, *cell.parameters} <= set(words)
-    assert "Source: " in cell.__doc__
+    assert "Source: " in getattr(library, name).__doc__
     assert f"`{name}`" in (Path(__file__).parents[1] / "docs/cells.md").read_text("utf-8")
 
 
 def test_every_cell_is_listed() -> None:
     cells = [name for name, value in vars(library).items() if isinstance(value, rnnkit.Cell)]
-    assert sorted(cells) == library.__all__
+    assert sorted([*cells, *MADE]) == library.__all__
+    for name in MADE:
+        assert isinstance(getattr(library, name)(), rnnkit.Cell) and CELLS[name].name == name
 
 
 def test_it_is_imported_when_it_is_used() -> None:
@@ -369,63 +483,96 @@ def test_large_values_stay_finite(name: str, scale: float) -> None:
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
-#: torchrecurrent's cell, its arguments, and its parameters that have other names or shapes, made of ours.
-THEIRS: dict[str, tuple[str, dict[str, Any], Callable[[dict[str, Tensor]], dict[str, Tensor]]]] = {
-    "atr": ("ATRCell", {}, lambda own: {}),
-    "cfn": ("CFNCell", {}, lambda own: {}),
-    "fast_grnn": (
-        "FastGRNNCell",
-        {"nonlinearity": "sigmoid"},
-        lambda own: {
-            "zeta": own["zeta"][:1],
-            "nu": own["nu"][:1],
-            "bias_ih": torch.cat([own["bias_ih"] + own["b_z"], own["bias_ih"] + own["b_n"]]),
-            "bias_hh": own["bias_hh"].repeat(2),
-        },
-    ),
-    "fast_rnn": (
-        "FastRNNCell",
-        {},
-        lambda own: {"alpha": own["alpha"][:1], "beta": own["beta"][:1]},
-    ),
-    "ind_rnn": (
-        "IndRNNCell",
-        {"nonlinearity": "relu"},
-        lambda own: {"vector_u": own["u"], "bias_hh": torch.zeros(H).double()},
-    ),
-    "janet": ("JANETCell", {}, lambda own: {"beta": torch.tensor(1.0).double()}),
-    "light_gru": ("LiGRUCell", {}, lambda own: {}),
-    "lstm_without_forget_gate": ("OriginalLSTMCell", {}, lambda own: {}),
-    "peephole_lstm": (
-        "PeepholeLSTMCell",
-        {},
-        lambda own: {"weight_ph": torch.cat([own["p_i"], own["p_f"], own["p_o"]])},
-    ),
-    "ran": ("RANCell", {}, lambda own: {"bias_ih": own["bias_ih"][H:]}),
-    "star": ("STARCell", {}, lambda own: {}),
-    "ugrnn": ("UGRNNCell", {}, lambda own: {}),
+#: torchrecurrent's layers that the library has, and their arguments.
+THEIRS: dict[str, dict[str, Any]] = {
+    "ATR": {},
+    "AntisymmetricRNN": {"epsilon": 0.2, "gamma": 0.3},
+    "BR": {},
+    "CFN": {},
+    "FastGRNN": {"nonlinearity": "sigmoid"},
+    "FastRNN": {},
+    "GatedAntisymmetricRNN": {"epsilon": 0.2, "gamma": 0.3},
+    "IndRNN": {"nonlinearity": "relu"},
+    "JANET": {},
+    "LightRU": {},
+    "LiGRU": {},
+    "MGU": {},
+    "MUT1": {},
+    "MinimalRNN": {},
+    "MultiplicativeLSTM": {},
+    "NAS": {},
+    "NBR": {},
+    "OriginalLSTM": {},
+    "PeepholeLSTM": {},
+    "RAN": {},
+    "SGRN": {},
+    "STAR": {},
+    "TRNN": {},
+    "UGRNN": {},
+    "UnICORNN": {"dt": 0.3, "alpha": 0.8},
+    "coRNN": {"dt": 0.3, "gamma": 1.5, "epsilon": 0.7},
 }
 
 
+@pytest.fixture
+def torchrecurrent() -> Any:
+    return pytest.importorskip("torchrecurrent", reason="torchrecurrent is not installed")
+
+
+def test_every_form_is_tested() -> None:
+    assert sorted(THEIRS) == sorted(foreign_cells._FORMS)
+
+
 @pytest.mark.parametrize("name", THEIRS)
-def test_torchrecurrent_has_the_same_numbers(name: str) -> None:
-    torchrecurrent = pytest.importorskip("torchrecurrent", reason="torchrecurrent is not installed")
-    cls, options, others = THEIRS[name]
-    ours = rnnkit.RecurrentCell(getattr(library, name), I, H).double()
-    theirs = getattr(torchrecurrent, cls)(I, H, **options).double()
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.normal_()
-        for scalar in {"alpha", "beta", "zeta", "nu"} & {*ours.cell.parameters}:
-            parameter = getattr(ours, scalar)  # of all units the same
-            parameter.copy_(parameter[:1].expand(H).clone())
-        if name == "ran":
-            ours.bias_ih[:H] = 0
-    own = ours.state_dict()
-    made_of_ours = own | others(own)
-    theirs.load_state_dict({key: made_of_ours[key] for key in theirs.state_dict()})
+def test_cells_of_torchrecurrent(torchrecurrent: Any, name: str) -> None:
+    theirs = getattr(torchrecurrent, f"{name}Cell")(I, H, **THEIRS[name]).double()
+    randomize(theirs)
+    ours: Any = rnnkit.from_torchrecurrent(theirs)
     x = torch.randn(N, I, dtype=torch.float64, requires_grad=True)
     states = [torch.rand(N, H, dtype=torch.float64, requires_grad=True) for _ in ours.cell.states]
-    as_theirs = (states[0],) * 2 if name == "janet" else as_hx(states)
+    as_theirs = (states[0],) * 2 if name == "JANET" else as_hx(states)
     found, expected = as_list(ours(x, as_hx(states))), as_list(theirs(x, as_theirs))
     assert_same(found, expected[: len(found)], [x, *states])
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_layers_of_torchrecurrent(torchrecurrent: Any, name: str) -> None:
+    options = {"num_layers": 2, "batch_first": True, **THEIRS[name]}
+    theirs = getattr(torchrecurrent, name)(I, H, **options).double()
+    randomize(theirs)
+    ours: Any = rnnkit.from_torchrecurrent(theirs)
+    assert ours.num_layers == 2 and ours.batch_first
+    x = torch.randn(N, T, I, dtype=torch.float64, requires_grad=True)
+    (found, last), (expected, of_theirs) = ours(x), theirs(x)
+    assert_same([found, *as_list(last)], [expected, *as_list(of_theirs)[: len(as_list(last))]], [x])
+
+
+def randomize(module: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for key, parameter in module.named_parameters():
+            if not key.endswith("beta") or type(module).__name__.startswith("Fast"):
+                parameter.normal_(std=0.5)
+
+
+def test_what_cannot_be_converted(torchrecurrent: Any) -> None:
+    convert = rnnkit.from_torchrecurrent
+    with pytest.raises(
+        TypeError, match="expected module to be a layer or cell of torchrecurrent, got GRU"
+    ):
+        convert(torch.nn.GRU(2, 3))
+    with pytest.raises(ValueError, match=r"one that rnnkit.library has, ATR.*coRNN, got TGRU"):
+        convert(torchrecurrent.TGRU(2, 3))
+    with pytest.raises(ValueError, match=r"expected act of MGUCell to be torch.nn.Tanh, got ReLU"):
+        convert(torchrecurrent.MGUCell(2, 3, nonlinearity="relu"))
+    with pytest.raises(ValueError, match=r"expected act of IndRNN to be torch.nn.ReLU, got Tanh"):
+        convert(torchrecurrent.IndRNN(2, 3))
+    with pytest.raises(ValueError, match="expected beta of a JANET to be 1, got 2"):
+        convert(torchrecurrent.JANETCell(2, 3, beta=2.0))
+
+
+def test_biases_that_theirs_do_not_have(torchrecurrent: Any) -> None:
+    theirs = torchrecurrent.MGU(I, H, bias=False, recurrent_bias=False)
+    ours = rnnkit.from_torchrecurrent(theirs)
+    assert ours.bias_ih_l0.eq(0).all() and ours.bias_hh_l0.eq(0).all()
+    x = torch.randn(T, N, I)
+    torch.testing.assert_close(ours(x)[0], theirs(x)[0])

@@ -61,9 +61,8 @@ class Derived:
     @property
     def columns(self) -> tuple[int, ...]:
         """All columns: of recurrent parts, of input parts, of parameters; last a value, the second operand."""
-        operand = self.graph.operand
-        of_operand = () if operand is None else (operand,)
-        return self.recurrent_columns + self.input_columns + self.parameter_columns + of_operand
+        gradients = self.recurrent_columns + self.input_columns + self.parameter_columns
+        return gradients + _operand(self.graph)
 
     @property
     def late_columns(self) -> range:
@@ -76,6 +75,11 @@ class Derived:
         if self.h is not None and self.previous_h is not None:
             known = {self.h: h, self.previous_h: previous_h, **known}
         return known
+
+
+def _operand(graph: Graph) -> tuple[int, ...]:
+    """The node of the second operand; empty if there is none."""
+    return () if graph.operand is None else (graph.operand,)
 
 
 class _Shortened(Nodes):
@@ -185,8 +189,7 @@ def _gradients(nodes: _Shortened, graph: Graph) -> dict[int, Value]:
         if share is not None and nodes.nodes[number].op != "constant":
             grads[number] = nodes.total(grads[number], share) if number in grads else share
 
-    operand = () if graph.operand is None else (graph.operand,)
-    for k, result in enumerate((*graph.results, *operand)):
+    for k, result in enumerate((*graph.results, *_operand(graph))):
         add(result, nodes.leaf("grad", k))
     for number in reversed(range(len(graph.nodes))):
         if number in grads:
@@ -217,7 +220,7 @@ def derive(graph: Graph, projects: bool = False) -> Derived:
     input_columns = list(dict.fromkeys(n for n in of["x"] if n not in of["r"]))
     columns = of["r"] + input_columns
     grad_states = [gradients.get(n, zero).node for n in graph.results[: len(graph.states)]]
-    operand = () if graph.operand is None else (graph.operand,)
+    operand = _operand(graph)
     roots = (*columns, *of["parameter"], *of["state"], *operand)
 
     # Where h is the only state it is in the output after each step.

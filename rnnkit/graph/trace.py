@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial, partialmethod
 from numbers import Real
 from types import FrameType
@@ -336,6 +336,10 @@ class Graph:
         """Whether the output is another value than the first state."""
         return len(self.results) > len(self.states)
 
+    def with_output_as_state(self) -> "Graph":
+        """The graph with the output as one more state, which no step reads; itself if the first state is the output."""
+        return replace(self, states=(*self.states, "output")) if self.has_output else self
+
     @property
     def leaves(self) -> dict[str, tuple[str, ...]]:
         """The names of the leaves of each kind."""
@@ -553,8 +557,8 @@ def trace(
     except ValueError as error:
         raise ValueError(f"{_where(step)} uses {error}") from None
     operand = next((node.args[1] for node in nodes.nodes if node.op == "product" and late), None)
-    leaves = [nodes.nodes[n.args[0]] if n.op == "product" else n for n in nodes.nodes]
-    return _graph(names, leaves, results, late, operand)
+    made = [nodes.nodes[n.args[0]] if n.op == "product" else n for n in nodes.nodes]
+    return _graph(names, made, results, late, operand)
 
 
 def _where(step: Step) -> str:
