@@ -64,7 +64,7 @@ CASES = (
     *(Case(cell, *size) for cell in BUILT_INS for size in ((100, 32, 128), (100, 16, 512))),
     *(
         Case(cell, *size)
-        for cell in ("peephole_lstm", "janet", "light_gru")
+        for cell in ("peephole_lstm", "mgu", "light_gru")
         for size in ((100, 32, 128), (100, 16, 512))
     ),
     *(Case("slstm", 512, batch, 512, 4) for batch in (1, 8)),
@@ -89,22 +89,39 @@ def step(run: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor, wanted: Seque
 def loop(of: rnnkit.Recurrent) -> Callable[..., Tensor]:
     """The layer as its users would write it: one product for the input, then a step after the other."""
     cell, heads = of.cell, of.heads
-    gates, recurrent = len(cell.gates), len(cell.recurrent)
+    gates, recurrent, early = len(cell.gates), len(cell.recurrent), cell.graph.early
 
     def run(
         x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, *own: Tensor
     ) -> Tensor:
         batch, hidden = x.size(1), of.hidden_size
         products = functional.linear(x, w_ih, b_ih).unflatten(-1, (heads, gates, -1))
-        bias = b_hh.view(heads, recurrent, -1)
         states = [x.new_zeros(batch, hidden) for _ in cell.states]
-        w = w_hh.view(heads, -1, hidden // heads).transpose(1, 2)  # [heads, H/heads, R*H/heads]
+        w = w_hh.view(heads, recurrent, -1, hidden // heads)  # [heads, R, H/heads, H/heads]
+        bias = b_hh.view(heads, recurrent, -1)
+        every = [range(early), range(early, recurrent)]
+        of_gates = [
+            (w[:, g.start : g.stop].flatten(1, 2).transpose(1, 2), bias[:, g.start : g.stop])
+            for g in every
+        ]
+
+        def parts_of(value: Tensor, which: int) -> list[Tensor]:
+            matrix, biases = of_gates[which]
+            by_head = value.view(batch, heads, -1).transpose(0, 1)
+            product = torch.bmm(by_head, matrix).transpose(0, 1)
+            parts = product.unflatten(-1, (len(every[which]), -1)) + biases
+            return [gate.flatten(1) for gate in parts.unbind(2)]
+
         found = []
         for product in products.unbind(0):
-            by_head = states[0].view(batch, heads, -1).transpose(0, 1)
-            r = torch.bmm(by_head, w).transpose(0, 1).unflatten(-1, (recurrent, -1)) + bias
-            parts = ([g.flatten(1) for g in p.unbind(2)] for p in (product, r))
-            states = list(cell.spec.step(*parts, states, *([own] if own else [])))
+            of_x, r = [gate.flatten(1) for gate in product.unbind(2)], parts_of(states[0], 0)
+            others: dict[str, Any] = {}
+            if cell.spec.operand is not None:
+                operand, others["known"] = cell.spec.operand(
+                    of_x, r, states, *([own] if own else [])
+                )
+                r = r + parts_of(operand, 1)
+            states = list(cell.spec.step(of_x, r, states, *([own] if own else []), **others))
             found.append(states[0])
         return torch.stack(found)
 
@@ -127,9 +144,9 @@ def jax_step(of: rnnkit.Recurrent, x: Tensor, grad: Tensor) -> Run:
         place = jnp if hasattr(jnp, name) else jax.nn
         return getattr(place, name)(*arguments)
 
-    def evaluated(leaves: dict[str, Any]) -> list[Any]:
+    def evaluated(leaves: dict[str, Any], roots: Sequence[int]) -> list[Any]:
         values: dict[int, Any] = {}
-        for number in order(graph.nodes, graph.results, values):
+        for number in order(graph.nodes, roots, values):
             node = graph.nodes[number]
             if node.op == "constant":
                 values[number] = float(node.of)
@@ -137,19 +154,23 @@ def jax_step(of: rnnkit.Recurrent, x: Tensor, grad: Tensor) -> Run:
                 values[number] = apply(node.op, *(values[a] for a in node.args))
             else:
                 values[number] = leaves[node.op][int(node.of)]
-        return [values[number] for number in graph.results]
+        return [values[number] for number in roots]
 
     def run(x: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, *own: Any) -> Any:
         products = x @ w_ih.T + b_ih
+        rows = graph.early * of.hidden_size
 
         def one(states: Any, product: Any) -> Any:
             leaves = {
                 "x": jnp.split(product, len(graph.inputs), -1),
-                "r": jnp.split(states[0] @ w_hh.T + b_hh, len(graph.recurrent), -1),
+                "r": jnp.split(states[0] @ w_hh[:rows].T + b_hh[:rows], graph.early, -1),
                 "state": states,
                 "parameter": own,
             }
-            new = tuple(evaluated(leaves))
+            if graph.operand is not None:
+                (operand,) = evaluated(leaves, [graph.operand])
+                leaves["r"] += jnp.split(operand @ w_hh[rows:].T + b_hh[rows:], graph.late, -1)
+            new = tuple(evaluated(leaves, graph.results))
             return new, new[0]
 
         zeros = jnp.zeros((x.shape[1], of.hidden_size), x.dtype)
