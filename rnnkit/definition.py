@@ -2,7 +2,10 @@
 
 import functools
 import pickle
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from numbers import Real
 from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor, nn
@@ -20,6 +23,10 @@ Prepare = Callable[[Tensor], Tensor]
 
 #: Names that a parameter cannot have, besides those of a module's methods: `RecurrentCell` has them.
 _TAKEN = {*parameters.KINDS, "bias", "cell", "hidden_size", "input_size", "training"}
+
+
+#: From a warning to the line of `rnnkit.cell`, as a function and as a decorator that is called at once.
+_DECORATED = 2
 
 
 class Cell:
@@ -45,6 +52,10 @@ class Cell:
         prepare: Prepare | None = None,
         has_output: bool = False,
     ) -> None:
+        if init is not None and not isinstance(init, Mapping):
+            raise TypeError(
+                f"expected init to be a dict of parameters' names and values, got {init!r}"
+            )
         self.name, self.init, self.prepare = name, dict(init or {}), prepare
         self.has_output = has_output or graph.has_output
         self.graph = graph = graph.with_output_as_state()
@@ -60,12 +71,18 @@ class Cell:
                 raise ValueError(
                     f"expected names in parameters that a module does not have itself, got {parameter!r}"
                 )
-        for parameter in self.init:
+        for parameter, start in self.init.items():
             if parameter not in self.parameters:
                 names = ", ".join(self.parameters) or "there are none"
                 raise ValueError(
                     f"expected init to name parameters of the cell, {names}, got {parameter!r}"
                 )
+            if not callable(start) and (not isinstance(start, Real) or isinstance(start, bool)):
+                raise TypeError(
+                    f"expected init of {parameter} to be a number or a function of its tensor, got {start!r}"
+                )
+        #: The parameters whose function in `init` was not found when the cell was loaded.
+        self.lost: tuple[str, ...] = ()
         #: The cell's name in ops, which holds all of it: a program that was exported needs no function.
         self.op_name = graph.to_json()
         self.spec = specs.of(self.op_name)
@@ -106,32 +123,41 @@ class Cell:
         return f"{self.name}({parts}{f', parameters={self.parameters}' * bool(self.parameters)})"
 
     def __reduce__(self) -> Any:
-        """Without functions in `init` that cannot be pickled, such as lambdas."""
-        init = {name: start for name, start in self.init.items() if _pickles(start)}
+        """With the functions in `init` apart, so that those which are not found do not keep a cell from loading."""
+        init = {name: _pickled(start) for name, start in self.init.items()}
+        init |= dict.fromkeys(self.lost, b"")
         return _unpickled, (self.name, self.op_name, init, self.prepare, self.has_output)
 
     def __deepcopy__(self, memo: Any) -> "Cell":
         return self  # it does not change
 
 
-def _pickles(start: Start) -> bool:
+def _pickled(start: Start) -> Start | bytes:
+    """A function pickled, empty if that cannot be, as of a lambda; a number as it is."""
+    if not callable(start):
+        return start
     try:
-        pickle.dumps(start)
+        return pickle.dumps(start)
     except (pickle.PicklingError, AttributeError, TypeError):
-        return False
-    return True
+        return b""
 
 
 def _unpickled(
     name: str,
     op_name: str,
-    init: Mapping[str, Start],
+    init: Mapping[str, Start | bytes],
     prepare: Prepare | None = None,
     has_output: bool = False,
 ) -> Cell:
     from rnnkit.graph.trace import Graph
 
-    return Cell(name, Graph.from_json(op_name), init, prepare, has_output)
+    found: dict[str, Start] = {}
+    for parameter, start in init.items():
+        with suppress(EOFError, ImportError, AttributeError, pickle.UnpicklingError):
+            found[parameter] = pickle.loads(start) if isinstance(start, bytes) else start
+    cell = Cell(name, Graph.from_json(op_name), found, prepare, has_output)
+    cell.lost = tuple(parameter for parameter in init if parameter not in found)
+    return cell
 
 
 @overload
@@ -196,7 +222,8 @@ def cell(
             cell without W_hh. Default `gates`.
         parameters: names of parameters that each hidden unit has one of, [H] in each layer and direction.
         init: for some of these, the initial value or a function that writes it in place, as those of `torch.nn.init`.
-            The others begin like weights. A pickled cell loses functions that cannot be pickled, such as lambdas.
+            The others begin like weights. Pickle takes functions by their names: one that is not found at loading, such
+            as a lambda, is lost, and `reset_parameters` then warns.
         prepare: a differentiable function that makes what multiplies h, [R*H, H], of the parameter `weight_hh`, with
             several heads of each head's; it is called once in a call of the layer. Pickle takes it by its name, so that
             it cannot be a lambda in a cell that is pickled. Default None: the parameter itself.
@@ -228,4 +255,8 @@ def cell(
     except Refused as error:  # its text names the line; the way there is of no use
         raise TypeError(str(error)) from None
     name = getattr(function, "__name__", type(function).__name__)
+    if unused := graph.unused():
+        warnings.warn(
+            f"rnnkit.cell: {name} does not use {', '.join(unused)}", stacklevel=_DECORATED
+        )
     return functools.update_wrapper(Cell(name, graph, init, prepare), function, updated=())

@@ -421,7 +421,8 @@ def _verdict(
             f": a reset, or units that pass nothing, cut it off {_steps_before(int(there[-1]) + 1)}"
         )
     elif far * _FACTOR < near:
-        line += f": it vanishes; try {', '.join(_cures_of_vanishing(module, of_module.cell))}"
+        cures = _cures_of_vanishing(module, of_module.cell)
+        line += ": it vanishes" + f"; try {', '.join(cures)}" * bool(cures)
     else:
         line += ": it neither vanishes nor explodes"
     lines = [line]
@@ -435,6 +436,10 @@ def _verdict(
 
 
 def _cures_of_vanishing(module: nn.Module, cell: str) -> list[str]:
+    if not parameters.cell_of(
+        module
+    ):  # a cell of one's own, whose gates the initializers do not know
+        return []
     if cell.startswith("rnn"):
         return ["an LSTM or GRU", "rnnkit.init.identity_ with relu"]
     if not module.bias:  # the initializers below set biases

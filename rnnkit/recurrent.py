@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkit import interop, parameters, stack
+from rnnkit import backends, interop, parameters, stack
 from rnnkit.cells import _Cell
 from rnnkit.definition import Cell
 from rnnkit.init import Initializer
@@ -30,7 +30,9 @@ class _OfCell(nn.Module):
 
     def _set_cell(self, cell: Cell, heads: int, **sizes: int) -> None:
         if not isinstance(cell, Cell):
-            raise TypeError(f"expected cell to be made by rnnkit.cell, got {cell!r}")
+            call = getattr(cell, "__module__", "") == "rnnkit.library" and callable(cell)
+            instead = f": call it, {cell.__name__}()" if call else ""
+            raise TypeError(f"expected cell to be made by rnnkit.cell, got {cell!r}{instead}")
         if not isinstance(heads, int) or isinstance(heads, bool):
             raise TypeError(f"expected heads to be an int, got {heads!r}")
         if heads < 1:
@@ -48,13 +50,21 @@ class _OfCell(nn.Module):
     @torch.no_grad()
     def _start(self, suffix: str = "") -> None:
         """Initializes the cell's own parameters as the cell says, those whose names end in `suffix`."""
+        for kind in self.cell.lost:
+            backends.warn(
+                f"rnnkit cannot initialize {kind} of {self.cell.name} as before: the function in init= was not found "
+                "when the cell was loaded"
+            )
         for kind, start in self.cell.init.items():
             name = kind + suffix
             tensor = getattr(self, name)
-            if callable(start):
-                start(tensor)
-            else:
+            if not callable(start):
                 nn.init.constant_(tensor, start)
+            elif isinstance(made := start(tensor), Tensor) and made.data_ptr() != tensor.data_ptr():
+                raise ValueError(
+                    f"expected init of {kind} to write to the tensor, as t.fill_(1) does, got a function that returns "
+                    "another one"
+                )
             if parametrize.is_parametrized(self, name):  # then `tensor` is what was computed
                 setattr(self, name, tensor)
 
@@ -79,10 +89,15 @@ class _OfCell(nn.Module):
         ]
         for of_head in made:
             expected = weight_hh.shape[-2:]
-            if not isinstance(of_head, Tensor) or of_head.shape != expected:
-                got = tuple(of_head.shape) if isinstance(of_head, Tensor) else repr(of_head)
+            if isinstance(of_head, Tensor):
+                found = of_head.shape, of_head.dtype, of_head.device
+                got = f"{of_head.dtype} of shape {tuple(of_head.shape)} on {of_head.device}"
+            else:
+                found, got = None, repr(of_head)
+            if found != (expected, weight_hh.dtype, weight_hh.device):
                 raise ValueError(
-                    f"expected prepare of {self.cell.name} to return a Tensor of shape {tuple(expected)}, got {got}"
+                    f"expected prepare of {self.cell.name} to return a Tensor like weight_hh, {weight_hh.dtype} of "
+                    f"shape {tuple(expected)} on {weight_hh.device}, got {got}"
                 )
         return torch.stack(made) if self.heads > 1 else made[0]
 
@@ -239,7 +254,11 @@ class Recurrent(_Layers, _OwnWeights):
     ) -> None:
         self._set_cell(cell, heads, hidden_size=hidden_size, proj_size=proj_size)
         if proj_size and (cell.has_output or not cell.spec.projects):
-            why = "output is not h" if cell.has_output else "step reads h itself"
+            why = "step reads h itself"
+            if cell.has_output or cell.graph.late:
+                why = (
+                    "output is not h" if cell.has_output else "step has a product of another value"
+                )
             raise ValueError(
                 f"expected proj_size to be 0 for {cell.name}, whose {why}, got {proj_size}"
             )

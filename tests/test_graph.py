@@ -299,7 +299,7 @@ def malformed() -> dict[str, tuple[Callable[[dict], Any], str]]:
         "more": (put(more=1), "expected the JSON of a graph, with inputs"),
         "less": (lambda content: {"nodes": []}, "expected the JSON of a graph, with inputs"),
         "names": (put(inputs=["a", 1]), r"expected inputs to be names, got \['a', 1\]"),
-        "no name": (put(states=["1"]), "expected a name that Python can have in states, got '1'"),
+        "no name": (put(states=["1"]), "expected names that Python can have in states, .*got '1'"),
         "twice": (put(inputs=["a", "a"]), "expected different names in inputs, got a, a"),
         "no states": (put(states=[]), "expected at least one name in states"),
         "nodes": (put(nodes={}), "expected nodes to be a list, got {}"),
@@ -366,7 +366,8 @@ REFUSED = {
     "y = 2 ** x.a": r"the operator \*\*: write x \* x",
     "y = x.a % 2": "the operator of __mod__: a cell can use",
     "y = x.a @ x.b": "the operator of __matmul__: a cell can use",
-    "y = (x.a > 0) & (x.b > 0)": "the operator of __and__: a cell can use",
+    "y = (x.a > 0) & (x.b > 0)": "the operator of __and__: nest torch.where, once for each",
+    "y = ~(x.a > 0)": "the operator of __invert__: nest torch.where, once for each",
     "x.a += 1": r"the operator \+=: write a = a \+ b",
     "y = x.a * torch.ones(5)": "a tensor: make it a parameter of the cell, or a Python number",
     "y = torch.ones(5) - x.a": "a tensor: make it a parameter of the cell, or a Python number",
@@ -377,7 +378,7 @@ REFUSED = {
     "y = torch.where(True, x.a, x.b)": r"where\(\) received an invalid .*: a cell can use",
     "y = torch.where(x.a > 0, 1.0, 0.0)": "torch's where of Python numbers: add one of them to a value",
     "y = torch.where(x.a > 0)": "torch's where with 1 arguments: give it 3",
-    "y = torch.maximum(x.a, 0.0)": r"must be Tensor, not float: a cell can use",
+    "y = torch.maximum(x.a, 0.0)": r"must be Tensor, not float: use torch.where\(a > b, a, b\)",
     "y = x.a.maximum(0.0)": r".maximum of Python numbers: use torch.where\(a > b",
     "y = torch.max(x.a)": "torch's max with 1 arguments: give it 2",
     "y = torch.add(x.a, x.b, alpha=2)": "torch's add with alpha=: give operands alone, by place",
@@ -387,13 +388,18 @@ REFUSED = {
 
 
 REFUSED |= {
-    "y = r.a()": "a recurrent part of no value: give it one value",
-    "y = r.a(x.a, x.b)": "a recurrent part of no value: give it one value",
-    "y = r.a(2.0)": "a recurrent part of no value: give it one value",
+    "y = r.a()": "a recurrent part of nothing: give it a value of the step",
+    "y = r.a(x.a, x.b)": "a recurrent part of Value, Value: give it a value",
+    "y = r.a(2.0)": r"a recurrent part of float: give it a value of the step: r.n\(a",
     "y = r.a(x.a > 0)": "a recurrent part takes a comparison where a number is needed",
     "y = x.a(x.b)": "a call of a value: only a gate's recurrent part, r.name, can be called",
     "y = (r.a + x.a)(x.b)": "a call of a value: only a gate's recurrent part, r.name, can be called",
     "y = r.a(x.a) + r.b(x.b)": "recurrent parts of two values: a step has one such value beside h",
+    "y = x + r.a": "add of all of x: name one: x.a",
+    "y = torch.tanh(s)": "must be Tensor, not s: a cell can use",
+    "y = r(s.h)": r"a call of r: call one of its parts: r.a\(value\)",
+    "y = torch.nn.functional.leaky_relu(x.a, negative_slope=0.1)": "cannot use torch's leaky_relu",
+    "y = torch.nn.functional.softplus(x.a, 2)": "torch's softplus with 2 arguments: give it 1",
     "y = r.b(r.a(x.a))": "recurrent parts of two values: a step has one such value beside h",
 }
 
@@ -436,13 +442,13 @@ RETURNED = {
     "missing": (
         lambda x, r, s: {"h": x.a},
         ValueError,
-        "returned h: return h, c, and besides only",
+        "returned h, c missing: return h, c, and besides only",
     ),
-    "empty": (lambda x, r, s: {}, ValueError, "returned nothing: return h, c"),
+    "empty": (lambda x, r, s: {}, ValueError, "returned nothing, h, c missing: return h, c"),
     "other": (
         lambda x, r, s: {"h": 1, "c": 2, "d": 3},
         ValueError,
-        "returned h, c, d: return h, c",
+        "returned h, c, d, d no state: return h, c",
     ),
     "truth": (lambda x, r, s: (x.a, x.a > 0), TypeError, "returned a comparison among them"),
     "tensor": (lambda x, r, s: (x.a, torch.ones(1)), TypeError, "returned Tensor among them"),
@@ -476,11 +482,14 @@ def test_products_that_nothing_is_made_of() -> None:
 @pytest.mark.parametrize(
     ("step", "words"),
     [
-        (lambda x, r, s: (r.a(x.a) + r.a,), r"uses r.a and r.a\(value\): use one of them"),
+        (
+            lambda x, r, s: (r.a(x.a) + r.a,),
+            r'uses r.a and r.a\(value\): use one of them, or .* recurrent="a b a2"',
+        ),
         (lambda x, r, s: (r.b(r.b * x.a),), r"uses r.b and r.b\(value\): use one of them"),
         (
             lambda x, r, s: (r.a(x.a) + r.b,),
-            r"uses r.name\(value\) of a: let the last of the recurrent gates be these",
+            r'uses r.a\(value\), but a must be last among the recurrent gates: write recurrent="b a"',
         ),
     ],
 )
@@ -530,9 +539,18 @@ def test_late_without_operand_in_json() -> None:
         ({"inputs": ""}, "expected at least one name in inputs"),
         ({"states": ()}, "expected at least one name in states"),
         ({"inputs": "a a"}, "expected different names in inputs, got a, a"),
-        ({"recurrent": "a-b"}, "expected a name that Python can have in recurrent, got 'a-b'"),
-        ({"recurrent": "if"}, "expected a name that Python can have in recurrent, got 'if'"),
-        ({"parameters": "_a"}, "expected a name that Python can have in parameters, got '_a'"),
+        (
+            {"recurrent": "a-b"},
+            "expected names that Python can have in recurrent, without .*got 'a-b'",
+        ),
+        (
+            {"recurrent": "if"},
+            "expected names that Python can have in recurrent, without .*got 'if'",
+        ),
+        (
+            {"parameters": "_a"},
+            "expected names that Python can have in parameters, without .*got '_a'",
+        ),
         ({"states": 2}, "expected states to be names, got 2"),
     ],
     ids=str,
@@ -540,6 +558,48 @@ def test_late_without_operand_in_json() -> None:
 def test_wrong_names(names: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         trace(lambda *_: (), **{"inputs": "a", "recurrent": "a", "states": "h", **names})
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("y = x.c", "there is no x.c: there is x.a, x.b"),
+        ("y = r.c", "there is no r.c: there is r.a"),
+        ("y = s.c", "there is no s.c: there is s.h"),
+    ],
+)
+def test_names_that_are_not_there(line: str, words: str) -> None:
+    with pytest.raises(AttributeError, match=rf"^/steps/\d+.py:2: `{line}`: {words}$"):
+        trace(failing_step(line), inputs="a b", recurrent="a", states="h")
+
+
+def test_steps_of_other_arguments() -> None:
+    names = {"inputs": "a", "recurrent": "a", "states": "h"}
+    words = (
+        r"too many positional arguments: a cell with parameters is a function step\(x, r, s, p\)"
+    )
+    with pytest.raises(TypeError, match=rf"^{__file__}:\d+: <lambda>: {words}"):
+        trace(lambda x, r, s: (x.a,), **names, parameters="u")
+    words = (
+        r"missing a required argument: 'p': a cell without parameters is a function step\(x, r, s\)"
+    )
+    with pytest.raises(TypeError, match=words):
+        trace(lambda x, r, s, p: (x.a,), **names)
+
+
+def test_torchs_modules_with_default_arguments() -> None:
+    softplus, relu = torch.nn.Softplus(), torch.nn.ReLU()
+    graph = trace(
+        lambda x, r, s: (softplus(x.a) + relu(r.a),), inputs="a", recurrent="a", states="h"
+    )
+    assert [node.op for node in graph.nodes] == ["x", "r", "softplus", "relu", "add"]
+
+
+def test_code_without_a_file() -> None:
+    scope: dict[str, Any] = {"torch": torch}
+    exec("def step(x, r, s):\n    return (torch.sin(x.a),)", scope)
+    with pytest.raises(TypeError, match=r"^<string>:2: a cell cannot use torch's sin"):
+        trace(scope["step"], inputs="a", recurrent="a", states="h")
 
 
 def test_numbers_of_numpy_and_methods_of_tensors() -> None:

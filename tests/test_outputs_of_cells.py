@@ -340,8 +340,18 @@ def test_late_gates_are_prepared_too() -> None:
     ("prepare", "error", "words"),
     [
         (2, TypeError, "expected prepare to be a function of weight_hh, got 2"),
-        (lambda w: w[1:], ValueError, r"prepare of step to return .* \(4, 4\), got \(3, 4\)"),
-        (lambda w: None, ValueError, r"prepare of step to return .* \(4, 4\), got None"),
+        (
+            lambda w: w[1:],
+            ValueError,
+            r"like weight_hh, .* \(4, 4\) on cpu, got .* \(3, 4\) on cpu",
+        ),
+        (
+            lambda w: w.double(),
+            ValueError,
+            r"like weight_hh, torch.float32 of .* got torch.float64",
+        ),
+        (lambda w: w.to("meta"), ValueError, r"prepare of step .* on cpu, got .* on meta"),
+        (lambda w: None, ValueError, r"prepare of step to return .* \(4, 4\) on cpu, got None"),
     ],
 )
 def test_wrong_functions(prepare: Any, error: type[Exception], words: str) -> None:

@@ -7,6 +7,7 @@ papers with their formulas.
 import copy
 import io
 import pickle
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -521,9 +522,9 @@ NAMES: dict[str, tuple[dict[str, Any], str]] = {
     "twice": ({"gates": "a a"}, "expected different names in gates, got a, a"),
     "no name": (
         {"recurrent": "a-b"},
-        "expected a name that Python can have in recurrent, got 'a-b'",
+        "expected names that Python can have in recurrent, .*got 'a-b'",
     ),
-    "underscore": ({"parameters": "_u"}, "expected a name that Python can have in parameters"),
+    "underscore": ({"parameters": "_u"}, "expected names that Python can have in parameters"),
     "weight": (
         {"parameters": "weight_hh"},
         "expected names in parameters that a module does not have itself, got 'weight_hh'",
@@ -553,9 +554,7 @@ def test_wrong_functions() -> None:
         rnnkit.cell(lambda x, r, s: (torch.sin(x.a), s.c), **names)
     with pytest.raises(ValueError, match="returned 1 values: return h, c"):
         rnnkit.cell(lambda x, r, s: (x.a,), **names)
-    with pytest.raises(ValueError, match="expected the first state to be the output"):
-        rnnkit.cell(lambda x, r, s: {"h": x.a, "c": x.a, "output": r.a}, **names)
-    with pytest.raises(TypeError, match="takes 3 positional arguments but 4 were given"):
+    with pytest.raises(TypeError, match=r"a cell with parameters is a function step\(x, r, s, p\)"):
         rnnkit.cell(lambda x, r, s: (x.a, x.a), **names, parameters="u")
 
 
@@ -572,6 +571,8 @@ def test_wrong_constructors() -> None:
         ValueError, match="proj_size to be 0 for gru, whose step reads h itself, got 2"
     ):
         rnnkit.Recurrent(gru, I, H, proj_size=2)
+    with pytest.raises(ValueError, match="for minimal_rnn, whose step has a product of another va"):
+        rnnkit.Recurrent(rnnkit.library.minimal_rnn, I, H, proj_size=2)
     with pytest.raises(ValueError, match="proj_size has to be smaller than hidden_size"):
         rnnkit.Recurrent(lstm, I, H, proj_size=H)
     words = r"expected zoneout to be a number or 3 of them, got \(0.1, 0.2\)"
@@ -660,6 +661,93 @@ def test_any_callable_makes_a_cell() -> None:
             return (torch.tanh(x.n + r.n),)
 
     assert rnnkit.cell(Step(), gates="n", states="h").name == "Step"
+
+
+INITS: list[tuple[Any, type[Exception], str]] = [
+    ({"u": "ones"}, TypeError, "init of u to be a number or a function of its tensor, got 'ones'"),
+    ({"u": None}, TypeError, "init of u to be a number or a function of its tensor, got None"),
+    ({"u": True}, TypeError, "init of u to be a number or a function of its tensor, got True"),
+    ({"u": torch.ones(2)}, TypeError, "init of u to be a number or a function of its tensor, got"),
+    (1.0, TypeError, "init to be a dict of parameters' names and values, got 1.0"),
+    ({"u": torch.ones_like}, ValueError, "init of u to write to the tensor, .* returns another"),
+]
+
+
+@pytest.mark.parametrize(("init", "error", "words"), INITS)
+def test_wrong_initial_values(init: Any, error: type[Exception], words: str) -> None:
+    def step(x: Any, r: Any, s: Any, p: Any) -> Any:
+        return (x.n * p.u + r.n,)
+
+    with pytest.raises(error, match=words):
+        cell = rnnkit.cell(step, gates="n", states="h", parameters="u", init=init)
+        rnnkit.Recurrent(cell, I, H)
+
+
+def test_names_that_are_not_used() -> None:
+    def step(x: Any, r: Any, s: Any, p: Any) -> Any:
+        return (x.n + r.z + p.u,)
+
+    words = "step does not use x.z, r.n, p.v$"
+    with pytest.warns(UserWarning, match=words) as warned:
+        rnnkit.cell(step, gates="z n", states="h", parameters="u v")
+    assert warned[0].filename == __file__
+    with pytest.warns(UserWarning, match=words) as warned:
+
+        @rnnkit.cell(gates="z n", states="h", parameters="u v")
+        def step(x, r, s, p):
+            return (x.n + r.z + p.u,)
+
+    assert warned[0].filename == __file__
+
+
+def test_functions_that_are_not_found_at_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a script, in another one."""
+    import types
+
+    module = types.ModuleType("script")
+    monkeypatch.setitem(sys.modules, "script", module)
+
+    def seven(tensor: Tensor) -> Tensor:
+        return tensor.fill_(7)
+
+    seven.__module__, seven.__qualname__ = "script", "seven"
+    module.seven = seven
+    cell = rnnkit.cell(
+        lambda x, r, s, p: (x.n + p.a + p.b + r.n,),
+        gates="n",
+        states="h",
+        parameters="a b",
+        init={"a": seven, "b": 2.0},
+    )
+    layer = rnnkit.Recurrent(cell, I, H)
+    pickled = pickle.dumps(layer)
+    found = pickle.loads(pickled)
+    assert found.cell.init["a"] is seven and not found.cell.lost
+    for gone in (lambda: delattr(module, "seven"), lambda: sys.modules.pop("script")):
+        gone()
+        loaded = pickle.loads(pickled)
+        assert loaded.a_l0.eq(7).all() and loaded.cell.init == {"b": 2.0}
+        again = pickle.loads(pickle.dumps(loaded))
+        assert again.cell.lost == ("a",)
+        with pytest.warns(UserWarning, match="cannot initialize a of .* as before"):
+            again.reset_parameters()
+        assert again.b_l0.eq(2).all()
+
+
+def test_library_cells_that_are_functions() -> None:
+    with pytest.raises(TypeError, match=r"got <function cornn.*: call it, cornn\(\)"):
+        rnnkit.Recurrent(rnnkit.library.cornn, I, H)
+
+
+def test_flow_of_cells_that_no_initializer_knows() -> None:
+    layer = rnnkit.Recurrent(rnnkit.library.light_gru, I, H)
+    with torch.no_grad():
+        layer.weight_hh_l0.mul_(1e-3)
+        layer.bias_ih_l0.zero_()[:H] = -5
+    with rnnkit.gradient_flow(layer) as flow:
+        layer(torch.randn(30, N, I))[0][-1].sum().backward()
+    summary = str(flow.summary())
+    assert "it vanishes" in summary and "rnnkit.init" not in summary
 
 
 def test_functions_that_initialize_are_pickled_if_they_can_be() -> None:

@@ -126,7 +126,8 @@ def register(name: str) -> str:
                     **functions,
                 )
             except RuntimeError as error:
-                _refused[name] = f'{error}: it runs under `with rnnkit.backend("reference")`'
+                words = str(error).replace(specs.shown(name), "the cell")
+                _refused[name] = f'{words}: it runs under `with rnnkit.backend("reference")`'
                 raise RuntimeError(_refused[name]) from None
             _kinds[name] = kind
         return _kinds[name]

@@ -3,6 +3,7 @@
 The function is called once, with a `Value` in the place of each tensor. Values write down what is done with them.
 """
 
+import inspect
 import json
 import keyword
 import linecache
@@ -137,16 +138,22 @@ def _is_step(frame: FrameType) -> bool:
 
 
 def _line(frame: FrameType, number: int) -> str:
-    """A line of the function being traced: file, number and text."""
+    """A line of the function being traced: file, number and, where it is known, text."""
     name = frame.f_code.co_filename
-    return f"{name}:{number}: `{linecache.getline(name, number).strip()}`"
+    line = linecache.getline(name, number).strip()
+    return f"{name}:{number}" + f": `{line}`" * bool(line)
 
 
-def _refuse(what: str, instead: str) -> NoReturn:
+def _where_now() -> str:
+    """The line of the function being traced that is being run."""
     frame = sys._getframe(1)
     while not _is_step(frame) and frame.f_back is not None:
         frame = frame.f_back
-    raise Refused(f"{_line(frame, frame.f_lineno)}: {what}: {instead}")
+    return _line(frame, frame.f_lineno)
+
+
+def _refuse(what: str, instead: str) -> NoReturn:
+    raise Refused(f"{_where_now()}: {what}: {instead}")
 
 
 class Refused(TypeError):
@@ -161,7 +168,9 @@ def _with_line(error: TypeError) -> TypeError:
         if _is_step(frame)
     ]
     words = str(error).partition("\n")[0]
-    return Refused(f"{lines[-1]}: {words}: {_ALLOWED}") if lines else error
+    of_two = words.startswith(("maximum()", "minimum()"))
+    instead = "use torch.where(a > b, a, b) with a Python number" if of_two else _ALLOWED
+    return Refused(f"{lines[-1]}: {words}: {instead}") if lines else error
 
 
 class Value:
@@ -187,9 +196,15 @@ class Value:
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> "Value":
         name = function.__name__
-        if kwargs and kwargs != {"inplace": False}:
+        op = _OTHER_NAMES.get(name, name)
+        if op == "softplus" and args[1:] in (
+            (1,),
+            (1, 20),
+        ):  # the defaults, as torch.nn.Softplus gives them
+            args = args[:1]
+        if op in OPERATIONS and kwargs and kwargs != {"inplace": False}:
             _refuse(f"torch's {name} with {', '.join(kwargs)}=", "give operands alone, by place")
-        return _apply(_OTHER_NAMES.get(name, name), f"torch's {name}", *args)
+        return _apply(op, f"torch's {name}", *args)
 
     def __getattr__(self, name: str) -> Any:
         op = _OTHER_NAMES.get(name, name)
@@ -205,7 +220,8 @@ class Value:
         if leaf.op != "r":
             _refuse("a call of a value", "only a gate's recurrent part, r.name, can be called")
         if len(operands) != 1 or not isinstance(operands[0], Value):
-            _refuse("a recurrent part of no value", "give it one value, such as r.n(a * s.h)")
+            given = ", ".join(type(operand).__name__ for operand in operands) or "nothing"
+            _refuse(f"a recurrent part of {given}", "give it a value of the step: r.n(a * s.h)")
         nodes, number = self.nodes, _operand(self.nodes, operands[0], "n", "a recurrent part")
         if nodes.nodes[number] == Node("state", (), 0):
             return self
@@ -242,6 +258,31 @@ class Value:
     __ne__ = partialmethod(_operator, "ne")
 
 
+class _Named(tuple[Value, ...]):
+    """The base of what a step gets: named tuples, which say what there is instead of a name that is not."""
+
+    _title = ""
+    _fields: tuple[str, ...]
+
+    def _example(self) -> str:
+        return f"{self._title}.{self._fields[0]}" if self._fields else "there are none"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        there = ", ".join(f"{self._title}.{field}" for field in self._fields) or "nothing"
+        raise AttributeError(f"{_where_now()}: there is no {self._title}.{name}: there is {there}")
+
+    def __call__(self, *_: Any) -> NoReturn:
+        _refuse(f"a call of {self._title}", f"call one of its parts: {self._example()}(value)")
+
+
+def _named(title: str, fields: Sequence[str]) -> Callable[..., _Named]:
+    make: Any = namedtuple  # mypy wants a literal
+    made = make(title, fields)
+    return type(title, (made, _Named), {"_title": title, "__slots__": ()})
+
+
 def _refuse_operators() -> None:
     """Operators that Values do not have, and what to write instead."""
     branch = "`if`, `and`, `or`, `not`, max() or min() of a value", "use torch.where"
@@ -252,9 +293,12 @@ def _refuse_operators() -> None:
     refused |= dict.fromkeys(("getitem", "len", "iter"), ("a value is no sequence", "use it whole"))
     for name, sign in {"add": "+", "sub": "-", "mul": "*", "truediv": "/"}.items():
         refused["i" + name] = f"the operator {sign}=", f"write a = a {sign} b"
-    for name in ("mod", "floordiv", "matmul", "and", "or", "xor", "lshift", "rshift", "invert"):
+    nested = "nest torch.where, once for each comparison"
+    instead = dict.fromkeys(("and", "or", "xor", "invert"), nested)
+    for name in ("mod", "floordiv", "matmul", "lshift", "rshift", *instead):
         for prefix in ("", "r", "i") if name != "invert" else ("",):
-            refused[prefix + name] = f"the operator of __{prefix}{name}__", _ALLOWED
+            operator_of = f"the operator of __{prefix}{name}__"
+            refused[prefix + name] = operator_of, instead.get(name, _ALLOWED)
     for name, words in refused.items():
         setattr(Value, f"__{name}__", partialmethod(Value._refused, *words))
 
@@ -294,6 +338,8 @@ def _operand(nodes: Nodes, operand: Any, kind: str, written: str) -> int:
             what = "a number where a comparison" if is_number else "a comparison where a number"
             _refuse(f"{written} takes {what} is needed", "use torch.where(a > b, a, b)")
         return operand.node
+    if isinstance(operand, _Named):
+        _refuse(f"{written} of all of {operand._title}", f"name one: {operand._example()}")
     if isinstance(operand, Tensor):
         _refuse("a tensor", "make it a parameter of the cell, or a Python number")
     if not isinstance(operand, Real) or kind != "n":
@@ -347,6 +393,16 @@ class Graph:
         return dict(
             zip(kinds, (self.inputs, self.recurrent, self.states, self.parameters), strict=True)
         )
+
+    def unused(self) -> list[str]:
+        """The input parts, recurrent parts and parameters that nothing is made of, as the function names them."""
+        used = {(node.op, node.of) for node in self.nodes}
+        return [
+            f"{title}.{name}"
+            for title, (kind, names) in zip("xrsp", self.leaves.items(), strict=True)
+            for k, name in enumerate(names)
+            if kind != "state" and (kind, k) not in used
+        ]
 
     def to_json(self) -> str:
         """The graph as one line of JSON; of equal graphs it is the same."""
@@ -484,11 +540,18 @@ def _late(nodes: list[Node], results: Sequence[int], recurrent: Sequence[str]) -
     late = {int(nodes[node.args[0]].of) for node in used if node.op == "product"}
     without = [n._replace(args=n.args[1:]) if n.op == "product" else n for n in nodes]
     of_h = {int(without[n].of) for n in order(without, results) if without[n].op == "r"}
-    for gate in sorted(late & of_h):
-        raise ValueError(f"r.{recurrent[gate]} and r.{recurrent[gate]}(value): use one of them")
+    for name in [recurrent[gate] for gate in sorted(late & of_h)]:
+        raise ValueError(
+            f"r.{name} and r.{name}(value): use one of them, or add a name for the other, such as "
+            f'recurrent="{" ".join(recurrent)} {name}2"'
+        )
     if late and min(late) != len(recurrent) - len(late):
-        names = ", ".join(recurrent[gate] for gate in sorted(late))
-        raise ValueError(f"r.name(value) of {names}: let the last of the recurrent gates be these")
+        last = [name for gate, name in enumerate(recurrent) if gate in late]
+        every = [*(name for name in recurrent if name not in last), *last]
+        raise ValueError(
+            f"r.{last[0]}(value), but {', '.join(last)} must be last among the recurrent gates: write "
+            f'recurrent="{" ".join(every)}"'
+        )
     return len(late)
 
 
@@ -505,7 +568,10 @@ def checked_names(argument: str, names: Any) -> tuple[str, ...]:
         raise ValueError(f"expected {argument} to be names, got {names!r}")
     for name in names:
         if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
-            raise ValueError(f"expected a name that Python can have in {argument}, got {name!r}")
+            raise ValueError(
+                f"expected names that Python can have in {argument}, without a leading underscore and with spaces "
+                f"between them, got {name!r}"
+            )
     if len(set(names)) < len(names):
         raise ValueError(f"expected different names in {argument}, got {', '.join(names)}")
     if not names and argument not in ("recurrent", "parameters"):
@@ -542,11 +608,13 @@ def trace(
     names = [checked_names(argument, of) for argument, of in given.items()]
     nodes = Nodes()
     arguments = []
-    for title, kind, of_kind in zip(given, LEAVES, names, strict=False):
+    for title, kind, of_kind in zip("xrsp", LEAVES, names, strict=False):
         leaves = (nodes.leaf(kind, k) for k in range(len(of_kind)))
-        arguments.append(namedtuple(title, of_kind)(*leaves))
+        arguments.append(_named(title, of_kind)(*leaves))
+    arguments = arguments if names[3] else arguments[:3]
+    _check_arguments(step, arguments)
     try:
-        returned = step(*arguments if names[3] else arguments[:3])
+        returned = step(*arguments)
     except Refused:
         raise
     except TypeError as error:
@@ -561,6 +629,18 @@ def trace(
     return _graph(names, made, results, late, operand)
 
 
+def _check_arguments(step: Step, arguments: Sequence[Any]) -> None:
+    """Checks that the step takes so many arguments."""
+    try:
+        inspect.signature(step).bind(*arguments)
+    except TypeError as error:
+        p, of = (", p", "with") if len(arguments) == 4 else ("", "without")
+        words = f"a cell {of} parameters is a function step(x, r, s{p})"
+        raise TypeError(f"{_where(step)}: {error}: {words}") from None
+    except ValueError:  # nothing is known of the signature
+        pass
+
+
 def _where(step: Step) -> str:
     """The place of the function's first line, and its name."""
     code = getattr(step, "__code__", None)
@@ -573,9 +653,15 @@ def _results(step: Step, returned: Any, states: tuple[str, ...], nodes: Nodes) -
     where, wanted = f"{_where(step)} returned", ", ".join(states)
     if isinstance(returned, Mapping):
         extra = ("output",) if "output" in returned and "output" not in states else ()
-        if set(returned) != {*states, *extra}:
+        missing = [name for name in states if name not in returned]
+        other = [str(name) for name in returned if name not in (*states, *extra)]
+        if missing or other:
             got = ", ".join(map(str, returned)) or "nothing"
-            raise ValueError(f"{where} {got}: return {wanted}, and besides only an output")
+            what = [f"{', '.join(missing)} missing"] * bool(missing)
+            what += [f"{', '.join(other)} no state"] * bool(other)
+            raise ValueError(
+                f"{where} {got}, {' and '.join(what)}: return {wanted}, and besides only an output"
+            )
         returned = tuple(returned[name] for name in (*states, *extra))
     elif not isinstance(returned, tuple | list):
         raise TypeError(f"{where} {type(returned).__name__}: return a tuple or dict of {wanted}")
@@ -588,8 +674,8 @@ def _results(step: Step, returned: Any, states: tuple[str, ...], nodes: Nodes) -
         elif isinstance(one, Real):
             results.append(nodes.constant(float(one)))
         else:
-            what = "a comparison" if isinstance(one, Value) else type(one).__name__
-            raise TypeError(f"{where} {what} among them: return a number for each of {wanted}")
+            kind = "a comparison" if isinstance(one, Value) else type(one).__name__
+            raise TypeError(f"{where} {kind} among them: return a number for each of {wanted}")
     return results
 
 
