@@ -1,6 +1,6 @@
 """`python -m rnnkit info`: what is installed, what loaded and what did not, for bug reports.
 
-`python -m rnnkit clear-cache` removes the compiled cells of one's own.
+`python -m rnnkit clear-cache` removes the files that are kept of cells of one's own.
 """
 
 import argparse
@@ -128,15 +128,16 @@ def _serving() -> Facts:
 
 
 def _own_cells() -> Facts:
-    """Where compiled cells of one's own are kept, and what compiles them."""
-    if backends.EXTENSION is None:
-        return {"note": "none: the C++ extension runs them"}
+    """Where cells of one's own are kept, compiled and as text for Triton, and what compiles them."""
     from rnnkit.graph import compiled
 
+    kinds = [path.suffix for path in compiled.cells()]
+    extension = backends.EXTENSION is not None
     return {
         "folder": str(compiled.folder()),
-        "compiled": len(compiled.cells()),
-        "compiler": compiled.compiler_told(),
+        "compiled": kinds.count(".so"),
+        "printed for Triton": kinds.count(".py"),
+        "compiler": compiled.compiler_told() if extension else "not used: no C++ extension",
     }
 
 
@@ -183,12 +184,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("info", help="what is installed and what loaded, for bug reports")
     command.add_argument("--json", action="store_true", help="the same for programs")
-    commands.add_parser("clear-cache", help="removes the compiled cells of one's own")
+    commands.add_parser("clear-cache", help="removes the kept cells of one's own")
     options = parser.parse_args(arguments)
     if options.command == "clear-cache":
         from rnnkit.graph import compiled
 
-        print(f"removed {compiled.clear()} compiled cells from {compiled.folder()}")
+        print(f"removed {compiled.clear()} files of cells from {compiled.folder()}")
         return 0
     sections = info()
     print(json.dumps(sections, indent=2) if options.json else _text(sections))

@@ -239,6 +239,11 @@ def _no_kernels(name: str, device: torch.device) -> str:
     return f" ({reason})" if reason else ""
 
 
+def has_kernels(name: str, device: torch.device) -> bool:
+    """Whether backend `name` can serve the device."""
+    return not _no_kernels(name, device)
+
+
 def fast_path(name: str) -> Callable[..., Any] | None:
     """The C++ function `name` that runs a whole call, see csrc/cpu/direct.cpp; None if it must not be used now."""
     if EXTENSION is None or forced_backend() in ("reference", "triton"):

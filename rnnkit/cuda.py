@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rnnkit import backends, plan
 from rnnkit.gpu import Backward, GpuCall, stacked
+from rnnkit.specs import CELLS
 
 
 @lru_cache
@@ -27,8 +28,10 @@ def device_of(index: int) -> plan.Gpu:
 
 
 def why_not(scan: plan.Scan) -> str:
-    """Empty: these kernels compute every scan; see `rnnkit.gpu.Scans`."""
-    return ""
+    """See `rnnkit.gpu.Scans`."""
+    if scan.cell not in CELLS:
+        return "the CUDA extension has no cells of one's own"
+    return "the CUDA extension has no heads" if scan.heads > 1 else ""
 
 
 def choose(scan: plan.Scan, device: torch.device) -> plan.Plan:

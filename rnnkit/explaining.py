@@ -24,7 +24,8 @@ class Explanation:
             `"interpreted"` where the cell cannot be compiled. Elsewhere the same as `backend`.
         forward, backward: on a GPU, the plan of each pass: units, blocks, warps or bytes, and the reason for it.
             Elsewhere None.
-        reason: why the reference computes the layer normalization of a call on a GPU that has kernels; else empty.
+        reason: on a GPU that has kernels, why the reference computes a call, or Triton beside the CUDA extension; else
+            empty.
     """
 
     backend: str
@@ -35,12 +36,11 @@ class Explanation:
     reason: str = ""
 
     def __str__(self) -> str:
+        kernel = f", {self.kernel}" * (self.forward is None and self.kernel != self.backend)
+        told = f"{self.backend} on {self.device}{kernel}" + f": {self.reason}" * bool(self.reason)
         if self.forward is None:
-            kernel = f", {self.kernel}" * (self.kernel != self.backend)
-            return f"{self.backend} on {self.device}{kernel}" + f": {self.reason}" * bool(
-                self.reason
-            )
-        return f"{self.backend} on {self.device}\n  forward   {self.forward}\n  backward  {self.backward}"
+            return told
+        return f"{told}\n  forward   {self.forward}\n  backward  {self.backward}"
 
 
 def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
@@ -67,13 +67,10 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
     device, dtype = data.device, data.dtype
     serving = backends.serving(device)
     layer = isinstance(module, _Layers)
-    if serving != "reference" and module._cell not in CELLS:
-        if device.type == "cpu" and serving == "cpp":
-            from rnnkit.graph import kernels
+    if serving == "cpp" and device.type == "cpu" and module._cell not in CELLS:
+        from rnnkit.graph import kernels
 
-            return Explanation(serving, device.type, kernels.register(str(module._cell)))
-        reason = "cells of one's own have no kernels for GPUs"
-        return Explanation("reference", device.type, "reference", reason=reason)
+        return Explanation(serving, device.type, kernels.register(str(module._cell)))
     if serving == "reference" or device.type != "cuda":
         return Explanation(serving, device.type, serving)
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
@@ -90,23 +87,24 @@ def explain(module: nn.Module, input: Tensor | PackedSequence) -> Explanation:
     directions = 2 if layer and module.bidirectional else 1
     assert isinstance(projected, int)
     index = torch.cuda.current_device() if device.index is None else device.index
-    run = gpu.scans(device)
-    assert run is not None
+    heads = int(getattr(module, "heads", 1))
     passes = [
         plan.Scan(
             cell,
             dtype.itemsize,
             backward,
-            hidden,
-            projected,
+            hidden // heads,
+            projected // heads,
             batch,
-            directions,
+            directions * heads,
             gpu.is_precise(dtype),
             isinstance(module, _Layers) and module.layer_norm,
+            heads,
         )
         for backward in (False, True)
     ]
-    if passes[0].normalizes and (reason := run.why_not(passes[0])):
-        return Explanation("reference", device.type, "reference", reason=reason)
+    name, run, reason = gpu.served(passes[0], device)
+    if run is None:
+        return Explanation(name, device.type, name, reason=reason)
     forward, back = (run.choose(scan, torch.device(device.type, index)) for scan in passes)
-    return Explanation(serving, device.type, forward.kernel, forward, back)
+    return Explanation(name, device.type, forward.kernel, forward, back, reason)

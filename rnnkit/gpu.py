@@ -18,7 +18,7 @@ from torch.nn.functional import layer_norm
 
 from rnnkit import backends, ops, plan
 from rnnkit.call import BackwardCall, Keep, LayerCall, Results
-from rnnkit.specs import CELLS, NORM_EPSILON, WEIGHTS
+from rnnkit.specs import CELLS, NORM_EPSILON, UNIT, WEIGHTS
 
 
 class Design(Protocol):
@@ -37,7 +37,7 @@ class Scans(Protocol):
     """The functions of a backend's module: the scans of one layer. The products over all rows are made here."""
 
     def why_not(self, scan: plan.Scan) -> str:
-        """Why the reference computes a scan that has layer normalization; empty if the kernels do."""
+        """Why these kernels cannot compute a scan; empty if they can."""
 
     def choose(self, scan: plan.Scan, device: torch.device) -> Design:
         """Plans a scan for a device."""
@@ -92,10 +92,34 @@ class Scans(Protocol):
 _MODULES = {"cpp": "rnnkit.cuda", "triton": "rnnkit.triton.scan"}
 
 
+def _scans_of(backend: str) -> Scans | None:
+    """The scans of a backend; None if it has none for GPUs."""
+    name = _MODULES.get(backend)
+    return None if name is None else cast(Scans, importlib.import_module(name))
+
+
 def scans(device: torch.device) -> Scans | None:
     """The scans of the backend that serves the device now; None if that is the reference."""
-    name = _MODULES.get(backends.serving(device))
-    return None if name is None else cast(Scans, importlib.import_module(name))
+    return _scans_of(backends.serving(device))
+
+
+def served(scan: plan.Scan, device: torch.device) -> tuple[str, Scans | None, str]:
+    """What computes a scan: the kernels of the device's backend, else Triton's beside CUDA's, else the reference.
+
+    Returns:
+        The backend, its scans (None for the reference), and why it is not the backend that serves the device; empty if
+        it is.
+    """
+    name, run = backends.serving(device), scans(device)
+    if run is None:
+        return "reference", None, ""
+    reason = run.why_not(scan)
+    if reason and name == "cpp" and backends.has_kernels("triton", device):
+        name, run = "triton", cast(Scans, _scans_of("triton"))
+        if why_not := run.why_not(scan):
+            return "reference", None, f"{reason}; in Triton {why_not}"
+        return name, run, reason
+    return ("reference", None, reason) if reason else (name, run, "")
 
 
 def is_precise(dtype: torch.dtype) -> bool:
@@ -243,6 +267,7 @@ class GpuCall(LayerCall):
             self.directions,
             self.precise,
             self.normalizes,
+            self.heads,
         )
 
     def norms(self) -> list[Tensor | None]:
@@ -251,14 +276,18 @@ class GpuCall(LayerCall):
             return [None] * 3
         return [stacked(self.of_kind(name)) for name in ("norm_hh", "norm_c", "norm_c_bias")]
 
+    def unit(self) -> Tensor | None:
+        """The parameters of the units, [D, U, H]; None if the cell has none."""
+        return stacked(self.of_kind(UNIT)) if self.spec.parameters else None
+
     def rows_of(self, d: int, step: int) -> slice:
         """The rows of direction d's step number `step`, in the order in which it processes them."""
-        t = self.steps - 1 - step if d else step
+        t = self.steps - 1 - step if self.reverses(d) else step
         return slice(self.starts[t], self.starts[t + 1])
 
     def cuts(self, d: int, step: int) -> bool:
         """Whether direction d's step number `step` passes no gradients back to the step before, see `grad_cut`."""
-        boundary = self.steps - step if d else step
+        boundary = self.steps - step if self.reverses(d) else step
         return self.grad_cut > 0 and step > 0 and boundary % self.grad_cut == 0
 
     def resets(self, d: int, step: int) -> Tensor | None:
@@ -266,14 +295,14 @@ class GpuCall(LayerCall):
         if self.reset is None or step == 0 or step == self.steps:
             return None
         rows = [self.rows_of(d, each) for each in (step - 1, step)]
-        later = rows[0] if d else rows[1]  # in time
+        later = rows[0] if self.reverses(d) else rows[1]  # in time
         return self.reset.view(-1)[later][: min(each.stop - each.start for each in rows)]
 
     def last_rows(self, output: Tensor, out: Tensor) -> None:
         """Copies each sequence's last h from the output [rows, D*P] to `out` [D, N, P]."""
         for d in range(self.directions):
             columns = output[:, d * self.projected : (d + 1) * self.projected]
-            if d or not self.ragged:
+            if self.reverses(d) or not self.ragged:
                 out[d].copy_(columns[self.rows_of(d, self.steps - 1)])
                 continue
             counts = torch.tensor(self.counts)
@@ -287,11 +316,13 @@ class GpuCall(LayerCall):
         return self.input.view(self.rows, self.input.size(-1))
 
     def gates(self, keep: int, reserve: Tensor) -> Tensor:
-        """The input parts of all gates, without biases, [rows, D*G*H].
+        """The input parts of all gates, without biases, [rows, D*G*H]: the input itself where it is the product.
 
         With layer normalization they are normalized; their products go to `reserve` if it keeps everything.
         """
-        found = self.matrix() @ _joined(self.w_ih).t()
+        found = self.matrix()
+        if self.multiplies_input:
+            found = found @ _joined(self.w_ih).t()
         if not self.normalizes:
             return found
         of_directions = found.view(self.rows, self.directions, -1)
@@ -323,14 +354,13 @@ def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def serving(call: LayerCall) -> Scans | None:
-    """The scans that compute the call; None if the reference does: for cells of one's own, heads, and without W_ih."""
-    if call.cell not in CELLS or call.heads > 1 or not call.multiplies_input:
-        return None
+    """The scans that compute the call; None if the reference does, see `served`."""
     run = scans(call.input.device)
-    if run is None or not call.normalizes:
+    plain = call.cell in CELLS and call.heads == 1 and not call.normalizes
+    if run is None or plain:  # which every backend computes
         return run
     call.check()
-    return None if run.why_not(GpuCall(*call.arguments).scan(backward=False)) else run
+    return served(GpuCall(*call.arguments).scan(backward=False), call.input.device)[1]
 
 
 def layer_forward(call: LayerCall, packed: Tensor | None, keep: int) -> Results:
@@ -379,9 +409,9 @@ class Backward:
         output: [rows, D*P], h after each step.
         reserve: [D, rows, V, H], the V values that the cell saves; recomputed if the forward pass kept only states.
         grad_columns: W, the number of gradient columns of a hidden unit.
-        gate_column: the first of those of the gates, whose order `CellSpec.input_grads` tells. With layer normalization
-            those of the products with h stand before them and, for a cell whose state is normalized, those of its bias
-            and its factor after them.
+        gate_column: the first of those of the gates, whose order `CellSpec.input_grads` tells. Those of the cell's
+            parameters follow them. With layer normalization those of the products with h stand before them and, for a
+            cell whose state is normalized, those of its bias and its factor after them.
         grad_gates: [rows, D*W*H], on return from the scan the gates' gradients.
         flow: on return from the scan the gradient of each state after each step, [rows, D*H] in the dtype of sums; None
             for a projected h, and an empty list if they are not asked for.
@@ -399,7 +429,7 @@ class Backward:
         if back.keep != Keep.EVERYTHING and (call.spec.saved > 0 or call.normalizes):
             self._compute_reserve()
         self.gate_column = call.spec.gates if call.normalizes else 0
-        self.grad_columns = self.gate_column + call.spec.grad_columns
+        self.grad_columns = self.gate_column + call.spec.grad_columns + call.spec.parameters
         if call.normalizes and call.spec.has_source:
             self.grad_columns += 2
         width = self.grad_columns * call.hidden
@@ -441,16 +471,16 @@ class Backward:
 
     def _previous(self, d: int) -> list[tuple[slice, Tensor | None]]:
         """h_{t-1} of all rows, as a list of (range of rows, matrix); None instead of a matrix means zeros."""
-        call = self.call
+        call, reverse = self.call, self.call.reverses(d)
         width = call.projected
         output = self.output[:, d * width : (d + 1) * width]
         initial = call.states[0][d] if call.states else None
         if not call.ragged:
             edge, rows = call.batch, call.rows
             inner = (slice(0, rows - edge), slice(edge, rows))
-            of, before = inner if d else inner[::-1]
+            of, before = inner if reverse else inner[::-1]
             parts: list[tuple[slice, Tensor | None]] = [
-                (slice(rows - edge, rows) if d else slice(0, edge), initial)
+                (slice(rows - edge, rows) if reverse else slice(0, edge), initial)
             ]
             if call.steps == 1:
                 return parts
@@ -467,17 +497,19 @@ class Backward:
         # scan order, or in `initial` if the sequence begins. active: for each step, the active rows of the step before.
         counts = torch.tensor(call.counts)
         zero, starts = counts.new_zeros(1), counts.cumsum(0) - counts
-        active = torch.cat([counts[1:], zero] if d else [zero, counts[:-1]])
+        active = torch.cat([counts[1:], zero] if reverse else [zero, counts[:-1]])
         step = torch.arange(call.steps).repeat_interleave(counts)
         n = torch.arange(call.rows) - starts[step]
-        row = (starts + counts if d else starts - active)[step] + n
+        row = (starts + counts if reverse else starts - active)[step] + n
         continues = n < active[step]
         index = sent(torch.where(continues, row, call.rows + n), output.device)
         h = torch.cat([output, initial]).index_select(0, index)
         if call.reset is not None:
             # The boundary has the later row's place: here the row itself or, in the reverse direction, the one before.
-            later = sent(torch.where(continues, row, 0), output.device) if d else slice(None)
-            mask = call.reset[later] & sent(continues, output.device)
+            reset = call.reset
+            if reverse:
+                reset = reset[sent(torch.where(continues, row, 0), output.device)]
+            mask = reset & sent(continues, output.device)
             new = self._reset_h(d).index_select(0, sent(n, output.device))
             h = torch.where(mask.unsqueeze(-1), new, h)
         return [(slice(0, call.rows), h)]
@@ -569,8 +601,8 @@ class Backward:
 
     def _weights(self, d: int) -> list[Tensor | None]:
         """The gradients of direction d's weights, see `LayerCall.kinds`; None instead of that of w_hr."""
-        call, H = self.call, self.call.hidden
-        recurrent = self._columns(d, 0, call.spec.gates)
+        call, spec, H = self.call, self.call.spec, self.call.hidden
+        recurrent = self._columns(d, 0, spec.recurrent)
         w_ih = w_hh = b_ih = b_hh = None
         if self._need("w_ih")[d]:
             x = call.matrix()
@@ -585,18 +617,32 @@ class Backward:
                 part = recurrent[rows].t()
                 w_hh = part @ h if w_hh is None else torch.addmm(w_hh, part, h)
             if w_hh is None:
-                w_hh = call.input.new_zeros(call.spec.gates * H, call.projected)
+                w_hh = call.input.new_zeros(spec.recurrent * H, call.projected)
         if self._need("b_ih")[d] or self._need("b_hh")[d]:
-            sums = self._columns(d, self.gate_column, call.spec.grad_columns).sum(0)
+            sums = self._columns(d, self.gate_column, spec.grad_columns).sum(0)
             inputs = [sums[at * H : (at + end - first) * H] for first, end, at in self._runs()]
-            b_ih, b_hh = _joined(inputs), sums[: call.spec.gates * H].clone()
-        return [w_ih, w_hh, b_ih, b_hh, None, *self._norms(d)]
+            b_ih, b_hh = _joined(inputs), sums[: spec.recurrent * H].clone()
+        of_unit = [self._unit(d)] if spec.parameters else []
+        return [w_ih, w_hh, b_ih, b_hh, None, *self._norms(d), *of_unit]
+
+    def _unit(self, d: int) -> Tensor | None:
+        """The gradients of direction d's parameters of units, [U, H]; None if they are not needed."""
+        spec = self.call.spec
+        if not self._need(UNIT)[d]:
+            return None
+        sums = self._columns(d, self.gate_column + spec.grad_columns, spec.parameters).sum(0)
+        return sums.view(spec.parameters, -1)
 
     def _input(self) -> Tensor:
         call = self.call
         grad = None
-        if self.grad_columns == call.spec.gates:
-            grad = self.grad_gates @ _joined(call.w_ih)
+        if self._runs() == [(0, self.grad_columns, 0)]:  # there are no other columns
+            grad = (
+                self.grad_gates @ _joined(call.w_ih) if call.multiplies_input else self.grad_gates
+            )
+        elif not call.multiplies_input:
+            parts = [part for d in range(call.directions) for _, part in self._of_inputs(d)]
+            grad = torch.cat(parts, 1)
         else:
             for d, w_ih in enumerate(call.w_ih):
                 assert w_ih is not None
@@ -620,13 +666,13 @@ class Backward:
                     h[0, rows] = part
             before = states[d].unbind(1)[: call.spec.states - 1]
             others = [state.contiguous().unsqueeze(0) for state in before]
-            weights = call.direction(d)[: len(call.kinds)]
-            step = GpuCall(call.cell, call.matrix().unsqueeze(0), [h, *others], weights)
+            of_direction = gates[:, d * width : (d + 1) * width]
+            weights = call.weights[d * len(call.kinds) : (d + 1) * len(call.kinds)]
+            step = GpuCall(call.cell, of_direction.unsqueeze(0), [h, *others], weights)
             if call.keeps_given:
                 step = replace(step, zoneout=call.zoneout)
             if (masks := self._masks(d)) is not None:
                 step = replace(step, operand_mask=masks.unsqueeze(0))
-            of_direction = gates[:, d * width : (d + 1) * width]
             reserve = self.reserve[d : d + 1]
             self.scans.forward(step, of_direction, Keep.EVERYTHING, None, [], reserve)
 

@@ -59,12 +59,13 @@ class Scan:
     """The scan of one layer.
 
     Attributes:
-        cell: a name in `specs.CELLS`.
+        cell: its name in ops.
         element_bytes: of what is multiplied: 2 for bfloat16 and float16, 4 for float32, 8 for float64.
         backward: whether this is the backward pass.
         precise: whether float32 is multiplied as such, not as TF32.
         hidden, projected, batch, directions: H, P, N, D.
         normalizes: whether there is layer normalization.
+        heads: how many of the D directions go forward.
     """
 
     cell: str
@@ -76,6 +77,7 @@ class Scan:
     directions: int
     precise: bool = False
     normalizes: bool = False
+    heads: int = 1
 
 
 @dataclass(frozen=True)

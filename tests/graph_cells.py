@@ -104,6 +104,14 @@ def slstm(x, r, s):
     return torch.sigmoid(x.o + r.o) * c / n, c, n, m
 
 
+def xlstm(x, r, s):
+    """The sLSTM with a bounded divisor, so that any states may come before it."""
+    m = torch.maximum(logsigmoid(x.f + r.f) + s.m, x.i + r.i)
+    i, f = torch.exp(x.i + r.i - m), torch.exp(logsigmoid(x.f + r.f) + s.m - m)
+    c, n = f * s.c + i * torch.tanh(x.z + r.z), f * s.n + i
+    return torch.sigmoid(x.o + r.o) * c / torch.maximum(abs(n), torch.exp(-abs(m))), c, n, m
+
+
 def separate_output(x, r, s, p):
     """The output is no state; the gates with an input part are not those with a recurrent part."""
     c = torch.sigmoid(r.a) * s.c + softplus(x.a) * x.b

@@ -9,12 +9,12 @@ import torch
 from tolerances import assert_close_to_truth
 from torch import Tensor
 
-from rnnkit import ops, plan, reference
+from rnnkit import ops, plan, reference, specs
 from rnnkit.call import BackwardCall, Keep, LayerCall, Results
-from rnnkit.specs import CELLS, REGISTERED, CellSpec
+from rnnkit.specs import CELLS
 
-#: Names of a cell's states in results: of as many as the kernels allow.
-STATES = ("h", "c", "s2", "s3")
+#: Names of a cell's states in results.
+STATES = ("h", "c", "s2", "s3", "s4", "s5")
 
 #: Cells that differ from another one in their formula alone: what a scan does with them is tested with that one.
 TWINS = ("gru_writes",)
@@ -22,17 +22,12 @@ TWINS = ("gru_writes",)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def spec_of(cell: str) -> CellSpec:
-    """The built-in or registered cell of this name."""
-    return CELLS.get(cell) or REGISTERED[cell]
-
-
 @dataclass(frozen=True)
 class Case:
     """The shape of one call.
 
     Attributes:
-        cell: a name in `CELLS` or `REGISTERED`.
+        cell: its name in ops.
         sizes: T, N, I, H.
         directions: D.
         lengths: of each sequence of a packed batch, longest first; T and N are then read from them.
@@ -85,9 +80,10 @@ class Case:
             hidden,
             self.projected or hidden,
             len(self.lengths) or self.sizes[1],
-            self.directions,
+            self.directions * self.heads,
             precise and self.dtype == torch.float32,
             self.norm,
+            self.heads,
         )
 
     @property
@@ -248,7 +244,7 @@ def call(case: Case, seed: int = 0) -> Call:
             [sum(length > t for length in case.lengths) for t in range(case.lengths[0])]
         )
         rows = (sum(case.lengths),)
-    spec, projected = spec_of(case.cell), case.projected or hidden
+    spec, projected = specs.of(case.cell), case.projected or hidden
     directions = case.directions * case.heads
     if not case.multiplies:
         inputs = directions * spec.gates * hidden
@@ -291,7 +287,7 @@ def call(case: Case, seed: int = 0) -> Call:
     state_shapes = [(directions, batch, width) for width in widths]
     output_widths = widths if case.all_states else widths[:1]
     output_shapes = [(*rows, directions * width) for width in output_widths]
-    zoneout = (*case.zoneout, 0.25, 0.15)[: spec.states]
+    zoneout = (*case.zoneout, 0.25, 0.15, 0.1, 0.2)[: spec.states]
     zoneout = zoneout if any(case.zoneout[: spec.states]) else ()
 
     def coins(p: float, *shape: int) -> Tensor:
@@ -504,9 +500,9 @@ _PROJECTIONS: tuple[dict, ...] = (
 def variants(case: Case, few: bool = False) -> list[Case]:
     """What may vary beside the sizes: the case, packed, without this and that, and projected if it can be."""
     changes = _VARIANTS[:2] if few else _VARIANTS
-    if spec_of(case.cell).states > 1:
+    if specs.of(case.cell).states > 1:
         changes += _ALL_STATES[:1] if few else _ALL_STATES
-    if spec_of(case.cell).projects:
+    if specs.of(case.cell).projects:
         projections = _PROJECTIONS[:1] if few else _PROJECTIONS
         changes += tuple(p for p in projections if p["projected"] < case.sizes[3])
     return [case, *(replace(case, **change) for change in changes)]

@@ -238,6 +238,16 @@ def test_resets(cell: str, variant: dict, directions: int, kernel: str) -> None:
 
 
 @on_host
+@each_kernel
+@pytest.mark.parametrize("lengths", ((), (5, 3, 3, 1)), ids=("dense", "ragged"))
+@each_cell
+def test_inputs_that_are_products(cell: str, lengths: tuple[int, ...], kernel: str) -> None:
+    case = Case(cell, (5, 6, 3, 33), 2, lengths, multiplies=False, off_kink=True)
+    with plan.forced(kernel):
+        assert_case_matches_reference(case)
+
+
+@on_host
 @each_small_case
 def test_a_mask_without_resets_changes_no_bit(case: Case, kernel: str) -> None:
     it = call(case)

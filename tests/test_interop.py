@@ -335,6 +335,10 @@ def test_explain_asks_the_module_and_not_its_class_s_name(
 
     class Scans:
         @staticmethod
+        def why_not(scan: Any) -> str:
+            return ""
+
+        @staticmethod
         def choose(scan: Any, device: torch.device) -> Any:
             asked.append(scan.cell)
             return type("Design", (), {"kernel": "stepwise"})()

@@ -30,6 +30,7 @@ from graph_cells import (
     janet,
     light_gru,
     peephole_lstm,
+    xlstm,
 )
 from kernel_cases import (
     DTYPES,
@@ -61,14 +62,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 KINDS = ("compiled", "interpreted")
-
-
-def xlstm(x, r, s):
-    """The sLSTM with a bounded divisor, so that any states may come before it."""
-    m = torch.maximum(torch.nn.functional.logsigmoid(x.f + r.f) + s.m, x.i + r.i)
-    i, f = torch.exp(x.i + r.i - m), torch.exp(torch.nn.functional.logsigmoid(x.f + r.f) + s.m - m)
-    c, n = f * s.c + i * torch.tanh(x.z + r.z), f * s.n + i
-    return torch.sigmoid(x.o + r.o) * c / torch.maximum(abs(n), torch.exp(-abs(m))), c, n, m
 
 
 def two_to_one(x, r, s):
@@ -571,12 +564,14 @@ def test_info_and_clear_cache(
     fresh: Callable[[], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fresh().cell.build()
+    compiled.text_file("printed")
     (tmp_path / "cache" / "unfinished-x").mkdir()
     told = command.info()["own cells"]
-    assert told["folder"] == str(tmp_path / "cache") and told["compiled"] == 1
+    assert told["folder"] == str(tmp_path / "cache")
+    assert told["compiled"] == told["printed for Triton"] == 1
     assert "(" in str(told["compiler"]) or "clang" in str(told["compiler"])
     assert command.main(["clear-cache"]) == 0
-    assert capsys.readouterr().out == f"removed 1 compiled cells from {tmp_path}/cache\n"
+    assert capsys.readouterr().out == f"removed 2 files of cells from {tmp_path}/cache\n"
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["lock"]
     assert command.main(["clear-cache"]) == 0
 

@@ -2,10 +2,12 @@
 
 import copy
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -16,6 +18,8 @@ import torch
 from configurations import LAYERS, MODULES, compare
 from configurations import Case as ModuleCase
 from devices import on_gpu
+from graph_cells import CELLS as GRAPH_CELLS
+from graph_cells import LATE, Cell, xlstm
 from kernel_cases import (
     DTYPES,
     NOISE_OF_FEW,
@@ -31,9 +35,12 @@ from kernel_cases import (
 from tolerances import FORWARD, GRADIENT, assert_close_to_truth, relative_error
 
 import rnnkit
-from rnnkit import backends, gpu, ops, plan
+from rnnkit import backends, cuda, gpu, library, ops, plan, specs
 from rnnkit.call import Keep, LayerCall
-from rnnkit.specs import CELLS
+from rnnkit.graph import Graph, compiled
+from rnnkit.graph import triton as printed
+from rnnkit.graph.kernels import derived_of
+from rnnkit.specs import CELLS, REGISTERED, CellSpec
 
 interpreted = pytest.mark.skipif(
     bool(interpreter.why_not()), reason=interpreter.why_not() or "it can run"
@@ -224,25 +231,30 @@ def test_projection(device: str, dtype: torch.dtype, states: bool, variant: dict
 @pytest.mark.parametrize(
     "noise", ({}, {"operand_mask": True, "zoneout": (0.0, 0.3)}), ids=("plain", "noise")
 )
-@pytest.mark.parametrize(("cell", "projected"), (("lstm", 0), ("lstm", 5), ("gru", 0)))
+@pytest.mark.parametrize(
+    ("cell", "projected"),
+    (("lstm", 0), ("lstm", 5), ("gru", 0), ("peephole_lstm", 0), ("peephole_lstm", 5), ("sru", 0)),
+)
+@pytest.mark.parametrize("given", ({}, {"heads": 2, "multiplies": False}), ids=("x", "products"))
 @pytest.mark.thinned
 def test_recomputed_reserve_has_the_same_bits(
     device: str,
     cell: str,
     projected: int,
     noise: dict[str, Any],
+    given: dict[str, Any],
     lengths: tuple[int, ...],
     dtype: torch.dtype,
     kernel: str,
 ) -> None:
     scan = importlib.import_module("rnnkit.triton.scan")
-    case = Case(cell, (3, 4, 5, 33), 2, lengths, projected, dtype=dtype, device=device)
-    it = call(replace(case, **noise))
+    case = own(Case(cell, (3, 4, 5, 33), 2, lengths, projected, dtype=dtype, device=device))
+    it = call(replace(case, **noise, **given))
     with _products_in_order(device), plan.forced(kernel):
         (output,), _, expected = it.forward(Keep.EVERYTHING)
         _, _, states = it.forward(Keep.STATES)
-        given = it.backward_call([output], states, keep=Keep.STATES)
-        back = gpu.Backward(given, gpu.GpuCall.of(it), scan)
+        kept = it.backward_call([output], states, keep=Keep.STATES)
+        back = gpu.Backward(kept, gpu.GpuCall.of(it), scan)
     assert_same_bits([back.reserve], [expected])
 
 
@@ -274,6 +286,184 @@ def test_recomputed_products_have_the_same_bits(
         back = gpu.Backward(given, gpu.GpuCall.of(it), scan)
     assert expected.any(dim=-1).all()
     assert_same_bits([back.reserve], [expected])
+
+
+#: Cells of one's own, by their names here: the library, and steps that return or read what few do.
+OWN = {cell.name: cell.op_name for cell in vars(library).values() if isinstance(cell, rnnkit.Cell)}
+OWN |= {
+    name: cell.graph().to_json()
+    for name, cell in {
+        "xlstm": Cell(xlstm, "i f z o", "i f z o", "h c n m", 7),
+        **{name: cell for name, cell in GRAPH_CELLS.items() if name in (
+            *("odd_states", "common_factors", "choice", "infinite_constants", "unchanged"),
+            *("constant", "every_operation"),
+        )},
+    }.items()
+}  # fmt: skip
+#: A cell whose divisor is 0 where a state is drawn at random, see `xlstm`.
+FROM_ZEROS = ("slstm",)
+#: Cells with a state after the step that is one before it or is constant: autograd has no gradient of it alone.
+WITHOUT_FLOW = ("odd_states", "unchanged", "constant")
+
+#: What cells of one's own run with: `VARIANTS`, noise, all states, heads, and inputs that are products already.
+OWN_VARIANTS: tuple[dict, ...] = (
+    *VARIANTS,
+    *NOISE_OF_FEW,
+    {"heads": 3},
+    {"heads": 2, "lengths": (4, 3, 3, 1), "resets": 0.4, "reset_states": True},
+    {"multiplies": False, "lengths": (4, 3, 1)},
+    {"heads": 3, "multiplies": False, "grad_clip": 0.1, "grad_cut": 2, "lengths": (5, 4, 2, 1)},
+    {"heads": 2, "operand_mask": True, "zoneout": (0.2, 0.4), "expects": True, "bias": False},
+)
+OWN_PROJECTIONS: tuple[dict, ...] = (
+    {"projected": 5, "lengths": (4, 3, 3, 1)},
+    {"projected": 3, "resets": 0.4, "reset_states": True, "grad_clip": 0.1, "grad_cut": 2},
+    {"projected": 4, "heads": 2, "multiplies": False, "operand_mask": True, "states": False},
+)
+
+
+def cases_of_own() -> Iterator[tuple[Case, str, Keep]]:
+    """Every cell of one's own in three dtypes, with the next few of the variants; projected where it can be.
+
+    In low precision the odd ones of graph_cells.py are as far from the truth as the tolerance is wide, or on a kink.
+    """
+    for at, (name, dtype) in enumerate(product(OWN, DTYPES[:3])):
+        if dtype == torch.bfloat16 and name in GRAPH_CELLS and not hasattr(library, name):
+            continue
+        spec = specs.of(OWN[name])
+        found = [OWN_VARIANTS[(4 * at + row) % len(OWN_VARIANTS)] for row in range(4)]
+        found += [OWN_PROJECTIONS[at % len(OWN_PROJECTIONS)]] * spec.projects
+        for row, variant in enumerate(found):
+            case = Case(name, SIZES[1 + (at + row) % 3], 1 + (at + row) % 2, dtype=dtype)
+            case = replace(case, all_states=spec.states > 1 and (at + row) % 3 == 1, **variant)
+            if name in FROM_ZEROS:
+                case = replace(case, states=False, reset_states=False)
+            kernel = plan.TRITON_KERNELS[(at + row // 2) % 2]
+            yield case, kernel, Keep.STATES if (at + row) % 3 == 0 else Keep.EVERYTHING
+
+
+def own(case: Case) -> Case:
+    """The case with the cell's name in ops."""
+    return replace(case, cell=OWN.get(case.cell, case.cell))
+
+
+@pytest.mark.parametrize(
+    ("case", "kernel", "keep"),
+    [
+        pytest.param(
+            replace(case, device=device),
+            kernel,
+            keep,
+            marks=interpreted if device == "cpu" else pytest.mark.gpu,
+            id=f"{replace(case, device=device)}-{kernel}-{keep.name}",
+        )
+        for device in ("cpu", "cuda")
+        for case, kernel, keep in cases_of_own()
+    ],
+)
+@pytest.mark.thinned
+def test_own_cells(case: Case, kernel: str, keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "forward_composite", lambda *_: pytest.fail("the reference ran"))
+    monkeypatch.setattr(ops, "backward_composite", lambda *_: pytest.fail("the reference ran"))
+    with plan.forced(kernel):
+        if case.cell in WITHOUT_FLOW:
+            it = call(own(case))
+            assert_matches_reference(it, it.run(keep))
+        else:
+            assert_case_matches_reference(own(case), keep)
+
+
+@pytest.mark.parametrize("keep", (Keep.EVERYTHING, Keep.STATES), ids=lambda keep: keep.name)
+@pytest.mark.parametrize("cell", ("star", "ind_rnn"))
+def test_h_that_an_own_cell_gave_beside_what_it_saves(device: str, cell: str, keep: Keep) -> None:
+    """The cells read it in their backward pass, and the expectation of zoneout hides it."""
+    options = {"zoneout": (0.3, 0.0), "expects": True, "lengths": (4, 3, 3, 1)}
+    assert_case_matches_reference(own(Case(cell, directions=2, device=device, **options)), keep)
+
+
+#: Heads and given products of the cells that are built in.
+OF_HEADS = [
+    Case(cell, (3, 4, 2, 20), 1 + (at + index) % 2, dtype=dtype, off_kink=True, **variant)
+    for at, (cell, dtype) in enumerate(product(CELLS, (torch.float32, torch.bfloat16)))
+    for index, variant in enumerate(
+        (
+            {"heads": 3},
+            {"heads": 3, "lengths": (4, 3, 3, 1), "resets": 0.4, "reset_states": True},
+            {"heads": 2, "multiplies": False, "grad_clip": 0.1, "grad_cut": 2},
+            {"multiplies": False, "lengths": (5, 4, 2, 1), "bias": False, "states": False},
+            {"heads": 2, "norm": True, "lengths": (4, 3, 3, 1)},
+            {"heads": 2, "norm": True, "multiplies": False},
+        )
+    )
+    if cell not in TWINS or index % 3 == 0
+]
+
+
+@pytest.mark.parametrize("case", each(OF_HEADS), ids=str)
+@pytest.mark.parametrize("keep", (Keep.EVERYTHING, Keep.STATES), ids=lambda keep: keep.name)
+@pytest.mark.thinned
+def test_heads_and_given_products(case: Case, keep: Keep) -> None:
+    assert_case_matches_reference(case, keep)
+
+
+def _many_gates(x: Any, r: Any, s: Any) -> Any:
+    sums = [getattr(x, name) + getattr(r, name) for name in "abcdefghijklmnop"]
+    keeps = sum(torch.sigmoid(a) for a in sums[::2]) / 8
+    return (keeps * s.h + sum(torch.tanh(a) for a in sums[1::2]) / 8,)
+
+
+@each_kernel
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_sixteen_gates(device: str, dtype: torch.dtype, kernel: str) -> None:
+    names = " ".join("abcdefghijklmnop")
+    cell = Cell(_many_gates, names, names, "h", 0).graph().to_json()
+    with plan.forced(kernel):
+        assert_case_matches_reference(Case(cell, (2, 3, 4, 17), 2, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("cell", ("sru", "ind_rnn"))
+def test_without_recurrent_parts_programs_share_the_units_of_one_launch(
+    device: str, cell: str
+) -> None:
+    scan = importlib.import_module("rnnkit.triton.scan")
+    case = own(Case(cell, (4, 3, 5, 70), 2, lengths=(4, 3, 1), resets=0.3, device=device))
+    chosen = [scan.choose(case.scan(backward)) for backward in (False, True)]
+    assert all(each.kernel == "sequence" and each.units < 70 for each in chosen)
+    assert "no gate has a recurrent part" in chosen[0].reason
+    assert_case_matches_reference(case)
+
+
+@pytest.mark.parametrize("options", ({}, {"heads": 2}, {"zoneout": 0.3}), ids=str)
+@pytest.mark.parametrize("lengths", ((), (4, 3, 1)), ids=("dense", "ragged"))
+@pytest.mark.parametrize("cell", ("peephole_lstm", "fast_grnn", "ind_rnn"))
+@pytest.mark.thinned
+def test_layers_of_own_cells(
+    device: str, cell: str, lengths: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    """Two layers, in both directions: results, gradients and their flow are those of the reference."""
+    made = (getattr(library, cell), 4, 18)
+    layer = rnnkit.Recurrent(*made, num_layers=2, bidirectional=True, device=device, **options)
+    x: Any = torch.randn(4, 3, 4, device=device)
+    if lengths:
+        x = torch.nn.utils.rnn.pack_padded_sequence(x, lengths)
+
+    def results() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        with rnnkit.gradient_flow(layer) as flow:
+            output = layer(x)[0]
+            output = output.data if lengths else output
+            grads = torch.autograd.grad(output.square().sum(), list(layer.parameters()))
+        seen = [flow[""].h.to(output.dtype)] if layer.cell.recurrent else []
+        return [output, *grads, *seen]
+
+    found = results()
+    with mock.patch.object(backends, "serving", lambda _: "reference"):
+        torch.testing.assert_close(found, results())
+
+
+@pytest.mark.parametrize("cell", ("lstm", "sru"))
+def test_projection_of_as_many_values_as_units(device: str, cell: str) -> None:
+    assert_case_matches_reference(own(Case(cell, directions=2, projected=4, device=device)))
 
 
 @each_dtype
@@ -431,6 +621,9 @@ def test_same_bits_again(device: str, cell: str, kernel: str) -> None:
             *(c for c in small_cases() if c.lengths and (c.projected or c.cell == "gru")),
             Case("lstm", directions=2, operand_mask=True, zoneout=(0.3, 0.2)),
             Case("lstm", (2, 2, 3, 12), directions=2, norm=True),
+            Case("lstm", directions=2, heads=2, multiplies=False),
+            Case("peephole_lstm", directions=2, heads=2),
+            Case("sru", directions=2, lengths=(4, 3, 1), multiplies=False),
         ]
     ),
     ids=str,
@@ -448,7 +641,7 @@ def test_same_bits_again(device: str, cell: str, kernel: str) -> None:
 )
 @pytest.mark.thinned
 def test_as_the_other_kernels(check: Callable[[Case], None], case: Case) -> None:
-    check(case)
+    check(own(case))
 
 
 @pytest.mark.parametrize("missing", ("b_ih", "b_hh"))
@@ -727,18 +920,25 @@ def test_kernels_and_reasons() -> None:
     assert "no room for more than 128 of 32 bits" in scan.why_not(normalized[1])
     with plan.forced("stepwise"):
         assert scan.choose(normalized[0]).units == 64
+    late = replace(small, cell=LATE["reset_before"].graph().to_json())
+    assert scan.why_not(late) == "it has no product of another value than h"
+
+
+@pytest.fixture
+def x_on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What `explain` looks at of a tensor [4, 4, 4] on a GPU, for whose lack it does not fail."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    x = mock.Mock(device=torch.device("cuda"), dtype=torch.float32)
+    x.configure_mock(**{"dim.return_value": 3, "size.return_value": 4})
+    return x
 
 
 @interpreted
 def test_explain_says_where_layer_normalization_is_computed(
-    monkeypatch: pytest.MonkeyPatch,
+    x_on_gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module("rnnkit.triton.scan")
-    monkeypatch.setattr(gpu, "scans", lambda device: module)
     monkeypatch.setattr(backends, "serving", lambda device: "triton")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    x = mock.Mock(device=torch.device("cuda"), dtype=torch.float32)
-    x.configure_mock(**{"dim.return_value": 3, "size.return_value": 4})
+    x = x_on_gpu
     for hidden in (64, 512):
         found = rnnkit.explain(rnnkit.LSTM(4, hidden, layer_norm=True), x)
         if hidden == 64:
@@ -748,6 +948,133 @@ def test_explain_says_where_layer_normalization_is_computed(
         assert (
             "needs all units" in found.reason and str(found) == f"reference on cuda: {found.reason}"
         )
+
+
+OF_OWN = {
+    "own": lambda: rnnkit.Recurrent(library.peephole_lstm, 4, 64),
+    "heads": lambda: rnnkit.Recurrent(library.slstm, 4, 64, heads=4, bidirectional=True),
+    "built in": lambda: rnnkit.LSTM(4, 64),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("serving", ("triton", "cpp", "reference"))
+@pytest.mark.parametrize("beside", (True, False))
+@pytest.mark.parametrize("kind", OF_OWN)
+def test_what_computes_own_cells(
+    kind: str, beside: bool, serving: str, x_on_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton, also beside the CUDA extension, which has none; without Triton the reference."""
+    module = importlib.import_module("rnnkit.triton.scan")
+    monkeypatch.setattr(backends, "serving", lambda device: serving)
+    monkeypatch.setattr(backends, "has_kernels", lambda name, device: beside)
+    monkeypatch.setattr(cuda, "device_of", lambda index: plan.Gpu(132, 232448, (9, 0)))
+    layer = OF_OWN[kind]()
+    found = rnnkit.explain(layer, x_on_gpu)
+    if serving != "cpp" or kind == "built in":
+        assert found.backend == serving and not found.reason
+    else:
+        assert found.backend == ("triton" if beside else "reference")
+        assert "the CUDA extension has no cells of one's own" in str(found)
+    heads = getattr(layer, "heads", 1)
+    case = Case(layer._cell, (4, 4, 4, 64 // heads), 1 + layer.bidirectional, heads=heads)
+    of_backend = {"triton": module, "cpp": cuda, "reference": None}
+    assert gpu.serving(call(case)) is of_backend[found.backend]
+    if found.backend == "triton":
+        assert found.forward == module.choose(case.scan(backward=False))
+        assert found.backward == module.choose(case.scan(backward=True))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("serving", "case", "expected"),
+    (
+        ("cpp", Case("lstm", heads=2), "triton"),
+        ("cpp", Case("lstm", multiplies=False), "cpp"),
+        ("cpp", Case("lstm", (2, 2, 2, 512), norm=True), "cpp"),
+        ("cpp", Case("lstm", (2, 2, 2, 512), norm=True, heads=2), None),
+        ("triton", Case("lstm", (2, 2, 2, 512), norm=True), None),
+        ("triton", Case("lstm", (2, 2, 2, 512), heads=2), "triton"),
+        ("triton", Case("of a library"), None),
+    ),
+    ids=str,
+)
+def test_what_computes_heads_and_given_products(
+    serving: str, case: Case, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        REGISTERED, "of a library", CellSpec("of a library", 1, 1, 0, (0,), CELLS["rnn_tanh"].step)
+    )
+    modules = {"triton": importlib.import_module("rnnkit.triton.scan"), "cpp": cuda, None: None}
+    monkeypatch.setattr(backends, "serving", lambda device: serving)
+    monkeypatch.setattr(backends, "has_kernels", lambda name, device: True)
+    assert gpu.serving(call(case)) is modules[expected]
+
+
+# Files
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of cells, which nothing has been written to."""
+    monkeypatch.setenv("RNNKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+DERIVED = derived_of(Graph.from_json(OWN["ind_rnn"]))
+
+
+@interpreted
+def test_the_text_is_kept_in_the_folder_of_cells(folder: Path) -> None:
+    first = printed.module(DERIVED, "cell")
+    (path,) = compiled.cells()
+    assert path.parent == folder and first.__file__ == str(path)
+    assert path.read_text() == printed.source(DERIVED, "cell")
+    assert path.stat().st_mode & 0o077 == 0 and folder.stat().st_mode & 0o077 == 0
+    written = path.stat().st_mtime_ns
+    assert printed.module(DERIVED, "cell").__file__ == str(path)
+    assert path.stat().st_mtime_ns == written
+    assert [each.name for each in folder.iterdir()] == [path.name]
+    assert compiled.clear() == 1 and not compiled.cells()
+
+
+@interpreted
+def test_a_file_with_another_text_is_written_again_and_does_not_run(folder: Path) -> None:
+    printed.module(DERIVED, "cell")
+    (path,) = compiled.cells()
+    path.write_text("raise SystemExit")
+    assert hasattr(printed.module(DERIVED, "cell"), "cell_forward")
+    assert path.read_text() == printed.source(DERIVED, "cell")
+
+
+def _others_write(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.chmod(0o777)
+
+
+def _others_write_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled.cells()[0].chmod(0o666)
+
+
+def _of_another_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+
+
+def _none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RNNKIT_CACHE", "/proc/rnnkit")
+
+
+@interpreted
+@pytest.mark.parametrize("change", (_others_write, _others_write_the_file, _of_another_user, _none))
+def test_a_folder_that_cannot_be_used(
+    change: Callable[..., None], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text is then in a folder of this process, which nobody else can read."""
+    printed.module(DERIVED, "cell")
+    change(folder, monkeypatch)
+    module = printed.module(DERIVED, "cell")
+    path = Path(str(module.__file__))
+    assert path.read_text() == printed.source(DERIVED, "cell")
+    assert path.parent != folder and path.parent.stat().st_mode & 0o077 == 0
 
 
 def test_cells_are_the_reference_s() -> None:

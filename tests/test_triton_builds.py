@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rnnkit import Cell, library
 from rnnkit.specs import CELLS
 
 HERE = Path(__file__).parent
@@ -43,13 +44,19 @@ def builds(target: tuple[str, ...]) -> list[dict]:
 def test_every_kernel_compiles(target: tuple[str, ...]) -> None:
     """Both passes of every cell with both plans: on matrix units, with a barrier between two steps.
 
-    The compiler sees no integer argument other than the model's sizes, so that a new T or N compiles nothing.
+    The compiler sees no integer argument other than the model's sizes, so that a new T or N compiles nothing. Of
+    printed cells a third of the cases is compiled; without a recurrent part a cell has no products.
     """
     built = builds(target)
     scans = [b for b in built if b["kernel"] != "unprojected"]
-    found = {(b["case"].split("-")[0], b["kernel"], b["plan"]) for b in scans}
+    found = {(b["cell"], b["kernel"], b["plan"]) for b in scans if b["cell"] in CELLS}
     assert len(found) == 4 * len(CELLS), found
-    assert not [b for b in scans if b["products"] == 0 or b["barriers"] != 1]
+    printed = {b["cell"]: b["products"] > 0 for b in scans if b["cell"] not in CELLS}
+    assert len(printed) > 10 and set(printed.values()) == {True, False}
+    cells = vars(library).values()
+    alone = {cell.name for cell in cells if isinstance(cell, Cell) and not cell.recurrent}
+    assert {b["cell"] for b in scans if b["products"] == 0} <= alone
+    assert not [b for b in scans if b["barriers"] != 1]
     cuda = target[0] == "cuda"
     assert not cuda or len(scans) < len(built), "no case has a projection"
     most = SPILLED if cuda else 4 * SPILLED

@@ -17,11 +17,12 @@ from unittest import mock
 
 import torch
 import triton
+from graph_cells import CELLS as GRAPH_CELLS
 from kernel_cases import Case, call
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rnnkit import gpu
+from rnnkit import Cell, gpu, library, specs
 from rnnkit.call import Keep
 from rnnkit.specs import CELLS
 from rnnkit.triton import kernels, scan
@@ -54,11 +55,28 @@ SIZES = (
 OF_THE_MODEL = ("hidden", "projected")
 
 
+#: Cells that are printed, by their names here: of the library, and with what few cells have.
+PRINTED = {cell.name: cell.op_name for cell in vars(library).values() if isinstance(cell, Cell)}
+PRINTED |= {
+    name: GRAPH_CELLS[name].graph().to_json()
+    for name in ("odd_states", "choice", "infinite_constants", "every_operation")
+}
+
+#: What printed cells are compiled with, in turn.
+VARIANTS: tuple[dict, ...] = (
+    {},
+    {"heads": 3, "multiplies": False},
+    {"lengths": (2, 2, 1), "resets": 0.3, "operand_mask": True, "zoneout": (0.3, 0.2)},
+    {"expects": True, "zoneout": (0.3, 0.2), "grad_clip": 0.1, "grad_cut": 2, "states": False},
+)
+
+
 @dataclass(frozen=True)
 class Build:
     """A kernel as compiled.
 
     Attributes:
+        cell: the name of its cell.
         case: the call it is launched by.
         kernel: `forward`, `backward` or `unprojected`.
         plan: a name in `plan.TRITON_KERNELS`.
@@ -68,6 +86,7 @@ class Build:
         barriers: between the last of a step's stores and the next step.
     """
 
+    cell: str
     case: str
     kernel: str
     plan: str
@@ -148,13 +167,15 @@ def resources(built: Any) -> tuple[int, int]:
 def builds(case: Case, target: GPUTarget) -> Iterator[Build]:
     """Every kernel that a call's forward and backward pass launch."""
     found: dict[str, Build] = {}
+    cell = next((name for name, printed in PRINTED.items() if printed == case.cell), case.cell)
 
     def recorder(name: str) -> Recorder:
         def done(built: Any, options: dict) -> None:
             registers, spilled = resources(built)
             text = built.asm.get("ptx") or built.asm["amdgcn"]
             found[name] = Build(
-                str(case),
+                cell,
+                str(replace(case, cell=cell)),
                 name,
                 scan.choose(case.scan(name == "backward")).kernel,
                 registers,
@@ -209,11 +230,24 @@ def cases() -> Iterator[tuple[Case, bool]]:
             yield replace(all_states, directions=1, **wide), True
 
 
+def cases_of_printed() -> Iterator[tuple[Case, bool]]:
+    """Every printed cell at two sizes, each with one of the variants; projected where it can be."""
+    for at, cell in enumerate(PRINTED.values()):
+        for k in range(2):
+            hidden, batch, dtype, tf32 = SIZES[(3 * at + 5 * k) % len(SIZES)]
+            variant = VARIANTS[(at + 2 * k) % len(VARIANTS)]
+            case = Case(cell, (2, batch, 4, hidden), 1 + at % 2, dtype=dtype, **variant)
+            spec = specs.of(cell)
+            yield replace(case, all_states=k == 1 and spec.states > 1), tf32
+        if spec.projects:
+            yield Case(cell, (2, 3, 4, 100), projected=33), True
+
+
 def main(backend: str, architecture: str, every: str = "1") -> None:
     scan.TARGET = backend
     arch = int(architecture) if backend == "cuda" else architecture
     target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
-    for case, tf32 in [*cases()][:: int(every)]:
+    for case, tf32 in [*cases(), *cases_of_printed()][:: int(every)]:
         torch.backends.cudnn.allow_tf32 = tf32
         for build in builds(case, target):
             print(json.dumps(asdict(build)), flush=True)

@@ -15,7 +15,7 @@ previous h of a cell's backward is not masked.
 
 In all functions a program has ROWS rows of the batch, from `begin` on, which i [ROWS, 1] counts. Steps are numbered 0
 to `last` in the order of the direction's forward scan, in both passes. `offsets` [T + 1] are the rows where time steps
-begin, None where each has `batch`.
+begin, None where each has `batch`. Of the D directions, the first `heads` go forward.
 """
 
 import triton
@@ -23,10 +23,15 @@ from triton import language as tl
 
 
 @triton.jit
-def rows_of(step, last, batch, offsets):
+def reverses(heads):
+    """Whether the program's direction begins at the last time."""
+    return tl.program_id(2) >= heads
+
+
+@triton.jit
+def rows_of(step, last, batch, offsets, heads):
     """A step's first row among the rows of all steps, and its number of rows: 0 for a step that does not exist."""
-    reverse = tl.program_id(2) == 1
-    t = tl.where(reverse, last - step, step)
+    t = tl.where(reverses(heads), last - step, step)
     exists = (step >= 0) & (step <= last)
     if offsets is None:
         start = t.to(tl.int64) * batch
@@ -38,19 +43,19 @@ def rows_of(step, last, batch, offsets):
 
 
 @triton.jit
-def active_rows(step, begin, i, last, batch, offsets):
+def active_rows(step, begin, i, last, batch, offsets, heads):
     """The program's first row of a step among the rows of all steps, and which of its rows are active [ROWS, 1]."""
-    start, count = rows_of(step, last, batch, offsets)
+    start, count = rows_of(step, last, batch, offsets, heads)
     active = i < count - begin
     return start + begin, active
 
 
 @triton.jit
-def is_reset(step, begin, i, last, batch, offsets, reset):
+def is_reset(step, begin, i, last, batch, offsets, heads, reset):
     """Which rows [ROWS, 1] are put back between the step before and this one, see `LayerCall.reset`: `reset` [R]."""
-    row, active = active_rows(step, begin, i, last, batch, offsets)
-    row_before, continues = active_rows(step - 1, begin, i, last, batch, offsets)
-    later = tl.where(tl.program_id(2) == 1, row_before, row)  # in time
+    row, active = active_rows(step, begin, i, last, batch, offsets, heads)
+    row_before, continues = active_rows(step - 1, begin, i, last, batch, offsets, heads)
+    later = tl.where(reverses(heads), row_before, row)  # in time
     return tl.load(reset + later + i, mask=active & continues, other=0) != 0
 
 
@@ -76,13 +81,15 @@ def of_batch(values, begin, i, batch, width):
 
 
 @triton.jit
-def operand(step, begin, i, last, batch, offsets, initial, output, width, reset=None, reset_h=None):
+def operand(
+    step, begin, i, last, batch, offsets, heads, initial, output, width, reset=None, reset_h=None
+):  # fmt: skip
     """h before a step: pointers to the beginnings of its rows [ROWS, 1], and which are there; the others are zeros.
 
     A row that was active at the step before continues with the output [R, D*P] of that step, another one begins with
     `initial` [D, N, P], None for zeros. One that `is_reset` has `reset_h`, alike. `width` is P.
     """
-    row, continues = active_rows(step - 1, begin, i, last, batch, offsets)
+    row, continues = active_rows(step - 1, begin, i, last, batch, offsets, heads)
     d = tl.program_id(2).to(tl.int64)
     directions = tl.num_programs(2)
     h = output + (row * directions + d) * width + i * (directions * width)
@@ -91,7 +98,7 @@ def operand(step, begin, i, last, batch, offsets, initial, output, width, reset=
         h = tl.where(continues, h, of_batch(initial, begin, i, batch, width))
         is_there = i < batch - begin
     if reset is not None:
-        begins = is_reset(step, begin, i, last, batch, offsets, reset)
+        begins = is_reset(step, begin, i, last, batch, offsets, heads, reset)
         if reset_h is None:
             is_there = is_there & (begins == 0)
         else:
@@ -101,12 +108,12 @@ def operand(step, begin, i, last, batch, offsets, initial, output, width, reset=
 
 
 @triton.jit
-def cuts(step, last, GRAD_CUT: tl.constexpr):
+def cuts(step, last, heads, GRAD_CUT: tl.constexpr):
     """Whether no gradient passes back from a step to the step before, see `LayerCall.grad_cut`."""
     if GRAD_CUT == 0:
         return False
     else:
-        boundary = tl.where(tl.program_id(2) == 1, last - step + 1, step)
+        boundary = tl.where(reverses(heads), last - step + 1, step)
         return boundary % GRAD_CUT == 0
 
 

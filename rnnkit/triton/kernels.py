@@ -5,8 +5,9 @@ A program owns a tile of ROWS rows of the batch and UNITS hidden units, of one d
 programs, and one launch runs all steps. Otherwise one launch runs one step. The recurrent product reads what the steps
 before wrote to memory, so that a program holds no more than its tile. carry.py tells what a row has before a step.
 
-Shapes: D directions, R rows of all steps, G gates, V values in the reserve, W gradient columns of a unit, S states. The
-number of steps and that of rows are not constants of the compiler; offsets of rows have 64 bits.
+Shapes: D directions (each head of one is a direction), R rows of all steps, G gates, G_hh recurrent parts of gates, V
+values in the reserve, W gradient columns of a unit, S states, U parameters of a unit. The number of steps and that of
+rows are not constants of the compiler; offsets of rows have 64 bits.
 """
 
 import triton
@@ -15,7 +16,7 @@ from triton import language as tl
 from rnnkit.triton import carry, layer_norm, zoneout
 
 #: Integer arguments that differ between calls of one model: another value must not cause a compilation.
-SIZES = ["gate_stride", "batch", "total", "last", "first", "steps"]
+SIZES = ["gate_stride", "batch", "total", "last", "heads", "first", "steps"]
 
 #: Whether Triton's interpreter runs the kernels. It multiplies bfloat16 as if its bits were integers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -159,13 +160,37 @@ def bias(b, place, mask, UNITS: tl.constexpr, SUM: tl.constexpr):
         return tl.load(b + place, mask=mask, other=0.0).to(SUM)
 
 
+@triton.jit
+def of_units(values, place, mask, COUNT: tl.constexpr, size, SUM: tl.constexpr):
+    """COUNT parts [1, UNITS] of `values`, of the program's units: at `place`, and each `size` after the one before."""
+    found = ()
+    for k in tl.static_range(COUNT):
+        found += (tl.load(values + k * size + place, mask=mask, other=0.0).to(SUM),)
+    return found
+
+
+@triton.jit
+def last_argument(
+    norm_c, norm_c_bias, unit, d, u, u_mask, hidden, PARAMETERS: tl.constexpr, SUM: tl.constexpr
+):  # fmt: skip
+    """In a tuple, the last argument of a cell's functions: what normalizes its state, or its parameters; or nothing."""
+    found = ()
+    if norm_c is not None:
+        found = (layer_norm.of_state(norm_c, norm_c_bias, d * hidden, u, u_mask, hidden, SUM),)
+    if unit is not None:
+        place = d * PARAMETERS * hidden + u
+        found = (of_units(unit, place, u_mask, PARAMETERS, hidden, SUM),)
+    return found
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward(
     gates,  # the input's part of all gates, [R, D, G*H], its rows gate_stride values apart
-    b_ih, b_hh,  # [D, G*H], or None for zeros
+    b_ih, b_hh,  # [D, G*H] and [D, G_hh*H], or None for zeros
     norm_hh,  # what the normalized product with h is multiplied with, [D, G*H], or None: it is not normalized
     norm_c, norm_c_bias,  # of the cell's state that is normalized, [D, H], or None
-    w_hh,  # [D, G*H, P]
+    unit,  # the parameters of units, [D, U, H], or None
+    w_hh,  # [D, G_hh*H, P], or None: no gate has a recurrent part
     initial,  # h before the first step, [D, N, P], or None for zeros
     states,  # before the first step of this launch, [S, D, N, H]
     new_states,  # on return the states after the last step of this launch, [S, D, N, H]
@@ -178,16 +203,16 @@ def forward(
     output,  # h after each step, [R, D*P]; read, and written through new_h where there is no projection
     new_h,  # on return h: `output`, or before a projection [D, N, H], or None where it is not wanted
     all_states,  # on return the states other than h after each step, S - 1 tensors [R, D*H]; or None
-    # On return [D, R, V, H], or the states other than h before each step, [D, R, S - 1, H], or the h that the cell
-    # gave, [D, R, 1, H]; or None. With layer normalization V is larger by 2*G: the products of all gates with x, which
+    # On return what the cell saves, or the states other than h before each step, then the h that the cell gave if it is
+    # kept: [D, R, V, H]; or None. With layer normalization V is larger by 2*G: the products of all gates with x, which
     # are there before, and with h.
     reserve,
-    gate_stride, batch, total, last,  # batch N, total R, last T - 1
+    gate_stride, batch, total, last, heads,  # batch N, total R, last T - 1
     first, steps,
     hidden, projected,  # H, P
-    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, EVERYTHING: tl.constexpr,
-    VALUES: tl.constexpr, KEEPS_GIVEN: tl.constexpr, ZONEOUT: tl.constexpr, PROJECTS: tl.constexpr,
-    PRECISION: tl.constexpr, SUM: tl.constexpr,
+    CELL: tl.constexpr, GATES: tl.constexpr, RECURRENT: tl.constexpr, STATES: tl.constexpr, PARAMETERS: tl.constexpr,
+    EVERYTHING: tl.constexpr, VALUES: tl.constexpr, KEEPS_GIVEN: tl.constexpr, ZONEOUT: tl.constexpr,
+    PROJECTS: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Runs the cell over the steps `first` to `first + steps`."""
@@ -197,38 +222,39 @@ def forward(
     directions = tl.num_programs(2)
     begin, i, u, i_mask, u_mask = tile(batch, hidden, ROWS, UNITS)
     first_unit = tl.program_id(1) * UNITS
-    w = w_hh + (d * GATES * hidden + first_unit) * projected
+    if RECURRENT > 0:
+        w = w_hh + (d * RECURRENT * hidden + first_unit) * projected
     state = load_states(states, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
     for step in tl.range(first, first + steps, num_stages=1):
         u = opaque(u, step)
-        row, active = carry.active_rows(step, begin, i, last, batch, offsets)
+        row, active = carry.active_rows(step, begin, i, last, batch, offsets, heads)
         mask = active & u_mask
         loaded = ()
         for g in tl.static_range(GATES):
             gate = gates + row * gate_stride + (d * GATES + g) * hidden
             loaded += (tl.load(gate + (i * gate_stride + u), mask=mask, other=0.0),)
-        operand, is_there = carry.operand(
-            step, begin, i, last, batch, offsets, initial, output, projected, reset, reset_h
-        )
         if reset is not None:
-            begins = carry.is_reset(step, begin, i, last, batch, offsets, reset)
+            begins = carry.is_reset(step, begin, i, last, batch, offsets, heads, reset)
             state = carry.put_back(state, begins, reset_states, begin, i, u, u_mask, batch, hidden)
-        factor = None
-        if operand_mask is not None:
-            factor = carry.of_batch(operand_mask, begin, opaque(i, step), batch, projected)
-        recurrent = products(
-            operand, is_there & active, w, hidden.to(tl.int64) * projected,
-            (u - first_unit) * projected, u_mask, 1, projected, GATES, DEPTH, PRECISION, SUM, factor,
-        )  # fmt: skip
+        recurrent = ()
+        if RECURRENT > 0:
+            operand, is_there = carry.operand(
+                step, begin, i, last, batch, offsets, heads, initial, output, projected, reset, reset_h
+            )  # fmt: skip
+            factor = None
+            if operand_mask is not None:
+                factor = carry.of_batch(operand_mask, begin, opaque(i, step), batch, projected)
+            recurrent = products(
+                operand, is_there & active, w, hidden.to(tl.int64) * projected,
+                (u - first_unit) * projected, u_mask, 1, projected, RECURRENT, DEPTH, PRECISION, SUM, factor,
+            )  # fmt: skip
         if norm_hh is not None:
             if EVERYTHING:
                 store_saved(
                     reserve, recurrent, d * total + row, i, u, mask, hidden, VALUES, VALUES - GATES
                 )
             of = layer_norm.moments(recurrent, u_mask, GATES * hidden)
-            factors = layer_norm.of_units(
-                norm_hh, d * GATES * hidden + u, u_mask, GATES, hidden, SUM
-            )
+            factors = of_units(norm_hh, d * GATES * hidden + u, u_mask, GATES, hidden, SUM)
             normalized = ()
             for g in tl.static_range(GATES):
                 normalized += (layer_norm.normalized(recurrent[g], of) * factors[g],)
@@ -237,12 +263,11 @@ def forward(
         h = ()
         for g in tl.static_range(GATES):
             x += (loaded[g].to(SUM) + bias(b_ih, (d * GATES + g) * hidden + u, u_mask, UNITS, SUM),)
-            h += (recurrent[g] + bias(b_hh, (d * GATES + g) * hidden + u, u_mask, UNITS, SUM),)
-        if norm_c is None:
-            new, save = CELL(x, h, state)
-        else:
-            norm = layer_norm.of_state(norm_c, norm_c_bias, d * hidden, u, u_mask, hidden, SUM)
-            new, save = CELL(x, h, state, norm)
+        for g in tl.static_range(RECURRENT):
+            place = (d * RECURRENT + g) * hidden + u
+            h += (recurrent[g] + bias(b_hh, place, u_mask, UNITS, SUM),)
+        of_cell = last_argument(norm_c, norm_c_bias, unit, d, u, u_mask, hidden, PARAMETERS, SUM)
+        new, save = CELL(x, h, state, *of_cell)
         given = new[0]
         base, place = (row * directions + d) * hidden, i * (directions * hidden) + u
         if kept is not None:
@@ -256,7 +281,9 @@ def forward(
                 value = new[k + 1].to(all_states[k].dtype.element_ty)
                 tl.store(all_states[k] + base + place, value, mask=mask)
         if reserve is not None:
-            values = (given,) if KEEPS_GIVEN else save if EVERYTHING else state[1:]
+            values = save if EVERYTHING else state[1:]
+            if KEEPS_GIVEN:
+                values = values + (given,)
             store_saved(reserve, values, d * total + row, i, u, mask, hidden, VALUES, 0)
         state = carry.carried(active, new, state)
         tl.debug_barrier()  # the next step reads what this one wrote
@@ -265,9 +292,10 @@ def forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def backward(
-    weights,  # w_hh [D, G*H, H], or with a projection w_hr [D, P, H]
+    weights,  # w_hh [D, G_hh*H, H], or None: no gate has a recurrent part; with a projection w_hr [D, P, H]
     norm_hh,  # what the normalized product with h is multiplied with, [D, G*H], or None: it is not normalized
     norm_c, norm_c_bias,  # of the cell's state that is normalized, [D, H], or None
+    unit,  # the parameters of units, [D, U, H], or None
     initial,  # h before the first step, [D, N, P], or None for zeros
     grad_states,  # as the later steps left them, in the first launch of the final states, [S, D, N, H]
     new_grad_states,  # on return the gradients after the last step of this launch, [S, D, N, H]
@@ -282,14 +310,15 @@ def backward(
     grad_output,  # [R, D*H], or None for zeros
     grad_all_states,  # of the states other than h after each step, S - 1 of [R, D*H] or None for zeros; or None
     grad_projected,  # the whole gradient of h after its projection, [D, R, P], or None without one
-    # On return [R, D*W*H]. With layer normalization the gradients of the products with h stand before those of the
-    # gates, and after them those of a state's normalization.
+    # On return [R, D*W*H]: the gradients of the gates, then of the parameters. With layer normalization those of the
+    # products with h stand before the gates', and those of a state's normalization after them.
     grad_gates,
     flow,  # on return the gradient of each state after each step, S of [R, D*H]; None instead of one or of all
-    batch, total, last,  # batch N, total R, last T - 1
+    batch, total, last, heads,  # batch N, total R, last T - 1
     first, steps,
     hidden, projected,  # H, P
-    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr, VALUES: tl.constexpr,
+    CELL: tl.constexpr, GATES: tl.constexpr, RECURRENT: tl.constexpr, STATES: tl.constexpr, PARAMETERS: tl.constexpr,
+    SAVED: tl.constexpr, VALUES: tl.constexpr,
     GRAD_STATES: tl.constexpr, GRAD_COLUMNS: tl.constexpr, GRAD_CLIP: tl.constexpr, GRAD_CUT: tl.constexpr,
     KEEPS_GIVEN: tl.constexpr, ZONEOUT: tl.constexpr,
     PRECISION: tl.constexpr, SUM: tl.constexpr,
@@ -300,13 +329,13 @@ def backward(
     A step begins with the product that gives the gradient of the later step's operand, h. Where there are initial
     states, a step T follows: no row has it, so only its product counts, which completes their gradients.
     With a projection, the product is that of grad_projected and w_hr instead, and `_grad_operand` of scan.py takes the
-    place of step T.
+    place of step T. Without recurrent parts there is no product; h then passes its gradient through the cell alone.
     """
     hidden, projected = aligned(hidden, ALIGNED), aligned(projected, ALIGNED)
     d = tl.program_id(2).to(tl.int64)
     directions = tl.num_programs(2)
     begin, i, u, i_mask, u_mask = tile(batch, hidden, ROWS, UNITS)
-    depth = GATES * hidden if grad_projected is None else projected
+    depth = RECURRENT * hidden if grad_projected is None else projected
     grad_state = load_states(grad_states, begin, i, u, i_mask & u_mask, batch, hidden, STATES)
     grad_reset = grad_state
     if reset is not None:
@@ -314,37 +343,42 @@ def backward(
     for step in tl.range(first, first + steps, num_stages=1):
         u = opaque(u, step)
         forward_step = last - step
-        row, active = carry.active_rows(forward_step, begin, i, last, batch, offsets)
+        row, active = carry.active_rows(forward_step, begin, i, last, batch, offsets, heads)
         mask = active & u_mask
         h_base = (row * directions + d) * hidden
         h_place = i * (directions * hidden) + u
         if grad_projected is None:
-            later, sends = carry.active_rows(forward_step + 1, begin, i, last, batch, offsets)
+            later, sends = carry.active_rows(
+                forward_step + 1, begin, i, last, batch, offsets, heads
+            )
             grad_later = grad_gates + (later * directions + d) * (GRAD_COLUMNS * hidden)
             grad_later += i * (directions * GRAD_COLUMNS * hidden)
         else:
             grad_later = grad_projected + (d * total + row) * projected + i * projected
             sends = active
-        grad_recurrent = products(
-            grad_later, sends, weights + d * depth * hidden, 0, u,
-            u_mask, hidden, depth, 1, DEPTH, PRECISION, SUM,
-        )  # fmt: skip
+        of_operand = tl.zeros((ROWS, UNITS), dtype=SUM)
+        if weights is not None:
+            of_operand = products(
+                grad_later, sends, weights + d * depth * hidden, 0, u,
+                u_mask, hidden, depth, 1, DEPTH, PRECISION, SUM,
+            )[0]  # fmt: skip
         if grad_projected is None:
-            of_operand = grad_recurrent[0]
             if operand_mask is not None:
                 factor = carry.of_batch(operand_mask, begin, i, batch, hidden) + u
                 of_operand *= tl.load(factor, mask=i_mask & u_mask, other=0.0).to(SUM)
-            cut = carry.cuts(forward_step + 1, last, GRAD_CUT)
+            cut = carry.cuts(forward_step + 1, last, heads, GRAD_CUT)
             begins = None
             if reset is not None:
-                begins = carry.is_reset(forward_step + 1, begin, i, last, batch, offsets, reset)
+                begins = carry.is_reset(
+                    forward_step + 1, begin, i, last, batch, offsets, heads, reset
+                )
             grad_state, of_h = carry.grad_operand(
                 grad_state, of_operand, sends, active, cut, GRAD_CLIP, GRAD_CUT,
                 begins, grad_reset[0],
             )  # fmt: skip
             grad_reset = (of_h,) + grad_reset[1:]
         else:
-            grad_state = (grad_state[0] + grad_recurrent[0],) + grad_state[1:]
+            grad_state = (grad_state[0] + of_operand,) + grad_state[1:]
         save = load_saved(reserve, d * total + row, i, u, mask, hidden, VALUES, 0, SAVED)
         h = tl.zeros((ROWS, UNITS), dtype=SUM)
         previous_h = h
@@ -357,6 +391,7 @@ def backward(
                 last,
                 batch,
                 offsets,
+                heads,
                 initial,
                 output,
                 hidden,
@@ -380,29 +415,20 @@ def backward(
         of_old = grad_new
         if kept is not None:
             grad_given, of_old = zoneout.parted(grad_new, kept, h_base, h_place, mask, ZONEOUT)
-        if norm_c is not None:
-            norm = layer_norm.of_state(norm_c, norm_c_bias, d * hidden, u, u_mask, hidden, SUM)
+        of_cell = last_argument(norm_c, norm_c_bias, unit, d, u, u_mask, hidden, PARAMETERS, SUM)
         if flow is not None:
             whole = grad_given
             if GRAD_STATES is not None:
-                if norm_c is None:
-                    whole = GRAD_STATES(save, grad_given)
-                else:
-                    whole = GRAD_STATES(save, grad_given, norm)
+                whole = GRAD_STATES(save, grad_given, *of_cell)
             if kept is not None:
                 whole = zoneout.whole(grad_new, whole, kept, ZONEOUT)
             for k in tl.static_range(STATES):
                 if flow[k] is not None:
                     tl.store(flow[k] + h_base + h_place, whole[k], mask=mask)
-        if norm_c is None:
-            grads_before, grads = CELL(save, h, previous_h, grad_given)
-        else:
-            grads_before, grads = CELL(save, h, previous_h, grad_given, norm)
+        grads_before, grads = CELL(save, h, previous_h, grad_given, *of_cell)
         if norm_hh is not None:
             store_grads(grad_gates, grads, row, i, u, mask, hidden, GRAD_COLUMNS, GATES)
-            factors = layer_norm.of_units(
-                norm_hh, d * GATES * hidden + u, u_mask, GATES, hidden, SUM
-            )
+            factors = of_units(norm_hh, d * GATES * hidden + u, u_mask, GATES, hidden, SUM)
             of_products = load_saved(
                 reserve, d * total + row, i, u, mask, hidden, VALUES, VALUES - GATES, GATES
             )
@@ -420,11 +446,13 @@ def backward(
         if kept is not None:
             grads_before = zoneout.added(grads_before, of_old)
         if (GRAD_CLIP is not None) | (GRAD_CUT > 0) | (reset is not None):
-            _, continues = carry.active_rows(forward_step - 1, begin, i, last, batch, offsets)
-            cut = carry.cuts(forward_step, last, GRAD_CUT)
+            _, continues = carry.active_rows(
+                forward_step - 1, begin, i, last, batch, offsets, heads
+            )
+            cut = carry.cuts(forward_step, last, heads, GRAD_CUT)
             begins = None
             if reset is not None:
-                begins = carry.is_reset(forward_step, begin, i, last, batch, offsets, reset)
+                begins = carry.is_reset(forward_step, begin, i, last, batch, offsets, heads, reset)
             passed = (grads_before[0],)  # that of h is not complete before the product
             sums = (grad_reset[0],)
             for k in tl.static_range(1, STATES):
@@ -448,9 +476,10 @@ def backward(
 def unprojected(
     reserve,  # [D, R, V, H]
     norm_c, norm_c_bias,  # of the cell's state that is normalized, [D, H], or None
+    unit,  # the parameters of units, [D, U, H], or None
     h,  # on return h before its projection, [D, R, H]
     total, hidden,  # R, H
-    OUTPUT: tl.constexpr, SAVED: tl.constexpr, VALUES: tl.constexpr, SUM: tl.constexpr,
+    OUTPUT: tl.constexpr, SAVED: tl.constexpr, VALUES: tl.constexpr, PARAMETERS: tl.constexpr, SUM: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """h before its projection at all steps. A program has a tile of the rows of all steps."""
@@ -460,9 +489,7 @@ def unprojected(
     d = tl.program_id(2).to(tl.int64)
     row = d * total + begin
     save = load_saved(reserve, row, i, u, mask, hidden, VALUES, 0, SAVED)
-    if norm_c is None:
-        found = OUTPUT(save)
-    else:
-        norm = layer_norm.of_state(norm_c, norm_c_bias, d * hidden, u, u_mask, hidden, SUM)
-        found = OUTPUT(save, norm)
+    found = OUTPUT(
+        save, *last_argument(norm_c, norm_c_bias, unit, d, u, u_mask, hidden, PARAMETERS, SUM)
+    )
     tl.store(h + row * hidden + (i * hidden + u), found.to(h.dtype.element_ty), mask=mask)

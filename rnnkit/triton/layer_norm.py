@@ -14,26 +14,14 @@ EPSILON = tl.constexpr(NORM_EPSILON)
 
 
 @triton.jit
-def of_units(values, place, mask, GATES: tl.constexpr, size, SUM: tl.constexpr):
-    """The program's part [1, UNITS] of `values`, at `place` and for each further gate `size` later."""
-    found = ()
-    for g in tl.static_range(GATES):
-        found += (tl.load(values + g * size + place, mask=mask, other=0.0).to(SUM),)
-    return found
-
-
-@triton.jit
 def of_state(factor, bias, base, u, mask, count, SUM: tl.constexpr):
-    """The normalization of a state by `factor` and `bias` [D, H]; None if they are. `base`: the direction's place."""
-    if factor is None:
-        return None
-    else:
-        return (
-            tl.load(factor + base + u, mask=mask, other=0.0).to(SUM),
-            tl.load(bias + base + u, mask=mask, other=0.0).to(SUM),
-            mask,
-            count,
-        )
+    """The normalization of a state by `factor` and `bias` [D, H]. `base`: the direction's place."""
+    return (
+        tl.load(factor + base + u, mask=mask, other=0.0).to(SUM),
+        tl.load(bias + base + u, mask=mask, other=0.0).to(SUM),
+        mask,
+        count,
+    )
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -18,12 +18,15 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
+from rnnkit import specs
 from rnnkit.call import Keep
 from rnnkit.gpu import Backward, GpuCall, stacked
+from rnnkit.graph import Graph
+from rnnkit.graph import triton as printed
+from rnnkit.graph.kernels import derived_of
 from rnnkit.plan import Scan, forced_kernel
-from rnnkit.specs import CELLS
 from rnnkit.triton import kernels
-from rnnkit.triton.cells import TRITON_CELLS
+from rnnkit.triton.cells import TRITON_CELLS, Cell
 
 #: Time several plans for each size, once on each kind of GPU, and keep the fastest.
 AUTOTUNE = os.environ.get("RNNKIT_TRITON_AUTOTUNE", "0") not in ("", "0")
@@ -59,7 +62,7 @@ class TritonPlan:
         )
 
 
-#: The most units of a program that has all units, by the bytes of an element: what fits in registers.
+#: The most units of a program that has all units, by the bytes of an element, of a cell no larger than an LSTM.
 _MOST_UNITS = {2: 256, 4: 128, 8: 32}
 #: Units of a program where programs share the units, by the bytes of an element.
 _UNITS = {2: 32, 4: 32, 8: 16}
@@ -73,13 +76,38 @@ _SHARED = {"cuda": 90_000, "hip": 60_000}
 
 def why_not(scan: Scan) -> str:
     """See `rnnkit.gpu.Scans`."""
-    most = _MOST_UNITS[scan.element_bytes]
+    if scan.cell not in TRITON_CELLS and not scan.cell.startswith("{"):
+        return "a registered cell has functions for the CPU alone"
+    if specs.of(scan.cell).late > 0:
+        return "it has no product of another value than h"
+    most = _most_units(scan)
     if scan.normalizes and _all_units(scan) > most:
         return (
             "layer normalization needs all units in one program, which has no room for more than "
             f"{most} of {8 * scan.element_bytes} bits"
         )
     return ""
+
+
+@cache
+def _functions(cell: str) -> Cell:
+    """The functions of a cell: of one that is built in, or printed from the graph whose JSON is its name."""
+    if cell in TRITON_CELLS:
+        return TRITON_CELLS[cell]
+    module = printed.module(derived_of(Graph.from_json(cell)), "cell")
+    return Cell(*(getattr(module, f"cell_{name}", None) for name in Cell._fields))
+
+
+def _times_lstm(scan: Scan) -> int:
+    """How many times the tiles of an LSTM's gates and states a program of the cell has: a power of 2, at least 1."""
+    spec = specs.of(scan.cell)
+    tiles = max(spec.gates, spec.recurrent) + spec.states - 2
+    return int(triton.next_power_of_2(max(tiles, 4))) // 4
+
+
+def _most_units(scan: Scan) -> int:
+    """The most units of a program that has all units: what fits in registers."""
+    return _MOST_UNITS[scan.element_bytes] // _times_lstm(scan)
 
 
 def _all_units(scan: Scan) -> int:
@@ -95,23 +123,26 @@ def choose(scan: Scan, device: torch.device | None = None) -> TritonPlan:
 @lru_cache(maxsize=4096)
 def _choose(scan: Scan, forced: str) -> TritonPlan:
     units = _all_units(scan)
-    most = _MOST_UNITS[scan.element_bytes]
-    rows = 16
+    most, rows = _most_units(scan), 16
+    alone = specs.of(scan.cell).recurrent == 0  # a unit reads no other unit's h
     if scan.projected != scan.hidden:
         kernel, reason = "stepwise", "a projection is a product of its own"
-    elif units > most:
+    elif units > most and not alone:
         kernel = "stepwise"
         reason = (
             f"one program has no room for more than {most} units of {8 * scan.element_bytes} bits"
         )
     elif forced == "stepwise":
         kernel, reason = "stepwise", "forced"
+    elif alone:
+        kernel, reason = "sequence", "no gate has a recurrent part"
     else:
         reason = "forced" if forced == "sequence" else "one program has room for all units"
         kernel = "sequence"
-    if kernel == "stepwise" and not scan.normalizes:
+    if (kernel == "stepwise" or alone) and not scan.normalizes:
         units = min(units, _UNITS[scan.element_bytes])
         most_rows = 64 if scan.element_bytes == 2 else 16 if scan.precise else 32
+        most_rows = most_rows if _times_lstm(scan) == 1 else 16
         rows = min(most_rows, 16 if scan.batch <= 16 else 32 if scan.batch <= 32 else 64)
     warps = 4 if units * rows < 1024 else 8
     depth, stages = _pipeline(scan, rows, units, warps)
@@ -120,7 +151,7 @@ def _choose(scan: Scan, forced: str) -> TritonPlan:
 
 def _pipeline(scan: Scan, rows: int, units: int, warps: int) -> tuple[int, int]:
     """The depth, as large as registers, shared memory and the length of the sums allow, and the stages."""
-    gates = CELLS[scan.cell].gates
+    gates = max(specs.of(scan.cell).recurrent, 1)
     together, summed = (1, gates * scan.hidden) if scan.backward else (gates, scan.projected)
     loads = _LOADS[scan.element_bytes]
     if _power_of_2_in(scan.hidden, scan.projected) * scan.element_bytes < 8:
@@ -154,7 +185,7 @@ def _tuned(kernel: Any, plan: TritonPlan) -> Any:
         )
         for each in _alternatives(plan)
     ]
-    key = ["hidden", "projected", "GATES", "ROWS", "PRECISION"]
+    key = ["hidden", "projected", "GATES", "RECURRENT", "STATES", "PARAMETERS", "ROWS", "PRECISION"]
     return triton.autotune(configs=configs, key=key, cache_results=True)(kernel)
 
 
@@ -191,7 +222,9 @@ class _Launcher:
         self.grid = lambda meta: (tiles, triton.cdiv(call.hidden, meta["UNITS"]), call.directions)
         self.constants = {
             "GATES": call.spec.gates,
+            "RECURRENT": call.spec.recurrent,
             "STATES": call.spec.states,
+            "PARAMETERS": call.spec.parameters,
             "PRECISION": self._precision(call),
             "SUM": _sum(call),
             "ROWS": plan.rows,
@@ -244,6 +277,12 @@ class _Launcher:
         return states
 
 
+def _plan(call: GpuCall, backward: bool) -> TritonPlan:
+    """The plan of a pass: step by step with a projection, also one of as many values as there are units."""
+    plan = choose(call.scan(backward))
+    return replace(plan, kernel="stepwise") if call.projects else plan
+
+
 def _states(call: GpuCall, given: Sequence[Tensor | None]) -> Tensor:
     """The states, or gradients of states, `given` as one tensor [S, D, N, H] in the type of sums; zeros for None."""
     shape = (call.spec.states, *call.state_shape(1))
@@ -282,13 +321,13 @@ def forward(
     all_states: Sequence[Tensor] = (),
 ) -> None:
     """The scan forward, see `rnnkit.gpu.Scans`."""
-    plan = choose(call.scan(backward=False))
+    plan = _plan(call, backward=False)
     if call.steps == 1:  # programs may share the units, so that tuning tries tiles of fewer units
         plan = replace(plan, kernel="stepwise")
     launch = _Launcher(kernels.forward, call, plan)
     w_hh, w_hr = stacked(call.w_hh), call.w_hr
     b_ih, b_hh = stacked(call.b_ih), stacked(call.b_hh)
-    norms = call.norms()
+    norms, unit = call.norms(), call.unit()
     offsets, initial = call.offsets(), call.states[0] if call.states else None
     reset_h = call.reset_states[0] if call.reset_states else None
     reset_states = None
@@ -301,13 +340,13 @@ def forward(
 
     def step(states: Tensor, new_states: Tensor, first: int, steps: int) -> None:
         launch(
-            *(gates, b_ih, b_hh, *norms, w_hh, initial, states, new_states, offsets),
+            *(gates, b_ih, b_hh, *norms, unit, w_hh, initial, states, new_states, offsets),
             *(call.reset, reset_h, reset_states, call.operand_mask, kept, history, new_h),
             tuple(all_states) or None,
             reserve if keep else None,
-            *(gates.stride(0), call.batch, call.rows, call.steps - 1, first, steps),
+            *(gates.stride(0), call.batch, call.rows, call.steps - 1, call.heads, first, steps),
             *(call.hidden, call.projected),
-            CELL=TRITON_CELLS[call.cell].forward,
+            CELL=_functions(call.cell).forward,
             EVERYTHING=keep == Keep.EVERYTHING,
             VALUES=reserve.size(2) if keep else 0,
             KEEPS_GIVEN=call.keeps_given,
@@ -338,11 +377,11 @@ def backward(
 ) -> Tensor | None:
     """The scan backward, see `rnnkit.gpu.Scans`."""
     call = back.call
-    launch = _Launcher(kernels.backward, call, choose(call.scan(backward=True)))
+    launch = _Launcher(kernels.backward, call, _plan(call, backward=True))
     grad_output, *grad_finals = back.grads
     w_hh, w_hr = stacked(call.w_hh), stacked(call.w_hr)
-    assert w_hh is not None
-    weights, norms = w_hh if w_hr is None else w_hr, call.norms()
+    weights, norms, unit = w_hh if w_hr is None else w_hr, call.norms(), call.unit()
+    functions = _functions(call.cell)
     offsets, initial = call.offsets(), call.states[0] if call.states else None
     reset_h = call.reset_states[0] if call.reset_states else None
     kept, zoneout = _zoneout(call)
@@ -361,7 +400,7 @@ def backward(
         if grad_recurrent is not None and grad_projected is not None:
             _grad_projected(back, w_hh, grad_recurrent, grad_projected, grad_reset_h, first)
         launch(
-            *(weights, *norms, initial, grad_states, new_grad_states, offsets),
+            *(weights, *norms, unit, initial, grad_states, new_grad_states, offsets),
             *(
                 call.reset,
                 reset_h,
@@ -374,11 +413,12 @@ def backward(
             ),
             tuple(grad_all_states) if any(g is not None for g in grad_all_states) else None,
             *(grad_projected, back.grad_gates, tuple(back.flow) or None),
-            *(call.batch, call.rows, call.steps - 1, first, steps, call.hidden, call.projected),
-            CELL=TRITON_CELLS[call.cell].backward,
+            *(call.batch, call.rows, call.steps - 1, call.heads, first, steps),
+            *(call.hidden, call.projected),
+            CELL=functions.backward,
             SAVED=call.spec.saved,
             VALUES=back.reserve.size(2),
-            GRAD_STATES=TRITON_CELLS[call.cell].grad_states if back.flow else None,
+            GRAD_STATES=functions.grad_states if back.flow else None,
             GRAD_COLUMNS=back.grad_columns,
             GRAD_CLIP=call.grad_clip or None,
             GRAD_CUT=call.grad_cut,
@@ -404,7 +444,11 @@ def backward(
 
 
 def _grad_operand(
-    back: Backward, w_hh: Tensor, grad_recurrent: Tensor, grad_reset: Tensor | None, step: int
+    back: Backward,
+    w_hh: Tensor | None,
+    grad_recurrent: Tensor,
+    grad_reset: Tensor | None,
+    step: int,
 ) -> None:
     """Writes the gradient of the later step's operand, h, to the rows of that step in `grad_recurrent` [D, N, P].
 
@@ -412,13 +456,16 @@ def _grad_operand(
     keep what they have. Steps are counted backward: step 0 is the last one, which has no later step.
     """
     call = back.call
-    width = call.spec.gates * call.hidden
+    width = call.spec.recurrent * call.hidden
     for d in range(call.directions if step else 0):
         rows = call.rows_of(d, call.steps - step)
         first = d * back.grad_columns * call.hidden
         columns, count = slice(first, first + width), rows.stop - rows.start
         passed = grad_recurrent[d, :count]
-        torch.mm(back.grad_gates[rows, columns], w_hh[d], out=passed)
+        if w_hh is None:
+            passed.zero_()
+        else:
+            torch.mm(back.grad_gates[rows, columns], w_hh[d], out=passed)
         if call.operand_mask is not None:
             passed.mul_(call.operand_mask[d, :count])
         if call.grad_clip > 0:
@@ -436,7 +483,7 @@ def _grad_operand(
 
 def _grad_projected(
     back: Backward,
-    w_hh: Tensor,
+    w_hh: Tensor | None,
     grad_recurrent: Tensor,
     grad_projected: Tensor,
     grad_reset: Tensor | None,
@@ -462,19 +509,20 @@ def _grad_projected(
 
 def unprojected(call: GpuCall, reserve: Tensor) -> Tensor:
     """h before its projection at all steps, [D, rows, H], from a reserve [D, rows, V, H] of everything."""
-    output = TRITON_CELLS[call.cell].output
+    output = _functions(call.cell).output
     assert output is not None, f"{call.cell} has no projection"
     h = call.input.new_empty(call.directions, call.rows, call.hidden)
     units = _all_units(call.scan(backward=True)) if call.normalizes else 64
-    rows, norms = 16, call.norms()[1:]
+    rows, of_cell = 16, (*call.norms()[1:], call.unit())
     _launch(
         kernels.unprojected,
         (triton.cdiv(call.rows, rows), triton.cdiv(call.hidden, units), call.directions),
         call.input.device,
-        *(reserve, *norms, h, call.rows, call.hidden),
+        *(reserve, *of_cell, h, call.rows, call.hidden),
         OUTPUT=output,
         SAVED=call.spec.saved,
         VALUES=reserve.size(2),
+        PARAMETERS=call.spec.parameters,
         SUM=_sum(call),
         ROWS=rows,
         UNITS=units,
