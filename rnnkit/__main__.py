@@ -1,5 +1,6 @@
 """`python -m rnnkit info`: what is installed, what loaded and what did not, for bug reports.
 
+`python -m rnnkit info --check` also runs small layers on every backend that is here, beside the reference.
 `python -m rnnkit clear-cache` removes the files that are kept of cells of one's own.
 """
 
@@ -184,6 +185,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("info", help="what is installed and what loaded, for bug reports")
     command.add_argument("--json", action="store_true", help="the same for programs")
+    command.add_argument(
+        "--check",
+        action="store_true",
+        help="run small layers on each backend, beside the reference; 1 if one is wrong",
+    )
     commands.add_parser("clear-cache", help="removes the kept cells of one's own")
     options = parser.parse_args(arguments)
     if options.command == "clear-cache":
@@ -192,8 +198,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"removed {compiled.clear()} files of cells from {compiled.folder()}")
         return 0
     sections = info()
+    checks = []
+    if options.check:
+        from rnnkit import checking
+
+        checks = [*checking.checks()]
+        sections["checks"] = {check.what: str(check) for check in checks}
     print(json.dumps(sections, indent=2) if options.json else _text(sections))
-    return 0
+    return int(any(check.passed is False for check in checks))
 
 
 if __name__ == "__main__":
