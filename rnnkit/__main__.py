@@ -1,7 +1,7 @@
 """`python -m rnnkit info`: what is installed, what loaded and what did not, for bug reports.
 
 `python -m rnnkit info --check` also runs small layers on every backend that is here, beside the reference.
-`python -m rnnkit clear-cache` removes the files that are kept of cells of one's own.
+`python -m rnnkit clear-cache` removes the compiled cells of one's own.
 """
 
 import argparse
@@ -129,16 +129,15 @@ def _serving() -> Facts:
 
 
 def _own_cells() -> Facts:
-    """Where cells of one's own are kept, compiled and as text for Triton, and what compiles them."""
+    """Where compiled cells of one's own are kept, and what compiles them."""
+    if backends.EXTENSION is None:
+        return {"note": "none: the C++ extension runs them"}
     from rnnkit.graph import compiled
 
-    kinds = [path.suffix for path in compiled.cells()]
-    extension = backends.EXTENSION is not None
     return {
         "folder": str(compiled.folder()),
-        "compiled": kinds.count(".so"),
-        "printed for Triton": kinds.count(".py"),
-        "compiler": compiled.compiler_told() if extension else "not used: no C++ extension",
+        "compiled": len(compiled.cells()),
+        "compiler": compiled.compiler_told(),
     }
 
 
@@ -190,12 +189,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="run small layers on each backend, beside the reference; 1 if one is wrong",
     )
-    commands.add_parser("clear-cache", help="removes the kept cells of one's own")
+    commands.add_parser("clear-cache", help="removes the compiled cells of one's own")
     options = parser.parse_args(arguments)
     if options.command == "clear-cache":
         from rnnkit.graph import compiled
 
-        print(f"removed {compiled.clear()} files of cells from {compiled.folder()}")
+        print(f"removed {compiled.clear()} compiled cells from {compiled.folder()}")
         return 0
     sections = info()
     checks = []

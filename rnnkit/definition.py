@@ -1,11 +1,12 @@
 """`cell`: makes a recurrent cell of a function that computes one step, for `rnnkit.Recurrent` and `RecurrentCell`."""
 
 import functools
-import pickle
+import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from numbers import Real
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor, nn
@@ -23,10 +24,6 @@ Prepare = Callable[[Tensor], Tensor]
 
 #: Names that a parameter cannot have, besides those of a module's methods: `RecurrentCell` has them.
 _TAKEN = {*parameters.KINDS, "bias", "cell", "hidden_size", "input_size", "training"}
-
-
-#: From a warning to the line of `rnnkit.cell`, as a function and as a decorator that is called at once.
-_DECORATED = 2
 
 
 class Cell:
@@ -98,7 +95,7 @@ class Cell:
 
         Args:
             x: the input part of each gate, [N, H].
-            r: the recurrent part of each gate, [N, H].
+            r: the recurrent part of each gate, [N, H]; of gates that are called, as `r.n(value)`, what that gives.
             s: the states before the step, [N, H].
             p: the parameters, [H].
         """
@@ -123,40 +120,64 @@ class Cell:
         return f"{self.name}({parts}{f', parameters={self.parameters}' * bool(self.parameters)})"
 
     def __reduce__(self) -> Any:
-        """With the functions in `init` apart, so that those which are not found do not keep a cell from loading."""
-        init = {name: _pickled(start) for name, start in self.init.items()}
-        init |= dict.fromkeys(self.lost, b"")
+        """With the functions in `init` by name, so that those which are not found do not keep a cell from loading."""
+        init = {name: _by_name(start) for name, start in self.init.items()}
+        init |= dict.fromkeys(self.lost)
         return _unpickled, (self.name, self.op_name, init, self.prepare, self.has_output)
 
     def __deepcopy__(self, memo: Any) -> "Cell":
         return self  # it does not change
 
 
-def _pickled(start: Start) -> Start | bytes:
-    """A function pickled, empty if that cannot be, as of a lambda; a number as it is."""
-    if not callable(start):
+class _Function:
+    """A function as pickle finds it again: by its module and its name there."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self.module, self.name = module, name
+
+    def found(self) -> Any:
+        """The function; None if there is none of that name."""
+        found: Any = None
+        with suppress(ImportError, AttributeError):
+            found = importlib.import_module(self.module)
+            for part in self.name.split("."):
+                found = getattr(found, part)
+        return found if callable(found) else None
+
+
+def _by_name(start: Start) -> Any:
+    """What is pickled of an initial value: of a function its name, None of one that has none, as of a lambda."""
+    if isinstance(start, functools.partial):
+        function = _by_name(start.func)
+        return function and (function, start.args, start.keywords)
+    if not isinstance(start, FunctionType):
         return start
-    try:
-        return pickle.dumps(start)
-    except (pickle.PicklingError, AttributeError, TypeError):
-        return b""
+    function = _Function(start.__module__, start.__qualname__)
+    return function if function.found() is start else None
+
+
+def _from_name(start: Any) -> Any:
+    """The inverse of `_by_name`; None if a function is not found."""
+    if isinstance(start, tuple):
+        function, arguments, named = start
+        found = function.found()
+        return found and functools.partial(found, *arguments, **named)
+    return start.found() if isinstance(start, _Function) else start
 
 
 def _unpickled(
     name: str,
     op_name: str,
-    init: Mapping[str, Start | bytes],
+    init: Mapping[str, Any],
     prepare: Prepare | None = None,
     has_output: bool = False,
 ) -> Cell:
     from rnnkit.graph.trace import Graph
 
-    found: dict[str, Start] = {}
-    for parameter, start in init.items():
-        with suppress(EOFError, ImportError, AttributeError, pickle.UnpicklingError):
-            found[parameter] = pickle.loads(start) if isinstance(start, bytes) else start
-    cell = Cell(name, Graph.from_json(op_name), found, prepare, has_output)
-    cell.lost = tuple(parameter for parameter in init if parameter not in found)
+    found = {parameter: _from_name(start) for parameter, start in init.items()}
+    there = {parameter: start for parameter, start in found.items() if start is not None}
+    cell = Cell(name, Graph.from_json(op_name), there, prepare, has_output)
+    cell.lost = tuple(parameter for parameter in init if parameter not in there)
     return cell
 
 
@@ -228,8 +249,8 @@ def cell(
             several heads of each head's; it is called once in a call of the layer. Pickle takes it by its name, so that
             it cannot be a lambda in a cell that is pickled. Default None: the parameter itself.
 
-    The CPU kernels take up to 4 states, 16 gates, 64 parameters and 64 values that a step saves; larger cells run under
-    `rnnkit.backend("reference")` alone.
+    The CPU kernels take up to 4 states, an output among them, 16 gates, 64 parameters and 64 values that a step saves;
+    larger cells run under `rnnkit.backend("reference")` alone.
 
     Returns:
         The `Cell`; without `function`, a decorator that makes it.
@@ -256,7 +277,6 @@ def cell(
         raise TypeError(str(error)) from None
     name = getattr(function, "__name__", type(function).__name__)
     if unused := graph.unused():
-        warnings.warn(
-            f"rnnkit.cell: {name} does not use {', '.join(unused)}", stacklevel=_DECORATED
-        )
+        # The line is that of the call, also of a decorator's, which functools.partial makes without a frame.
+        warnings.warn(f"rnnkit.cell: {name} does not use {', '.join(unused)}", stacklevel=2)
     return functools.update_wrapper(Cell(name, graph, init, prepare), function, updated=())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rnnkit import backends, parameters, specs
 from rnnkit.call import BackwardCall, Keep
 from rnnkit.interop import Interop
+from rnnkit.update_gate import CELLS, UpdateGate
 
 #: The gates of each cell, in the order of its weights; and those that are a tanh, where the others are sigmoids.
 GATES = {"rnn_tanh": "h", "rnn_relu": "h", "lstm": "ifgo", "gru": "rzn", "gru_writes": "rzn"}
@@ -210,10 +211,10 @@ class gradient_flow:
         seen = [of_layer for of_layer in calls if of_layer]
         if not seen:
             raise KeyError(f"no backward pass of {name!r} was seen in the block: {_WHY_NOT}")
-        cell = module._cell
-        assert isinstance(cell, str)
+        cell = str(module._cell)
         states = []
-        for k in range(min(specs.of(cell).states, 2)):
+        count = specs.of(cell).states - getattr(module, "_has_output", False)
+        for k in range(min(count, 2)):
             joined = [torch.cat([c.norms[k] for c in of_layer], 1) for of_layer in seen]
             if len({norms.size(1) for norms in joined}) > 1:
                 steps = [norms.size(1) for norms in joined]
@@ -225,11 +226,13 @@ class gradient_flow:
         saturated = [[c.saturated for c in of if c.saturated is not None] for of in calls]
         if all(saturated):
             mean = torch.stack([torch.stack(of_layer).mean(0) for of_layer in saturated])
-            shares = dict(zip(GATES[cell], mean.unbind(-1), strict=True))
+            shares = dict(zip(_gates(cell), mean.unbind(-1), strict=True))
         weights = [self._weights.get(p, []) for p in places]
-        gates: Sequence[str] = GATES.get(cell, ())
+        gates = _gates(cell)
         if own := getattr(module, "cell", None):
             cell, gates = own.name, own.recurrent
+        elif isinstance(module, UpdateGate) and module.reset == "before":
+            cell = CELLS[str(module.update_gate)]
         c = states[1] if len(states) > 1 else None
         return ModuleFlow(cell, states[0], c, shares, gates, weights)
 
@@ -342,6 +345,15 @@ def _norms(back: BackwardCall, state: int, flow: Tensor) -> Tensor:
     return sums.sqrt().t()
 
 
+def _gates(cell: str) -> Sequence[str]:
+    """The names of a cell's gates in the order of its saved values; empty for cells of one's own."""
+    if cell.startswith("{"):
+        from rnnkit.graph.builtin import RESET_BEFORE
+
+        return GATES["gru"] if cell in RESET_BEFORE.values() else ()
+    return GATES.get(cell, ())
+
+
 def _spectral_norms(w_hh: Tensor, gates: int) -> Tensor:
     """The spectral norm of each gate's matrix in w_hh, [gates]; of several heads the largest."""
     norms: Tensor = torch.linalg.matrix_norm(w_hh.double().unflatten(-2, (gates, -1)), 2)
@@ -350,8 +362,8 @@ def _spectral_norms(w_hh: Tensor, gates: int) -> Tensor:
 
 def _saturated(back: BackwardCall, has_reserve: bool) -> Tensor | None:
     """The share of saturated values of each gate, [D, gates]; None if they were not kept or there are none."""
-    call, gates = back.call, GATES.get(back.call.cell)
-    if call.empty or gates is None:
+    call, gates = back.call, _gates(back.call.cell)
+    if call.empty or not gates:
         return None
     if call.spec.saved == 0:
         of_rows = back.output.reshape(call.rows, call.directions, 1, call.projected).transpose(0, 1)
@@ -436,9 +448,8 @@ def _verdict(
 
 
 def _cures_of_vanishing(module: nn.Module, cell: str) -> list[str]:
-    if not parameters.cell_of(
-        module
-    ):  # a cell of one's own, whose gates the initializers do not know
+    """Empty for a cell of one's own, whose gates the initializers do not know."""
+    if not parameters.cell_of(module):
         return []
     if cell.startswith("rnn"):
         return ["an LSTM or GRU", "rnnkit.init.identity_ with relu"]

@@ -152,8 +152,9 @@ def from_torchrecurrent(module: nn.Module) -> Recurrent | RecurrentCell:
 
     ATR, AntisymmetricRNN, BR, CFN, FastGRNN, FastRNN, GatedAntisymmetricRNN, IndRNN, JANET, LightRU, LiGRU, MGU, MUT1,
     MinimalRNN, MultiplicativeLSTM, NAS, NBR, OriginalLSTM, PeepholeLSTM, RAN, SGRN, STAR, TRNN, UGRNN, UnICORNN, coRNN,
-    as layers and as cells. What is one number for all units there is one for each here, and where theirs have no biases
-    these are zero, and learned. JANET's two states, which are equal, are one here.
+    as layers and as cells. What is one number for all units there is one for each here; JANET's two states, which are
+    equal, are one here. An IndRNN must have `nonlinearity="relu"` and a FastGRNN `"sigmoid"`, as in their papers, which
+    is not torchrecurrent's default, and a JANET the beta 1. Biases that theirs do not have are zero and not learned.
 
     Args:
         module: a layer or cell of torchrecurrent.
@@ -200,7 +201,11 @@ def from_torchrecurrent(module: nn.Module) -> Recurrent | RecurrentCell:
             weight = changed[own] if own in changed else getattr(theirs, own)
             state[own + suffix] = weight.detach()
     made.load_state_dict(state)
-    return made
+    for name, parameter in made.named_parameters():
+        theirs = cells[0 if is_cell else int(name.rpartition("_l")[2])]
+        own = name if is_cell else name.rpartition("_l")[0]
+        parameter.requires_grad_(getattr(getattr(theirs, own, None), "requires_grad", True))
+    return made.train(module.training)
 
 
 def _names(made: nn.Module, suffix: str) -> list[str]:

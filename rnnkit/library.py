@@ -464,7 +464,11 @@ def gated_antisymmetric_rnn(epsilon: float = 0.01, gamma: float = 0.01) -> Cell:
 
 
 def _antisymmetric(weight: Tensor, gamma: float) -> Tensor:
-    return weight - weight.t() - gamma * torch.eye(len(weight)).to(weight)
+    return (
+        weight
+        - weight.t()
+        - gamma * torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+    )
 
 
 def cornn(dt: float = 0.05, gamma: float = 1.0, epsilon: float = 1.0) -> Cell:

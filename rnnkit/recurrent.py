@@ -80,24 +80,26 @@ class _OfCell(nn.Module):
         return [*map(found.get, parameters.KINDS), *([torch.stack(own)] if own else [])]
 
     def _prepared(self, weight_hh: Tensor | None) -> Tensor | None:
-        """What the cell's `prepare` makes of `weight_hh`, of each head for itself."""
+        """What the cell's `prepare` makes of `weight_hh`, of each head for itself, in its own dtype."""
         prepare = self.cell.prepare
         if prepare is None or weight_hh is None:
             return weight_hh
-        made = [
-            prepare(of_head) for of_head in (weight_hh.unbind(0) if self.heads > 1 else [weight_hh])
-        ]
+        heads = weight_hh.unbind(0) if self.heads > 1 else [weight_hh]
+        version = _version(weight_hh)
+        if torch.is_autocast_enabled(weight_hh.device.type):
+            with torch.autocast(weight_hh.device.type, enabled=False):
+                made = [prepare(of_head) for of_head in heads]
+        else:
+            made = [prepare(of_head) for of_head in heads]
+        name, like = self.cell.name, _described(heads[0])
+        if _version(weight_hh) != version:
+            raise ValueError(
+                f"expected prepare of {name} to leave weight_hh as it is, got a change of it"
+            )
         for of_head in made:
-            expected = weight_hh.shape[-2:]
-            if isinstance(of_head, Tensor):
-                found = of_head.shape, of_head.dtype, of_head.device
-                got = f"{of_head.dtype} of shape {tuple(of_head.shape)} on {of_head.device}"
-            else:
-                found, got = None, repr(of_head)
-            if found != (expected, weight_hh.dtype, weight_hh.device):
+            if _described(of_head) != like:
                 raise ValueError(
-                    f"expected prepare of {self.cell.name} to return a Tensor like weight_hh, {weight_hh.dtype} of "
-                    f"shape {tuple(expected)} on {weight_hh.device}, got {got}"
+                    f"expected prepare of {name} to return a Tensor like weight_hh, {like}, got {_described(of_head)}"
                 )
         return torch.stack(made) if self.heads > 1 else made[0]
 
@@ -115,6 +117,19 @@ class _OfCell(nn.Module):
             else:
                 apart.append(weight.unflatten(-1, (self.heads, -1)).unbind(1))
         return [list(of_head) for of_head in zip(*apart, strict=True)]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the tensor was written to; 0 where nobody counts."""
+    unknown = torch.compiler.is_compiling() or tensor.is_inference()
+    return 0 if unknown else tensor._version
+
+
+def _described(tensor: Any) -> str:
+    """A tensor's dtype, shape and device in the text of an error."""
+    if not isinstance(tensor, Tensor):
+        return repr(tensor)
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
 
 
 class _OwnWeights(_OfCell, nn.RNNBase):
@@ -152,9 +167,9 @@ class _OwnWeights(_OfCell, nn.RNNBase):
     def reset_parameters(self) -> None:
         """Initialize the parameters again: as torch.nn does, those of units as the cell says."""
         super().reset_parameters()
-        for names in (
-            self._all_weights if self.mode == _MODE else ()
-        ):  # it is not yet in torch's constructor
+        if self.mode != _MODE:  # in torch's constructor
+            return
+        for names in self._all_weights:
             self._start(names[0].removeprefix("weight_ih"))
 
 

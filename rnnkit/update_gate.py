@@ -1,4 +1,4 @@
-"""`UpdateGate`: the base of GRU and GRUCell that knows which way their update gate z works, and where the other is."""
+"""`UpdateGate`: the base of GRU and GRUCell that knows what their gates do: `update_gate` and `reset`."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar

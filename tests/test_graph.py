@@ -390,6 +390,7 @@ REFUSED = {
 REFUSED |= {
     "y = r.a()": "a recurrent part of nothing: give it a value of the step",
     "y = r.a(x.a, x.b)": "a recurrent part of Value, Value: give it a value",
+    "y = r.a(value=x.a)": "a recurrent part of value: give it a value of the step",
     "y = r.a(2.0)": r"a recurrent part of float: give it a value of the step: r.n\(a",
     "y = r.a(x.a > 0)": "a recurrent part takes a comparison where a number is needed",
     "y = x.a(x.b)": "a call of a value: only a gate's recurrent part, r.name, can be called",

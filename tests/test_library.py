@@ -570,6 +570,20 @@ def test_what_cannot_be_converted(torchrecurrent: Any) -> None:
         convert(torchrecurrent.JANETCell(2, 3, beta=2.0))
 
 
+def test_modes_and_what_is_not_trained(torchrecurrent: Any) -> None:
+    theirs = torchrecurrent.MGU(I, H, num_layers=2, dropout=0.5).eval()
+    theirs.cells[1].weight_hh.requires_grad_(False)
+    ours = rnnkit.from_torchrecurrent(theirs)
+    assert not ours.training
+    frozen = [name for name, parameter in ours.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["weight_hh_l1"]
+    x = torch.randn(T, N, I)
+    torch.testing.assert_close(ours(x)[0], theirs(x)[0])
+    cell = torchrecurrent.MGUCell(I, H, bias=False)
+    ours = rnnkit.from_torchrecurrent(cell)
+    assert ours.training and not ours.bias_ih.requires_grad and ours.bias_hh.requires_grad
+
+
 def test_biases_that_theirs_do_not_have(torchrecurrent: Any) -> None:
     theirs = torchrecurrent.MGU(I, H, bias=False, recurrent_bias=False)
     ours = rnnkit.from_torchrecurrent(theirs)

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnkit
+from rnnkit.call import LayerCall
 
 T, N, I, H = 7, 5, 3, 4  # noqa: E741
 LENGTHS = [5, 7, 1, 5, 2]
@@ -204,6 +205,39 @@ def test_one_state_and_an_output() -> None:
     assert isinstance(states, Tensor) and h.shape == (1, N, H)
 
 
+def test_gradient_flow_has_no_output() -> None:
+    @rnnkit.cell(gates="n", states="h")
+    def vanishing(x, r, s):
+        h = torch.tanh(x.n + 1e-3 * r.n)
+        return {"h": h, "output": 2 * h}
+
+    layer = rnnkit.Recurrent(vanishing, I, H)
+    with rnnkit.gradient_flow(layer) as flow:
+        layer(torch.randn(T, N, I))[0][-1].sum().backward()
+    assert flow[""].c is None and "it vanishes" in str(flow.summary())
+    both = made().float()
+    with rnnkit.gradient_flow(both) as flow:
+        both(torch.randn(T, N, I))[0].sum().backward()
+    assert flow[""].c is not None
+
+
+def test_a_graph_with_an_output_as_a_name() -> None:
+    """As it is traced, where the output is no state yet: the ops take it for one."""
+    from rnnkit.graph import trace
+
+    def step(x: Any, r: Any, s: Any) -> Any:
+        h = torch.tanh(x.n + r.n(torch.sigmoid(x.z + r.z) * s.h))
+        return {"h": h, "output": 3 * h}
+
+    graph = trace(step, inputs="z n", recurrent="z n", states="h")
+    assert graph.has_output
+    weights = [torch.randn(2 * H, I), torch.randn(2 * H, H), None, None, None]
+    call = LayerCall(graph.to_json(), torch.randn(T, N, I), [], weights, None, True)
+    outputs, finals, _ = torch.ops.rnnkit.layer_forward(*call.arguments, None, 2)
+    assert len(outputs) == len(finals) == 2
+    torch.testing.assert_close(outputs[1], 3 * outputs[0])
+
+
 def test_copies_and_graphs() -> None:
     layer = made().float()
     x = torch.randn(T, N, I)
@@ -256,6 +290,11 @@ def test_a_number_of_states_that_does_not_fit() -> None:
 
 def antisymmetric(weight: Tensor) -> Tensor:
     return weight - weight.t() - 0.1 * torch.eye(len(weight), dtype=weight.dtype)
+
+
+@torch.no_grad()
+def doubled(weight: Tensor) -> Tensor:
+    return weight.mul_(2)
 
 
 class Antisymmetric(nn.Module):
@@ -323,6 +362,15 @@ def test_prepared_cells_graphs_and_copies() -> None:
         torch.testing.assert_close(rnnkit.freeze(layer)(x)[0], expected)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_products_that_prepare_are_not_autocast(heads: int) -> None:
+    cell = rnnkit.cell(step, gates="n", states="h", prepare=lambda w: w @ w.t())
+    layer, x = rnnkit.Recurrent(cell, I, H, heads=heads), torch.randn(T, N, I)
+    expected = layer(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x)[0].float(), expected, rtol=0.1, atol=0.1)
+
+
 def test_late_gates_are_prepared_too() -> None:
     @rnnkit.cell(gates="f n", states="h", prepare=torch.neg)
     def negated(x, r, s):
@@ -351,6 +399,7 @@ def test_late_gates_are_prepared_too() -> None:
             r"like weight_hh, torch.float32 of .* got torch.float64",
         ),
         (lambda w: w.to("meta"), ValueError, r"prepare of step .* on cpu, got .* on meta"),
+        (doubled, ValueError, "expected prepare of step to leave weight_hh as it is"),
         (lambda w: None, ValueError, r"prepare of step to return .* \(4, 4\) on cpu, got None"),
     ],
 )

@@ -166,6 +166,25 @@ def test_against_reference(name: str, kind: str, case: Case) -> None:
     assert_case_matches_reference(case, keep)
 
 
+@pytest.mark.parametrize("name", ["reset_before", "multiplicative_lstm", "minimal_rnn"])
+@pytest.mark.parametrize("keep", [Keep.EVERYTHING, Keep.STATES], ids=["everything", "states"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_threads_that_share_the_units_of_late_gates(name: str, keep: Keep, rows: int) -> None:
+    """Many steps of few rows, between whose two parts all threads have to meet: the bits of one thread."""
+    cell = registered(name, "compiled")
+    case = Case(cell, (60, rows, 40, 400), zoneout=(0.2,) * specs.of(cell).states)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            found.append(call(case).run(keep, True))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert_same_bits(other, found[0])
+
+
 def draw(name: str) -> tuple[Cell, list[list[Tensor]]] | None:
     """A random cell and values for it, with a late gate or without; None if some value in it is large."""
     random = Random(name)
@@ -564,14 +583,13 @@ def test_info_and_clear_cache(
     fresh: Callable[[], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fresh().cell.build()
-    compiled.text_file("printed")
     (tmp_path / "cache" / "unfinished-x").mkdir()
     told = command.info()["own cells"]
     assert told["folder"] == str(tmp_path / "cache")
-    assert told["compiled"] == told["printed for Triton"] == 1
+    assert told["compiled"] == 1
     assert "(" in str(told["compiler"]) or "clang" in str(told["compiler"])
     assert command.main(["clear-cache"]) == 0
-    assert capsys.readouterr().out == f"removed 2 files of cells from {tmp_path}/cache\n"
+    assert capsys.readouterr().out == f"removed 1 compiled cells from {tmp_path}/cache\n"
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["lock"]
     assert command.main(["clear-cache"]) == 0
 

@@ -166,13 +166,21 @@ def test_graphs() -> None:
 
 
 def test_gradient_flow() -> None:
-    layer = gru(num_layers=1).float()
-    x = torch.randn(T, N, I)
+    """Norms of the gradients of h after each step, as a loop has them; and saturated gates by their names."""
+    layer = gru(num_layers=1)
+    x = torch.randn(T, N, I, dtype=torch.float64)
     with rnnkit.gradient_flow(layer) as flow:
         layer(x)[1].sum().backward()
-    h = torch.zeros(1, N, H, requires_grad=True)
-    layer(x, h)[1].sum().backward()
-    assert "h" in flow.summary()
+    states = [torch.zeros(1, N, H, dtype=torch.float64, requires_grad=True)]
+    for of_step in x:
+        states.append(layer(of_step[None], states[-1])[1])
+    grads = torch.autograd.grad(states[-1].sum(), states[1:])
+    norms = torch.stack([grad.norm() for grad in grads])
+    torch.testing.assert_close(flow[""].h[0, 0].double(), norms, rtol=1e-5, atol=0)
+    assert flow[""].cell == "gru" and flow[""].c is None
+    assert str(flow.summary()).startswith("gru: |dL/dh| is ")
+    if rnnkit.explain(layer, x).backend == "cpp":
+        assert [*flow[""].saturated] == ["r", "z", "n"]
 
 
 def test_it_is_not_torchs() -> None:

@@ -17,14 +17,13 @@ namespace rnnkit {
 #define RNNKIT_OPERATIONS(X) \
   X(add) X(sub) X(mul) X(div) X(neg) X(abs) X(exp) X(log1p) X(sigmoid) X(logsigmoid) X(tanh) X(relu) X(softplus) \
   X(maximum) X(minimum) X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(where)
-// clang-format on
 
 // The members of ForwardBlock and BackwardBlock that are read, and that are written.
-#define RNNKIT_SOURCES(X)                                                                                \
-  X(x)                                                                                                   \
-  X(h) X(x_bias) X(h_bias) X(parameters) X(previous_h) X(other_states) X(saved) X(grad_h) X(grad_others) \
-      X(grad_operand)
+#define RNNKIT_SOURCES(X) \
+  X(x) X(h) X(x_bias) X(h_bias) X(parameters) X(previous_h) X(other_states) X(saved) X(grad_h) X(grad_others) \
+  X(grad_operand)
 #define RNNKIT_TARGETS(X) X(states) X(saved) X(result) X(grad)
+// clang-format on
 
 #define X(name) name,
 enum class Operation : int32_t { RNNKIT_OPERATIONS(X) constant, load, store };

@@ -1,7 +1,6 @@
 """A cell's functions compiled by the machine's C++ compiler, and the folder that keeps them for later processes.
 
-Nothing here has to succeed: where a cell cannot be compiled, the interpreter runs it (interpreted.py). The folder also
-keeps the text that is printed for Triton (triton.py).
+Nothing here has to succeed: where a cell cannot be compiled, the interpreter runs it (interpreted.py).
 """
 
 import ctypes
@@ -31,8 +30,8 @@ from rnnkit.graph.derive import Derived
 #: for one that the cell does not need.
 Functions = dict[str, list[int]]
 
-#: The names of libraries in the cache, see `_key`, and of texts, see `text_file`.
-_NAME = re.compile(r"[0-9a-f]{32}\.(so|py)")
+#: The names of libraries in the cache, see `_key`.
+_NAME = re.compile(r"[0-9a-f]{32}\.so")
 
 #: The seconds that a compiler may take.
 TIME_LIMIT = 120.0
@@ -47,8 +46,8 @@ _failed = False  # a cell could not be compiled in this process, which then comp
 _warned = False
 
 
-class Trouble(Exception):
-    """Why a cell cannot be compiled or kept, and what to do."""
+class _Trouble(Exception):
+    """Why a cell cannot be compiled, and what to do."""
 
 
 def wanted() -> bool:
@@ -77,7 +76,7 @@ def load(derived: Derived) -> Functions | None:
     global _warned
     try:
         return _addresses(_library(derived), derived)
-    except Trouble as error:
+    except _Trouble as error:
         trouble = str(error)
     except OSError as error:
         trouble = f"{error}: {_OWN_FOLDER}, with room to write"
@@ -110,7 +109,7 @@ def _library(derived: Derived) -> ctypes.CDLL:
     """The library with a cell's functions.
 
     Raises:
-        Trouble, OSError: there is none.
+        _Trouble, OSError: there is none.
     """
     global _failed
     flags, text = _flags(), source(derived)
@@ -118,19 +117,19 @@ def _library(derived: Derived) -> ctypes.CDLL:
     if library := _opened(path):
         return library
     if _failed:
-        raise Trouble("compiling failed before")
+        raise _Trouble("compiling failed before")
     try:
         with _locked(path.parent):
             if library := _opened(path):  # another process has compiled it meanwhile
                 return library
             return _compile(text, flags, path)
-    except (OSError, Trouble):
+    except (OSError, _Trouble):
         _failed = True
         raise
 
 
 def folder() -> Path:
-    """The folder of cells: $RNNKIT_CACHE, else rnnkit in $XDG_CACHE_HOME or ~/.cache."""
+    """The folder of compiled cells: $RNNKIT_CACHE, else rnnkit in $XDG_CACHE_HOME or ~/.cache."""
     if given := os.environ.get("RNNKIT_CACHE"):
         return Path(given).absolute()
     given = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -138,12 +137,12 @@ def folder() -> Path:
 
 
 def cells() -> list[Path]:
-    """The files of cells in the folder: libraries, `.so`, and texts for Triton, `.py`."""
-    return sorted(path for path in folder().glob("*.*") if _NAME.fullmatch(path.name))
+    """The files of compiled cells in the folder."""
+    return sorted(path for path in folder().glob("*.so") if _NAME.fullmatch(path.name))
 
 
 def clear() -> int:
-    """Empties the folder. Returns how many files of cells were in it."""
+    """Empties the folder. Returns how many cells were in it."""
     if not folder().is_dir():
         return 0
     with _locked(folder()):  # not while another process compiles
@@ -159,7 +158,7 @@ def checked_folder() -> Path:
     """The folder, made if it is not there. Code is loaded from it, so that nobody else may write to it.
 
     Raises:
-        Trouble: somebody else may.
+        _Trouble: somebody else may.
         OSError: it cannot be made.
     """
     made = folder()
@@ -169,30 +168,14 @@ def checked_folder() -> Path:
     return made
 
 
-def text_file(text: str) -> Path:
-    """The file in the folder that holds this text, written now if it is not there.
-
-    Raises:
-        Trouble: somebody else may write to the folder or the file.
-        OSError: it cannot be written.
-    """
-    data = text.encode()
-    path = checked_folder() / f"{hashlib.sha256(data).hexdigest()[:32]}.py"
-    if path.exists():
-        _check_owner(path)
-        if path.read_bytes() == data:
-            return path
-    with _appearing(path) as made:
-        made.write_bytes(data)
-    return path
-
-
 def _check_owner(path: Path) -> None:
     status = path.stat()
     if status.st_uid != os.geteuid():
-        raise Trouble(f"{path} belongs to another user, from whom no code is loaded: {_OWN_FOLDER}")
+        raise _Trouble(
+            f"{path} belongs to another user, from whom no code is loaded: {_OWN_FOLDER}"
+        )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise Trouble(f"other users can write to {path}: `chmod go-w {path}`, or {_OWN_FOLDER}")
+        raise _Trouble(f"other users can write to {path}: `chmod go-w {path}`, or {_OWN_FOLDER}")
 
 
 def _opened(path: Path) -> ctypes.CDLL | None:
@@ -223,16 +206,16 @@ def compiler() -> tuple[str, ...]:
     """The C++ compiler's command: $CXX, or one on the path.
 
     Raises:
-        Trouble: there is none.
+        _Trouble: there is none.
     """
     if given := shlex.split(os.environ.get("CXX", "")):
         if shutil.which(given[0]) is None:
-            raise Trouble(f"CXX is {given[0]}, which is not there: {_INSTALL}")
+            raise _Trouble(f"CXX is {given[0]}, which is not there: {_INSTALL}")
         return tuple(given)
     for name in ("c++", "g++", "clang++"):
         if found := shutil.which(name):
             return (found,)
-    raise Trouble(f"there is no C++ compiler: {_INSTALL}")
+    raise _Trouble(f"there is no C++ compiler: {_INSTALL}")
 
 
 def compiler_told() -> str:
@@ -241,7 +224,7 @@ def compiler_told() -> str:
         return "not used: RNNKIT_COMPILE=0"
     try:
         return version(compiler())
-    except (OSError, Trouble) as error:
+    except (OSError, _Trouble) as error:
         return f"none: {error}"
 
 
@@ -250,11 +233,11 @@ def version(command: tuple[str, ...]) -> str:
     """The first line of what a compiler says of its version.
 
     Raises:
-        Trouble: it says nothing.
+        _Trouble: it says nothing.
     """
     lines = _run([*command, "--version"]).splitlines()
     if not lines:
-        raise Trouble(f"`{shlex.join(command)} --version` says nothing: {_INSTALL}")
+        raise _Trouble(f"`{shlex.join(command)} --version` says nothing: {_INSTALL}")
     return lines[0]
 
 
@@ -281,38 +264,31 @@ def _locked(place: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_UN)
 
 
-#: How the names of folders begin in which a file is made.
+#: How the names of folders begin in which a compiler works.
 _UNFINISHED = "unfinished-"
 
 
-@contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """Yields where to write a file, in a folder of its own. It then appears as `target`, whole, or not at all."""
+def _compile(text: str, flags: list[str], target: Path) -> ctypes.CDLL:
+    """Compiles a file to the library `target`, which appears whole and once it could be loaded, or not at all."""
     with tempfile.TemporaryDirectory(
         prefix=_UNFINISHED, dir=target.parent, ignore_cleanup_errors=True
     ) as name:
-        made = Path(name, target.name)
-        yield made
-        with made.open("rb") as file:
-            os.fsync(file.fileno())
-        made.chmod(0o700)  # it was made with what the umask lets others do
-        made.replace(target)
-
-
-def _compile(text: str, flags: list[str], target: Path) -> ctypes.CDLL:
-    """Compiles a file to the library `target`, which appears once it could be loaded."""
-    with _appearing(target) as made:
-        place = made.parent
+        place, made = Path(name), Path(name, "cell.so")
         (place / "cell.cpp").write_text(text, encoding="utf-8")
         _run([*compiler(), *flags, f"-I{INCLUDE}", "cell.cpp", "-o", made.name], place)
-        return ctypes.CDLL(str(made))
+        library = ctypes.CDLL(str(made))
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
+        made.chmod(0o700)  # a linker lets as many write to it as the umask does
+        made.replace(target)
+        return library
 
 
 def _run(command: list[str], place: Path | None = None) -> str:
     """Runs a compiler in a folder, which also has its temporary files, and returns what it prints.
 
     Raises:
-        Trouble: it failed, or took too long.
+        _Trouble: it failed, or took too long.
     """
     process = subprocess.Popen(
         command,
@@ -328,7 +304,7 @@ def _run(command: list[str], place: Path | None = None) -> str:
     try:
         printed, _ = process.communicate(timeout=TIME_LIMIT)
     except subprocess.TimeoutExpired:
-        raise Trouble(
+        raise _Trouble(
             f"`{command[0]}` took longer than {TIME_LIMIT:g} s: set CXX to another compiler"
         ) from None
     finally:
@@ -341,5 +317,5 @@ def _run(command: list[str], place: Path | None = None) -> str:
         told = next((line for line in lines if "error" in line), lines[-1] if lines else "")
         status = f"`{command[0]}` failed ({process.returncode})"
         what_to_do = _OWN_FOLDER if "No space left" in printed else _INSTALL
-        raise Trouble(f"{status}{f': {told.strip()}' if told else ''}: {what_to_do}")
+        raise _Trouble(f"{status}{f': {told.strip()}' if told else ''}: {what_to_do}")
     return printed

@@ -17,8 +17,20 @@ from rnnkit.specs import CellSpec
 def derived_of(graph: Graph) -> Derived:
     """The backward pass. h may be projected if it is not the only state, and the step reads others alone."""
     reads_h = Node("state", (), 0) in graph.nodes
-    alone = len(graph.states) == 1 or reads_h or graph.has_output or graph.late
+    alone = len(graph.states) == 1 or reads_h or graph.late
     return derive(graph, projects=not alone)
+
+
+def graph_of(text: str) -> Graph:
+    """The graph that is a cell's name in ops; an output that is no state is one there, the last.
+
+    Raises:
+        RuntimeError: the text is no graph.
+    """
+    try:
+        return Graph.from_json(text).with_output_as_state()
+    except ValueError as error:
+        raise RuntimeError(f"expected cell to be the name of a cell or a graph: {error}") from error
 
 
 def spec_of(text: str) -> CellSpec:
@@ -27,10 +39,7 @@ def spec_of(text: str) -> CellSpec:
     Raises:
         RuntimeError: the text is no graph.
     """
-    try:
-        graph = Graph.from_json(text)
-    except ValueError as error:
-        raise RuntimeError(f"expected cell to be the name of a cell or a graph: {error}") from error
+    graph = graph_of(text)
     derived = derived_of(graph)
     return CellSpec(
         text,
@@ -106,7 +115,7 @@ def register(name: str) -> str:
             raise RuntimeError(_refused[name])
         if name not in _kinds:
             spec = specs.of(name)
-            derived = derived_of(Graph.from_json(name))
+            derived = derived_of(graph_of(name))
             functions = compiled.load(derived) if compiled.wanted() else None
             kind = "interpreted" if functions is None else "compiled"
             functions = functions or extension.interpret([*interpreted.programs(derived)])

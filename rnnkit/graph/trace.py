@@ -214,13 +214,15 @@ class Value:
             _refuse(f"a cell cannot use .{name}", _ALLOWED)
         return partial(_apply, op, f".{name}", self)
 
-    def __call__(self, *operands: Any) -> "Value":
+    def __call__(self, *operands: Any, **named: Any) -> "Value":
         """`r.n(value)`: the recurrent part of a gate with `value` in place of h, W_hh value + b_hh."""
         leaf = self.nodes.nodes[self.node]
         if leaf.op != "r":
             _refuse("a call of a value", "only a gate's recurrent part, r.name, can be called")
-        if len(operands) != 1 or not isinstance(operands[0], Value):
-            given = ", ".join(type(operand).__name__ for operand in operands) or "nothing"
+        if named or len(operands) != 1 or not isinstance(operands[0], Value):
+            given = (
+                ", ".join([type(operand).__name__ for operand in operands] + [*named]) or "nothing"
+            )
             _refuse(f"a recurrent part of {given}", "give it a value of the step: r.n(a * s.h)")
         nodes, number = self.nodes, _operand(self.nodes, operands[0], "n", "a recurrent part")
         if nodes.nodes[number] == Node("state", (), 0):
@@ -593,7 +595,8 @@ def trace(
         step: the function `step(x, r, s)`, or `step(x, r, s, p)` for a cell with parameters. The arguments are named
             tuples: the gates' input parts, their recurrent parts, the states before the step, and the parameters. It
             returns the states after the step, a tuple in the order of `states` or a dict by their names; a dict may
-            also have an "output" that is no state. It computes with torch's functions, and runs on tensors as well.
+            also have an "output" that is no state. It computes with torch's functions and, without late gates, runs on
+            tensors as well.
         inputs: names of the gates with an input part; in one string, with spaces between them, or a sequence.
         recurrent: names of the gates with a recurrent part. In the function `r.name` is it, made of h, and
             `r.name(value)` is made of a value instead; the gates of which it takes that are the last ones.

@@ -1,18 +1,16 @@
 """A cell's functions for Triton kernels, with the arguments and results that rnnkit/triton/cells.py tells of.
 
-`source` prints them, `module` runs what is printed. Triton takes the source of a function from its file, which is kept
-in the folder of compiled cells (compiled.py).
+`source` prints them, `module` runs what is printed.
 
 A cell with parameters has them as the last argument of each function, a tuple; their gradients follow the gates'.
 Where the output is no state, it is the last of the states after the step, and its gradient of their gradients.
 """
 
-import tempfile
+import hashlib
+import linecache
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 
-from rnnkit.graph import compiled
 from rnnkit.graph.derive import Derived
 from rnnkit.graph.text import statements
 
@@ -111,24 +109,15 @@ def source(derived: Derived, name: str) -> str:
     return head + body
 
 
-#: Folders of this process alone, which are removed when it ends.
-_private: list[tempfile.TemporaryDirectory[str]] = []
-
-
 def module(derived: Derived, name: str) -> ModuleType:
     """The module that `source` prints.
 
-    What runs is the text itself: no file decides on it, nor what Python has compiled of one. Triton reads the sources
-    of its functions from the file as they are defined; that only this user can write to it has been checked.
+    Triton reads the sources of its functions as Python's tracebacks do, by `linecache`: there is no file.
     """
     text = source(derived, name)
-    try:
-        path = compiled.text_file(text)
-    except (OSError, compiled.Trouble):  # nothing is lost: a file is printed in milliseconds
-        _private.append(tempfile.TemporaryDirectory(prefix="rnnkit-"))
-        path = Path(_private[-1].name, "cell.py")
-        path.write_text(text, encoding="utf-8")
-    made = ModuleType(f"rnnkit_cell_{path.stem}")
-    made.__file__ = str(path)
-    exec(compile(text, str(path), "exec"), vars(made))
+    file = f"<rnnkit.graph.triton {hashlib.sha256(text.encode()).hexdigest()[:32]}>"
+    linecache.cache[file] = len(text), None, text.splitlines(True), file
+    made = ModuleType(f"rnnkit_{name}")
+    made.__file__ = file
+    exec(compile(text, file, "exec"), vars(made))
     return made

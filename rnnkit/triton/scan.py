@@ -21,9 +21,8 @@ from triton import language as tl
 from rnnkit import specs
 from rnnkit.call import Keep
 from rnnkit.gpu import Backward, GpuCall, stacked
-from rnnkit.graph import Graph
 from rnnkit.graph import triton as printed
-from rnnkit.graph.kernels import derived_of
+from rnnkit.graph.kernels import derived_of, graph_of
 from rnnkit.plan import Scan, forced_kernel
 from rnnkit.triton import kernels
 from rnnkit.triton.cells import TRITON_CELLS, Cell
@@ -94,7 +93,7 @@ def _functions(cell: str) -> Cell:
     """The functions of a cell: of one that is built in, or printed from the graph whose JSON is its name."""
     if cell in TRITON_CELLS:
         return TRITON_CELLS[cell]
-    module = printed.module(derived_of(Graph.from_json(cell)), "cell")
+    module = printed.module(derived_of(graph_of(cell)), "cell")
     return Cell(*(getattr(module, f"cell_{name}", None) for name in Cell._fields))
 
 

@@ -229,10 +229,10 @@ class Forward {
                       const T* recurrent) {
     const int64_t d = rows.direction, H = layer_.hidden, units = shape().units, unit = p * units;
     const int64_t n = rows.range.begin + m, place = (d * layer_.batch + n) * H + unit;
-    gates_.call(d, p, count, {input, gates_.input_width(), units}, {recurrent, gates_.recurrent_width(), units},
-                {h(d, s % 2) + n * H + unit, H, 0},
+    gates_.call(gates_.pointwise().operand, d, p, count, {input, gates_.input_width(), units},
+                {recurrent, gates_.recurrent_width(), units}, {h(d, s % 2) + n * H + unit, H, 0},
                 {at(others_, (d * layer_.batch + n) * shape().others * H + unit), shape().others * H, H},
-                {operand_ + place, H, 0}, {}, true);
+                {operand_ + place, H, 0}, {});
     if (layer_.operand_mask == nullptr) return;
     for (int64_t i = 0; i < count; ++i)
       masked<T>(operand_ + place + i * H, layer_.operand_mask + place + i * H, gates_.units_in(p),
@@ -262,8 +262,8 @@ class Forward {
     T* saved = nullptr;
     if (layer_.keep == Keep::everything && shape().saved > 0)
       saved = layer_.reserve + (d * layer_.rows() + rows.first(s) + m) * values * H + unit;
-    gates_.call(d, p, count, {input, gates_.input_width(), units}, {recurrent, gates_.recurrent_width(), units},
-                {h(d, s % 2) + n * P + unit, P, 0},
+    gates_.call(gates_.pointwise().forward, d, p, count, {input, gates_.input_width(), units},
+                {recurrent, gates_.recurrent_width(), units}, {h(d, s % 2) + n * P + unit, P, 0},
                 {at(others_, (d * layer_.batch + n) * shape().others * H + unit), shape().others * H, H},
                 {after, states * units, units}, {saved, values * H, H});
     cell(rows, s, p, m, count, input, recurrent,

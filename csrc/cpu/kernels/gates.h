@@ -131,25 +131,25 @@ class Gates {
     Cell::forward(x, h, state, save);
   }
 
-  // A registered cell's forward for some rows of panel p, or with `operand` what makes its second operand. input,
-  // recurrent: `count` rows of the products, `row` elements apart. h, others, states, saved: as in ForwardBlock, from the
-  // panel's first unit on.
-  void call(int64_t d, int64_t p, int64_t count, Block<const T> input, Block<const T> recurrent, Block<const T> h,
-            Block<const T> others, Block<T> states, Block<T> saved, bool operand = false) const {
+  // Calls a function of a registered cell, forward or operand, for some rows of panel p. input, recurrent: `count` rows of
+  // the products. h, others, states, saved: as in ForwardBlock, from the panel's first unit on.
+  void call(void (*function)(const void*, const ForwardBlock<T>&), int64_t d, int64_t p, int64_t count,
+            Block<const T> input, Block<const T> recurrent, Block<const T> h, Block<const T> others, Block<T> states,
+            Block<T> saved) const {
     const T *x_bias = bias(d, p), *h_bias = x_bias + input_width(), *parameters = h_bias + recurrent_width();
-    const Pointwise<T>& pointwise = layer_.cell->template pointwise<T>();
-    (operand ? pointwise.operand : pointwise.forward)(layer_.cell->context, {.rows = count,
-                                                                             .units = units_in(p),
-                                                                             .x = input,
-                                                                             .h = recurrent,
-                                                                             .x_bias = {x_bias, 0, units()},
-                                                                             .h_bias = {h_bias, 0, units()},
-                                                                             .parameters = {parameters, 0, units()},
-                                                                             .previous_h = h,
-                                                                             .other_states = others,
-                                                                             .states = states,
-                                                                             .saved = saved});
+    function(layer_.cell->context, {.rows = count,
+                                    .units = units_in(p),
+                                    .x = input,
+                                    .h = recurrent,
+                                    .x_bias = {x_bias, 0, units()},
+                                    .h_bias = {h_bias, 0, units()},
+                                    .parameters = {parameters, 0, units()},
+                                    .previous_h = h,
+                                    .other_states = others,
+                                    .states = states,
+                                    .saved = saved});
   }
+  const Pointwise<T>& pointwise() const { return layer_.cell->template pointwise<T>(); }
 
   // Stores what a cell saves of some units to [Cell::saved, H].
   template <class Count>

@@ -100,8 +100,9 @@ class Recompute {
     if constexpr (kIsRegistered<Cell>) {
       alignas(64) T after[kRowBlock * kMostStates<Cell> * kMostUnits];
       const int64_t units = shape().units;
-      gates_.call(d, p, count, {input, width, units}, {recurrent, recurrent_width, units}, {h + unit, P, 0},
-                  {others, reserve_row, H}, {after, shape().states * units, units}, {saved, shape().saved * H, H});
+      gates_.call(gates_.pointwise().forward, d, p, count, {input, width, units}, {recurrent, recurrent_width, units},
+                  {h + unit, P, 0}, {others, reserve_row, H}, {after, shape().states * units, units},
+                  {saved, shape().saved * H, H});
     } else {
       for (int64_t i = 0; i < count; ++i)
         for_vectors<T>(gates_.units_in(p), [&](int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
@@ -134,9 +135,11 @@ class Recompute {
     } else {
       gates_.w_late[d].multiply(count, to, p, p, recurrent + shape().early * units, ld);
     }
-    gates_.call(d, p, count, {input, ld, units}, {recurrent, ld, units}, {h + unit, H, 0}, {others, reserve_row, H},
+    const auto& pointwise = gates_.pointwise();
+    gates_.call(operand ? pointwise.operand : pointwise.forward, d, p, count, {input, ld, units},
+                {recurrent, ld, units}, {h + unit, H, 0}, {others, reserve_row, H},
                 operand ? Block<T>{to + unit, H, 0} : Block<T>{after, shape().states * units, units},
-                operand ? Block<T>{} : Block<T>{saved_.at(segment, d, row) + unit, shape().saved * H, H}, operand);
+                operand ? Block<T>{} : Block<T>{saved_.at(segment, d, row) + unit, shape().saved * H, H});
     if (!operand || layer_.operand_mask == nullptr) return;
     RecurrentOperands<S> of_rows(layer_, segment, d, beginnings_);
     for (int64_t i = 0; i < count; ++i) {
