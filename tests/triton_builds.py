@@ -56,7 +56,12 @@ OF_THE_MODEL = ("hidden", "projected")
 
 
 #: Cells that are printed, by their names here: of the library, and with what few cells have.
-PRINTED = {cell.name: cell.op_name for cell in vars(library).values() if isinstance(cell, Cell)}
+#: Of the library those that Triton has kernels for.
+PRINTED = {
+    cell.name: cell.op_name
+    for cell in vars(library).values()
+    if isinstance(cell, Cell) and not cell.graph.late
+}
 PRINTED |= {
     name: GRAPH_CELLS[name].graph().to_json()
     for name in ("odd_states", "choice", "infinite_constants", "every_operation")
