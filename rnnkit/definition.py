@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -146,21 +147,26 @@ class _Function:
 
 
 def _by_name(start: Start) -> Any:
-    """What is pickled of an initial value: of a function its name, None of one that has none, as of a lambda."""
+    """What is pickled of an initial value: of a function its name, None of what cannot be pickled, as of a lambda."""
+    if isinstance(start, FunctionType):
+        function = _Function(start.__module__, start.__qualname__)
+        return function if function.found() is start else None
+    found: Any = start
     if isinstance(start, functools.partial):
         function = _by_name(start.func)
-        return function and (function, start.args, start.keywords)
-    if not isinstance(start, FunctionType):
-        return start
-    function = _Function(start.__module__, start.__qualname__)
-    return function if function.found() is start else None
+        found = function and (function, start.args, start.keywords)
+    try:
+        pickle.dumps(found)
+    except Exception:  # whatever an object of a user's raises
+        return None
+    return found
 
 
 def _from_name(start: Any) -> Any:
     """The inverse of `_by_name`; None if a function is not found."""
     if isinstance(start, tuple):
         function, arguments, named = start
-        found = function.found()
+        found = _from_name(function)
         return found and functools.partial(found, *arguments, **named)
     return start.found() if isinstance(start, _Function) else start
 

@@ -232,7 +232,7 @@ class gradient_flow:
         if own := getattr(module, "cell", None):
             cell, gates = own.name, own.recurrent
         elif isinstance(module, UpdateGate) and module.reset == "before":
-            cell = CELLS[str(module.update_gate)]
+            cell = CELLS[module.update_gate]
         c = states[1] if len(states) > 1 else None
         return ModuleFlow(cell, states[0], c, shares, gates, weights)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 from torch.fx.proxy import TraceError
 
-from rnnkit import backends, exporting, options, update_gate
+from rnnkit import backends, exporting, options, specs, update_gate
 from rnnkit.call import BackwardCall, LayerCall, Results
 from rnnkit.ops import of_backward, of_call
 
@@ -195,7 +195,9 @@ def _forward_as_aten(call: LayerCall, packed: Tensor | None, keep: int) -> Resul
         states = call.zero_states(call.batch_of_graph)
     op = getattr(torch.ops.aten, call.cell, None)
     if op is None:
-        raise RuntimeError(f"expected a cell that ATen has an operator for, got {call.cell}")
+        raise RuntimeError(
+            f"expected a cell that ATen has an operator for, got {specs.shown(call.cell)}"
+        )
     hx = list(states) if call.spec.states > 1 else states[0]
     there = [weight for weight in call.weights if weight is not None]
     biased = call.direction(0).b_ih is not None

@@ -1,6 +1,7 @@
 """`Recurrent` and `RecurrentCell`: a layer, and one step of it, of a cell of one's own (`rnnkit.cell`)."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import compress
 from typing import Any
 
@@ -86,10 +87,9 @@ class _OfCell(nn.Module):
             return weight_hh
         heads = weight_hh.unbind(0) if self.heads > 1 else [weight_hh]
         version = _version(weight_hh)
-        if torch.is_autocast_enabled(weight_hh.device.type):
-            with torch.autocast(weight_hh.device.type, enabled=False):
-                made = [prepare(of_head) for of_head in heads]
-        else:
+        kind = weight_hh.device.type
+        casts = kind != "meta" and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if casts else nullcontext():
             made = [prepare(of_head) for of_head in heads]
         name, like = self.cell.name, _described(heads[0])
         if _version(weight_hh) != version:

@@ -289,7 +289,9 @@ def test_a_number_of_states_that_does_not_fit() -> None:
 
 
 def antisymmetric(weight: Tensor) -> Tensor:
-    return weight - weight.t() - 0.1 * torch.eye(len(weight), dtype=weight.dtype)
+    return (
+        weight - weight.t() - 0.1 * torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+    )
 
 
 @torch.no_grad()
@@ -369,6 +371,11 @@ def test_products_that_prepare_are_not_autocast(heads: int) -> None:
     expected = layer(x)[0]
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(layer(x)[0].float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_prepared_without_memory() -> None:
+    layer = rnnkit.Recurrent(pair()[0].cell, I, H, device="meta")
+    assert layer(torch.randn(T, N, I, device="meta"))[0].shape == (T, N, H)
 
 
 def test_late_gates_are_prepared_too() -> None:

@@ -10,6 +10,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -732,6 +733,39 @@ def test_functions_that_are_not_found_at_loading(monkeypatch: pytest.MonkeyPatch
         with pytest.warns(UserWarning, match="cannot initialize a of .* as before"):
             again.reset_parameters()
         assert again.b_l0.eq(2).all()
+
+
+class Starts:
+    """An object that writes initial values, and that pickle takes or not."""
+
+    def __init__(self, what: Any) -> None:
+        self.what = what
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor.fill_(3)
+
+
+@pytest.mark.parametrize(
+    ("start", "found"),
+    [
+        (partial(nn.init.uniform_, a=2.0, b=3.0), True),
+        (partial(nn.init.uniform_, generator=lambda: 0), False),
+        (torch.Tensor.zero_, True),
+        (Starts(1), True),
+        (Starts(lambda: 0), False),
+    ],
+    ids=["partial", "partial with a lambda", "method", "object", "object with a lambda"],
+)
+def test_other_callables_that_initialize(start: Any, found: bool) -> None:
+    cell = rnnkit.cell(
+        lambda x, r, s, p: (x.n + p.a + r.n,),
+        gates="n",
+        states="h",
+        parameters="a",
+        init={"a": start},
+    )
+    loaded = pickle.loads(pickle.dumps(cell))
+    assert loaded.lost == (() if found else ("a",)) and set(loaded.init) == {"a"} - set(loaded.lost)
 
 
 def test_library_cells_that_are_functions() -> None:

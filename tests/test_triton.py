@@ -4,7 +4,7 @@ import copy
 import importlib
 import inspect
 import linecache
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import product
@@ -144,20 +144,24 @@ def cases() -> Iterator[tuple[Case, str, Keep]]:
             yield replace(case, **variant), kernel, keep
 
 
-@pytest.mark.parametrize(
-    ("case", "kernel", "keep"),
-    [
-        pytest.param(
-            replace(case, device=device),
-            kernel,
-            keep,
-            marks=interpreted if device == "cpu" else pytest.mark.gpu,
-            id=f"{replace(case, device=device)}-{kernel}-{keep.name}",
-        )
-        for device in ("cpu", "cuda")
-        for case, kernel, keep in cases()
-    ],
-)
+def on_devices(found: Iterable[tuple[Case, str, Keep]]) -> Any:
+    """Parametrizes a test with the cases, in the interpreter and on a GPU."""
+    return pytest.mark.parametrize(
+        ("case", "kernel", "keep"),
+        [
+            pytest.param(
+                replace(case, device=device),
+                kernel,
+                keep,
+                marks=interpreted if device == "cpu" else pytest.mark.gpu,
+                id=f"{replace(case, device=device)}-{kernel}-{keep.name}",
+            )
+            for device, (case, kernel, keep) in product(("cpu", "cuda"), found)
+        ],
+    )
+
+
+@on_devices(cases())
 @pytest.mark.thinned
 def test_against_reference(case: Case, kernel: str, keep: Keep) -> None:
     with plan.forced(kernel):
@@ -355,20 +359,7 @@ def own(case: Case) -> Case:
     return replace(case, cell=OWN.get(case.cell, case.cell))
 
 
-@pytest.mark.parametrize(
-    ("case", "kernel", "keep"),
-    [
-        pytest.param(
-            replace(case, device=device),
-            kernel,
-            keep,
-            marks=interpreted if device == "cpu" else pytest.mark.gpu,
-            id=f"{replace(case, device=device)}-{kernel}-{keep.name}",
-        )
-        for device in ("cpu", "cuda")
-        for case, kernel, keep in cases_of_own()
-    ],
-)
+@on_devices(cases_of_own())
 @pytest.mark.thinned
 def test_own_cells(case: Case, kernel: str, keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "forward_composite", lambda *_: pytest.fail("the reference ran"))

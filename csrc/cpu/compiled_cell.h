@@ -48,13 +48,7 @@ class CompiledCell {
     const ForwardBlock<T> block = given;  // a copy, for stores of vectors may alias anything in memory
     for_values(block, [&](int64_t i, int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
       V x[kGates], h[kRecurrent + 1], parameters[kParameters + 1], state[kStates], save[kSaved + 1];
-      read<kGates>(block.x, i, u, lanes, x);
-      read<kRecurrent>(block.h, i, u, lanes, h);
-      add<kGates>(block.x_bias, u, lanes, x);
-      add<kRecurrent>(block.h_bias, u, lanes, h);
-      read<kParameters>(block.parameters, 0, u, lanes, parameters);
-      read<1>(block.previous_h, i, u, lanes, state);
-      read<kStates - 1>(block.other_states, i, u, lanes, state + 1);
+      read_forward<kRecurrent>(block, i, u, lanes, x, h, parameters, state);
       if constexpr (kParameters > 0)
         Cell::forward(x, h, state, save, parameters);
       else
@@ -117,13 +111,7 @@ class CompiledCell {
     const ForwardBlock<T> block = given;
     for_values(block, [&](int64_t i, int64_t u, auto lanes) RNNKIT_INLINE_LAMBDA {
       V x[kGates], h[kEarly + 1], parameters[kParameters + 1], state[kStates], operand;
-      read<kGates>(block.x, i, u, lanes, x);
-      read<kEarly>(block.h, i, u, lanes, h);
-      add<kGates>(block.x_bias, u, lanes, x);
-      add<kEarly>(block.h_bias, u, lanes, h);
-      read<kParameters>(block.parameters, 0, u, lanes, parameters);
-      read<1>(block.previous_h, i, u, lanes, state);
-      read<kStates - 1>(block.other_states, i, u, lanes, state + 1);
+      read_forward<kEarly>(block, i, u, lanes, x, h, parameters, state);
       if constexpr (kParameters > 0)
         operand = Cell::operand(x, h, state, parameters);
       else
@@ -167,6 +155,19 @@ class CompiledCell {
   static RNNKIT_INLINE void write(const V* from, int64_t i, int64_t u, Lanes lanes, Block<T> to, int64_t first = 0) {
 #pragma GCC unroll 64
     for (int k = 0; k < kCount; ++k) store(to.base + i * to.row + (first + k) * to.value + u, from[k], lanes);
+  }
+
+  // kParts: of the recurrent parts, the first ones.
+  template <int kParts, class Lanes>
+  static RNNKIT_INLINE void read_forward(const ForwardBlock<T>& block, int64_t i, int64_t u, Lanes lanes, V* x, V* h,
+                                         V* parameters, V* state) {
+    read<kGates>(block.x, i, u, lanes, x);
+    read<kParts>(block.h, i, u, lanes, h);
+    add<kGates>(block.x_bias, u, lanes, x);
+    add<kParts>(block.h_bias, u, lanes, h);
+    read<kParameters>(block.parameters, 0, u, lanes, parameters);
+    read<1>(block.previous_h, i, u, lanes, state);
+    read<kStates - 1>(block.other_states, i, u, lanes, state + 1);
   }
 
   template <class Lanes>

@@ -197,10 +197,8 @@ class Value:
     ) -> "Value":
         name = function.__name__
         op = _OTHER_NAMES.get(name, name)
-        if op == "softplus" and args[1:] in (
-            (1,),
-            (1, 20),
-        ):  # the defaults, as torch.nn.Softplus gives them
+        # torch.nn.Softplus gives its defaults by place.
+        if op == "softplus" and args[1:] in ((1,), (1, 20)):
             args = args[:1]
         if op in OPERATIONS and kwargs and kwargs != {"inplace": False}:
             _refuse(f"torch's {name} with {', '.join(kwargs)}=", "give operands alone, by place")
@@ -220,10 +218,9 @@ class Value:
         if leaf.op != "r":
             _refuse("a call of a value", "only a gate's recurrent part, r.name, can be called")
         if named or len(operands) != 1 or not isinstance(operands[0], Value):
-            given = (
-                ", ".join([type(operand).__name__ for operand in operands] + [*named]) or "nothing"
-            )
-            _refuse(f"a recurrent part of {given}", "give it a value of the step: r.n(a * s.h)")
+            given = ", ".join([*(type(operand).__name__ for operand in operands), *named])
+            instead = "give it a value of the step: r.n(a * s.h)"
+            _refuse(f"a recurrent part of {given or 'nothing'}", instead)
         nodes, number = self.nodes, _operand(self.nodes, operands[0], "n", "a recurrent part")
         if nodes.nodes[number] == Node("state", (), 0):
             return self
@@ -447,7 +444,7 @@ class Graph:
         if "late" not in content:
             return _graph(of_leaves, nodes.nodes, results)
         late, operand = content["late"], content["operand"]
-        if not _is_index(late - 1 if _is_index(late, 1 << 31) else -1, counts["r"]):
+        if type(late) is not int or not 1 <= late <= counts["r"]:
             raise ValueError(f"expected late to be 1 to {counts['r']}, got {late!r}")
         if not _is_index(operand, len(nodes.nodes)) or Value(nodes, operand).kind != "n":
             raise ValueError(f"expected operand to be the number of a node, got {operand!r}")

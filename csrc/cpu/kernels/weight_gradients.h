@@ -242,9 +242,9 @@ class WeightGradients {
   const NormalizedGrads<Cell, S>& normalized_;
   const Beginnings<S> beginnings_;
   const MaskedOperands<S>& masked_;
-  PerDirection<S*> packed_x_, packed_h_, packed_operand_,
-      packed_unprojected_;  // [rows, columns] of a segment, in panels
-  S* copies_;               // for each thread [kSegmentRows, kTileRows]
+  // [rows, columns] of a segment, in panels of kPanel.
+  PerDirection<S*> packed_x_, packed_h_, packed_operand_, packed_unprojected_;
+  S* copies_;  // for each thread [kSegmentRows, kTileRows]
 };
 
 }  // namespace rnnkit::RNNKIT_CAPABILITY
